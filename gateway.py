@@ -1,0 +1,4155 @@
+#!/usr/bin/env python3
+"""A self-hosted gateway for Claude Code: one file, one config.yaml, usage in JSONL.
+
+Clients (Claude Code, or any Anthropic or OpenAI client) send their requests here with a key of
+their own, `sk-proxy-…`. The gateway checks the key, swaps in the real key of an upstream, streams
+the request up and the answer back byte for byte, and appends what it cost to a JSONL file.
+
+The file is read from top to bottom; each section uses what stands above it:
+
+     1. Words         Call, Usage, the errors
+     2. Keys          secrets sealed, keys found
+     3. Config        YAML in, frozen values out; edits that keep comments
+     4. Ledger        what was spent, line by line
+     5. Wire          bytes to events and heads, no I/O
+     6. Upstreams     connections, kept alive
+     7. Demo          an upstream that needs no API key
+     8. Relay         one call, one upstream, bytes through
+     9. Gateway       owns all state, tells the story
+    10. HTTP          the front door, no policy
+    11. Command line  serve, init, check, key, seal, usage
+
+Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
+*attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
+of the *ledger*. A *limit* is a number per window. A *session* is one conversation of Claude Code. To
+*seal* is to encrypt or hash a secret in config.yaml. A *snapshot* is one loaded configuration.
+
+Run `gateway.py --help` for the commands; README.md tells the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import csv
+import datetime as dt
+import difflib
+import enum
+import errno
+import fnmatch
+import functools
+import hashlib
+import http.client
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import sys
+import tempfile
+import time
+import urllib.parse
+import zoneinfo
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, Protocol, cast
+
+import httptools
+import msgspec
+import tornado.httpserver
+import tornado.iostream
+import tornado.web
+import yaml
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+
+VERSION = "0.1.0"
+
+log = logging.getLogger("gateway")
+
+# --- 1. Words: Call, Usage, the errors --------------------------------------------
+
+Headers = list[tuple[bytes, bytes]]
+Api = Literal["anthropic", "openai"]
+
+
+class Clock(NamedTuple):
+    """Where time comes from: seconds since 1970, and seconds that never jump."""
+
+    wall: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+
+
+class Pace(NamedTuple):
+    """Times and bounds that are no settings: how often, how long, how much at most."""
+
+    tick_s: float = 0.25  # how often deadlines are looked at
+    poll_s: float = 1.0  # how often config.yaml's stat is compared; its content every tenth time
+    settle_s: float = 0.05  # a save is a burst of events; the config is read when it is over
+    ping_s: float = 15.0  # Claude Code gives up after 300 s without a byte
+    drain_s: float = 60.0  # an answer read on for nobody, at most this long …
+    drain_idle_s: float = 10.0  # … at most so long in silence …
+    drain_calls: int = 64  # … and so many at once
+    upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
+    head_s: float = 30.0  # a client's request head must be whole by then
+    body_s: float = 60.0  # silence allowed in a client's request body
+    keep_alive_s: float = 300.0  # silence allowed between a client's requests
+    linger_s: float = 2.0  # how long a refused body is read and thrown away
+    models_s: float = 300.0  # how long a fetched list of models is good
+    models_fetch_s: float = 2.5  # Claude Code waits 3 s for the list
+    demo_s: float = 0.02  # between two words of the demo upstream
+
+
+class Usage(msgspec.Struct):
+    """The token counts of one call. `input_tokens` are those neither written to nor read from a cache."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+    estimated: bool = False
+
+    @property
+    def total_input_tokens(self) -> int:
+        """All input, cached or not."""
+        return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
+
+
+class Limit(NamedTuple):
+    """A number per window: `unit` is tokens, usd, requests or concurrent; no `window` means for ever."""
+
+    unit: str
+    window: str
+    amount: float
+
+
+class Route(NamedTuple):
+    """One row of the table of forwardable requests: the upstream's path and how its answer is read."""
+
+    path: str
+    api: Api  # the client's format: its errors are written so
+    kind: Literal["messages", "count_tokens", "chat", "responses", "embeddings"]
+
+
+class Call:
+    """One request of a client, from its head to its entry in the ledger."""
+
+    __slots__ = (
+        "address",
+        "body",
+        "bytes_up",
+        "config",
+        "headers",
+        "id",
+        "input_estimate",
+        "key",
+        "model",
+        "query",
+        "route",
+        "session",
+        "started",
+        "started_wall",
+        "stream",
+        "upstream_model",
+    )
+
+    def __init__(self, config: Config, key: Key, route: Route, query: bytes, headers: Headers, address: str) -> None:
+        self.id = "req_" + secrets.token_hex(12)
+        self.config = config  # one snapshot: a reload never changes a running call
+        self.key = key
+        self.route = route
+        self.query = query
+        self.headers = headers
+        self.address = address
+        self.started = config.clock.monotonic()
+        self.started_wall = config.clock.wall()
+        self.body = b""
+        self.bytes_up = 0
+        self.input_estimate = 0
+        self.model = self.upstream_model = self.session = ""
+        self.stream = False
+
+    def header(self, name: bytes) -> str:
+        """The first value of a header (`name` in lower case), or ""."""
+        for key, value in self.headers:
+            if key.lower() == name:
+                return value.decode("latin-1")
+        return ""
+
+
+class GatewayError(Exception):
+    """A refusal that the client reads. Subclasses fix status and type; CLIENT.md's table says which do what.
+
+    `should_retry` becomes `x-should-retry`, `retry_after_s` becomes `retry-after`; None sends neither.
+    """
+
+    status = 500
+    type = "api_error"
+    code = "internal_error"
+    should_retry: bool | None = None
+
+    def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class BadRequest(GatewayError):
+    """The request itself is wrong."""
+
+    status, type, code = 400, "invalid_request_error", "bad_request"
+
+
+class PolicyBlocked(GatewayError):
+    """The operator does not allow this; asking again changes nothing."""
+
+    status, type, code, should_retry = 400, "policy_blocked", "policy_blocked", False
+
+
+class KeyRefused(GatewayError):
+    """No key, an unknown one, or one that has expired."""
+
+    status, type, code, should_retry = 401, "authentication_error", "invalid_api_key", False
+
+
+class KeyForbidden(GatewayError):
+    """A good key that must not be used: disabled, or from this address."""
+
+    status, type, code, should_retry = 403, "permission_error", "permission_denied", False
+
+
+class NotFound(GatewayError):
+    """Nothing is served under this path or name."""
+
+    status, type, code = 404, "not_found_error", "not_found"
+
+
+class MethodNotAllowed(GatewayError):
+    """The path is served, with another method."""
+
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+
+
+class RequestTimeout(GatewayError):
+    """The client did not send its request in time."""
+
+    status, type, code = 408, "invalid_request_error", "request_timeout"
+
+
+class TooLarge(GatewayError):
+    """The body is larger than `server.max_body`."""
+
+    status, type, code = 413, "request_too_large", "request_too_large"
+
+
+class EncodingRefused(GatewayError):
+    """The body is compressed."""
+
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class HeadTooLarge(GatewayError):
+    """The request's head has more bytes than any honest one."""
+
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
+class UpstreamFailed(GatewayError):
+    """The upstream could not be reached, or what it said was not HTTP."""
+
+    status, type, code = 502, "api_error", "upstream_failed"
+
+
+class Unavailable(GatewayError):
+    """Not now: the gateway is stopping, or its ledger cannot be written."""
+
+    status, type, code = 503, "overloaded_error", "unavailable"
+
+
+class UpstreamTimeout(GatewayError):
+    """The upstream did not answer in time."""
+
+    status, type, code = 504, "timeout_error", "upstream_timeout"
+
+
+def error_body(error: GatewayError, api: Api, request_id: str) -> bytes:
+    """Render a refusal in the client's format (CLIENT.md: any other shape shows raw JSON to the user)."""
+    if api == "openai":
+        inner = {"message": error.message, "type": error.type, "param": None, "code": error.code}
+        return msgspec.json.encode({"error": inner, "request_id": request_id})
+    return msgspec.json.encode(
+        {"type": "error", "error": {"type": error.type, "message": error.message}, "request_id": request_id}
+    )
+
+
+def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]:
+    """The headers that make Claude Code stop or wait as it should."""
+    headers = [("content-type", "application/json"), ("request-id", request_id)]
+    if error.should_retry is not None:
+        headers.append(("x-should-retry", "true" if error.should_retry else "false"))
+    if error.retry_after_s is not None:
+        headers.append(("retry-after", str(error.retry_after_s)))
+    return headers
+
+
+# --- 2. Keys: secrets sealed, keys found -------------------------------------------
+
+KEY_PREFIX = "sk-proxy-"
+SEALED_KEY = re.compile(r"sha256:([0-9a-f]{64})(?::(.{4}))?")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class Secret(str):
+    """A string that never prints itself by accident."""
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+
+class SealError(ValueError):
+    """A sealed value cannot be opened, or there is no secret to seal with."""
+
+
+def new_key() -> str:
+    """A fresh user key: the prefix and 32 letters and digits (190 bits)."""
+    alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    return KEY_PREFIX + "".join(secrets.choice(alphabet) for _ in range(32))
+
+
+def seal_key(key: str) -> str:
+    """The form in which a user's key is kept: its hash, and its last four characters to tell it by.
+
+    A fast hash suffices: the keys are random and long, there is nothing to guess (unlike a password).
+    """
+    return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}:{key[-4:]}"
+
+
+def check_pasted(secret: str) -> None:
+    """Raise ValueError, without echoing it, where a pasted secret holds more than the secret."""
+    stripped = secret.strip()
+    for bad, why in (
+        (not stripped, "is empty"),
+        (secret != stripped or any(c.isspace() for c in stripped.removeprefix("Bearer ")), "has white space in it"),
+        (stripped[:1] in "\"'`“‘" or stripped[-1:] in "\"'`”’", "has quotes around it"),
+        (stripped.lower().startswith("bearer "), "starts with 'Bearer '"),
+        (not stripped.isascii() or not stripped.isprintable(), "has characters no key has"),
+    ):
+        if bad:
+            raise ValueError(f"{why}: paste only the key itself")
+
+
+class Vault:
+    """Encrypts and decrypts upstream keys with Fernet; several secrets, newest first."""
+
+    PREFIX = "enc:"
+
+    def __init__(self, fernet_keys: Sequence[str], source: str) -> None:
+        self._keys = list(fernet_keys)
+        self.source = source
+
+    @classmethod
+    def open(cls, directory: Path, environ: dict[str, str] | os._Environ[str] = os.environ) -> Vault:
+        """Read GATEWAY_SECRET, else the file that GATEWAY_SECRET_FILE names, else gateway.secret in `directory`."""
+        if environ.get("GATEWAY_SECRET"):
+            return cls(environ["GATEWAY_SECRET"].replace(",", " ").split(), "GATEWAY_SECRET")
+        path = Path(environ.get("GATEWAY_SECRET_FILE") or directory / "gateway.secret")
+        try:
+            return cls(path.read_text().split(), str(path))
+        except FileNotFoundError:
+            return cls([], str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SealError(f"cannot read the sealing secret {path}: {error}") from None
+
+    @staticmethod
+    def new_secret() -> str:
+        """A fresh sealing secret: 32 random bytes in URL-safe base64 (the Fernet specification)."""
+        return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+
+    @functools.cached_property
+    def _fernet(self) -> Any:
+        # Imported where it is used: cryptography costs 30 ms and 6 MB, and a plain config needs none of it.
+        from cryptography.fernet import Fernet, MultiFernet
+
+        if not self._keys:
+            raise SealError(
+                f"there is no sealing secret (looked in {self.source}); "
+                "`gateway.py init` makes one, or set GATEWAY_SECRET"
+            )
+        try:
+            return MultiFernet([Fernet(key) for key in self._keys])
+        except ValueError:
+            raise SealError(f"{self.source} holds something that is no Fernet key (44 characters of base64)") from None
+
+    def seal(self, plain: str) -> str:
+        """Encrypt with the newest secret."""
+        return self.PREFIX + str(self._fernet.encrypt(plain.encode()), "ascii")
+
+    def unseal(self, value: str) -> Secret:
+        """Open `enc:…`; any other value is returned as it is. Raises SealError."""
+        if not value.startswith(self.PREFIX):
+            return Secret(value)
+        fernet = self._fernet
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return Secret(fernet.decrypt(value.removeprefix(self.PREFIX).encode()).decode())
+        except InvalidToken:
+            raise SealError(f"cannot be opened with the secret in {self.source}: it was sealed with another") from None
+
+    def rotate(self, value: str) -> str:
+        """Encrypt `enc:…` again with the newest secret."""
+        return self.seal(self.unseal(value))
+
+
+class Key(msgspec.Struct, frozen=True):
+    """One user's key as the snapshot holds it. `expires_at` is in seconds since 1970."""
+
+    name: str
+    digest: bytes
+    last4: str
+    models: tuple[str, ...]
+    expires_at: float
+    networks: tuple[Network, ...]
+    enabled: bool
+    limits: tuple[Limit, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} (…{self.last4})" if self.last4 else self.name
+
+    def allows_model(self, model: str) -> bool:
+        """Whether one of the key's globs matches."""
+        return any(matches(pattern, model) for pattern in self.models)
+
+    def check(self, address: str, now: float) -> None:
+        """Raise what is wrong with using this key from `address` at `now` (seconds since 1970)."""
+        if not self.enabled:
+            raise KeyForbidden(f"The key {self} is disabled. Ask whoever runs this gateway.")
+        if now >= self.expires_at:
+            when = dt.datetime.fromtimestamp(self.expires_at, dt.UTC).strftime("%Y-%m-%d %H:%M UTC")
+            raise KeyRefused(f"The key {self} expired at {when}. Ask whoever runs this gateway for a new one.")
+        if self.networks and not address_in(address, self.networks):
+            raise KeyForbidden(f"The key {self} may not be used from {address}.")
+
+
+def matches(pattern: str, model: str) -> bool:
+    """Glob match of a model name (`*`, `?`, `[…]`; case counts)."""
+    return pattern == "*" or fnmatch.fnmatchcase(model, pattern)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An IP address, IPv4 in IPv6 unwrapped; None where it is none."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def address_in(text: str, networks: Iterable[Network]) -> bool:
+    """Whether the address lies in one of the networks."""
+    address = parse_address(text)
+    return address is not None and any(address in network for network in networks)
+
+
+class KeyRing:
+    """All keys of a snapshot, found by hash."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._by_digest = {key.digest: key for key in keys}
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._by_digest.values())
+
+    def find(self, tokens: Sequence[str]) -> Key:
+        """The key that a request's credentials name (Bearer, x-api-key or both). Raises KeyRefused."""
+        if not tokens:
+            raise KeyRefused("No key was sent. Set ANTHROPIC_AUTH_TOKEN to the sk-proxy-… key that you were given.")
+        if any(token != tokens[0] for token in tokens):
+            raise KeyRefused("Two different keys were sent. Unset ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
+        key = self._by_digest.get(hashlib.sha256(tokens[0].encode("latin-1", "replace")).digest())
+        if key is None:
+            raise KeyRefused("This gateway does not know the key that was sent. Ask whoever runs it.")
+        return key
+
+
+def credentials(headers: Headers) -> list[str]:
+    """Every key in a request's headers, as text."""
+    found = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower == b"x-api-key":
+            found.append(value.decode("latin-1").strip())
+        elif lower == b"authorization" and value[:7].lower() == b"bearer ":
+            found.append(value[7:].decode("latin-1").strip())
+    return found
+
+
+# --- 3. Config: YAML in, frozen values out -----------------------------------------
+
+COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
+SIZE_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
+TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+LIMIT_UNITS = ("tokens", "usd", "requests")
+LIMIT_WINDOWS = ("minute", "hour", "5h", "day", "week", "month")
+
+
+class ConfigError(Exception):
+    """config.yaml cannot be used; the message names file, line, path and what would be right."""
+
+
+class Misplaced(ValueError):
+    """A wrong value below a setting; `key` says which entry of it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def parse_scaled(value: object, units: dict[str, float] | dict[str, int], example: str) -> float:
+    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that shows an example."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        text = repr(value)
+    else:
+        text = str(value).strip().replace("_", "")
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\D*)", text)
+    if not found or found[2] not in units:
+        raise ValueError(f"expected something like {example}, got {value!r}")
+    return float(found[1]) * units[found[2]]
+
+
+class Amount(float):
+    """A count or a sum: `50M`, `1.5B`, `20万`."""
+
+
+class Size(int):
+    """Bytes: `32MB`."""
+
+
+class Duration(float):
+    """Seconds: `10s`, `6m`, `500ms`."""
+
+
+class Fsync(float):
+    """Seconds between two fsyncs of the ledger: 0 for `always`, infinity for `never`."""
+
+
+class Instant(float):
+    """Seconds since 1970; a plain date means the end of that day, and is shifted to the server's time zone later."""
+
+    date: dt.date | None = None
+
+
+class LimitSet(tuple[Limit, ...]):
+    """`{usd/day: 20, tokens/month: 50M, concurrent: 16}`."""
+
+
+class PriceTable(tuple[tuple[str, "Price"], ...]):
+    """Globs and prices in the file's order; the first match wins."""
+
+
+class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """USD per million tokens. What is not given follows from `input` by the factors Anthropic publishes."""
+
+    input: float
+    output: float
+    cache_write_5m: float | None = None
+    cache_write_1h: float | None = None
+    cache_read: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, factor in (("cache_write_5m", 1.25), ("cache_write_1h", 2.0), ("cache_read", 0.1)):
+            if getattr(self, name) is None:
+                msgspec.structs.force_setattr(self, name, round(self.input * factor, 6))
+        if min(self.input, self.output, *self._cache) < 0:
+            raise ValueError("a price cannot be negative")
+
+    @property
+    def _cache(self) -> tuple[float, float, float]:
+        return cast(tuple[float, float, float], (self.cache_write_5m, self.cache_write_1h, self.cache_read))
+
+    def cost_usd(self, usage: Usage) -> float:
+        """What `usage` costs, in USD, rounded to a billionth."""
+        write_5m, write_1h, read = self._cache
+        micro_usd = (
+            usage.input_tokens * self.input
+            + usage.output_tokens * self.output
+            + usage.cache_write_5m_tokens * write_5m
+            + usage.cache_write_1h_tokens * write_1h
+            + usage.cache_read_tokens * read
+        )
+        return round(micro_usd / 1e6, 9)
+
+
+# USD per million tokens: input, output, cache write 5 m, cache write 1 h, cache read.
+# Claude: platform.claude.com/docs/en/about-claude/pricing as of October 2026; GPT: developers.openai.com
+# /api/docs/pricing as of September 2026. Where a price has a long-context tier, the dearer tier stands here.
+BUILT_IN_PRICES = {
+    "claude-fable-5-1*": Price(10, 50, 12.5, 20, 0.25),
+    "claude-mythos-5-1*": Price(10, 50, 12.5, 20, 0.25),
+    "claude-fable-*": Price(10, 50, 12.5, 20, 1),
+    "claude-mythos-*": Price(10, 50, 12.5, 20, 1),
+    "claude-opus-5-5*": Price(4, 20, 5, 8, 0.2),
+    "claude-opus-4-[01]*": Price(15, 75, 18.75, 30, 1.5),
+    "claude-opus-4-2025*": Price(15, 75, 18.75, 30, 1.5),
+    "claude-3-opus*": Price(15, 75, 18.75, 30, 1.5),
+    "claude-opus-*": Price(5, 25, 6.25, 10, 0.5),
+    "claude-sonnet-5-5*": Price(2, 10, 2.5, 4, 0.1),
+    "claude-sonnet-5*": Price(2, 10, 2.5, 4, 0.2),
+    "claude-*sonnet*": Price(3, 15, 3.75, 6, 0.3),
+    "claude-haiku-5-5*": Price(0.5, 2.5, 0.625, 1, 0.05),
+    "claude-haiku-*": Price(1, 5, 1.25, 2, 0.1),
+    "claude-3-5-haiku*": Price(0.8, 4, 1, 1.6, 0.08),
+    "claude-3-haiku*": Price(0.25, 1.25, 0.3, 0.5, 0.03),
+    "gpt-6-sol*": Price(2, 10, 2.5, 2.5, 0.2),
+    "gpt-6-luna*": Price(0.1, 0.5, 0.125, 0.125, 0.01),
+    "gpt-5*": Price(1.25, 10, 1.25, 1.25, 0.125),
+    "*": Price(10, 50, 12.5, 20, 1),
+}
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the gateway listens and what it accepts."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    timezone: str = "UTC"
+    trusted_proxies: tuple[str, ...] = ("127.0.0.1/32",)
+    max_body: Size = Size(32 * 2**20)
+    drain: Duration = Duration(600)
+
+
+class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds. `first_byte` bounds the wait for an answer's head; `idle` the silence after it."""
+
+    connect: Duration = Duration(10)
+    first_byte: Duration = Duration(360)
+    idle: Duration = Duration(300)
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One provider endpoint. `models` maps globs to the upstream's name for the model; `*` is the name itself."""
+
+    name: str
+    url: str = ""
+    api_key: Secret = Secret("")
+    format: Literal["anthropic", "openai", "demo"] = "anthropic"
+    models: dict[str, str] = msgspec.field(default_factory=lambda: {"*": "*"})
+    timeouts: Timeouts = Timeouts()
+    on_disconnect: Literal["cancel", "drain"] = "cancel"
+    ca_file: str | None = None
+    proxy: str | None = None
+
+    def serves(self, route: Route) -> bool:
+        """Whether this upstream speaks the format of a route."""
+        return self.format in (route.api, "demo")
+
+    def rename(self, model: str) -> str | None:
+        """The upstream's name for `model`; None where it is not served."""
+        for pattern, name in self.models.items():
+            if matches(pattern, model):
+                return model if name == "*" else name
+        return None
+
+
+class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A user's key as the file has it."""
+
+    name: str
+    key: Secret
+    limits: LimitSet | None = None
+    models: tuple[str, ...] = ("*",)
+    expires: Instant | None = None
+    allow_ips: tuple[str, ...] = ()
+    enabled: bool = True
+
+
+class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What keys have that do not say."""
+
+    limits: LimitSet = LimitSet()
+
+
+class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the ledger lies and how soon it is on the disk."""
+
+    directory: str = "usage"
+    fsync: Fsync = Fsync(1)
+
+
+class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """config.yaml, typed. Every setting that this version serves, and no other."""
+
+    upstreams: tuple[UpstreamConfig, ...]
+    server: ServerConfig = ServerConfig()
+    keys: tuple[KeyConfig, ...] = ()
+    defaults: Defaults = Defaults()
+    prices: PriceTable = PriceTable(BUILT_IN_PRICES.items())
+    usage: UsageConfig = UsageConfig()
+
+
+def parse_limits(value: object) -> LimitSet:
+    """Read the grammar of limits: `<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent`."""
+    if not isinstance(value, dict):
+        raise ValueError("expected limits such as {usd/day: 20, tokens/month: 50M, concurrent: 16}")
+    limits = []
+    for key, amount in value.items():
+        unit, _, window = str(key).partition("/")
+        if not (key == "concurrent" or (unit in LIMIT_UNITS and (window in LIMIT_WINDOWS or key == unit))):
+            raise Misplaced(
+                str(key),
+                f"unknown limit {str(key)!r}: a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
+                f"({', '.join(LIMIT_WINDOWS)}) as in usd/day; or concurrent",
+            )
+        try:
+            limits.append(Limit(unit, window, parse_scaled(amount, COUNT_UNITS, "50M")))
+        except ValueError as error:
+            raise Misplaced(str(key), f"{key}: {error}") from None
+    return LimitSet(limits)
+
+
+def parse_prices(value: object) -> PriceTable:
+    """Read the price table; `"*"` must be in it, because no model is free."""
+    if not isinstance(value, dict):
+        raise ValueError('expected prices such as {"claude-*": {input: 3, output: 15}, "*": {…}}')
+    prices = []
+    for pattern, price in value.items():
+        try:
+            prices.append((str(pattern), msgspec.convert(price, Price)))
+        except msgspec.ValidationError as error:
+            raise Misplaced(str(pattern), f"{pattern}: {error}") from None
+    if "*" not in value:
+        raise ValueError('"*" must be in the table: no model is free')
+    return PriceTable(prices)
+
+
+def parse_fsync(value: object) -> Fsync:
+    """`always`, `never` or a time."""
+    words = {"always": 0.0, "never": math.inf}
+    return Fsync(words[value] if isinstance(value, str) and value in words else parse_scaled(value, TIME_UNITS, "1s"))
+
+
+def parse_instant(value: object) -> Instant:
+    """`2027-01-31` or a date with a time; YAML has parsed either already."""
+    if isinstance(value, dt.datetime):
+        return Instant((value if value.tzinfo else value.replace(tzinfo=dt.UTC)).timestamp())
+    if not isinstance(value, dt.date):
+        raise ValueError(f"expected a date such as 2027-01-31, got {value!r}")
+    instant = Instant()
+    instant.date = value
+    return instant
+
+
+def parse_secret(value: object) -> Secret:
+    """A secret is a string; what it is instead is not echoed."""
+    if not isinstance(value, str):
+        raise ValueError("expected a string; put it in quotes")
+    return Secret(value)
+
+
+CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
+    Amount: lambda value: Amount(parse_scaled(value, COUNT_UNITS, "50M")),
+    Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, "32MB")),
+    Duration: lambda value: Duration(parse_scaled(value, TIME_UNITS, "10s")),
+    Fsync: parse_fsync,
+    Instant: parse_instant,
+    LimitSet: parse_limits,
+    PriceTable: parse_prices,
+    Secret: parse_secret,
+}
+
+
+class Document:
+    """The text of a config.yaml with its YAML nodes: values to read, places to name and to edit."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        self.text, self.path = text, path
+        self._scalars: Any = yaml.SafeLoader("")
+        try:
+            self.root = yaml.compose(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise ConfigError(f"{path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path}: not YAML: {error}") from None
+        if not isinstance(self.root, yaml.MappingNode):
+            found = "nothing" if self.root is None else "no mapping"
+            raise ConfigError(f"{path}:1: expected settings such as `upstreams:`, found {found}")
+
+    def plain(self, environ: dict[str, str] | os._Environ[str]) -> dict[str, Any]:
+        """The document as dicts, lists and scalars, with `${NAME}` and `${NAME:-default}` filled in."""
+        return cast(dict[str, Any], self._plain(cast(yaml.Node, self.root), "", environ, 0))
+
+    def _plain(self, node: yaml.Node, at: str, environ: dict[str, str] | os._Environ[str], depth: int) -> Any:
+        if depth > 20:
+            raise self.error(node, at, "nested too deep (an alias of itself?)")
+        if isinstance(node, yaml.MappingNode):
+            out: dict[Any, Any] = {}
+            for key, value in node.value:
+                name = key.value
+                if not isinstance(name, str) or name == "<<":
+                    raise self.error(key, at, "expected a plain name")
+                if name in out:
+                    raise self.error(key, join(at, name), "given twice")
+                out[name] = self._plain(value, join(at, name), environ, depth + 1)
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            return [self._plain(item, f"{at}[{i}]", environ, depth + 1) for i, item in enumerate(node.value)]
+        return self._scalar(cast(yaml.ScalarNode, node), at, environ)
+
+    def _scalar(self, node: yaml.ScalarNode, at: str, environ: dict[str, str] | os._Environ[str]) -> Any:
+        if "${" in node.value:
+
+            def fill(found: re.Match[str]) -> str:
+                value = environ.get(found[1]) or found[2]
+                if value is None:
+                    raise self.error(node, at, f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
+                return value
+
+            text = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", fill, node.value)
+            tag = self._scalars.resolve(yaml.ScalarNode, text, (not node.style, False))  # quoted: stays text
+            node = yaml.ScalarNode(tag, text, node.start_mark, node.end_mark)
+        try:
+            return self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError) as error:
+            raise self.error(node, at, str(error)) from None
+
+    def find(self, *steps: str | int) -> yaml.Node | None:
+        """The node at a path such as ("keys", 0, "name"), or None."""
+        node: yaml.Node | None = self.root
+        for step in steps:
+            if isinstance(step, int) and isinstance(node, yaml.SequenceNode) and step < len(node.value):
+                node = node.value[step]
+            elif isinstance(node, yaml.MappingNode):
+                node = next((value for key, value in node.value if key.value == step), None)
+            else:
+                return None
+        return node
+
+    def locate(self, steps: Sequence[str | int]) -> int:
+        """The line (from 1) of the last step of a path that exists; a name that is a key counts as its line."""
+        line, node = 1, cast(yaml.Node, self.root)
+        for step in steps:
+            if isinstance(node, yaml.MappingNode):
+                pair = next(((key, value) for key, value in node.value if key.value == step), None)
+                if pair is None:
+                    break
+                line, node = pair[0].start_mark.line + 1, pair[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+                line = node.start_mark.line + 1
+        return line
+
+    def error(self, node: yaml.Node, at: str, problem: str) -> ConfigError:
+        """A ConfigError at a node."""
+        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {at}: {problem}")
+
+    def problem(self, steps: Sequence[str | int], problem: str) -> ConfigError:
+        """A ConfigError at a path such as ("keys", 0, "expires")."""
+        at = functools.reduce(
+            lambda left, step: f"{left}[{step}]" if isinstance(step, int) else join(left, step), steps, ""
+        )
+        return ConfigError(f"{self.path}:{self.locate(steps)}: {at}: {problem}")
+
+
+def join(at: str, name: str | int) -> str:
+    """`keys[0]` and `name` make `keys[0].name`."""
+    return f"{at}.{name}" if at else str(name)
+
+
+def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]) -> ConfigFile:
+    """Type and check a document. Raises ConfigError with line, path and what would be right."""
+
+    def decode(kind: type, value: object) -> object:
+        return CUSTOM_TYPES[kind](value)
+
+    plain = document.plain(environ)
+    for upstream in plain.get("upstreams") or []:
+        if isinstance(upstream, dict) and isinstance(upstream.get("models"), list):
+            upstream["models"] = dict.fromkeys(upstream["models"], "*")
+    try:
+        return msgspec.convert(plain, ConfigFile, dec_hook=decode)
+    except msgspec.ValidationError as error:
+        message, _, at = str(error).partition(" - at `$")
+        steps = [int(i) if i else name for name, i in re.findall(r"\.?([^.\[\]`]+)|\[(\d+)\]", at.replace("[...]", ""))]
+        steps = [int(s) if isinstance(s, str) and s.isdigit() else s for s in steps]
+        if isinstance(error.__cause__, Misplaced):
+            steps.append(error.__cause__.key)
+        unknown = re.match(r"Object contains unknown field `(.*)`", message)
+        if unknown:
+            steps.append(unknown[1])
+            message = unknown_setting(steps)
+        raise document.problem(steps, message) from None
+
+
+def unknown_setting(steps: Sequence[str | int]) -> str:
+    """Say that a setting is unknown, what it may have meant, and which there are."""
+    kind: Any = ConfigFile
+    for step in steps[:-1]:
+        if isinstance(step, str) and kind:
+            fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+            inner = fields.get(step)
+            args = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type)]
+            kind = next((a for a in args if issubclass(a, msgspec.Struct)), None)
+    names = [field.name for field in msgspec.structs.fields(kind)] if kind else []
+    close = difflib.get_close_matches(str(steps[-1]), names, 1)
+    return f"unknown setting{f', did you mean {close[0]}?' if close else ''} (there are: {', '.join(names)})"
+
+
+class Config:
+    """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
+
+    def __init__(
+        self, document: Document, vault: Vault, clock: Clock, environ: dict[str, str] | os._Environ[str]
+    ) -> None:
+        self.path, self.clock = document.path, clock
+        self.file = decode_config(document, environ)
+        self.digest = hashlib.sha256(document.text.encode()).hexdigest()[:12]
+        self.warnings: list[str] = []
+        builder = ConfigBuilder(document, self.file, vault)
+        self.server = self.file.server
+        self.timezone = builder.timezone()
+        self.trusted = builder.networks(("server", "trusted_proxies"), self.server.trusted_proxies)
+        self.upstreams = builder.upstreams()
+        self.keys = KeyRing(builder.keys(self.timezone))
+        self.warnings = builder.warnings
+        self.usage_directory = self.path.parent / self.file.usage.directory
+        self.price = functools.lru_cache(maxsize=1024)(self._price)
+
+    @classmethod
+    def load(
+        cls, path: Path, clock: Clock = Clock(), environ: dict[str, str] | os._Environ[str] = os.environ
+    ) -> Config:
+        """Read a file. Raises ConfigError."""
+        return cls.parse(read_text(path), path, clock, environ)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, clock: Clock, environ: dict[str, str] | os._Environ[str]) -> Config:
+        """Make a snapshot of `text`, with relative paths seen from `path`. Raises ConfigError."""
+        try:
+            return cls(Document(text, path), Vault.open(path.parent, environ), clock, environ)
+        except SealError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def _price(self, model: str) -> Price:
+        return next(price for pattern, price in self.file.prices if matches(pattern, model))
+
+    def route(self, call: Call) -> UpstreamConfig:
+        """The first upstream in the file's order that speaks the call's format and serves its model."""
+        if not call.key.allows_model(call.model):
+            raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
+        spoken = [upstream for upstream in self.upstreams if upstream.serves(call.route)]
+        for upstream in spoken:
+            name = upstream.rename(call.model)
+            if name is not None:
+                call.upstream_model = name
+                return upstream
+        if not spoken:
+            raise NotFound(f"No upstream of this gateway answers {call.route.path}.")
+        raise PolicyBlocked(f"No upstream of this gateway serves the model {call.model!r}.")
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises ConfigError with what to do."""
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `gateway.py init` makes one") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a file (a bind mount of a missing file makes one)") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class ConfigBuilder:
+    """Derives and checks what types alone cannot: references, addresses, seals."""
+
+    def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
+        self._document, self._file, self._vault = document, file, vault
+        self.warnings: list[str] = []
+
+    def timezone(self) -> zoneinfo.ZoneInfo:
+        """The zone in which calendar windows turn over."""
+        try:
+            return zoneinfo.ZoneInfo(self._file.server.timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise self._document.problem(
+                ("server", "timezone"), f"unknown time zone {self._file.server.timezone!r}; as in Europe/Berlin"
+            ) from None
+
+    def networks(self, steps: tuple[str | int, ...], texts: Sequence[str]) -> tuple[Network, ...]:
+        """Networks or single addresses."""
+        found = []
+        for i, text in enumerate(texts):
+            try:
+                found.append(ipaddress.ip_network(text))
+            except ValueError as error:
+                raise self._document.problem((*steps, i), f"{error}; as in 10.0.0.0/8 or 192.0.2.7") from None
+        return tuple(found)
+
+    def upstreams(self) -> tuple[UpstreamConfig, ...]:
+        """The upstreams with their keys open."""
+        if not self._file.upstreams:
+            raise self._document.problem(("upstreams",), "at least one upstream is needed")
+        if not 0 <= self._file.server.port < 65536:
+            raise self._document.problem(("server", "port"), "expected 0 to 65535")
+        seen: set[str] = set()
+        return tuple(self._upstream(i, upstream, seen) for i, upstream in enumerate(self._file.upstreams))
+
+    def _upstream(self, i: int, upstream: UpstreamConfig, seen: set[str]) -> UpstreamConfig:
+        at: tuple[str | int, ...] = ("upstreams", i)
+        self._unique((*at, "name"), upstream.name, seen)
+        if upstream.format != "demo":
+            self._check_url((*at, "url"), upstream.url, ("http", "https"))
+        if upstream.proxy:
+            self._check_url((*at, "proxy"), upstream.proxy, ("http",))
+        if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
+            raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
+        try:
+            key = self._vault.unseal(upstream.api_key)
+            if key:
+                check_pasted(key)
+        except (SealError, ValueError) as error:
+            raise self._document.problem((*at, "api_key"), str(error)) from None
+        if key and self._is_plain((*at, "api_key")):
+            self.warnings.append(f"upstreams[{i}].api_key ({upstream.name}) is in clear text: run `gateway.py seal`")
+        ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
+        return msgspec.structs.replace(upstream, api_key=key, ca_file=ca_file)
+
+    def _is_plain(self, steps: tuple[str | int, ...]) -> bool:
+        node = self._document.find(*steps)
+        return isinstance(node, yaml.ScalarNode) and not node.value.startswith(("enc:", "sha256:", "${"))
+
+    def _beside(self, name: str) -> Path:
+        return self._document.path.parent / name
+
+    def _check_url(self, steps: tuple[str | int, ...], url: str, schemes: Sequence[str]) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            good = False
+        if not good or parts.query or parts.fragment or not url.isascii() or any(c <= " " for c in url):
+            raise self._document.problem(steps, f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
+
+    def _unique(self, steps: tuple[str | int, ...], name: str, seen: set[str]) -> None:
+        if not name or name != name.strip() or not name.isprintable():
+            raise self._document.problem(steps, "expected a name without white space around it")
+        if name in seen:
+            raise self._document.problem(steps, f"{name!r} is taken: names tell entries apart in the ledger")
+        seen.add(name)
+
+    def keys(self, timezone: zoneinfo.ZoneInfo) -> Iterator[Key]:
+        """The users' keys, hashed."""
+        names: set[str] = set()
+        digests: set[bytes] = set()
+        for i, entry in enumerate(self._file.keys):
+            self._unique(("keys", i, "name"), entry.name, names)
+            digest, last4 = self._digest(i, entry)
+            if digest in digests:
+                raise self._document.problem(("keys", i, "key"), "the same key stands here twice")
+            digests.add(digest)
+            limits = self._file.defaults.limits if entry.limits is None else entry.limits
+            networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
+            yield Key(
+                entry.name,
+                digest,
+                last4,
+                entry.models,
+                expires_at(entry.expires, timezone),
+                networks,
+                entry.enabled,
+                limits,
+            )
+
+    def _digest(self, i: int, entry: KeyConfig) -> tuple[bytes, str]:
+        steps = ("keys", i, "key")
+        sealed = SEALED_KEY.fullmatch(entry.key)
+        if sealed:
+            return bytes.fromhex(sealed[1]), sealed[2] or ""
+        try:
+            check_pasted(entry.key)
+        except ValueError as error:
+            raise self._document.problem(steps, str(error)) from None
+        if entry.key.startswith(("sha256:", "enc:")):
+            raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
+        if len(entry.key) < 20:
+            raise self._document.problem(steps, "too short to be safe (20 characters); `gateway.py key add` makes one")
+        if self._is_plain(steps):
+            self.warnings.append(f"keys[{i}].key ({entry.name}) is in clear text: run `gateway.py seal`")
+        return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
+
+
+def expires_at(instant: Instant | None, timezone: zoneinfo.ZoneInfo) -> float:
+    """When a key ends, in seconds since 1970: at a moment, or with the end of a day in the server's zone."""
+    if instant is None:
+        return math.inf
+    if instant.date is None:
+        return float(instant)
+    return dt.datetime.combine(instant.date + dt.timedelta(days=1), dt.time(), timezone).timestamp()
+
+
+class ConfigEditor:
+    """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.realpath(path))  # a symlink stays one; what it names is edited
+        self.original = read_text(self.path)
+        self.document = Document(self.original, self.path)
+
+    def _splice(self, start: int, end: int, text: str) -> None:
+        self.document = Document(self.document.text[:start] + text + self.document.text[end:], self.path)
+
+    def set_scalar(self, value: str, *steps: str | int) -> None:
+        """Replace a scalar that is there."""
+        node = self.document.find(*steps)
+        assert node is not None
+        self._splice(node.start_mark.index, node.end_mark.index, value)
+
+    def set_field(self, item: tuple[str | int, ...], name: str, value: str) -> None:
+        """Set a field of a mapping; a new one comes after the last."""
+        if self.document.find(*item, name) is not None:
+            return self.set_scalar(value, *item, name)
+        node = cast(yaml.MappingNode, self.document.find(*item))
+        if node.flow_style:
+            at = node.value[-1][1].end_mark.index
+            return self._splice(at, at, f", {name}: {value}")
+        at = self._line_after(node)
+        self._splice(at, at, f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}")
+
+    def append_key(self, fields: dict[str, str]) -> None:
+        """Add an item to `keys:`, in the style of the list."""
+        node = self.document.find("keys")
+        text = self.document.text
+        if node is None:
+            return self._splice(len(text.rstrip()), len(text), "\n\nkeys:\n" + block_item(fields, 2) + "\n")
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            start, end = node.start_mark.index, node.end_mark.index
+            return self._splice(start, end, ("" if end > start else " ") + f"\n{block_item(fields, 2)}".lstrip(" "))
+        last = node.value[-1]
+        if node.flow_style:
+            at = last.end_mark.index
+            inner = ", ".join(f"{name}: {value}" for name, value in fields.items())
+            return self._splice(at, at, f", {{{inner}}}")
+        at = self._line_after(last)
+        dash = text.rfind("-", 0, last.start_mark.index)
+        self._splice(at, at, "\n" + block_item(fields, dash - text.rfind("\n", 0, dash) - 1))
+
+    def _line_after(self, node: yaml.Node) -> int:
+        """The end of the line on which a node's last scalar or bracket stands."""
+        # A block's own end mark is where the next thing begins, behind the comments that belong to that.
+        while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+            last = node.value[-1]
+            node = last[1] if isinstance(last, tuple) else last
+        end = self.document.text.find("\n", node.end_mark.index)
+        return end if end >= 0 else len(self.document.text)
+
+    def save(self, environ: dict[str, str] | os._Environ[str] = os.environ) -> Config:
+        """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
+        config = Config.parse(self.document.text, self.path, Clock(), environ)
+        if read_text(self.path) != self.original:
+            raise ConfigError(
+                f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
+            )
+        replace_file(self.path, self.document.text.encode())
+        self.original = self.document.text
+        return config
+
+
+def block_item(fields: dict[str, str], column: int) -> str:
+    """A list item in block style."""
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in a file's place at once, with its mode and owner.
+
+    A bind-mounted file cannot be replaced (EBUSY): it is written in place, with a copy beside it until that is done.
+    """
+    before = path.stat()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: cannot write here: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(handle, stat.S_IMODE(before.st_mode))
+            with contextlib.suppress(PermissionError):
+                os.fchown(handle, before.st_uid, before.st_gid)
+            os.fsync(handle)
+        os.replace(name, path)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
+        backup = path.with_name(path.name + ".bak")
+        shutil.copy2(path, backup)
+        write_in_place(path, data)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def write_in_place(path: Path, data: bytes) -> None:
+    """Overwrite a file without changing its inode, and see it on the disk."""
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# --- 4. Ledger: what was spent, line by line ---------------------------------------
+
+
+class Entry(msgspec.Struct):
+    """One call as the ledger keeps it: one line of JSON. Times are UTC; `price` is in USD per million tokens."""
+
+    time: str
+    request_id: str
+    key: str
+    upstream: str
+    model: str
+    model_served: str
+    path: str
+    stream: bool
+    status: int
+    outcome: str
+    error_type: str
+    attempts: int
+    input_tokens: int
+    output_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_read_tokens: int
+    estimated: bool
+    cost_usd: float
+    price: Price
+    first_byte_ms: float | None
+    duration_ms: float
+    bytes_up: int
+    bytes_down: int
+    session: str
+    client: str
+    user_agent: str
+    upstream_request_id: str
+
+
+ENTRY_ENCODER = msgspec.json.Encoder()
+
+
+def utc_time(seconds: float) -> str:
+    """`2026-01-31T12:34:56.789Z`."""
+    whole, milliseconds = divmod(round(seconds * 1000), 1000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+
+
+class Ledger:
+    """Appends entries to `usage-YYYY-MM.jsonl`, one write each; what the disk refuses waits in a bounded queue.
+
+    `tick` is to be called often: it writes what waits, and has the file synced off the event loop.
+    """
+
+    QUEUE = 10_000  # entries; new calls are refused before one more would not fit
+
+    def __init__(self, directory: Path, fsync_s: float, clock: Clock) -> None:
+        self.directory, self.fsync_s = directory, fsync_s
+        self._clock = clock
+        self._waiting: deque[tuple[str, bytes]] = deque()  # month and line; the first may be the rest of a line
+        self._month = ""
+        self._fd = -1
+        self._dirty = False
+        self._synced_at = clock.monotonic()
+        self._syncing: ThreadFuture[None] | None = None
+        self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
+        self.failure = ""  # why the disk refused, "" while it does not
+
+    def has_room(self, running: int) -> bool:
+        """Whether the entries of `running` calls and one more would fit into the queue."""
+        return len(self._waiting) + running < self.QUEUE
+
+    @property
+    def waiting(self) -> int:
+        """Entries that are not in a file yet."""
+        return len(self._waiting)
+
+    def append(self, entry: Entry) -> None:
+        """Write one entry; never raises. Where the disk refuses, it waits."""
+        self._waiting.append((entry.time[:7], ENTRY_ENCODER.encode(entry) + b"\n"))
+        self._write()
+        if self.fsync_s == 0:
+            self._sync()
+
+    def tick(self) -> None:
+        """Try again what waits; sync when it is due."""
+        if self._waiting:
+            self._write()
+        if self._dirty and self._clock.monotonic() - self._synced_at >= self.fsync_s:
+            self._sync()
+
+    def close(self) -> None:
+        """Write and sync what can be, and say what cannot."""
+        self._write()
+        self._disk.shutdown(wait=True)
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+        if self._waiting:
+            log.error("ledger: %d entries could not be written: %s", len(self._waiting), self.failure)
+
+    def check(self) -> None:
+        """Open this month's file, so that a folder that cannot be written is known at the start. Raises OSError."""
+        self._open(utc_time(self._clock.wall())[:7])
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                month, line = self._waiting[0]
+                if month != self._month:
+                    self._open(month)
+                written = os.write(self._fd, line)
+                self._dirty = True
+                if written == len(line):
+                    self._waiting.popleft()
+                else:
+                    self._waiting[0] = (month, line[written:])
+        except OSError as error:
+            if not self.failure:
+                log.error("ledger: cannot write to %s: %s; entries wait", self.directory, error.strerror)
+            self.failure = error.strerror or str(error)
+        else:
+            if self.failure:
+                log.warning("ledger: %s can be written again", self.directory)
+            self.failure = ""
+
+    def _open(self, month: str) -> None:
+        path = self.directory / f"usage-{month}.jsonl"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        set_torn_line_aside(fd, path)
+        if self._fd >= 0:
+            self._disk.submit(sync_and_close, self._fd)
+        self._fd, self._month = fd, month
+
+    def reopen_if_moved(self) -> None:
+        """Open the file again where it was moved or removed under us."""
+        if self._fd < 0 or (self._waiting and self.failure):
+            return
+        path = self.directory / f"usage-{self._month}.jsonl"
+        try:
+            moved = not os.path.samestat(os.stat(path), os.fstat(self._fd))
+        except OSError:
+            moved = True
+        if moved:
+            self._month = ""
+
+    def _sync(self) -> None:
+        if self._syncing and not self._syncing.done():
+            return  # `tick` comes again; what is written by then is covered
+        self._dirty = False
+        self._synced_at = self._clock.monotonic()
+        self._syncing = self._disk.submit(self._fsync, self._fd)
+
+    def _fsync(self, fd: int) -> None:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            self._dirty = True
+            log.error("ledger: fsync in %s: %s", self.directory, error.strerror)
+
+
+def sync_and_close(fd: int) -> None:
+    """Let go of a month that is over."""
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+def set_torn_line_aside(fd: int, path: Path) -> None:
+    """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
+    size = os.fstat(fd).st_size
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return
+    tail_size = min(size, 1 << 16)
+    tail = os.pread(fd, tail_size, size - tail_size)
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    with open(path.with_suffix(".torn"), "ab") as aside:
+        aside.write(torn + b"\n")
+    os.ftruncate(fd, size - len(torn))
+    log.warning("ledger: a torn last line of %s was set aside in %s", path.name, path.with_suffix(".torn").name)
+
+
+class LedgerFiles:
+    """The ledger as it is read: entries in the order of their files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.unreadable = 0
+
+    def entries(self, since: str = "", until: str = "9") -> Iterator[Entry]:
+        """Entries with since <= time < until (ISO times, or beginnings of them); other lines are counted."""
+        decoder = msgspec.json.Decoder(Entry)
+        for path in sorted(self.directory.glob("usage-*.jsonl")):
+            month = path.stem.removeprefix("usage-")
+            if month < since[:7] or month > until:
+                continue
+            with open(path, "rb") as lines:
+                for line in lines:
+                    try:
+                        entry = decoder.decode(line)
+                    except msgspec.MsgspecError:
+                        self.unreadable += 1
+                        continue
+                    if since <= entry.time < until:
+                        yield entry
+
+
+class Total(msgspec.Struct):
+    """Sums over a group of entries. `cache_hit_rate` is cache reads over all input, None without input."""
+
+    group: dict[str, str]
+    calls: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_read_tokens: int = 0
+    cost_usd: float = 0.0
+    cache_hit_rate: float | None = None
+
+    def add(self, entry: Entry) -> None:
+        """Count one entry in."""
+        self.calls += 1
+        self.failed += entry.outcome != "completed"
+        self.input_tokens += entry.input_tokens
+        self.output_tokens += entry.output_tokens
+        self.cache_write_tokens += entry.cache_write_5m_tokens + entry.cache_write_1h_tokens
+        self.cache_read_tokens += entry.cache_read_tokens
+        self.cost_usd = round(self.cost_usd + entry.cost_usd, 9)
+        all_input = self.input_tokens + self.cache_write_tokens + self.cache_read_tokens
+        self.cache_hit_rate = round(self.cache_read_tokens / all_input, 4) if all_input else None
+
+
+def summarize(entries: Iterable[Entry], by: Sequence[str], timezone: dt.tzinfo) -> list[Total]:
+    """Totals per group of `by` (key, upstream, model, day, month, session), sorted by group."""
+    totals: dict[tuple[str, ...], Total] = {}
+    for entry in entries:
+        day = dt.datetime.fromisoformat(entry.time).astimezone(timezone).date().isoformat()
+        values = {"day": day, "month": day[:7]}
+        group = {name: values.get(name) or getattr(entry, name, "") for name in by}
+        totals.setdefault(tuple(group.values()), Total(group)).add(entry)
+    return [totals[name] for name in sorted(totals)]
+
+
+# --- 5. Wire: bytes to events and heads, no I/O ------------------------------------
+
+ROUTES = {
+    "/v1/messages": Route("/v1/messages", "anthropic", "messages"),
+    "/v1/messages/count_tokens": Route("/v1/messages/count_tokens", "anthropic", "count_tokens"),
+    "/v1/chat/completions": Route("/v1/chat/completions", "openai", "chat"),
+    "/v1/responses": Route("/v1/responses", "openai", "responses"),
+    "/v1/embeddings": Route("/v1/embeddings", "openai", "embeddings"),
+}  # all POST; GET /v1/models and /v1/models/ID are answered from lists, and nothing else reaches an upstream
+
+# Requests that clients make on their own and that need no upstream (CLIENT.md).
+LOCAL_ROUTES = {
+    (b"HEAD", "/"),
+    (b"HEAD", "/api/hello"),
+    (b"GET", "/api/hello"),
+    (b"POST", "/api/event_logging/batch"),
+}
+
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
+    b"transfer-encoding upgrade".split()
+)
+# Besides hop-by-hop: what is ours to say, credentials, and what tells the upstream who the client is.
+NOT_UPSTREAM = HOP_BY_HOP | frozenset(
+    b"host content-length expect authorization x-api-key accept-encoding cookie forwarded via "
+    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-real-ip".split()
+)
+# Besides hop-by-hop: what describes the upstream's connection, or would bind the client to it.
+NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(b"content-length set-cookie alt-svc strict-transport-security".split())
+RATE_LIMITS = b"anthropic-ratelimit-"  # they describe the shared key
+
+
+def normalize_target(target: bytes) -> tuple[str, bytes]:
+    """Split a request target into path and query; the path decoded, without dots, doubled slashes or a doubled /v1.
+
+    Only what the table of routes then knows is forwarded, and under the table's own spelling (RFC 3986, 6.2.2).
+    """
+    raw, _, query = target.partition(b"?")
+    if not raw.startswith(b"/"):
+        raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]  # absolute form: the host decides nothing
+    path = urllib.parse.unquote(raw.decode("latin-1"))
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del parts[-1:]
+        elif part not in ("", "."):
+            parts.append(part)
+    if parts[:2] == ["v1", "v1"]:
+        del parts[0]
+    return "/" + "/".join(parts), query
+
+
+def api_of(path: str) -> Api:
+    """In which format a path's errors are written."""
+    return (
+        "openai" if path.startswith(("/v1/chat", "/v1/responses", "/v1/embeddings", "/v1/completions")) else "anthropic"
+    )
+
+
+def connection_options(headers: Headers) -> frozenset[bytes]:
+    """The header names that `Connection` says are for this hop only (RFC 9110, 7.6.1)."""
+    named = [value.lower() for name, value in headers if name.lower() == b"connection"]
+    return frozenset(option.strip() for value in named for option in value.split(b","))
+
+
+def request_head(call: Call, upstream: UpstreamConfig, target: UpstreamTarget, length: int) -> bytes:
+    """The head of the request that goes upstream: the client's headers, the upstream's key."""
+    query = b"?" + call.query if call.query else b""
+    lines = [
+        b"POST %b%b%b HTTP/1.1\r\nhost: %b" % (target.prefix, call.route.path.encode(), query, target.authority),
+        b"content-length: %d" % length,
+        b"accept-encoding: identity",  # usage must be readable
+    ]
+    lines += credential_line(upstream)
+    dropped = connection_options(call.headers)
+    for name, value in call.headers:
+        lower = name.lower()
+        if lower not in NOT_UPSTREAM and lower not in dropped:
+            lines.append(b"%b: %b" % (name, value))
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def credential_line(upstream: UpstreamConfig) -> list[bytes]:
+    """The header with the upstream's own key, as its format wants it."""
+    if not upstream.api_key:
+        return []
+    template = b"authorization: Bearer %b" if upstream.format == "openai" else b"x-api-key: %b"
+    return [template % upstream.api_key.encode()]
+
+
+def models_head(upstream: UpstreamConfig, target: UpstreamTarget) -> bytes:
+    """The head of the request for an upstream's list of models."""
+    lines = [
+        b"GET %b/v1/models%b HTTP/1.1" % (target.prefix, b"?limit=1000" if upstream.format == "anthropic" else b""),
+        b"host: %b" % target.authority,
+        b"accept-encoding: identity",
+        b"anthropic-version: 2023-06-01",
+        *credential_line(upstream),
+    ]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def downstream_headers(headers: Headers) -> Headers:
+    """The answer's headers as the client gets them."""
+    dropped = connection_options(headers)
+    return [
+        (name, value)
+        for name, value in headers
+        if (lower := name.lower()) not in NOT_DOWNSTREAM and lower not in dropped and not lower.startswith(RATE_LIMITS)
+    ]
+
+
+class RequestPeek(msgspec.Struct):
+    """The few fields of a request's body that the gateway looks at; wrong types elsewhere are the upstream's matter."""
+
+    model: str = ""
+    stream: bool | None = None
+    metadata: Any = None
+
+
+PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
+SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
+
+
+def read_request(call: Call) -> None:
+    """Fill in what the body says: model, stream, session. Raises BadRequest."""
+    try:
+        peek = PEEK_DECODER.decode(call.body)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    if not peek.model:
+        raise BadRequest("model: field required")
+    call.model = call.upstream_model = peek.model
+    call.stream = bool(peek.stream)
+    call.bytes_up = len(call.body)
+    call.input_estimate = len(call.body) // 4
+    call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
+
+
+def session_of(metadata: Any) -> str:
+    """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
+    user = metadata.get("user_id") if isinstance(metadata, dict) else None
+    if not isinstance(user, str):
+        return ""
+    if user.startswith("{"):
+        with contextlib.suppress(msgspec.MsgspecError):
+            session = msgspec.json.decode(user, type=dict[str, Any]).get("session_id")
+            return session[:128] if isinstance(session, str) else ""
+    found = SESSION_ID.search(user)
+    return found[1] if found else ""
+
+
+def rename_model(body: bytes, model: str) -> bytes:
+    """The body with another `model`; every other value keeps its bytes. Opt-in: only where a rename map says so."""
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return msgspec.json.encode(fields)
+
+
+class EventReader:
+    """Server-sent events out of bytes (WHATWG HTML, 9.2.6).
+
+    A chunk may end anywhere, even inside a UTF-8 character; the rest waits for the next call.
+    """
+
+    MAX_EVENT = 8 << 20  # bytes; a longer event is dropped and `overflowed` says so
+
+    __slots__ = ("_rest", "_skip_newline", "overflowed")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._skip_newline = False
+        self.overflowed = False
+
+    @property
+    def between_events(self) -> bool:
+        """Whether something of one's own could be said here without breaking an event."""
+        return not self._rest and not self._skip_newline
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return the data of each event that `chunk` completes."""
+        # Bytes, not text: str.splitlines would also split at U+2028, which is legal inside JSON strings.
+        if self._skip_newline or b"\r" in chunk:
+            chunk = self._newlines(chunk)
+        text = self._rest + chunk if self._rest else chunk
+        blocks = text.split(b"\n\n")
+        self._rest = blocks.pop()
+        if len(self._rest) > self.MAX_EVENT:
+            self._rest, self.overflowed = b":", True  # the event's own end closes this comment
+        return [data for block in blocks if (data := event_data(block))]
+
+    def _newlines(self, chunk: bytes) -> bytes:
+        """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
+        if self._skip_newline and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+            self._skip_newline = False
+        if chunk:
+            self._skip_newline = chunk.endswith(b"\r")
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def event_data(block: bytes) -> bytes:
+    """The data of one event: the values of its `data:` lines, joined by newlines."""
+    before, _, data = block.partition(b"data:")
+    if b"\n" not in data and (not before or before.endswith(b"\n")):
+        return data.removeprefix(b" ")
+    values = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(values)
+
+
+class AnthropicCacheCreation(msgspec.Struct):
+    """The split of cache writes; stands only in message_start and in non-stream answers."""
+
+    ephemeral_5m_input_tokens: int | None = None
+    ephemeral_1h_input_tokens: int | None = None
+
+
+class AnthropicUsage(msgspec.Struct):
+    """`usage` of the Messages API. None: this event does not say."""
+
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_creation_input_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    cache_creation: AnthropicCacheCreation | None = None
+
+
+class AnthropicDelta(msgspec.Struct):
+    """What a content_block_delta brings."""
+
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
+
+
+class ApiError(msgspec.Struct):
+    """`error` of either API."""
+
+    type: str | None = None
+    code: str | int | None = None
+
+
+class AnthropicMessage(msgspec.Struct):
+    """`message` of message_start, or a whole non-stream answer."""
+
+    type: str = ""
+    model: str = ""
+    usage: AnthropicUsage | None = None
+    error: ApiError | None = None
+
+
+class AnthropicEvent(msgspec.Struct):
+    """One event of a Messages stream."""
+
+    type: str = ""
+    message: AnthropicMessage | None = None
+    delta: AnthropicDelta | None = None
+    usage: AnthropicUsage | None = None
+    error: ApiError | None = None
+
+
+class OpenAIDetails(msgspec.Struct):
+    """Which of the input tokens came from a cache."""
+
+    cached_tokens: int | None = None
+
+
+class OpenAIUsage(msgspec.Struct):
+    """`usage` of chat completions and embeddings (prompt, completion) and of responses (input, output)."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: OpenAIDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: OpenAIDetails | None = None
+
+
+class ChatDelta(msgspec.Struct):
+    """What a chunk of a chat stream brings."""
+
+    content: str | None = None
+    refusal: str | None = None
+
+
+class ChatChoice(msgspec.Struct):
+    """One choice of a chat stream's chunk."""
+
+    delta: ChatDelta | None = None
+    finish_reason: str | None = None
+
+
+class OpenAIAnswer(msgspec.Struct):
+    """A non-stream answer, or the `response` of a responses event."""
+
+    model: str = ""
+    usage: OpenAIUsage | None = None
+    error: ApiError | None = None
+
+
+class ChatChunk(msgspec.Struct):
+    """One event of a chat stream."""
+
+    model: str = ""
+    choices: list[ChatChoice] = []
+    usage: OpenAIUsage | None = None
+    error: ApiError | None = None
+
+
+class ResponsesEvent(msgspec.Struct):
+    """One event of a responses stream. `delta` is text where the event is a text delta."""
+
+    type: str = ""
+    response: OpenAIAnswer | None = None
+    delta: Any = None
+    code: str | None = None
+
+
+class Meter:
+    """Reads the usage out of an answer while its bytes pass. Knows nothing of I/O.
+
+    Subclasses fill in how one format's events and bodies are read. Every event is decoded, into the few typed
+    fields above: 0.2 µs with msgspec, less than looking for words that may also stand in a user's text.
+    """
+
+    MAX_BODY = 8 << 20  # bytes of a non-stream answer that are kept for reading
+
+    event_type: type[Any] = AnthropicEvent
+    answer_type: type[Any] = AnthropicMessage
+    charged = True
+
+    def __init__(self, call: Call) -> None:
+        self._estimate = call.input_estimate
+        self._events: EventReader | None = None
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._characters = 0
+        self._seen_input = self._seen_output = False
+        self._decode = EVENT_DECODERS[self.event_type]
+        self.counts = Usage()
+        self.model = ""
+        self.error_type = ""
+        self.finished = False  # the format's terminal event came, or the whole body did
+
+    def start(self, streaming: bool) -> None:
+        """The answer begins: events, or one JSON body."""
+        self._events = EventReader() if streaming else None
+
+    @property
+    def between_events(self) -> bool:
+        """Whether a ping fits here."""
+        return self._events is not None and self._events.between_events
+
+    def feed(self, chunk: bytes) -> None:
+        """Look at bytes that pass. What cannot be read is left alone: the client gets it all the same."""
+        if self._events is None:
+            self._body_size += len(chunk)
+            if self._body_size <= self.MAX_BODY:
+                self._body.append(chunk)
+            return
+        for data in self._events.feed(chunk):
+            try:
+                self.event(self._decode(data))
+            except (msgspec.MsgspecError, UnicodeDecodeError):
+                self.unreadable(data)
+
+    def event(self, event: Any) -> None:
+        """Take in one event."""
+        raise NotImplementedError
+
+    def unreadable(self, data: bytes) -> None:
+        """An event that is no JSON of the expected shape."""
+
+    def answer(self, answer: Any) -> None:
+        """Take in a whole non-stream answer."""
+        self.model = answer.model
+        self.read_error(answer.error)
+        if answer.usage:
+            self.usage(answer.usage)
+
+    def usage(self, usage: Any) -> None:
+        """Overwrite what a usage object says; counts are cumulative, never added."""
+        raise NotImplementedError
+
+    def read_error(self, error: ApiError | None) -> None:
+        """Remember an error's type."""
+        if error:
+            self.error_type = error.type or str(error.code or "error")
+
+    def end(self) -> None:
+        """The answer is whole."""
+        if self._events is None:
+            self.finished = True
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                self.answer(ANSWER_DECODERS[self.answer_type](b"".join(self._body)))
+        self._body.clear()
+
+    def result(self, reached_upstream: bool) -> Usage:
+        """The usage to book. What the upstream did not say is estimated: bytes and characters ÷ 4."""
+        usage = self.counts
+        if not (self.charged and reached_upstream):
+            return Usage()
+        if not self._seen_input:
+            usage.input_tokens, usage.estimated = self._estimate, True
+        if not (self._seen_output and self.finished):
+            guess = self._characters // 4
+            usage.output_tokens = max(usage.output_tokens, guess)
+            usage.estimated = True
+        return usage
+
+
+class MessagesMeter(Meter):
+    """Anthropic's Messages API."""
+
+    def event(self, event: AnthropicEvent) -> None:
+        delta = event.delta
+        if event.type == "content_block_delta" and delta:
+            self._characters += len(delta.text or delta.thinking or delta.partial_json or "")
+        elif event.message:
+            self.model = event.message.model
+            if event.message.usage:
+                self.usage(event.message.usage)
+        elif event.usage:
+            self.usage(event.usage)
+            self._seen_output = True
+        elif event.type == "message_stop":
+            self.finished = True
+        self.read_error(event.error)
+
+    def answer(self, answer: AnthropicMessage) -> None:
+        super().answer(answer)
+        self._seen_output = answer.usage is not None
+
+    def usage(self, usage: AnthropicUsage) -> None:
+        counts = self.counts
+        if usage.input_tokens is not None:
+            counts.input_tokens, self._seen_input = usage.input_tokens, True
+        if usage.output_tokens is not None:
+            counts.output_tokens = usage.output_tokens
+        if usage.cache_read_input_tokens is not None:
+            counts.cache_read_tokens = usage.cache_read_input_tokens
+        split = usage.cache_creation
+        if split and split.ephemeral_1h_input_tokens is not None:
+            counts.cache_write_1h_tokens = split.ephemeral_1h_input_tokens
+            counts.cache_write_5m_tokens = split.ephemeral_5m_input_tokens or 0
+        if usage.cache_creation_input_tokens is not None:
+            rest = usage.cache_creation_input_tokens - counts.cache_write_1h_tokens
+            counts.cache_write_5m_tokens = max(0, rest)
+
+
+class CountTokensMeter(MessagesMeter):
+    """count_tokens is free of charge and never booked as spend."""
+
+    charged = False
+
+
+class OpenAIMeter(Meter):
+    """What chat completions, embeddings and responses have in common."""
+
+    answer_type = OpenAIAnswer
+
+    def usage(self, usage: OpenAIUsage) -> None:
+        whole = usage.prompt_tokens if usage.input_tokens is None else usage.input_tokens
+        output = usage.completion_tokens if usage.output_tokens is None else usage.output_tokens
+        details = usage.prompt_tokens_details or usage.input_tokens_details
+        cached = (details.cached_tokens if details else None) or 0
+        if whole is not None:  # OpenAI's input includes what was cached
+            self.counts.input_tokens, self.counts.cache_read_tokens = max(0, whole - cached), cached
+            self._seen_input = self._seen_output = True
+        if output is not None:
+            self.counts.output_tokens = output
+
+
+class ChatMeter(OpenAIMeter):
+    """Chat completions; usage comes only if the client asked for it, in an extra last chunk."""
+
+    event_type = ChatChunk
+
+    def event(self, event: ChatChunk) -> None:
+        self.model = self.model or event.model
+        self.read_error(event.error)
+        for choice in event.choices:
+            if choice.delta:
+                self._characters += len(choice.delta.content or choice.delta.refusal or "")
+            if choice.finish_reason:
+                self.finished = True  # some servers send no [DONE]
+        if event.usage:
+            self.usage(event.usage)
+
+    def unreadable(self, data: bytes) -> None:
+        if data.strip() == b"[DONE]":
+            self.finished = True
+
+
+class ResponsesMeter(OpenAIMeter):
+    """The Responses API."""
+
+    event_type = ResponsesEvent
+    TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
+
+    def event(self, event: ResponsesEvent) -> None:
+        if isinstance(event.delta, str):
+            self._characters += len(event.delta)
+        elif event.type in self.TERMINAL and event.response:
+            self.answer(event.response)
+            self.finished = True
+        elif event.type == "error":
+            self.error_type = event.code or "error"
+
+
+METERS: dict[str, type[Meter]] = {
+    "messages": MessagesMeter,
+    "count_tokens": CountTokensMeter,
+    "chat": ChatMeter,
+    "responses": ResponsesMeter,
+    "embeddings": OpenAIMeter,
+}
+EVENT_DECODERS = {t: msgspec.json.Decoder(t).decode for t in (AnthropicEvent, ChatChunk, ResponsesEvent)}
+ANSWER_DECODERS = {t: msgspec.json.Decoder(t).decode for t in (AnthropicMessage, OpenAIAnswer)}
+
+
+# --- 6. Upstreams: connections, kept alive -----------------------------------------
+
+
+class UpstreamTarget(NamedTuple):
+    """Where an upstream is, taken from its URL once."""
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes  # the Host header
+    prefix: bytes  # the URL's path, without a slash at the end
+    proxy: tuple[str, int, str] | None  # host, port, and the value of Proxy-Authorization or ""
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, url: str, proxy: str | None) -> UpstreamTarget:
+        """Parse checked URLs."""
+        parts = urllib.parse.urlsplit(url)
+        host, tls = parts.hostname or "", parts.scheme == "https"
+        via = None
+        if proxy:
+            hop = urllib.parse.urlsplit(proxy)
+            secret = f"{urllib.parse.unquote(hop.username or '')}:{urllib.parse.unquote(hop.password or '')}"
+            basic = "Basic " + base64.b64encode(secret.encode()).decode() if hop.username else ""
+            via = (hop.hostname or "", hop.port or 80, basic)
+        # A base URL may end in /v1, as OpenAI's does: the routes bring their own.
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        authority = parts.netloc.rpartition("@")[2]
+        return cls(host, parts.port or (443 if tls else 80), tls, authority.encode(), prefix.encode(), via)
+
+
+class Failure(NamedTuple):
+    """Why an attempt gave no answer, or only part of one."""
+
+    outcome: str
+    sentence: str
+
+
+UNREACHABLE = Failure("unreachable", "could not be reached")
+CONNECT_TIMEOUT = Failure("timeout", "could not be reached in time")
+FIRST_BYTE_TIMEOUT = Failure("timeout", "did not answer in time")
+IDLE_TIMEOUT = Failure("timeout", "went silent in the middle of its answer")
+CUT = Failure("upstream_cut", "closed the connection before its answer was whole")
+NOT_HTTP = Failure("upstream_cut", "sent something that is not HTTP")
+
+
+class AttemptFailed(Exception):
+    """An attempt failed; `detail` is for the log."""
+
+    def __init__(self, failure: Failure, detail: str = "") -> None:
+        super().__init__(detail or failure.sentence)
+        self.failure = failure
+
+
+class Answer(Protocol):
+    """Who listens to a connection: first a head, then bytes; the last ones say so. Or it is lost."""
+
+    def head(self, status: int, headers: Headers) -> None: ...
+    def received(self, body: bytes, last: bool) -> None: ...
+    def lost(self, failure: Failure) -> None: ...
+
+
+class Line(Protocol):
+    """A connection to an upstream, for one exchange at a time."""
+
+    used_before: bool
+    heard: bool  # whether any byte of the present answer has come
+
+    def send(self, head: bytes, body: bytes, answer: Answer) -> None: ...
+    def abort(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One kept-alive HTTP/1.1 connection. The parser is httptools (llhttp): strict, and not ours to keep.
+
+    A read is handed on as one piece, however many chunks it held; their framing is this hop's own matter.
+    """
+
+    MAX_HEAD = 256 << 10  # bytes before a head is whole, endless 1xx included
+
+    def __init__(self, release: Callable[[UpstreamConnection], None]) -> None:
+        self._release = release
+        self._pieces: list[bytes] = []
+        self.on_body = self._pieces.append  # called by the parser; no Python frame per chunk
+        self._parser = httptools.HttpResponseParser(self)
+        self._answer: Answer | None = None
+        self._headers: Headers = []
+        self._head_bytes = 0
+        self._status = 0
+        self._head_given = self._head_whole = self._complete = False
+        self._until_close = self._keep_alive = self._failed = False
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self.used_before = self.heard = False
+        self.idle_since = 0.0
+
+    # What asyncio says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        answer = self._answer
+        if answer is None:  # bytes that nobody asked for: this connection cannot be trusted
+            return self.abort()
+        self.heard = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._failed = not self._complete
+        if not self._head_whole:
+            self._head_bytes += len(data)
+            self._failed |= self._head_bytes > self.MAX_HEAD
+        self._hand_on(answer)
+
+    def _hand_on(self, answer: Answer) -> None:
+        if self._head_whole and not self._head_given:
+            self._head_given = True
+            answer.head(self._status, self._headers)
+        if self._complete and not self._failed:
+            body = b"".join(self._pieces)
+            self._finish(reusable=self._keep_alive)
+            answer.received(body, True)
+        elif self._failed:
+            self._drop(NOT_HTTP)
+        elif self._head_given:
+            pieces = self._pieces
+            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.clear()
+            answer.received(body, False)
+
+    def eof_received(self) -> bool:
+        return False  # the transport closes; connection_lost tells what that means
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        answer = self._answer
+        if answer is None:
+            return self._release(self)
+        if self._until_close and self._head_given and exc is None:
+            self._finish(reusable=False)
+            answer.received(b"", True)
+        else:
+            self._drop(CUT)
+
+    # What the parser says
+
+    def on_message_begin(self) -> None:
+        if self._complete:  # more than was asked for: the answer is good, the connection is not
+            self._keep_alive = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._head_whole:  # else a trailer: not for the client, whose framing is its own
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._head_whole:
+            return
+        self._status = self._parser.get_status_code()
+        if self._status < 200:  # interim; a 101 was never asked for and ends in on_message_complete
+            self._headers = []
+            return
+        self._head_whole = True
+        self._keep_alive = self._parser.should_keep_alive()
+        framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
+        self._until_close = not framed and self._status not in (204, 304)
+
+    def on_message_complete(self) -> None:
+        if self._head_whole:
+            self._complete = True
+        elif self._status == 101:
+            self._failed = True
+
+    # What the relay says
+
+    def send(self, head: bytes, body: bytes, answer: Answer) -> None:
+        """Start an exchange."""
+        self._answer = answer
+        self._headers = []
+        self._head_bytes = 0
+        self.heard = self._head_given = self._head_whole = self._complete = self._until_close = False
+        self.transport.writelines((head, body))
+
+    def abort(self) -> None:
+        """End the exchange and the connection at once."""
+        self._answer = None
+        self.transport.abort()
+
+    def pause(self) -> None:
+        """Read no more until `resume`: the client is slow."""
+        self.transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        self.transport.resume_reading()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used for another exchange."""
+        return not self.transport.is_closing()
+
+    def _finish(self, reusable: bool) -> None:
+        self._pieces.clear()
+        self._answer = None
+        self.used_before = True
+        if not reusable or self.transport.get_write_buffer_size():
+            self.transport.abort()
+        self._release(self)
+
+    def _drop(self, failure: Failure) -> None:
+        answer = self._answer
+        self.abort()
+        self._release(self)
+        if answer:
+            answer.lost(failure)
+
+
+class Pool:
+    """The connections to one target. Idle ones are kept, the last used first, and closed after a time."""
+
+    def __init__(self, target: UpstreamTarget, ca_file: str | None, pace: Pace, clock: Clock) -> None:
+        self.target = target
+        self._ca_file = ca_file
+        self._pace, self._clock = pace, clock
+        self._idle: deque[UpstreamConnection] = deque()
+        self._closed = False
+
+    @functools.cached_property
+    def _ssl(self) -> ssl.SSLContext | None:
+        if not self.target.tls:
+            return None
+        context = ssl.create_default_context(cafile=self._ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    async def acquire(self, connect_s: float, fresh: bool = False) -> UpstreamConnection:
+        """An idle connection, else a new one. Raises AttemptFailed."""
+        while self._idle and not fresh:
+            connection = self._idle.pop()
+            if connection.is_open:
+                return connection
+        try:
+            async with asyncio.timeout(connect_s):
+                return await self._connect()
+        except TimeoutError:
+            raise AttemptFailed(CONNECT_TIMEOUT) from None
+        except (OSError, ssl.SSLError) as error:
+            raise AttemptFailed(UNREACHABLE, str(error)) from None
+
+    async def _connect(self) -> UpstreamConnection:
+        loop, target = asyncio.get_running_loop(), self.target
+        if target.proxy:
+            return await self._tunnel(loop, target.proxy)
+        name = target.host if target.tls else None
+        _, connection = await loop.create_connection(
+            lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
+        )
+        return connection
+
+    async def _tunnel(self, loop: asyncio.AbstractEventLoop, proxy: tuple[str, int, str]) -> UpstreamConnection:
+        """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
+        host, port, credential = proxy
+        transport, opening = await loop.create_connection(ConnectReply, host, port)
+        try:
+            name = f"[{self.target.host}]" if ":" in self.target.host else self.target.host
+            authorization = f"proxy-authorization: {credential}\r\n" if credential else ""
+            at = f"{name}:{self.target.port}"
+            transport.write(f"CONNECT {at} HTTP/1.1\r\nhost: {at}\r\n{authorization}\r\n".encode())
+            await opening.done
+            connection = UpstreamConnection(self.release)
+            transport.set_protocol(connection)
+            if self._ssl:
+                secured = await loop.start_tls(transport, connection, self._ssl, server_hostname=self.target.host)
+                if secured is None:
+                    raise ConnectionError("TLS through the proxy failed")
+                transport = secured
+            connection.connection_made(transport)
+            return connection
+        except BaseException:
+            transport.abort()
+            raise
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """Take back a connection after its exchange, or let go of one that was lost."""
+        if connection.is_open and not self._closed:
+            connection.idle_since = self._clock.monotonic()
+            self._idle.append(connection)
+        elif connection in self._idle:
+            self._idle.remove(connection)
+        elif connection.is_open:
+            connection.abort()
+
+    def sweep(self) -> None:
+        """Close what has been idle for too long."""
+        oldest = self._clock.monotonic() - self._pace.upstream_idle_s
+        while self._idle and self._idle[0].idle_since < oldest:
+            self._idle.popleft().abort()
+
+    def close(self) -> None:
+        """Close idle connections now and the others after their exchange."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().abort()
+
+
+class ConnectReply(asyncio.Protocol):
+    """The few bytes of a proxy's answer to CONNECT. `done` raises ConnectionError unless it was a 2xx."""
+
+    def __init__(self) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reply = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._reply += data
+        if self.done.done():
+            return
+        if b"\r\n\r\n" in self._reply:
+            status = self._reply.split(b"\r\n", 1)[0].decode("latin-1")
+            if re.match(r"HTTP/1\.[01] 2\d\d\b", status) and self._reply.endswith(b"\r\n\r\n"):
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(ConnectionError(f"the proxy answered {status[:80]!r}"))
+        elif len(self._reply) > 65536:
+            self.done.set_exception(ConnectionError("the proxy's answer has no end"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(ConnectionError("the proxy closed the connection"))
+
+
+# --- 7. Demo: an upstream that needs no API key ------------------------------------
+
+DEMO_MODEL = "claude-demo"
+JSON_TYPE: Headers = [(b"content-type", b"application/json")]
+SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class DemoRequest(msgspec.Struct):
+    """What the demo reads of a request of either API."""
+
+    model: str
+    messages: list[dict[str, Any]]
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    stream: bool = False
+    tools: list[dict[str, Any]] = []
+    system: Any = None
+    stream_options: dict[str, Any] | None = None
+
+
+class DemoReply(NamedTuple):
+    """What the demo says, before it is put into a format."""
+
+    model: str
+    words: list[str]
+    tool: str  # the name of the tool to use, or ""
+    tool_input: dict[str, Any]
+    cut: bool  # max_tokens was reached
+    input_tokens: int
+    cache_read_tokens: int
+    output_tokens: int
+
+
+def sse(event: str, data: object) -> bytes:
+    """One server-sent event; without a name where `event` is ""."""
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + msgspec.json.encode(data) + b"\n\n"
+
+
+def last_user_text(request: DemoRequest) -> str:
+    """The last text of the last message, "" where that is no user's text (a tool's result, say)."""
+    message = request.messages[-1] if request.messages else {}
+    content = message.get("content") if message.get("role") == "user" else ""
+    if isinstance(content, str):
+        return content
+    blocks = [block for block in content or [] if isinstance(block, dict)]
+    last = blocks[-1] if blocks else {}
+    return str(last.get("text", "")) if last.get("type") == "text" else ""
+
+
+def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:
+    """The tool that the text asks for ("use the Bash tool") and a value for each of its required fields."""
+    samples = {
+        "string": "echo hello from the demo",
+        "integer": 1,
+        "number": 1.5,
+        "boolean": True,
+        "array": [],
+        "object": {},
+    }
+    for tool in request.tools:
+        inner: dict[str, Any] = tool.get("function") or tool
+        name = str(inner.get("name", ""))
+        if name and re.search(rf"\b(use|call|run)\b.{{0,40}}\b{re.escape(name)}\b", text, re.IGNORECASE):
+            schema = inner.get("input_schema") or inner.get("parameters") or {}
+            fields = schema.get("properties") or {}
+            return name, {
+                f: samples.get(str((fields.get(f) or {}).get("type")), "") for f in schema.get("required") or []
+            }
+    return "", {}
+
+
+def demo_reply(body: bytes) -> DemoReply:
+    """Decide what to say. Numbers follow from the request: bytes ÷ 4 in, a token a word out."""
+    request = msgspec.json.decode(body, type=DemoRequest)
+    text = last_user_text(request)
+    tool, tool_input = wanted_tool(request, text)
+    quote = " ".join(text.split())[:80]
+    said = f"You said: “{quote}”." if quote else "I have read the tool's result."
+    sentence = f"Hello from the demo upstream. {said} Put a real upstream into config.yaml to talk to a model."
+    words = re.findall(r"\S+\s*", f"I will use {tool}." if tool else sentence)
+    limit = request.max_tokens or request.max_completion_tokens or len(words)
+    cached = len(msgspec.json.encode([request.system, request.tools])) // 4 if b'"cache_control"' in body else 0
+    whole = max(1, len(body) // 4)
+    return DemoReply(
+        request.model,
+        words[:limit],
+        tool,
+        tool_input,
+        limit < len(words),
+        whole - cached,
+        cached,
+        min(limit, len(words)),
+    )
+
+
+def demo_messages(reply: DemoReply) -> tuple[dict[str, Any], list[bytes]]:
+    """A reply in the Messages format: whole, and as events."""
+    usage = {
+        "input_tokens": reply.input_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": reply.cache_read_tokens,
+        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+        "output_tokens": reply.output_tokens,
+    }
+    stop = {
+        "stop_reason": "max_tokens" if reply.cut else "tool_use" if reply.tool else "end_turn",
+        "stop_sequence": None,
+    }
+    message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": reply.model}
+    text = {"type": "text", "text": "".join(reply.words)}
+    tool = {"type": "tool_use", "id": "toolu_demo", "name": reply.tool, "input": reply.tool_input}
+    whole = {**message, "content": [text, tool] if reply.tool else [text], **stop, "usage": usage}
+
+    start = {
+        **message,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {**usage, "output_tokens": 1},
+    }
+    events = [
+        sse("message_start", {"type": "message_start", "message": start}),
+        sse("content_block_start", {"type": "content_block_start", "index": 0, "content_block": {**text, "text": ""}}),
+        sse("ping", {"type": "ping"}),
+    ]
+    for word in reply.words:
+        delta = {"type": "text_delta", "text": word}
+        events.append(sse("content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}))
+    events.append(sse("content_block_stop", {"type": "content_block_stop", "index": 0}))
+    if reply.tool:
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}
+        events += [
+            sse(
+                "content_block_start",
+                {"type": "content_block_start", "index": 1, "content_block": {**tool, "input": {}}},
+            ),
+            sse("content_block_delta", {"type": "content_block_delta", "index": 1, "delta": delta}),
+            sse("content_block_stop", {"type": "content_block_stop", "index": 1}),
+        ]
+    events.append(sse("message_delta", {"type": "message_delta", "delta": stop, "usage": usage}))
+    return whole, [*events, sse("message_stop", {"type": "message_stop"})]
+
+
+def demo_chat(reply: DemoReply, include_usage: bool) -> tuple[dict[str, Any], list[bytes]]:
+    """A reply in the chat completions format: whole, and as chunks."""
+    whole_input = reply.input_tokens + reply.cache_read_tokens
+    usage = {
+        "prompt_tokens": whole_input,
+        "completion_tokens": reply.output_tokens,
+        "total_tokens": whole_input + reply.output_tokens,
+        "prompt_tokens_details": {"cached_tokens": reply.cache_read_tokens},
+    }
+    finish = "length" if reply.cut else "tool_calls" if reply.tool else "stop"
+    function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
+    calls = [{"index": 0, "id": "call_demo", "type": "function", "function": function}]
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(reply.words)}
+    if reply.tool:
+        message["tool_calls"] = calls
+    top = {"id": "chatcmpl-demo", "created": 0, "model": reply.model}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    whole = {**top, "object": "chat.completion", "choices": [choice], "usage": usage}
+
+    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
+        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
+        return sse("", {**top, "object": "chat.completion.chunk", "choices": choices})
+
+    chunks = [chunk({"role": "assistant", "content": ""}), *(chunk({"content": word}) for word in reply.words)]
+    if reply.tool:
+        chunks.append(chunk({"tool_calls": calls}))
+    chunks.append(chunk({}, finish))
+    if include_usage:
+        chunks.append(sse("", {**top, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
+    return whole, [*chunks, b"data: [DONE]\n\n"]
+
+
+def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
+    """What the demo answers: status, a JSON body, and the events where a stream was asked for."""
+    try:
+        reply = demo_reply(body)
+        asked = msgspec.json.decode(body, type=DemoRequest)
+    except msgspec.MsgspecError as error:
+        problem = {"type": "invalid_request_error", "message": str(error)}
+        return 400, {"type": "error", "error": problem}, []
+    if path == "/v1/messages":
+        whole, events = demo_messages(reply)
+    elif path == "/v1/chat/completions":
+        whole, events = demo_chat(reply, bool((asked.stream_options or {}).get("include_usage")))
+    elif path == "/v1/messages/count_tokens":
+        return 200, {"input_tokens": reply.input_tokens + reply.cache_read_tokens}, []
+    else:
+        problem = {"type": "not_found_error", "message": f"the demo upstream has no {path}"}
+        return 404, {"type": "error", "error": problem}, []
+    return 200, whole, events if asked.stream else []
+
+
+class DemoLine:
+    """A connection to the built-in upstream: the same calls as a real one, answers made here."""
+
+    used_before = False
+
+    def __init__(self, word_s: float) -> None:
+        self._word_s = word_s
+        self._events: deque[bytes] = deque()
+        self._timer: asyncio.Handle | None = None
+        self._answer: Answer | None = None
+        self.heard = False
+
+    def send(self, head: bytes, body: bytes, answer: Answer) -> None:
+        """Start an exchange."""
+        path = head.split(b" ", 2)[1].partition(b"?")[0].decode()
+        status, whole, events = demo_answer(path, body)
+        self._answer, self._events = answer, deque(events)
+        self._whole = b"" if events else msgspec.json.encode(whole)
+        self._head = (status, SSE_TYPE if events else JSON_TYPE)
+        self._timer = asyncio.get_running_loop().call_soon(self._begin)
+
+    def _begin(self) -> None:
+        if self._answer:
+            self.heard = True
+            self._answer.head(*self._head)
+            if self._events:
+                self._next()
+            else:
+                self._answer.received(self._whole, True)
+
+    def _next(self) -> None:
+        if self._answer:
+            event = self._events.popleft()
+            if self._events:
+                self._timer = asyncio.get_running_loop().call_later(self._word_s, self._next)
+            self._answer.received(event, not self._events)
+
+    def abort(self) -> None:
+        """End the exchange."""
+        self._answer = None
+        self.pause()
+
+    def pause(self) -> None:
+        """Say no more until `resume`."""
+        if self._timer:
+            self._timer.cancel()
+
+    def resume(self) -> None:
+        """Go on."""
+        if self._answer and self._events:
+            self._next()
+
+
+# --- 8. Relay: one call, one upstream, bytes through -------------------------------
+
+
+class Sink(Protocol):
+    """Where an answer goes: the client's side of a call. The front door implements it."""
+
+    exchange: Exchange | None  # who is told of a slow client, and of one that went away
+
+    @property
+    def is_gone(self) -> bool: ...
+    def head(self, status: int, headers: Headers, streaming: bool) -> None: ...
+    def write(self, data: bytes, last: bool) -> None: ...
+    def cut(self) -> None: ...
+    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None: ...
+
+
+class Outcome(NamedTuple):
+    """How a call ended. `status` is what the client was sent, 0 where nothing was."""
+
+    name: str
+    status: int = 0
+    error: GatewayError | None = None  # to be told to the client, whose answer has not begun
+
+
+class Exchange:
+    """One call on its way: the bytes from the upstream's line to the client's sink, and the usage in them.
+
+    `done` is resolved with the outcome. The deadlines are looked at by `check`, called every tick: a timer per
+    event would cost more than the event.
+    """
+
+    __slots__ = (
+        "_clock",
+        "_drain_until",
+        "_pace",
+        "_relay",
+        "_sink",
+        "_streaming",
+        "_told_at",
+        "attempts",
+        "bytes_down",
+        "call",
+        "done",
+        "error_type",
+        "first_byte_at",
+        "heard_at",
+        "line",
+        "meter",
+        "paused_at",
+        "sent_at",
+        "status",
+        "upstream",
+        "upstream_request_id",
+    )
+
+    def __init__(self, call: Call, upstream: UpstreamConfig, sink: Sink, relay: Relay) -> None:
+        self.call, self.upstream = call, upstream
+        self._sink: Sink | None = sink
+        self._relay, self._clock, self._pace = relay, relay.clock.monotonic, relay.pace
+        self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.meter = METERS[call.route.kind](call)
+        self.line: Line | None = None
+        self.attempts = 0
+        self.status = 0
+        self.bytes_down = 0
+        self.error_type = ""
+        self.upstream_request_id = ""
+        self.first_byte_at: float | None = None
+        self.sent_at: float | None = None
+        self.heard_at = self._told_at = 0.0  # when the upstream last spoke, and when the client last got something
+        self.paused_at: float | None = None
+        self._drain_until: float | None = None
+        self._streaming = False
+
+    def begin(self, line: Line, head: bytes, body: bytes) -> None:
+        """Send the request on a line."""
+        self.line = line
+        self.attempts += 1
+        self.sent_at = self.heard_at = self._clock()
+        line.send(head, body, self)
+
+    # What the upstream says
+
+    def head(self, status: int, headers: Headers) -> None:
+        """The answer's head has come: nothing was said to the client before."""
+        self.status = status
+        self.first_byte_at = self.heard_at = self._told_at = self._clock()
+        self.call.body = b""  # no attempt will need it again
+        for name, value in headers:
+            lower = name.lower()
+            if lower == b"content-type":
+                self._streaming = value[:17].lower() == b"text/event-stream"
+            elif lower == b"request-id" or lower == b"x-request-id":
+                self.upstream_request_id = value.decode("latin-1")[:128]
+        self.meter.start(self._streaming)
+        if self._sink:
+            self._sink.head(status, headers, self._streaming)
+
+    def received(self, body: bytes, last: bool) -> None:
+        """Bytes of the answer; the last ones say so."""
+        self.heard_at = self._told_at = self._clock()
+        self.bytes_down += len(body)
+        if body:
+            self.meter.feed(body)
+        if last:
+            self.meter.end()
+            self._settle(body)
+        elif self._sink and body:
+            self._sink.write(body, False)
+
+    def _settle(self, body: bytes) -> None:
+        """The upstream's last bytes: is the answer whole? A cut stream must look cut."""
+        meter, sink = self.meter, self._sink
+        self.line = None
+        whole = not self._streaming or self.status != 200 or meter.finished or meter.error_type
+        if sink:
+            sink.write(body, bool(whole))
+            if not whole:
+                sink.cut()
+        if self.status >= 400:
+            name = "refused"
+        elif not whole:
+            name = "upstream_cut"
+        else:
+            name = "upstream_error" if meter.error_type else "completed"
+        self._finish(Outcome("client_gone" if sink is None else name, self.status))
+
+    def lost(self, failure: Failure) -> None:
+        """The line is lost. What the client has so far must look cut; before its head there is another chance."""
+        self.line = None
+        if self.status == 0:
+            self._fail(failure)
+        else:
+            if self._sink:
+                self._sink.cut()
+            self._finish(Outcome("client_gone" if self._sink is None else failure.outcome, self.status))
+
+    def _fail(self, failure: Failure) -> None:
+        if not self.done.done():
+            self.done.set_exception(AttemptFailed(failure))
+
+    def retry(self) -> None:
+        """Forget a failed attempt."""
+        if self.done.done() and not self.done.cancelled():
+            self.done.exception()
+        self.done = asyncio.get_running_loop().create_future()
+
+    # What the client says
+
+    def client_slow(self) -> None:
+        """The client does not read: neither do we."""
+        if self.line and self.paused_at is None:
+            self.paused_at = self._clock()
+            self.line.pause()
+
+    def client_ready(self) -> None:
+        """The client reads again."""
+        if self.paused_at is not None:
+            self.paused_at, self.heard_at = None, self._clock()
+            if self.line:
+                self.line.resume()
+
+    def client_gone(self) -> None:
+        """The client went away: end the upstream's work at once, or hear it out for the ledger."""
+        if self._sink is None:
+            return
+        self._sink.exchange = None
+        self._sink = None
+        self.client_ready()
+        if self.upstream.on_disconnect == "drain" and self.line and self._relay.may_drain():
+            self._drain_until = self._clock() + self._pace.drain_s
+        else:
+            self.end(Outcome("client_gone", self.status))
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nobody but the ledger listens any more."""
+        return self._drain_until is not None
+
+    # What the clock says
+
+    def check(self, now: float) -> None:
+        """Look at the deadlines; say ping into a silence."""
+        if self.line is None or self.done.done():
+            return
+        silence, limits = now - self.heard_at, self.upstream.timeouts
+        if self._drain_until is not None:
+            if now > self._drain_until or silence > self._pace.drain_idle_s:
+                self.end(Outcome("client_gone", self.status))
+        elif self.paused_at is not None:
+            if now - self.paused_at > limits.idle:
+                self.end(Outcome("client_gone", self.status))
+        elif self.status == 0:
+            if silence > limits.first_byte:
+                self.line.abort()
+                self.lost(FIRST_BYTE_TIMEOUT)
+        elif silence > limits.idle:
+            self.line.abort()
+            self.lost(IDLE_TIMEOUT)
+        elif now - self._told_at >= self._pace.ping_s and self._sink and self.meter.between_events:
+            self._told_at = now
+            anthropic = self.call.route.api == "anthropic"
+            self._sink.write(b'event: ping\ndata: {"type": "ping"}\n\n' if anthropic else b": ping\n\n", False)
+
+    def end(self, outcome: Outcome) -> None:
+        """Stop here: drop the upstream's line, cut the client off."""
+        if self.line:
+            self.line.abort()
+            self.line = None
+        if self._sink and self.status:
+            self._sink.cut()
+        self._finish(outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        self.paused_at = None
+        if not self.done.done():
+            self.done.set_result(outcome)
+
+    def refuse(self, error: GatewayError) -> None:
+        """Tell the client, where it is still there and its answer has not begun; else cut it off."""
+        if self._sink and self.status == 0:
+            self._sink.refuse(error, self.call.route.api, self.call.id)
+        elif self._sink:
+            self._sink.cut()
+
+    def usage(self) -> Usage:
+        """What to book."""
+        return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
+
+
+class Relay:
+    """Carries calls to upstreams. Owns the connections and the running exchanges; both survive reloads."""
+
+    def __init__(self, clock: Clock, pace: Pace) -> None:
+        self.clock, self.pace = clock, pace
+        self.running: set[Exchange] = set()
+        self._pools: dict[tuple[str, str | None, str | None], Pool] = {}
+
+    def pool(self, upstream: UpstreamConfig) -> Pool:
+        """The connections for an upstream; those with the same address share them."""
+        address = (upstream.url, upstream.ca_file, upstream.proxy)
+        pool = self._pools.get(address)
+        if pool is None:
+            target = UpstreamTarget.of(upstream.url, upstream.proxy)
+            pool = self._pools[address] = Pool(target, upstream.ca_file, self.pace, self.clock)
+        return pool
+
+    def keep_only(self, upstreams: Iterable[UpstreamConfig]) -> None:
+        """Let go of pools that no upstream of a new snapshot uses."""
+        wanted = {(u.url, u.ca_file, u.proxy) for u in upstreams}
+        for address in set(self._pools) - wanted:
+            self._pools.pop(address).close()
+
+    async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
+        """A line to an upstream. Raises AttemptFailed."""
+        if upstream.format == "demo":
+            return DemoLine(self.pace.demo_s)
+        return await self.pool(upstream).acquire(upstream.timeouts.connect, fresh)
+
+    async def run(self, exchange: Exchange) -> Outcome:
+        """Carry one call to its end. Never raises what an upstream did: the outcome says it."""
+        call, upstream = exchange.call, exchange.upstream
+        if call.upstream_model != call.model:
+            call.body = rename_model(call.body, call.upstream_model)
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        head = request_head(call, upstream, target, len(call.body))
+        self.running.add(exchange)
+        try:
+            return await self._attempt(exchange, head)
+        except AttemptFailed as failed:
+            return self._failed(exchange, failed)
+        finally:
+            self.running.discard(exchange)
+            if exchange.line:
+                exchange.line.abort()
+
+    async def _attempt(self, exchange: Exchange, head: bytes) -> Outcome:
+        for fresh in (False, True):
+            line = await self.line(exchange.upstream, fresh)
+            if exchange.done.done():  # the client went away meanwhile
+                line.abort()
+                return exchange.done.result()
+            try:
+                exchange.begin(line, head, exchange.call.body)
+                return await exchange.done
+            except AttemptFailed as failed:
+                # A kept-alive connection may have died unseen: once more, where no byte of an answer had come.
+                if fresh or line.heard or not line.used_before or failed.failure is not CUT:
+                    raise
+                exchange.retry()
+        raise AssertionError("unreachable")
+
+    def _failed(self, exchange: Exchange, failed: AttemptFailed) -> Outcome:
+        upstream, failure = exchange.upstream, failed.failure
+        log.warning("%s: upstream %s %s (%s)", exchange.call.id, upstream.name, failure.sentence, failed)
+        kind = UpstreamTimeout if failure.outcome == "timeout" else UpstreamFailed
+        return Outcome(failure.outcome, error=kind(f"The upstream {upstream.name} {failure.sentence}."))
+
+    def may_drain(self) -> bool:
+        """Whether one more answer may be read on for nobody."""
+        return sum(exchange.is_draining for exchange in self.running) < self.pace.drain_calls
+
+    def check(self) -> None:
+        """Look at every deadline."""
+        now = self.clock.monotonic()
+        for exchange in tuple(self.running):
+            exchange.check(now)
+        for pool in self._pools.values():
+            pool.sweep()
+
+    def close(self) -> None:
+        """Cut what still runs and close every connection."""
+        for exchange in tuple(self.running):
+            exchange.end(Outcome("gateway_stopped", exchange.status))
+        self.keep_only(())
+
+
+# --- 9. Gateway: owns all state, tells the story -----------------------------------
+
+
+class Collected:
+    """An answer that is wanted whole: `done` gives status and body, or raises AttemptFailed."""
+
+    MAX_BODY = 4 << 20
+
+    def __init__(self) -> None:
+        self.done: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
+        self._status = 0
+        self._body = bytearray()
+
+    def head(self, status: int, headers: Headers) -> None:
+        self._status = status
+
+    def received(self, body: bytes, last: bool) -> None:
+        self._body += body
+        if len(self._body) > self.MAX_BODY:
+            self.lost(NOT_HTTP)
+        elif last and not self.done.done():
+            self.done.set_result((self._status, bytes(self._body)))
+
+    def lost(self, failure: Failure) -> None:
+        if not self.done.done():
+            self.done.set_exception(AttemptFailed(failure))
+
+
+class ListedModel(msgspec.Struct):
+    """One model of an upstream's list; what else it says is dropped."""
+
+    id: str
+    display_name: str = ""
+    created_at: str = "1970-01-01T00:00:00Z"
+    created: int = 0
+
+
+class ModelList(msgspec.Struct):
+    """The answer to GET /v1/models, of either API."""
+
+    data: list[ListedModel]
+
+
+class Models:
+    """Which models there are: those named in the config, and those that upstreams list, cached."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._lists: dict[tuple[str, str], tuple[float, list[ListedModel]]] = {}
+
+    async def of(self, config: Config, key: Key) -> list[ListedModel]:
+        """The models that `key` may use, in the order of the upstreams."""
+        lists = await asyncio.gather(*(self._of_upstream(upstream) for upstream in config.upstreams))
+        found = {model.id: model for models in lists for model in models if key.allows_model(model.id)}
+        return list(found.values())
+
+    async def _of_upstream(self, upstream: UpstreamConfig) -> list[ListedModel]:
+        named = [ListedModel(name, name) for name in upstream.models if not re.search(r"[*?\[]", name)]
+        if len(named) == len(upstream.models):
+            return named
+        listed = [ListedModel(DEMO_MODEL, "Demo")] if upstream.format == "demo" else await self._listed(upstream)
+        return named + [model for model in listed if upstream.rename(model.id) is not None]
+
+    async def _listed(self, upstream: UpstreamConfig) -> list[ListedModel]:
+        address, now = (upstream.name, upstream.url), self._relay.clock.monotonic()
+        good_until, models = self._lists.get(address, (0.0, []))
+        if now >= good_until:
+            try:
+                async with asyncio.timeout(self._relay.pace.models_fetch_s):
+                    models, good_s = await self._fetch(upstream), self._relay.pace.models_s
+            except (TimeoutError, AttemptFailed, msgspec.MsgspecError, ValueError) as error:
+                log.warning("upstream %s does not list its models: %s", upstream.name, error or "no answer in time")
+                good_s = self._relay.pace.models_s / 10
+            self._lists[address] = (now + good_s, models)
+        return models
+
+    async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
+        line = await self._relay.line(upstream)
+        answer = Collected()
+        try:
+            line.send(models_head(upstream, UpstreamTarget.of(upstream.url, upstream.proxy)), b"", answer)
+            status, body = await answer.done
+        finally:
+            if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
+                line.abort()
+        if status != 200:
+            raise ValueError(f"status {status}")
+        return msgspec.json.decode(body, type=ModelList).data
+
+
+class Gateway:
+    """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
+
+    def __init__(
+        self, config: Config, pace: Pace = Pace(), environ: dict[str, str] | os._Environ[str] = os.environ
+    ) -> None:
+        self.config, self.pace, self.clock = config, pace, config.clock
+        self._environ = environ
+        self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock)
+        self.relay = Relay(config.clock, pace)
+        self.models = Models(self.relay)
+        self.loaded_at = config.clock.wall()
+        self.reload_failed_at: float | None = None
+        self.reload_error = ""
+        self.stopping = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # Calls
+
+    def authenticate(self, headers: Headers, peer: str) -> tuple[Key, str]:
+        """The key of a request, and the client's address. Raises what is wrong before the body is read."""
+        address = self.client_address(headers, peer)
+        key = self.config.keys.find(credentials(headers))
+        key.check(address, self.clock.wall())
+        return key, address
+
+    def client_address(self, headers: Headers, peer: str) -> str:
+        """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs."""
+        forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
+        if not forwarded or not address_in(peer, self.config.trusted):
+            return peer
+        for hop in reversed(b",".join(forwarded).decode("latin-1").split(",")):
+            peer = hop.strip() if parse_address(hop.strip()) else peer
+            if not address_in(peer, self.config.trusted):
+                break
+        return peer
+
+    def start(self, call: Call, sink: Sink) -> None:
+        """Handle a call in a task of its own."""
+        task = asyncio.get_running_loop().create_task(self.handle(call, sink))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def handle(self, call: Call, sink: Sink) -> None:
+        """The story of a call: read, route, admit, relay, book. An admitted call leaves exactly one entry."""
+        try:
+            read_request(call)
+            upstream = call.config.route(call)
+            self.admit()
+        except GatewayError as error:
+            return self.refuse(call, sink, error)
+        exchange = sink.exchange = Exchange(call, upstream, sink, self.relay)
+        if sink.is_gone:
+            exchange.client_gone()
+        outcome = Outcome("internal_error", error=GatewayError("The gateway failed; its log says how."))
+        try:
+            outcome = await self.relay.run(exchange)
+        except Exception:  # the one edge: a bug of ours, or a refusal that nobody foresaw
+            log.exception("%s: failed", call.id)
+        finally:
+            self.book(exchange, outcome)
+            if outcome.error:
+                exchange.refuse(outcome.error)
+
+    def admit(self) -> None:
+        """Refuse what could not be booked. Raises Unavailable."""
+        if self.stopping:
+            raise Unavailable("The gateway is stopping.", retry_after_s=5)
+        if not self.ledger.has_room(len(self.relay.running)):
+            raise Unavailable("The gateway cannot write its ledger and takes no more calls.", retry_after_s=30)
+
+    def refuse(self, call: Call, sink: Sink, error: GatewayError) -> None:
+        """Turn a call away before it cost anything: a line in the log, none in the ledger."""
+        log.info(
+            "%s: %s %s %s refused: %d %s", call.id, call.key, call.route.path, call.model, error.status, error.message
+        )
+        sink.refuse(error, call.route.api, call.id)
+
+    def book(self, exchange: Exchange, outcome: Outcome) -> None:
+        """Write the call's entry and its line in the log."""
+        entry = self._entry(exchange, outcome)
+        self.ledger.append(entry)
+        log.info(
+            "%s: %s %s %s %d %s in %d out %d $%.6f %.0f ms",
+            entry.request_id,
+            exchange.call.key,
+            entry.path,
+            entry.model,
+            entry.status,
+            entry.outcome,
+            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens,
+            entry.output_tokens,
+            entry.cost_usd,
+            entry.duration_ms,
+        )
+
+    def _entry(self, exchange: Exchange, outcome: Outcome) -> Entry:
+        call, usage = exchange.call, exchange.usage()
+        price = call.config.price(call.upstream_model)
+        first = exchange.first_byte_at
+        return Entry(
+            time=utc_time(self.clock.wall()),
+            request_id=call.id,
+            key=call.key.name,
+            upstream=exchange.upstream.name,
+            model=call.model[:128],
+            model_served=exchange.meter.model[:128],
+            path=call.route.path,
+            stream=call.stream,
+            status=outcome.status or (outcome.error.status if outcome.error else 0),
+            outcome=outcome.name,
+            error_type=exchange.meter.error_type or (outcome.error.type if outcome.error else ""),
+            attempts=exchange.attempts,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_write_5m_tokens=usage.cache_write_5m_tokens,
+            cache_write_1h_tokens=usage.cache_write_1h_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            estimated=usage.estimated,
+            cost_usd=price.cost_usd(usage),
+            price=price,
+            first_byte_ms=None if first is None else round((first - call.started) * 1e3, 1),
+            duration_ms=round((self.clock.monotonic() - call.started) * 1e3, 1),
+            bytes_up=call.bytes_up,
+            bytes_down=exchange.bytes_down,
+            session=call.session,
+            client=call.address,
+            user_agent=call.header(b"user-agent").partition(" ")[0][:64],
+            upstream_request_id=exchange.upstream_request_id,
+        )
+
+    # Reload, health, time, end
+
+    def reload(self) -> bool:
+        """Read config.yaml again. A bad file changes nothing: the last good snapshot stays and the error is kept."""
+        try:
+            text = read_text(self.config.path)
+            if hashlib.sha256(text.encode()).hexdigest()[:12] == self.config.digest and not self.reload_error:
+                return False
+            config = Config.parse(text, self.config.path, self.clock, self._environ)
+        except ConfigError as error:
+            if str(error) != self.reload_error:
+                log.error("config not reloaded, the last good one stays: %s", error)
+            self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
+            return False
+        self._take(config)
+        return True
+
+    def _take(self, config: Config) -> None:
+        before, self.config = self.config, config
+        self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
+        self.relay.keep_only(config.upstreams)
+        self.ledger.fsync_s = config.file.usage.fsync
+        for warning in config.warnings:
+            log.warning("config: %s", warning)
+        for name, old, new in (
+            ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
+            ("usage.directory", before.usage_directory, config.usage_directory),
+        ):
+            if old != new:
+                log.warning("config: %s changed; that takes a restart", name)
+        log.info("config %s loaded", config.digest)
+
+    def health(self) -> dict[str, Any]:
+        """What /health says: no names, no secrets."""
+        waiting, failure = self.ledger.waiting, self.ledger.failure
+        return {
+            "live": True,
+            "ready": not self.stopping and not failure,
+            "stopping": self.stopping,
+            "version": VERSION,
+            "calls": len(self.relay.running),
+            "config": {
+                "digest": self.config.digest,
+                "loaded_at": utc_time(self.loaded_at),
+                "reload_failed_at": self.reload_failed_at and utc_time(self.reload_failed_at),
+                "reload_error": self.reload_error.replace(str(self.config.path), self.config.path.name) or None,
+            },
+            "ledger": {"failure": failure or None, "waiting": waiting},
+        }
+
+    def tick(self) -> None:
+        """Look at deadlines and at the ledger; to be called often."""
+        self.relay.check()
+        self.ledger.tick()
+
+    async def drain(self, within_s: float) -> None:
+        """Let running calls finish; cut those that take too long."""
+        self.stopping = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=within_s)
+
+    async def close(self) -> None:
+        """Cut what still runs, book it, and close the ledger."""
+        self.stopping = True
+        self.relay.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=5)
+        self.ledger.close()
+
+
+class ConfigWatch(FileSystemEventHandler):
+    """Has a gateway reload when its config.yaml changes.
+
+    The directory is watched, not the file: editors, Kubernetes and `docker -v` put another inode in its place.
+    Events do not cross every mount, so `poll`, called every second, compares as well.
+    """
+
+    EVENTS = frozenset(("created", "modified", "moved", "deleted", "closed"))
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._path = gateway.config.path
+        self._loop = asyncio.get_running_loop()
+        self._pending: asyncio.TimerHandle | None = None
+        self._observer = Observer()
+        self._polls = 0
+        self._seen = self._signature()
+
+    def start(self) -> None:
+        """Begin to watch; without inotify (too few watches, say) the poll has to do."""
+        try:
+            self._observer.schedule(self, str(self._path.parent))
+            self._observer.start()
+        except OSError as error:
+            log.warning("cannot watch %s (%s): its config is looked at every second instead", self._path.parent, error)
+
+    def stop(self) -> None:
+        """End the watcher's thread."""
+        if self._observer.is_alive():
+            self._observer.stop()
+            self._observer.join(timeout=2)
+
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        # Called in the watcher's thread. The ledger may be written to the same directory all the time.
+        name = os.path.basename(os.fsdecode(event.src_path))
+        if event.event_type in self.EVENTS and not name.startswith("usage-"):
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(self._changed)
+
+    def _changed(self) -> None:
+        if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
+            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self._reload)
+
+    def _reload(self) -> None:
+        self._pending = None
+        self._seen = self._signature()
+        self._gateway.reload()
+
+    def poll(self) -> None:
+        """Compare the file's stat, and every tenth time its content, with what was loaded."""
+        self._polls += 1
+        if self._signature() != self._seen or self._polls % 10 == 0:
+            self._reload()
+
+    def _signature(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+# --- 10. HTTP: the front door, no policy -------------------------------------------
+
+
+class State(enum.Enum):
+    """What a client's connection is doing."""
+
+    IDLE = enum.auto()  # between two requests
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    ANSWERING = enum.auto()
+    FOREIGN = enum.auto()  # a request that Tornado answers
+    LEAVING = enum.auto()  # answered for good; what still comes is read and thrown away
+    GONE = enum.auto()
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client's connection: reads requests, and is the sink of their answers.
+
+    Requests of the table of routes are served here, on asyncio's own transport and httptools: Tornado's server
+    costs 100 µs a request and 20 KB a connection before the gateway has done anything. Every other request is
+    handed, socket and all, to Tornado (`Door.hand_over`).
+    """
+
+    MAX_HEAD = 64 << 10
+    MAX_LOCAL_BODY = 1 << 20
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self.exchange: Exchange | None = None
+        self._parser = httptools.HttpRequestParser(self)
+        self._state = State.IDLE
+        self._head_parts: list[bytes] = []  # the bytes of a head that is not whole
+        self._target = b""
+        self._headers: Headers = []
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._call: Call | None = None
+        self._keep_alive = True
+        self._pipelined = False  # a request came ahead of the answer before it
+        self._pending = b""  # the head of an answer, until the first bytes of its body
+        self._chunked = False
+        self._active_at = door.now()
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)
+        self._peer = ""
+
+    # What asyncio says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._peer = (transport.get_extra_info("peername") or ("",))[0]
+        self._door.connections.add(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._active_at = self._door.now()
+        if self._state in (State.IDLE, State.HEAD):
+            self._head_parts.append(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # Tornado's matter
+        except httptools.HttpParserError as error:
+            self._unreadable(error)
+        if self._state is State.FOREIGN:
+            self._door.hand_over(self, b"".join(self._head_parts))
+        elif self._state is State.HEAD and sum(map(len, self._head_parts)) > self.MAX_HEAD:
+            self._reject(HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes."))
+        elif self._pipelined and self._state is State.IDLE:
+            self._close()
+
+    def _unreadable(self, error: httptools.HttpParserError) -> None:
+        if isinstance(error, httptools.HttpParserCallbackError):
+            log.error("a bug in reading a request", exc_info=error.__context__ or error)
+        self._keep_alive = False
+        if self._state in (State.IDLE, State.HEAD, State.BODY):
+            self._reject(BadRequest(f"This request cannot be read: {error}"))
+
+    def eof_received(self) -> bool:
+        return False  # a client that has stopped sending is gone: the transport closes
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state = State.GONE
+        self._door.connections.discard(self)
+        if self.exchange:
+            self.exchange.client_gone()
+
+    def pause_writing(self) -> None:
+        if self.exchange:
+            self.exchange.client_slow()
+
+    def resume_writing(self) -> None:
+        if self.exchange:
+            self.exchange.client_ready()
+
+    # What the parser says
+
+    def on_message_begin(self) -> None:
+        # `_head_parts` of a request that follows in the same read are not known; no client sends ahead.
+        if self._state is State.IDLE and not self._pipelined:
+            self._state = State.HEAD
+            self._target, self._headers, self._body, self._body_size = b"", [], [], 0
+        else:
+            self._pipelined, self._keep_alive = True, False
+
+    def on_url(self, url: bytes) -> None:
+        if self._state is State.HEAD:
+            self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._state is State.HEAD:  # else a trailer
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._state is not State.HEAD:
+            return
+        self._keep_alive = self._parser.should_keep_alive()
+        method = self._parser.get_method()
+        path, query = normalize_target(self._target)
+        route = ROUTES.get(path) if method == b"POST" else None
+        if route is None and (method, path) not in LOCAL_ROUTES:
+            self._state = State.FOREIGN
+            return
+        self._state = State.BODY
+        self._head_parts = []
+        try:
+            self._call = self._accept(route, query) if route else None
+        except GatewayError as error:
+            self._reject(error, route.api if route else "anthropic")
+
+    def on_body(self, piece: bytes) -> None:
+        if self._state is not State.BODY:
+            return
+        self._body_size += len(piece)
+        call = self._call
+        limit = call.config.server.max_body if call else self.MAX_LOCAL_BODY
+        if self._body_size > limit:
+            self._reject(too_large(limit), call.route.api if call else "anthropic")
+        elif call:
+            self._body.append(piece)
+
+    def on_message_complete(self) -> None:
+        if self._state is State.LEAVING:
+            self.transport.close()
+        if self._state is not State.BODY:
+            return None
+        self._state = State.ANSWERING
+        call, self._call = self._call, None
+        if call is None:
+            return self._respond(200, [("content-type", "application/json")], b"{}")
+        call.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body = []
+        self._door.gateway.start(call, self)
+
+    # Steps of a request
+
+    def _accept(self, route: Route, query: bytes) -> Call:
+        """Check what the head suffices for; only then is the body wanted."""
+        gateway = self._door.gateway
+        key, address = gateway.authenticate(self._headers, self._peer)
+        gateway.admit()
+        config = gateway.config
+        for name, value in self._headers:
+            lower = name.lower()
+            if lower == b"content-encoding" and value.lower() not in (b"", b"identity"):
+                raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
+            if lower == b"content-length" and int(value) > config.server.max_body:
+                raise too_large(config.server.max_body)
+            if lower == b"expect" and value.lower() == b"100-continue" and self._parser.get_http_version() == "1.1":
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return Call(config, key, route, query, self._headers, address)
+
+    def _reject(self, error: GatewayError, api: Api = "anthropic") -> None:
+        """Refuse without reading on: answer at once, then leave."""
+        request_id = "req_" + secrets.token_hex(12)
+        log.info("%s: %s refused: %d %s", request_id, self._peer, error.status, error.message)
+        self._keep_alive = False
+        self.refuse(error, api, request_id)
+
+    def _respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+        """A whole answer of our own."""
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        if not self._keep_alive:
+            lines.append("connection: close")
+        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        unread = self._state is State.BODY
+        self.transport.write(head if self._parser.get_method() == b"HEAD" else head + body)
+        self._answered(unread)
+
+    def _answered(self, unread: bool = False) -> None:
+        """The answer is out: on to the next request, or close."""
+        self._state = State.IDLE
+        self.exchange = None
+        self._active_at = self._door.now()
+        if unread:
+            # Closing while the client still sends would reset the connection before it has read the answer.
+            self._state = State.LEAVING
+        elif not self._keep_alive or self._door.gateway.stopping:
+            self._close()
+
+    def _close(self) -> None:
+        self._state = State.LEAVING
+        self.transport.close()
+
+    # What the exchange says: the sink
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client has gone away."""
+        return self._state is State.GONE
+
+    def head(self, status: int, headers: Headers, streaming: bool) -> None:
+        """Begin an answer. Its head leaves together with the first bytes of its body."""
+        lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
+        lines += [b"%b: %b" % header for header in downstream_headers(headers)]
+        length = next((value for name, value in headers if name.lower() == b"content-length"), None)
+        bodiless = status in (204, 304)
+        self._chunked = length is None and not bodiless and self._parser.get_http_version() == "1.1"
+        if self._chunked:
+            lines.append(b"transfer-encoding: chunked")
+        elif length is not None and not bodiless:
+            lines.append(b"content-length: " + length)
+        elif not bodiless:
+            self._keep_alive = False  # HTTP/1.0: the end of the connection is the end of the body
+        if streaming:
+            lines.append(b"x-accel-buffering: no")
+        if not self._keep_alive:
+            lines.append(b"connection: close")
+        self._pending = b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def write(self, data: bytes, last: bool) -> None:
+        """Bytes of the answer, in this hop's own framing."""
+        if self._chunked:
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
+                data += b"0\r\n\r\n"
+        if self._pending:
+            data, self._pending = self._pending + data, b""
+        if data:
+            self.transport.write(data)
+        if last:
+            self._answered()
+
+    def cut(self) -> None:
+        """End the answer so that it looks cut: never with a proper end."""
+        self.exchange = None
+        if self._chunked or self._state is State.GONE:
+            return self._close()
+        # Without chunks a plain end could pass for the answer's own: reset the connection.
+        sock = self.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
+
+    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
+        """An answer that is an error of our own."""
+        if self._state is not State.GONE:
+            self._respond(error.status, error_headers(error, request_id), error_body(error, api, request_id))
+
+    # What the clock says
+
+    def check(self, now: float, pace: Pace) -> None:
+        """Close what takes too long: a head, a body, a pause between requests, a goodbye."""
+        silence = now - self._active_at
+        if self._state is State.LEAVING and silence > pace.linger_s:
+            self.transport.abort()
+        elif self._state is State.IDLE and silence > pace.keep_alive_s:
+            self._close()
+        elif silence > {State.HEAD: pace.head_s, State.BODY: pace.body_s}.get(self._state, math.inf):
+            self._reject(RequestTimeout("The request did not come in time."))
+
+    def let_go(self) -> socket.socket:
+        """Give the socket away; this object only sees its own end."""
+        self._state = State.GONE
+        self._door.connections.discard(self)
+        self.transport.pause_reading()
+        own = cast(socket.socket, self.transport.get_extra_info("socket")).dup()
+        self.transport.abort()  # closes its own descriptor only
+        return own
+
+
+def too_large(limit: int) -> TooLarge:
+    """The error for a body over the limit, in bytes."""
+    return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
+
+
+class HandedStream(tornado.iostream.IOStream):
+    """A socket of which something has been read already: that comes first."""
+
+    def __init__(self, sock: socket.socket, seen: bytes) -> None:
+        super().__init__(sock)
+        self._seen = memoryview(seen)
+
+    def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
+        if not self._seen:
+            return super().read_from_fd(buf)
+        size = min(len(buf), len(self._seen))
+        buf[:size] = self._seen[:size]
+        self._seen = self._seen[size:]
+        return size
+
+
+class Door:
+    """Where clients come in: listens, and serves each connection itself or through Tornado."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.connections: set[ClientConnection] = set()
+        self.now = gateway.clock.monotonic
+        self._server: asyncio.Server | None = None
+        self._tornado = tornado.httpserver.HTTPServer(
+            tornado_application(gateway),
+            no_keep_alive=True,  # the next request of such a client comes in through the door again
+            max_body_size=ClientConnection.MAX_LOCAL_BODY,
+            max_header_size=ClientConnection.MAX_HEAD,
+            idle_connection_timeout=gateway.pace.head_s,
+        )
+
+    async def listen(self, host: str, port: int) -> int:
+        """Start to listen; the port that was bound. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def hand_over(self, connection: ClientConnection, seen: bytes) -> None:
+        """Let Tornado serve a connection, starting with the bytes of it that were read here."""
+        address = connection.transport.get_extra_info("peername")
+        stream = HandedStream(connection.let_go(), seen)
+        self._tornado.handle_stream(stream, address)
+
+    def check(self) -> None:
+        """Look at every connection's deadline."""
+        now = self.now()
+        for connection in tuple(self.connections):
+            connection.check(now, self.gateway.pace)
+
+    def stop_listening(self) -> None:
+        """Take no new connections; those that are open go on."""
+        if self._server:
+            self._server.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self.stop_listening()
+        for connection in tuple(self.connections):
+            connection.transport.close()
+        await self._tornado.close_all_connections()
+
+
+class GatewayHandler(tornado.web.RequestHandler):
+    """What the handlers behind Tornado share: JSON, and errors in the client's format."""
+
+    def initialize(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+
+    def compute_etag(self) -> None:
+        """No etags: what is asked for here changes."""
+
+    @property
+    def path(self) -> str:
+        """The request's path as the table of routes would see it."""
+        return normalize_target((self.request.uri or "/").encode("latin-1"))[0]
+
+    def reply(self, status: int, value: object) -> None:
+        """Answer with JSON."""
+        self.set_status(status)
+        self.set_header("Content-Type", "application/json")
+        self.finish(msgspec.json.encode(value))
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        error = kwargs.get("exc_info", (None, None))[1]
+        if not isinstance(error, GatewayError):
+            known = {404: NotFound("Nothing is served here."), 405: MethodNotAllowed("Not with this method.")}
+            error = known.get(status_code, GatewayError("The gateway failed; its log says how."))
+        request_id = "req_" + secrets.token_hex(12)
+        self.set_status(error.status)
+        for name, value in error_headers(error, request_id):
+            self.set_header(name, value)
+        self.finish(error_body(error, api_of(self.path), request_id))
+
+    def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
+        if not isinstance(value, (GatewayError, tornado.web.HTTPError)):
+            log.error("%s %s failed", self.request.method, self.path, exc_info=(typ, value, tb))
+
+    def authenticate(self) -> Key:
+        """The key of this request. Raises GatewayError."""
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.request.headers.get_all()]
+        return self.gateway.authenticate(headers, self.request.remote_ip or "")[0]
+
+
+class HealthHandler(GatewayHandler):
+    """GET /health: 200 while calls are taken, 503 while they are not."""
+
+    def get(self) -> None:
+        health = self.gateway.health()
+        self.reply(200 if health["ready"] else 503, health)
+
+    head = get
+
+
+class ModelsHandler(GatewayHandler):
+    """GET /v1/models and /v1/models/ID: what the key may use, in a shape that both APIs' clients read."""
+
+    async def get(self, model_id: str = "") -> None:
+        key = self.authenticate()
+        models = [self.shape(model) for model in await self.gateway.models.of(self.gateway.config, key)]
+        if not model_id:
+            first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
+            return self.reply(
+                200, {"object": "list", "data": models, "has_more": False, "first_id": first, "last_id": last}
+            )
+        found = next((model for model in models if model["id"] == model_id), None)
+        if found is None:
+            raise NotFound(f"There is no model {model_id!r} for this key.")
+        self.reply(200, found)
+
+    head = get
+
+    @staticmethod
+    def shape(model: ListedModel) -> dict[str, Any]:
+        """One model, with the fields of Anthropic's and of OpenAI's lists."""
+        return {
+            "type": "model",
+            "object": "model",
+            "id": model.id,
+            "display_name": model.display_name or model.id,
+            "created_at": model.created_at,
+            "created": model.created,
+            "owned_by": "gateway",
+        }
+
+
+class OtherHandler(GatewayHandler):
+    """Everything else is refused; where a table knows more, with the reason."""
+
+    BELONGS_TO_THE_UPSTREAM_KEY = ("/v1/messages/batches", "/v1/files", "/v1/batches", "/v1/organizations")
+
+    def prepare(self) -> None:
+        path = self.path
+        if path.startswith(self.BELONGS_TO_THE_UPSTREAM_KEY):
+            raise NotFound(
+                "Batches and files belong to the upstream's key, not to yours: everyone would see everyone's. "
+                "This gateway does not offer them."
+            )
+        if path in ROUTES:
+            self.set_header("Allow", "POST")
+            raise MethodNotAllowed(f"{path} takes POST.")
+        raise NotFound(f"Nothing is served at {path}." if path != "/" else "This is a gateway; see /health.")
+
+
+def tornado_application(gateway: Gateway) -> tornado.web.Application:
+    """The routes that Tornado serves; the path is matched as the table of routes would see it."""
+    own = {"gateway": gateway}
+    return tornado.web.Application(
+        [
+            (r"/health/?", HealthHandler, own),
+            (r"(?:/v1)?/v1/models/?", ModelsHandler, own),
+            (r"(?:/v1)?/v1/models/(.+)", ModelsHandler, own),
+        ],
+        default_handler_class=OtherHandler,
+        default_handler_args=own,
+        log_function=lambda handler: None,
+    )
+
+
+# --- 11. Command line: serve, init, check, key, seal, usage ------------------------
+
+CONFIG_TEMPLATE = """\
+# The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
+# Every setting with its default stands in config.example.yaml.
+
+server:
+  host: ${GATEWAY_HOST:-127.0.0.1}
+  port: ${GATEWAY_PORT:-8000}
+
+upstreams:
+  - name: demo                  # built in: answers without an API key, so that you can try the whole way
+    format: demo
+  # A real upstream: remove the two lines above, take these in, save, and run `gateway.py seal`.
+  # - name: anthropic
+  #   url: https://api.anthropic.com
+  #   api_key: sk-ant-...       # sealed afterwards: enc:...; or ${ANTHROPIC_API_KEY}
+
+keys:
+  - name: me
+    key: %s
+"""
+
+EXPORTS = """\
+  export ANTHROPIC_BASE_URL=%s
+  export ANTHROPIC_AUTH_TOKEN=%s
+"""
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message says why and what would help."""
+
+
+def write_new(path: Path, text: str, mode: int) -> None:
+    """Create a file that is not there yet. Raises CommandError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
+            file.write(text)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
+def init_config(path: Path) -> str:
+    """Write config.yaml, the sealing secret and one key; the key, which is shown only now."""
+    if path.exists() or path.is_symlink():
+        raise CommandError(f"{path} is there already; nothing was changed")
+    if not os.environ.get("GATEWAY_SECRET"):
+        secret = Path(os.environ.get("GATEWAY_SECRET_FILE") or path.parent / "gateway.secret")
+        if not secret.exists():
+            write_new(secret, Vault.new_secret() + "\n", 0o600)
+    key = new_key()
+    write_new(path, CONFIG_TEMPLATE % seal_key(key), 0o640)
+    return key
+
+
+def base_url(config: Config, port: int) -> str:
+    """Where a client on this host finds the gateway."""
+    host = config.server.host
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
+def greeting(config: Config, port: int, key: str) -> str:
+    """What the terminal shows once the gateway listens."""
+    url = base_url(config, port)
+    lines = [f"claude-gateway {VERSION} listens on {url} ({config.path})", ""]
+    lines += ["Point Claude Code at it:", "", EXPORTS % (url, key or "sk-proxy-...")]
+    if key:
+        lines.append(
+            f"This key is shown once; {config.path.name} keeps only its hash. Another: gateway.py key add NAME"
+        )
+    else:
+        lines.append("Make a key: gateway.py key add NAME")
+    if all(upstream.format == "demo" for upstream in config.upstreams):
+        lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {config.path},")
+        lines.append("save (it is live within a second), and run: gateway.py seal")
+    return "\n".join(lines)
+
+
+class Server:
+    """The running process: gateway, door, watcher, signals."""
+
+    def __init__(self, config: Config, pace: Pace = Pace()) -> None:
+        self.gateway = Gateway(config, pace)
+        self.door = Door(self.gateway)
+        self._watch = ConfigWatch(self.gateway)
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+
+    async def start(self) -> int:
+        """Bind, open the ledger, watch; the port. Raises CommandError."""
+        server = self.gateway.config.server
+        try:
+            port = await self.door.listen(server.host, server.port)
+        except OSError as error:
+            raise CommandError(
+                f"cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}; "
+                "set server.port, or GATEWAY_PORT where the config reads it"
+            ) from None
+        try:
+            self.gateway.ledger.check()
+        except OSError as error:
+            raise CommandError(
+                f"cannot write the ledger in {self.gateway.ledger.directory}: {error.strerror}"
+            ) from None
+        self._watch.start()
+        return port
+
+    def signalled(self, number: int) -> None:
+        """SIGHUP reloads; SIGTERM and SIGINT stop, a second one at once."""
+        if number == signal.SIGHUP:
+            self.gateway.reload()
+        elif self._stop.is_set():
+            self._stop_now.set()
+        else:
+            self._stop.set()
+
+    async def run(self) -> None:
+        """Serve until a signal; then let running calls finish, and close."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self.signalled, number)
+        ticker = loop.create_task(self._tick())
+        await self._stop.wait()
+        drain_s = self.gateway.config.server.drain
+        log.info(
+            "stopping: %d calls may run for %.0f s; a second signal ends them", len(self.gateway.relay.running), drain_s
+        )
+        self.door.stop_listening()
+        waits = [loop.create_task(self.gateway.drain(drain_s)), loop.create_task(self._stop_now.wait())]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        await self.close()
+        for task in (ticker, *waits):
+            task.cancel()
+
+    async def _tick(self) -> None:
+        pace, polled_at = self.gateway.pace, 0.0
+        while True:
+            await asyncio.sleep(pace.tick_s)
+            self.gateway.tick()
+            self.door.check()
+            if self.door.now() - polled_at >= pace.poll_s:
+                polled_at = self.door.now()
+                self._watch.poll()
+                self.gateway.ledger.reopen_if_moved()
+
+    async def close(self) -> None:
+        """Book what still runs and let go of everything."""
+        self._watch.stop()
+        await self.gateway.close()
+        await self.door.close()
+        log.info("stopped")
+
+
+async def serve(config: Config, key: str) -> None:
+    """Run the gateway until it is told to stop."""
+    server = Server(config)
+    port = await server.start()
+    print(greeting(config, port, key), flush=True)
+    for warning in config.warnings:
+        log.warning("config: %s", warning)
+    await server.run()
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's loop where it is installed, else asyncio's."""
+    try:
+        import uvloop  # optional: requirements.txt has it for Linux and macOS
+    except ImportError:
+        return asyncio.new_event_loop()
+    return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
+
+
+def command_serve(options: argparse.Namespace) -> None:
+    """Run the gateway; where there is no config yet, make one first."""
+    path: Path = options.config
+    key = "" if path.exists() or path.is_symlink() else init_config(path)
+    config = Config.load(path)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(serve(config, key))
+
+
+def command_init(options: argparse.Namespace) -> None:
+    """Write config.yaml, the sealing secret and one key."""
+    key = init_config(options.config)
+    print(f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n")
+    print("It is shown once. Start the gateway with: gateway.py serve")
+
+
+def limits_text(limits: Sequence[Limit]) -> str:
+    """Limits as the config writes them."""
+    texts = [f"{x.unit}{'/' if x.window else ''}{x.window} {x.amount:,.10g}" for x in limits]
+    return ", ".join(texts) or "none"
+
+
+def command_check(options: argparse.Namespace) -> None:
+    """Validate config.yaml and print what it means."""
+    config = Config.load(options.config)
+    server = config.server
+    print(f"{config.path} is good (digest {config.digest})\n")
+    print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes")
+    print(f"ledger in {config.usage_directory}\n\nupstreams, the first that serves a model is asked:")
+    for upstream in config.upstreams:
+        models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
+        sealed = "" if upstream.api_key or upstream.format == "demo" else ", no API key"
+        print(f"  {upstream.name}: {upstream.format} {upstream.url}, models {models}{sealed}")
+    print("\nkeys:")
+    print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
+    if config.warnings:
+        print("\nwarnings:")
+        for warning in config.warnings:
+            print(f"  {warning}")
+
+
+def key_state(key: Key, now: float) -> str:
+    """In a word, whether a key works."""
+    return "disabled" if not key.enabled else "expired" if now >= key.expires_at else "enabled"
+
+
+def key_table(config: Config) -> str:
+    """The keys, one line each."""
+    lines = []
+    for key in config.keys:
+        expires = (
+            "" if math.isinf(key.expires_at) else f", expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC"
+        )
+        from_ = f", from {', '.join(map(str, key.networks))}" if key.networks else ""
+        state = key_state(key, config.clock.wall())
+        lines.append(
+            f"  {key}: {state}{expires}{from_}, models {', '.join(key.models)}, limits {limits_text(key.limits)}"
+        )
+    return "\n".join(lines)
+
+
+def yaml_scalar(text: str) -> str:
+    """Text as a YAML scalar, quoted where it must be."""
+    return text if re.fullmatch(r"[A-Za-z][\w.@-]*", text) and yaml.safe_load(text) == text else json.dumps(text)
+
+
+def key_index(editor: ConfigEditor, name: str) -> int:
+    """Where a key stands in the file. Raises CommandError."""
+    node = editor.document.find("keys")
+    for i in range(len(node.value) if isinstance(node, yaml.SequenceNode) else 0):
+        found = editor.document.find("keys", i, "name")
+        if isinstance(found, yaml.ScalarNode) and found.value == name:
+            return i
+    raise CommandError(f"there is no key named {name!r}; gateway.py key list shows them")
+
+
+def command_key_add(options: argparse.Namespace) -> None:
+    """Make a key, show it once, keep its hash."""
+    editor, key = ConfigEditor(options.config), new_key()
+    fields = {"name": yaml_scalar(options.name), "key": seal_key(key)}
+    if options.limit:
+        limits = dict(limit.partition("=")[::2] for limit in options.limit)
+        fields["limits"] = "{" + ", ".join(f"{name}: {amount or '?'}" for name, amount in limits.items()) + "}"
+    if options.model:
+        fields["models"] = "[" + ", ".join(json.dumps(model) for model in options.model) + "]"
+    if options.expires:
+        fields["expires"] = options.expires
+    editor.append_key(fields)
+    config = editor.save()
+    print(f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n")
+    print(EXPORTS % (base_url(config, config.server.port), key), end="")
+
+
+def command_key_list(options: argparse.Namespace) -> None:
+    """Show the keys."""
+    print(key_table(Config.load(options.config)) or "  none: gateway.py key add NAME makes one")
+
+
+def command_key_rotate(options: argparse.Namespace) -> None:
+    """Give a key's holder a new key; the old one ends now."""
+    editor, key = ConfigEditor(options.config), new_key()
+    editor.set_scalar(seal_key(key), "keys", key_index(editor, options.name), "key")
+    editor.save()
+    print(f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}")
+
+
+def command_key_revoke(options: argparse.Namespace) -> None:
+    """Disable a key; its name stays for the ledger."""
+    editor = ConfigEditor(options.config)
+    editor.set_field(("keys", key_index(editor, options.name)), "enabled", "false")
+    editor.save()
+    print(f"{options.name}'s key is refused within a second. `enabled: true` in {editor.path.name} brings it back.")
+
+
+def command_seal(options: argparse.Namespace) -> None:
+    """Seal every plain secret in config.yaml."""
+    editor = ConfigEditor(options.config)
+    vault = Vault.open(editor.path.parent)
+    config = Config.load(editor.path)  # a bad file is told before anything is changed
+    done = []
+    for section, field, count in (
+        ("upstreams", "api_key", len(config.upstreams)),
+        ("keys", "key", len(config.file.keys)),
+    ):
+        for i in range(count):
+            node = editor.document.find(section, i, field)
+            sealed = sealed_value(node, field, vault, options.rotate)
+            if sealed:
+                editor.set_scalar(sealed, section, i, field)
+                done.append(f"{section}[{i}].{field}")
+    if done:
+        editor.save()
+    print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
+
+
+def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
+    """What a secret's scalar is to be replaced with, None where it may stay."""
+    if not isinstance(node, yaml.ScalarNode) or not node.value or node.value.startswith(("sha256:", "${")):
+        return None
+    if node.value.startswith(Vault.PREFIX):
+        return vault.rotate(node.value) if rotate else None
+    return seal_key(node.value) if field == "key" else vault.seal(node.value)
+
+
+def command_usage(options: argparse.Namespace) -> None:
+    """Sum up the ledger."""
+    config = Config.load(options.config)
+    files = LedgerFiles(config.usage_directory)
+    by = options.by.split(",")
+    unknown = set(by) - {"key", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"}
+    if unknown:
+        raise CommandError(
+            f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
+        )
+    totals = summarize(files.entries(options.since, options.until), by, config.timezone)
+    if options.json:
+        print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
+    elif options.csv:
+        write_csv(totals, by, sys.stdout)
+    else:
+        print(usage_table(totals, by) if totals else f"No calls in {config.usage_directory} yet.")
+    if files.unreadable:
+        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
+
+
+USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
+
+
+def write_csv(totals: Sequence[Total], by: Sequence[str], file: IO[str]) -> None:
+    """Totals as CSV. A cell that a spreadsheet would take for a formula is escaped (names come from users)."""
+    writer = csv.writer(file)
+    writer.writerow([*by, *USAGE_COLUMNS, "cost_usd", "cache_hit_rate"])
+    for total in totals:
+        names = [
+            "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in total.group.values()
+        ]
+        rate = "" if total.cache_hit_rate is None else total.cache_hit_rate
+        writer.writerow([*names, *(getattr(total, name) for name in USAGE_COLUMNS), f"{total.cost_usd:.6f}", rate])
+
+
+def usage_table(totals: Sequence[Total], by: Sequence[str]) -> str:
+    """Totals for a terminal, with a sum below."""
+    rows = [[*by, "calls", "failed", "input", "cache write", "cache read", "output", "USD", "cache hits"]]
+    whole = Total(dict.fromkeys(by, "") | {by[0]: "all"})
+    for name in (*USAGE_COLUMNS, "cost_usd"):
+        setattr(whole, name, sum(getattr(total, name) for total in totals))
+    all_input = whole.input_tokens + whole.cache_write_tokens + whole.cache_read_tokens
+    whole.cache_hit_rate = whole.cache_read_tokens / all_input if all_input else None
+    for total in (*totals, whole):
+        rate = "-" if total.cache_hit_rate is None else f"{total.cache_hit_rate:.0%}"
+        numbers = [f"{getattr(total, name):,}" for name in USAGE_COLUMNS]
+        rows.append([*total.group.values(), *numbers, f"{total.cost_usd:,.4f}", rate])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < len(by) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="PATH",
+        help="default: GATEWAY_CONFIG, else config.yaml",
+    )
+    common.add_argument(
+        "--log-level", default=argparse.SUPPRESS, choices=["debug", "info", "warning", "error"], help="default: info"
+    )
+    parser = argparse.ArgumentParser(
+        prog="gateway.py",
+        parents=[common],
+        description="A self-hosted gateway for Claude Code. Without a command it serves.",
+    )
+    parser.add_argument("--version", action="version", version=f"claude-gateway {VERSION}")
+    parser.set_defaults(run=command_serve)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def add(to: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = to.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__)
+        made.set_defaults(run=run)
+        return made
+
+    add(commands, "serve", command_serve)
+    add(commands, "init", command_init)
+    add(commands, "check", command_check)
+    key_parser = commands.add_parser("key", help="Add, list, rotate and revoke keys.")
+    keys = key_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_key = add(keys, "add", command_key_add)
+    add_key.add_argument(
+        "--limit", action="append", metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20; may be repeated"
+    )
+    add_key.add_argument("--model", action="append", metavar="GLOB", help='such as "claude-*"; may be repeated')
+    add_key.add_argument("--expires", metavar="DATE", help="the last day on which it works, such as 2027-01-31")
+    add(keys, "list", command_key_list)
+    for made in (add_key, add(keys, "rotate", command_key_rotate), add(keys, "revoke", command_key_revoke)):
+        made.add_argument("name", metavar="NAME")
+    seal = add(commands, "seal", command_seal)
+    seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
+    usage = add(commands, "usage", command_usage)
+    usage.add_argument(
+        "--by",
+        default="day,key,model",
+        help="groups, of key, model, day, month, upstream, session, … (default: %(default)s)",
+    )
+    usage.add_argument("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)")
+    usage.add_argument("--until", default="9", metavar="TIME", help="first time no longer counted")
+    shape = usage.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true")
+    shape.add_argument("--csv", action="store_true")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit code."""
+    options = arguments().parse_args(argv)
+    options.config = Path(
+        getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"
+    ).absolute()
+    level = getattr(options, "log_level", "info").upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("watchdog").setLevel(logging.WARNING)
+    try:
+        options.run(options)
+    except (ConfigError, CommandError, SealError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        sys.stderr.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
