@@ -918,7 +918,7 @@ class Config:
     ) -> None:
         self.path, self.clock = document.path, clock
         self.file = decode_config(document, environ)
-        self.digest = hashlib.sha256(document.text.encode()).hexdigest()[:12]
+        self.digest = config_digest(document.text)
         self.warnings: list[str] = []
         builder = ConfigBuilder(document, self.file, vault)
         self.server = self.file.server
@@ -963,6 +963,11 @@ class Config:
         raise PolicyBlocked(f"No upstream of this gateway serves the model {call.model!r}.")
 
 
+def config_digest(text: str) -> str:
+    """What tells one text of a config from another."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def read_text(path: Path) -> str:
     """The text of a config file. Raises ConfigError with what to do."""
     try:
@@ -979,6 +984,8 @@ def read_text(path: Path) -> str:
 
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals."""
+
+    _limits_warning = "limits are read and checked, but this version does not enforce them yet"
 
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
@@ -1066,6 +1073,8 @@ class ConfigBuilder:
                 raise self._document.problem(("keys", i, "key"), "the same key stands here twice")
             digests.add(digest)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
+            if limits and self._limits_warning not in self.warnings:
+                self.warnings.append(self._limits_warning)
             networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
             yield Key(
                 entry.name,
@@ -1499,7 +1508,8 @@ def normalize_target(target: bytes) -> tuple[str, bytes]:
     """
     raw, _, query = target.partition(b"?")
     if not raw.startswith(b"/"):
-        raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2]  # absolute form: the host decides nothing
+        # Absolute form: the host decides nothing. Else `*` or an authority, which nothing here answers to.
+        raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2] if b"://" in raw else b"/*"
     path = urllib.parse.unquote(raw.decode("latin-1"))
     parts: list[str] = []
     for part in path.split("/"):
@@ -1580,6 +1590,7 @@ class RequestPeek(msgspec.Struct):
     metadata: Any = None
 
 
+MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
 
@@ -1594,6 +1605,8 @@ def read_request(call: Call) -> None:
         raise BadRequest(f"The request body is not JSON: {error}") from None
     if not peek.model:
         raise BadRequest("model: field required")
+    if len(peek.model) > MAX_NAME or not peek.model.isprintable():
+        raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
     call.model = call.upstream_model = peek.model
     call.stream = bool(peek.stream)
     call.bytes_up = len(call.body)
@@ -2984,6 +2997,7 @@ class Gateway:
         self.reload_failed_at: float | None = None
         self.reload_error = ""
         self.stopping = False
+        self._reloading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
@@ -3074,8 +3088,8 @@ class Gateway:
             request_id=call.id,
             key=call.key.name,
             upstream=exchange.upstream.name,
-            model=call.model[:128],
-            model_served=exchange.meter.model[:128],
+            model=call.model,
+            model_served=exchange.meter.model[:MAX_NAME],
             path=call.route.path,
             stream=call.stream,
             status=outcome.status or (outcome.error.status if outcome.error else 0),
@@ -3102,20 +3116,29 @@ class Gateway:
 
     # Reload, health, time, end
 
-    def reload(self) -> bool:
+    async def reload(self) -> bool:
         """Read config.yaml again. A bad file changes nothing: the last good snapshot stays and the error is kept."""
-        try:
-            text = read_text(self.config.path)
-            if hashlib.sha256(text.encode()).hexdigest()[:12] == self.config.digest and not self.reload_error:
+        async with self._reloading:
+            try:
+                # In a thread: ten thousand keys take two seconds, and streams go on meanwhile.
+                config = await asyncio.to_thread(self._read_config)
+            except ConfigError as error:
+                if str(error) != self.reload_error:
+                    log.error("config not reloaded, the last good one stays: %s", error)
+                self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
                 return False
-            config = Config.parse(text, self.config.path, self.clock, self._environ)
-        except ConfigError as error:
-            if str(error) != self.reload_error:
-                log.error("config not reloaded, the last good one stays: %s", error)
-            self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
-            return False
-        self._take(config)
-        return True
+            if config is None:
+                self.reload_error, self.reload_failed_at = "", None
+                return False
+            self._take(config)
+            return True
+
+    def _read_config(self) -> Config | None:
+        """A new snapshot, None where the file says what the present one does. Raises ConfigError."""
+        text = read_text(self.config.path)
+        if config_digest(text) == self.config.digest:
+            return None
+        return Config.parse(text, self.config.path, self.clock, self._environ)
 
     def _take(self, config: Config) -> None:
         before, self.config = self.config, config
@@ -3184,6 +3207,7 @@ class ConfigWatch(FileSystemEventHandler):
         self._path = gateway.config.path
         self._loop = asyncio.get_running_loop()
         self._pending: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[bool] | None = None  # asyncio keeps no reference of its own
         self._observer = Observer()
         self._polls = 0
         self._seen = self._signature()
@@ -3211,18 +3235,19 @@ class ConfigWatch(FileSystemEventHandler):
 
     def _changed(self) -> None:
         if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
-            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self._reload)
+            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.reload)
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Have the config read now."""
         self._pending = None
         self._seen = self._signature()
-        self._gateway.reload()
+        self._task = self._loop.create_task(self._gateway.reload())
 
     def poll(self) -> None:
         """Compare the file's stat, and every tenth time its content, with what was loaded."""
         self._polls += 1
         if self._signature() != self._seen or self._polls % 10 == 0:
-            self._reload()
+            self.reload()
 
     def _signature(self) -> tuple[int, ...]:
         try:
@@ -3547,6 +3572,7 @@ class Door:
             max_body_size=ClientConnection.MAX_LOCAL_BODY,
             max_header_size=ClientConnection.MAX_HEAD,
             idle_connection_timeout=gateway.pace.head_s,
+            body_timeout=gateway.pace.body_s,
         )
 
     async def listen(self, host: str, port: int) -> int:
@@ -3811,7 +3837,7 @@ class Server:
     def signalled(self, number: int) -> None:
         """SIGHUP reloads; SIGTERM and SIGINT stop, a second one at once."""
         if number == signal.SIGHUP:
-            self.gateway.reload()
+            self._watch.reload()
         elif self._stop.is_set():
             self._stop_now.set()
         else:
