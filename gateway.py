@@ -415,6 +415,27 @@ class Vault:
         return self.seal(self.unseal(value))
 
 
+def matches(pattern: str, model: str) -> bool:
+    """Glob match of a model name (`*`, `?`, `[…]`; case counts)."""
+    return pattern == "*" or fnmatch.fnmatchcase(model, pattern)
+
+
+@functools.lru_cache(maxsize=4096)
+def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An IP address, IPv4 in IPv6 unwrapped; None where it is none."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def address_in(text: str, networks: Iterable[Network]) -> bool:
+    """Whether the address lies in one of the networks."""
+    address = parse_address(text)
+    return address is not None and any(address in network for network in networks)
+
+
 class Key(msgspec.Struct, frozen=True):
     """One user's key as the snapshot holds it. `expires_at` is in seconds since 1970."""
 
@@ -443,27 +464,6 @@ class Key(msgspec.Struct, frozen=True):
             raise KeyRefused(f"The key {self} expired at {when}. Ask whoever runs this gateway for a new one.")
         if self.networks and not address_in(address, self.networks):
             raise KeyForbidden(f"The key {self} may not be used from {address}.")
-
-
-def matches(pattern: str, model: str) -> bool:
-    """Glob match of a model name (`*`, `?`, `[…]`; case counts)."""
-    return pattern == "*" or fnmatch.fnmatchcase(model, pattern)
-
-
-@functools.lru_cache(maxsize=4096)
-def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """An IP address, IPv4 in IPv6 unwrapped; None where it is none."""
-    try:
-        address = ipaddress.ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
-
-
-def address_in(text: str, networks: Iterable[Network]) -> bool:
-    """Whether the address lies in one of the networks."""
-    address = parse_address(text)
-    return address is not None and any(address in network for network in networks)
 
 
 class KeyRing:
@@ -773,6 +773,11 @@ CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
 }
 
 
+def join(at: str, name: str | int) -> str:
+    """`keys[0]` and `name` make `keys[0].name`."""
+    return f"{at}.{name}" if at else str(name)
+
+
 class Document:
     """The text of a config.yaml with its YAML nodes: values to read, places to name and to edit."""
 
@@ -866,9 +871,18 @@ class Document:
         return ConfigError(f"{self.path}:{self.locate(steps)}: {at}: {problem}")
 
 
-def join(at: str, name: str | int) -> str:
-    """`keys[0]` and `name` make `keys[0].name`."""
-    return f"{at}.{name}" if at else str(name)
+def unknown_setting(steps: Sequence[str | int]) -> str:
+    """Say that a setting is unknown, what it may have meant, and which there are."""
+    kind: Any = ConfigFile
+    for step in steps[:-1]:
+        if isinstance(step, str) and kind:
+            fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+            inner = fields.get(step)
+            args = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type)]
+            kind = next((a for a in args if issubclass(a, msgspec.Struct)), None)
+    names = [field.name for field in msgspec.structs.fields(kind)] if kind else []
+    close = difflib.get_close_matches(str(steps[-1]), names, 1)
+    return f"unknown setting{f', did you mean {close[0]}?' if close else ''} (there are: {', '.join(names)})"
 
 
 def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]) -> ConfigFile:
@@ -896,90 +910,18 @@ def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]
         raise document.problem(steps, message) from None
 
 
-def unknown_setting(steps: Sequence[str | int]) -> str:
-    """Say that a setting is unknown, what it may have meant, and which there are."""
-    kind: Any = ConfigFile
-    for step in steps[:-1]:
-        if isinstance(step, str) and kind:
-            fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-            inner = fields.get(step)
-            args = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type)]
-            kind = next((a for a in args if issubclass(a, msgspec.Struct)), None)
-    names = [field.name for field in msgspec.structs.fields(kind)] if kind else []
-    close = difflib.get_close_matches(str(steps[-1]), names, 1)
-    return f"unknown setting{f', did you mean {close[0]}?' if close else ''} (there are: {', '.join(names)})"
-
-
-class Config:
-    """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
-
-    def __init__(
-        self, document: Document, vault: Vault, clock: Clock, environ: dict[str, str] | os._Environ[str]
-    ) -> None:
-        self.path, self.clock = document.path, clock
-        self.file = decode_config(document, environ)
-        self.digest = config_digest(document.text)
-        self.warnings: list[str] = []
-        builder = ConfigBuilder(document, self.file, vault)
-        self.server = self.file.server
-        self.timezone = builder.timezone()
-        self.trusted = builder.networks(("server", "trusted_proxies"), self.server.trusted_proxies)
-        self.upstreams = builder.upstreams()
-        self.keys = KeyRing(builder.keys(self.timezone))
-        self.warnings = builder.warnings
-        self.usage_directory = self.path.parent / self.file.usage.directory
-        self.price = functools.lru_cache(maxsize=1024)(self._price)
-
-    @classmethod
-    def load(
-        cls, path: Path, clock: Clock = Clock(), environ: dict[str, str] | os._Environ[str] = os.environ
-    ) -> Config:
-        """Read a file. Raises ConfigError."""
-        return cls.parse(read_text(path), path, clock, environ)
-
-    @classmethod
-    def parse(cls, text: str, path: Path, clock: Clock, environ: dict[str, str] | os._Environ[str]) -> Config:
-        """Make a snapshot of `text`, with relative paths seen from `path`. Raises ConfigError."""
-        try:
-            return cls(Document(text, path), Vault.open(path.parent, environ), clock, environ)
-        except SealError as error:
-            raise ConfigError(f"{path}: {error}") from None
-
-    def _price(self, model: str) -> Price:
-        return next(price for pattern, price in self.file.prices if matches(pattern, model))
-
-    def route(self, call: Call) -> UpstreamConfig:
-        """The first upstream in the file's order that speaks the call's format and serves its model."""
-        if not call.key.allows_model(call.model):
-            raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
-        spoken = [upstream for upstream in self.upstreams if upstream.serves(call.route)]
-        for upstream in spoken:
-            name = upstream.rename(call.model)
-            if name is not None:
-                call.upstream_model = name
-                return upstream
-        if not spoken:
-            raise NotFound(f"No upstream of this gateway answers {call.route.path}.")
-        raise PolicyBlocked(f"No upstream of this gateway serves the model {call.model!r}.")
-
-
 def config_digest(text: str) -> str:
     """What tells one text of a config from another."""
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_text(path: Path) -> str:
-    """The text of a config file. Raises ConfigError with what to do."""
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `gateway.py init` makes one") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a file (a bind mount of a missing file makes one)") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+def expires_at(instant: Instant | None, timezone: zoneinfo.ZoneInfo) -> float:
+    """When a key ends, in seconds since 1970: at a moment, or with the end of a day in the server's zone."""
+    if instant is None:
+        return math.inf
+    if instant.date is None:
+        return float(instant)
+    return dt.datetime.combine(instant.date + dt.timedelta(days=1), dt.time(), timezone).timestamp()
 
 
 class ConfigBuilder:
@@ -1105,13 +1047,115 @@ class ConfigBuilder:
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
 
-def expires_at(instant: Instant | None, timezone: zoneinfo.ZoneInfo) -> float:
-    """When a key ends, in seconds since 1970: at a moment, or with the end of a day in the server's zone."""
-    if instant is None:
-        return math.inf
-    if instant.date is None:
-        return float(instant)
-    return dt.datetime.combine(instant.date + dt.timedelta(days=1), dt.time(), timezone).timestamp()
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises ConfigError with what to do."""
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `gateway.py init` makes one") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder, not a file (a bind mount of a missing file makes one)") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class Config:
+    """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
+
+    def __init__(
+        self, document: Document, vault: Vault, clock: Clock, environ: dict[str, str] | os._Environ[str]
+    ) -> None:
+        self.path, self.clock = document.path, clock
+        self.file = decode_config(document, environ)
+        self.digest = config_digest(document.text)
+        self.warnings: list[str] = []
+        builder = ConfigBuilder(document, self.file, vault)
+        self.server = self.file.server
+        self.timezone = builder.timezone()
+        self.trusted = builder.networks(("server", "trusted_proxies"), self.server.trusted_proxies)
+        self.upstreams = builder.upstreams()
+        self.keys = KeyRing(builder.keys(self.timezone))
+        self.warnings = builder.warnings
+        self.usage_directory = self.path.parent / self.file.usage.directory
+        self.price = functools.lru_cache(maxsize=1024)(self._price)
+
+    @classmethod
+    def load(
+        cls, path: Path, clock: Clock = Clock(), environ: dict[str, str] | os._Environ[str] = os.environ
+    ) -> Config:
+        """Read a file. Raises ConfigError."""
+        return cls.parse(read_text(path), path, clock, environ)
+
+    @classmethod
+    def parse(cls, text: str, path: Path, clock: Clock, environ: dict[str, str] | os._Environ[str]) -> Config:
+        """Make a snapshot of `text`, with relative paths seen from `path`. Raises ConfigError."""
+        try:
+            return cls(Document(text, path), Vault.open(path.parent, environ), clock, environ)
+        except SealError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def _price(self, model: str) -> Price:
+        return next(price for pattern, price in self.file.prices if matches(pattern, model))
+
+    def route(self, call: Call) -> UpstreamConfig:
+        """The first upstream in the file's order that speaks the call's format and serves its model."""
+        if not call.key.allows_model(call.model):
+            raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
+        spoken = [upstream for upstream in self.upstreams if upstream.serves(call.route)]
+        for upstream in spoken:
+            name = upstream.rename(call.model)
+            if name is not None:
+                call.upstream_model = name
+                return upstream
+        if not spoken:
+            raise NotFound(f"No upstream of this gateway answers {call.route.path}.")
+        raise PolicyBlocked(f"No upstream of this gateway serves the model {call.model!r}.")
+
+
+def block_item(fields: dict[str, str], column: int) -> str:
+    """A list item in block style."""
+    lines = [f"{name}: {value}" for name, value in fields.items()]
+    return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
+
+
+def write_in_place(path: Path, data: bytes) -> None:
+    """Overwrite a file without changing its inode, and see it on the disk."""
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` in a file's place at once, with its mode and owner.
+
+    A bind-mounted file cannot be replaced (EBUSY): it is written in place, with a copy beside it until that is done.
+    """
+    before = path.stat()
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: cannot write here: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(handle, stat.S_IMODE(before.st_mode))
+            with contextlib.suppress(PermissionError):
+                os.fchown(handle, before.st_uid, before.st_gid)
+            os.fsync(handle)
+        os.replace(name, path)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
+        backup = path.with_name(path.name + ".bak")
+        shutil.copy2(path, backup)
+        write_in_place(path, data)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 class ConfigEditor:
@@ -1181,50 +1225,6 @@ class ConfigEditor:
         return config
 
 
-def block_item(fields: dict[str, str], column: int) -> str:
-    """A list item in block style."""
-    lines = [f"{name}: {value}" for name, value in fields.items()]
-    return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in a file's place at once, with its mode and owner.
-
-    A bind-mounted file cannot be replaced (EBUSY): it is written in place, with a copy beside it until that is done.
-    """
-    before = path.stat()
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise ConfigError(f"{path.parent}: cannot write here: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(handle, stat.S_IMODE(before.st_mode))
-            with contextlib.suppress(PermissionError):
-                os.fchown(handle, before.st_uid, before.st_gid)
-            os.fsync(handle)
-        os.replace(name, path)
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
-        backup = path.with_name(path.name + ".bak")
-        shutil.copy2(path, backup)
-        write_in_place(path, data)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def write_in_place(path: Path, data: bytes) -> None:
-    """Overwrite a file without changing its inode, and see it on the disk."""
-    with open(path, "r+b") as file:
-        file.write(data)
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
-
-
 # --- 4. Ledger: what was spent, line by line ---------------------------------------
 
 
@@ -1268,6 +1268,27 @@ def utc_time(seconds: float) -> str:
     """`2026-01-31T12:34:56.789Z`."""
     whole, milliseconds = divmod(round(seconds * 1000), 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+
+
+def set_torn_line_aside(fd: int, path: Path) -> None:
+    """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
+    size = os.fstat(fd).st_size
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return
+    tail_size = min(size, 1 << 16)
+    tail = os.pread(fd, tail_size, size - tail_size)
+    torn = tail[tail.rfind(b"\n") + 1 :]
+    with open(path.with_suffix(".torn"), "ab") as aside:
+        aside.write(torn + b"\n")
+    os.ftruncate(fd, size - len(torn))
+    log.warning("ledger: a torn last line of %s was set aside in %s", path.name, path.with_suffix(".torn").name)
+
+
+def sync_and_close(fd: int) -> None:
+    """Let go of a month that is over."""
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
 
 
 class Ledger:
@@ -1384,27 +1405,6 @@ class Ledger:
         except OSError as error:
             self._dirty = True
             log.error("ledger: fsync in %s: %s", self.directory, error.strerror)
-
-
-def sync_and_close(fd: int) -> None:
-    """Let go of a month that is over."""
-    with contextlib.suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)
-
-
-def set_torn_line_aside(fd: int, path: Path) -> None:
-    """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
-    size = os.fstat(fd).st_size
-    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
-        return
-    tail_size = min(size, 1 << 16)
-    tail = os.pread(fd, tail_size, size - tail_size)
-    torn = tail[tail.rfind(b"\n") + 1 :]
-    with open(path.with_suffix(".torn"), "ab") as aside:
-        aside.write(torn + b"\n")
-    os.ftruncate(fd, size - len(torn))
-    log.warning("ledger: a torn last line of %s was set aside in %s", path.name, path.with_suffix(".torn").name)
 
 
 class LedgerFiles:
@@ -1535,6 +1535,14 @@ def connection_options(headers: Headers) -> frozenset[bytes]:
     return frozenset(option.strip() for value in named for option in value.split(b","))
 
 
+def credential_line(upstream: UpstreamConfig) -> list[bytes]:
+    """The header with the upstream's own key, as its format wants it."""
+    if not upstream.api_key:
+        return []
+    template = b"authorization: Bearer %b" if upstream.format == "openai" else b"x-api-key: %b"
+    return [template % upstream.api_key.encode()]
+
+
 def request_head(call: Call, upstream: UpstreamConfig, target: UpstreamTarget, length: int) -> bytes:
     """The head of the request that goes upstream: the client's headers, the upstream's key."""
     query = b"?" + call.query if call.query else b""
@@ -1550,14 +1558,6 @@ def request_head(call: Call, upstream: UpstreamConfig, target: UpstreamTarget, l
         if lower not in NOT_UPSTREAM and lower not in dropped:
             lines.append(b"%b: %b" % (name, value))
     return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
-def credential_line(upstream: UpstreamConfig) -> list[bytes]:
-    """The header with the upstream's own key, as its format wants it."""
-    if not upstream.api_key:
-        return []
-    template = b"authorization: Bearer %b" if upstream.format == "openai" else b"x-api-key: %b"
-    return [template % upstream.api_key.encode()]
 
 
 def models_head(upstream: UpstreamConfig, target: UpstreamTarget) -> bytes:
@@ -1595,6 +1595,19 @@ PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
 
 
+def session_of(metadata: Any) -> str:
+    """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
+    user = metadata.get("user_id") if isinstance(metadata, dict) else None
+    if not isinstance(user, str):
+        return ""
+    if user.startswith("{"):
+        with contextlib.suppress(msgspec.MsgspecError):
+            session = msgspec.json.decode(user, type=dict[str, Any]).get("session_id")
+            return session[:128] if isinstance(session, str) else ""
+    found = SESSION_ID.search(user)
+    return found[1] if found else ""
+
+
 def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest."""
     try:
@@ -1614,24 +1627,20 @@ def read_request(call: Call) -> None:
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
-def session_of(metadata: Any) -> str:
-    """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
-    user = metadata.get("user_id") if isinstance(metadata, dict) else None
-    if not isinstance(user, str):
-        return ""
-    if user.startswith("{"):
-        with contextlib.suppress(msgspec.MsgspecError):
-            session = msgspec.json.decode(user, type=dict[str, Any]).get("session_id")
-            return session[:128] if isinstance(session, str) else ""
-    found = SESSION_ID.search(user)
-    return found[1] if found else ""
-
-
 def rename_model(body: bytes, model: str) -> bytes:
     """The body with another `model`; every other value keeps its bytes. Opt-in: only where a rename map says so."""
     fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
+
+
+def event_data(block: bytes) -> bytes:
+    """The data of one event: the values of its `data:` lines, joined by newlines."""
+    before, _, data = block.partition(b"data:")
+    if b"\n" not in data and (not before or before.endswith(b"\n")):
+        return data.removeprefix(b" ")
+    values = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(values)
 
 
 class EventReader:
@@ -1674,15 +1683,6 @@ class EventReader:
         if chunk:
             self._skip_newline = chunk.endswith(b"\r")
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-
-def event_data(block: bytes) -> bytes:
-    """The data of one event: the values of its `data:` lines, joined by newlines."""
-    before, _, data = block.partition(b"data:")
-    if b"\n" not in data and (not before or before.endswith(b"\n")):
-        return data.removeprefix(b" ")
-    values = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
-    return b"\n".join(values)
 
 
 class AnthropicCacheCreation(msgspec.Struct):
@@ -1802,8 +1802,8 @@ class Meter:
 
     MAX_BODY = 8 << 20  # bytes of a non-stream answer that are kept for reading
 
-    event_type: type[Any] = AnthropicEvent
-    answer_type: type[Any] = AnthropicMessage
+    decode_event: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicEvent).decode
+    decode_answer: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicMessage).decode
     charged = True
 
     def __init__(self, call: Call) -> None:
@@ -1813,7 +1813,6 @@ class Meter:
         self._body_size = 0
         self._characters = 0
         self._seen_input = self._seen_output = False
-        self._decode = EVENT_DECODERS[self.event_type]
         self.counts = Usage()
         self.model = ""
         self.error_type = ""
@@ -1837,7 +1836,7 @@ class Meter:
             return
         for data in self._events.feed(chunk):
             try:
-                self.event(self._decode(data))
+                self.event(self.decode_event(data))
             except (msgspec.MsgspecError, UnicodeDecodeError):
                 self.unreadable(data)
 
@@ -1869,7 +1868,7 @@ class Meter:
         if self._events is None:
             self.finished = True
             with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                self.answer(ANSWER_DECODERS[self.answer_type](b"".join(self._body)))
+                self.answer(self.decode_answer(b"".join(self._body)))
         self._body.clear()
 
     def result(self, reached_upstream: bool) -> Usage:
@@ -1934,7 +1933,7 @@ class CountTokensMeter(MessagesMeter):
 class OpenAIMeter(Meter):
     """What chat completions, embeddings and responses have in common."""
 
-    answer_type = OpenAIAnswer
+    decode_answer = msgspec.json.Decoder(OpenAIAnswer).decode
 
     def usage(self, usage: OpenAIUsage) -> None:
         whole = usage.prompt_tokens if usage.input_tokens is None else usage.input_tokens
@@ -1951,7 +1950,7 @@ class OpenAIMeter(Meter):
 class ChatMeter(OpenAIMeter):
     """Chat completions; usage comes only if the client asked for it, in an extra last chunk."""
 
-    event_type = ChatChunk
+    decode_event = msgspec.json.Decoder(ChatChunk).decode
 
     def event(self, event: ChatChunk) -> None:
         self.model = self.model or event.model
@@ -1972,7 +1971,7 @@ class ChatMeter(OpenAIMeter):
 class ResponsesMeter(OpenAIMeter):
     """The Responses API."""
 
-    event_type = ResponsesEvent
+    decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
 
     def event(self, event: ResponsesEvent) -> None:
@@ -1992,8 +1991,6 @@ METERS: dict[str, type[Meter]] = {
     "responses": ResponsesMeter,
     "embeddings": OpenAIMeter,
 }
-EVENT_DECODERS = {t: msgspec.json.Decoder(t).decode for t in (AnthropicEvent, ChatChunk, ResponsesEvent)}
-ANSWER_DECODERS = {t: msgspec.json.Decoder(t).decode for t in (AnthropicMessage, OpenAIAnswer)}
 
 
 # --- 6. Upstreams: connections, kept alive -----------------------------------------
@@ -2213,6 +2210,31 @@ class UpstreamConnection(asyncio.Protocol):
             answer.lost(failure)
 
 
+class ConnectReply(asyncio.Protocol):
+    """The few bytes of a proxy's answer to CONNECT. `done` raises ConnectionError unless it was a 2xx."""
+
+    def __init__(self) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reply = b""
+
+    def data_received(self, data: bytes) -> None:
+        self._reply += data
+        if self.done.done():
+            return
+        if b"\r\n\r\n" in self._reply:
+            status = self._reply.split(b"\r\n", 1)[0].decode("latin-1")
+            if re.match(r"HTTP/1\.[01] 2\d\d\b", status) and self._reply.endswith(b"\r\n\r\n"):
+                self.done.set_result(None)
+            else:
+                self.done.set_exception(ConnectionError(f"the proxy answered {status[:80]!r}"))
+        elif len(self._reply) > 65536:
+            self.done.set_exception(ConnectionError("the proxy's answer has no end"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(ConnectionError("the proxy closed the connection"))
+
+
 class Pool:
     """The connections to one target. Idle ones are kept, the last used first, and closed after a time."""
 
@@ -2299,31 +2321,6 @@ class Pool:
         self._closed = True
         while self._idle:
             self._idle.pop().abort()
-
-
-class ConnectReply(asyncio.Protocol):
-    """The few bytes of a proxy's answer to CONNECT. `done` raises ConnectionError unless it was a 2xx."""
-
-    def __init__(self) -> None:
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reply = b""
-
-    def data_received(self, data: bytes) -> None:
-        self._reply += data
-        if self.done.done():
-            return
-        if b"\r\n\r\n" in self._reply:
-            status = self._reply.split(b"\r\n", 1)[0].decode("latin-1")
-            if re.match(r"HTTP/1\.[01] 2\d\d\b", status) and self._reply.endswith(b"\r\n\r\n"):
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(ConnectionError(f"the proxy answered {status[:80]!r}"))
-        elif len(self._reply) > 65536:
-            self.done.set_exception(ConnectionError("the proxy's answer has no end"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(ConnectionError("the proxy closed the connection"))
 
 
 # --- 7. Demo: an upstream that needs no API key ------------------------------------
@@ -3272,6 +3269,11 @@ class State(enum.Enum):
     GONE = enum.auto()
 
 
+def too_large(limit: int) -> TooLarge:
+    """The error for a body over the limit, in bytes."""
+    return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: reads requests, and is the sink of their answers.
 
@@ -3537,11 +3539,6 @@ class ClientConnection(asyncio.Protocol):
         return own
 
 
-def too_large(limit: int) -> TooLarge:
-    """The error for a body over the limit, in bytes."""
-    return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
-
-
 class HandedStream(tornado.iostream.IOStream):
     """A socket of which something has been read already: that comes first."""
 
@@ -3556,54 +3553,6 @@ class HandedStream(tornado.iostream.IOStream):
         buf[:size] = self._seen[:size]
         self._seen = self._seen[size:]
         return size
-
-
-class Door:
-    """Where clients come in: listens, and serves each connection itself or through Tornado."""
-
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.connections: set[ClientConnection] = set()
-        self.now = gateway.clock.monotonic
-        self._server: asyncio.Server | None = None
-        self._tornado = tornado.httpserver.HTTPServer(
-            tornado_application(gateway),
-            no_keep_alive=True,  # the next request of such a client comes in through the door again
-            max_body_size=ClientConnection.MAX_LOCAL_BODY,
-            max_header_size=ClientConnection.MAX_HEAD,
-            idle_connection_timeout=gateway.pace.head_s,
-            body_timeout=gateway.pace.body_s,
-        )
-
-    async def listen(self, host: str, port: int) -> int:
-        """Start to listen; the port that was bound. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
-        return int(self._server.sockets[0].getsockname()[1])
-
-    def hand_over(self, connection: ClientConnection, seen: bytes) -> None:
-        """Let Tornado serve a connection, starting with the bytes of it that were read here."""
-        address = connection.transport.get_extra_info("peername")
-        stream = HandedStream(connection.let_go(), seen)
-        self._tornado.handle_stream(stream, address)
-
-    def check(self) -> None:
-        """Look at every connection's deadline."""
-        now = self.now()
-        for connection in tuple(self.connections):
-            connection.check(now, self.gateway.pace)
-
-    def stop_listening(self) -> None:
-        """Take no new connections; those that are open go on."""
-        if self._server:
-            self._server.close()
-
-    async def close(self) -> None:
-        """Close every connection."""
-        self.stop_listening()
-        for connection in tuple(self.connections):
-            connection.transport.close()
-        await self._tornado.close_all_connections()
 
 
 class GatewayHandler(tornado.web.RequestHandler):
@@ -3723,6 +3672,54 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
         default_handler_args=own,
         log_function=lambda handler: None,
     )
+
+
+class Door:
+    """Where clients come in: listens, and serves each connection itself or through Tornado."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.connections: set[ClientConnection] = set()
+        self.now = gateway.clock.monotonic
+        self._server: asyncio.Server | None = None
+        self._tornado = tornado.httpserver.HTTPServer(
+            tornado_application(gateway),
+            no_keep_alive=True,  # the next request of such a client comes in through the door again
+            max_body_size=ClientConnection.MAX_LOCAL_BODY,
+            max_header_size=ClientConnection.MAX_HEAD,
+            idle_connection_timeout=gateway.pace.head_s,
+            body_timeout=gateway.pace.body_s,
+        )
+
+    async def listen(self, host: str, port: int) -> int:
+        """Start to listen; the port that was bound. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def hand_over(self, connection: ClientConnection, seen: bytes) -> None:
+        """Let Tornado serve a connection, starting with the bytes of it that were read here."""
+        address = connection.transport.get_extra_info("peername")
+        stream = HandedStream(connection.let_go(), seen)
+        self._tornado.handle_stream(stream, address)
+
+    def check(self) -> None:
+        """Look at every connection's deadline."""
+        now = self.now()
+        for connection in tuple(self.connections):
+            connection.check(now, self.gateway.pace)
+
+    def stop_listening(self) -> None:
+        """Take no new connections; those that are open go on."""
+        if self._server:
+            self._server.close()
+
+    async def close(self) -> None:
+        """Close every connection."""
+        self.stop_listening()
+        for connection in tuple(self.connections):
+            connection.transport.close()
+        await self._tornado.close_all_connections()
 
 
 # --- 11. Command line: serve, init, check, key, seal, usage ------------------------
@@ -3921,25 +3918,6 @@ def limits_text(limits: Sequence[Limit]) -> str:
     return ", ".join(texts) or "none"
 
 
-def command_check(options: argparse.Namespace) -> None:
-    """Validate config.yaml and print what it means."""
-    config = Config.load(options.config)
-    server = config.server
-    print(f"{config.path} is good (digest {config.digest})\n")
-    print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes")
-    print(f"ledger in {config.usage_directory}\n\nupstreams, the first that serves a model is asked:")
-    for upstream in config.upstreams:
-        models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
-        sealed = "" if upstream.api_key or upstream.format == "demo" else ", no API key"
-        print(f"  {upstream.name}: {upstream.format} {upstream.url}, models {models}{sealed}")
-    print("\nkeys:")
-    print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
-    if config.warnings:
-        print("\nwarnings:")
-        for warning in config.warnings:
-            print(f"  {warning}")
-
-
 def key_state(key: Key, now: float) -> str:
     """In a word, whether a key works."""
     return "disabled" if not key.enabled else "expired" if now >= key.expires_at else "enabled"
@@ -3958,6 +3936,25 @@ def key_table(config: Config) -> str:
             f"  {key}: {state}{expires}{from_}, models {', '.join(key.models)}, limits {limits_text(key.limits)}"
         )
     return "\n".join(lines)
+
+
+def command_check(options: argparse.Namespace) -> None:
+    """Validate config.yaml and print what it means."""
+    config = Config.load(options.config)
+    server = config.server
+    print(f"{config.path} is good (digest {config.digest})\n")
+    print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes")
+    print(f"ledger in {config.usage_directory}\n\nupstreams, the first that serves a model is asked:")
+    for upstream in config.upstreams:
+        models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
+        sealed = "" if upstream.api_key or upstream.format == "demo" else ", no API key"
+        print(f"  {upstream.name}: {upstream.format} {upstream.url}, models {models}{sealed}")
+    print("\nkeys:")
+    print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
+    if config.warnings:
+        print("\nwarnings:")
+        for warning in config.warnings:
+            print(f"  {warning}")
 
 
 def yaml_scalar(text: str) -> str:
@@ -4013,6 +4010,15 @@ def command_key_revoke(options: argparse.Namespace) -> None:
     print(f"{options.name}'s key is refused within a second. `enabled: true` in {editor.path.name} brings it back.")
 
 
+def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
+    """What a secret's scalar is to be replaced with, None where it may stay."""
+    if not isinstance(node, yaml.ScalarNode) or not node.value or node.value.startswith(("sha256:", "${")):
+        return None
+    if node.value.startswith(Vault.PREFIX):
+        return vault.rotate(node.value) if rotate else None
+    return seal_key(node.value) if field == "key" else vault.seal(node.value)
+
+
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
     editor = ConfigEditor(options.config)
@@ -4032,36 +4038,6 @@ def command_seal(options: argparse.Namespace) -> None:
     if done:
         editor.save()
     print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
-
-
-def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
-    """What a secret's scalar is to be replaced with, None where it may stay."""
-    if not isinstance(node, yaml.ScalarNode) or not node.value or node.value.startswith(("sha256:", "${")):
-        return None
-    if node.value.startswith(Vault.PREFIX):
-        return vault.rotate(node.value) if rotate else None
-    return seal_key(node.value) if field == "key" else vault.seal(node.value)
-
-
-def command_usage(options: argparse.Namespace) -> None:
-    """Sum up the ledger."""
-    config = Config.load(options.config)
-    files = LedgerFiles(config.usage_directory)
-    by = options.by.split(",")
-    unknown = set(by) - {"key", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"}
-    if unknown:
-        raise CommandError(
-            f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
-        )
-    totals = summarize(files.entries(options.since, options.until), by, config.timezone)
-    if options.json:
-        print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
-    elif options.csv:
-        write_csv(totals, by, sys.stdout)
-    else:
-        print(usage_table(totals, by) if totals else f"No calls in {config.usage_directory} yet.")
-    if files.unreadable:
-        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
 
 
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
@@ -4099,6 +4075,27 @@ def usage_table(totals: Sequence[Total], by: Sequence[str]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def command_usage(options: argparse.Namespace) -> None:
+    """Sum up the ledger."""
+    config = Config.load(options.config)
+    files = LedgerFiles(config.usage_directory)
+    by = options.by.split(",")
+    unknown = set(by) - {"key", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"}
+    if unknown:
+        raise CommandError(
+            f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
+        )
+    totals = summarize(files.entries(options.since, options.until), by, config.timezone)
+    if options.json:
+        print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
+    elif options.csv:
+        write_csv(totals, by, sys.stdout)
+    else:
+        print(usage_table(totals, by) if totals else f"No calls in {config.usage_directory} yet.")
+    if files.unreadable:
+        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
 
 
 def arguments() -> argparse.ArgumentParser:
