@@ -903,6 +903,8 @@ def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]
         steps = [int(s) if isinstance(s, str) and s.isdigit() else s for s in steps]
         if isinstance(error.__cause__, Misplaced):
             steps.append(error.__cause__.key)
+        if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
+            message += ": YAML reads it so; put it in quotes"
         unknown = re.match(r"Object contains unknown field `(.*)`", message)
         if unknown:
             steps.append(unknown[1])
@@ -2110,20 +2112,21 @@ class UpstreamConnection(asyncio.Protocol):
         self._hand_on(answer)
 
     def _hand_on(self, answer: Answer) -> None:
+        """Tell what one read brought: a head, a piece of the body, an end; what was good before a fault as well."""
         if self._head_whole and not self._head_given:
             self._head_given = True
             answer.head(self._status, self._headers)
-        if self._complete and not self._failed:
-            body = b"".join(self._pieces)
-            self._finish(reusable=self._keep_alive)
+        pieces = self._pieces
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        pieces.clear()
+        if self._complete:
+            self._finish(self._keep_alive)
             answer.received(body, True)
-        elif self._failed:
-            self._drop(NOT_HTTP)
-        elif self._head_given:
-            pieces = self._pieces
-            body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            pieces.clear()
+            return
+        if self._head_given:
             answer.received(body, False)
+        if self._failed:
+            self._drop(NOT_HTTP)
 
     def eof_received(self) -> bool:
         return False  # the transport closes; connection_lost tells what that means
@@ -2133,7 +2136,7 @@ class UpstreamConnection(asyncio.Protocol):
         if answer is None:
             return self._release(self)
         if self._until_close and self._head_given and exc is None:
-            self._finish(reusable=False)
+            self._finish(False)
             answer.received(b"", True)
         else:
             self._drop(CUT)
@@ -2195,7 +2198,6 @@ class UpstreamConnection(asyncio.Protocol):
         return not self.transport.is_closing()
 
     def _finish(self, reusable: bool) -> None:
-        self._pieces.clear()
         self._answer = None
         self.used_before = True
         if not reusable or self.transport.get_write_buffer_size():

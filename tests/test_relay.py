@@ -1,0 +1,754 @@
+"""The relay: bytes through, ends that look like ends, deadlines, and one entry for each call (sections 8 and 9)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+from client import request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, config_text, until
+from upstream import HELLO as HELLO_SCRIPT
+from upstream import (
+    ConnectProxy,
+    ScriptedUpstream,
+    body,
+    chat_chunk,
+    chat_done,
+    chat_usage,
+    close,
+    end,
+    error_event,
+    garbage,
+    head,
+    hello_json,
+    json_body,
+    message_delta,
+    message_start,
+    message_stop,
+    raw,
+    reset_peer,
+    slicer,
+    stall,
+    text,
+    wait_for,
+)
+
+import gateway as g
+
+SSE = "text/event-stream"
+
+
+def ledger_line(entry: dict, *names: str) -> dict:
+    """The named fields of an entry."""
+    return {name: entry[name] for name in names}
+
+
+# --- bytes as they came ---------------------------------------------------------------
+
+
+async def test_a_stream_passes_byte_for_byte_and_is_booked(gateway, upstream):
+    """
+    Invariants 1 and 4: the client gets the very bytes, the upstream got the very body, and one entry tells the rest.
+    """
+    upstream.script = HELLO_SCRIPT
+    sent = b'{"model": "claude-test",\n "stream" : true, "unknown": {"z": 1.50}, "messages": []}'
+
+    reply = await gateway.post("/v1/messages?beta=true", sent, user_agent="claude-cli/2.1.329 (external, cli)")
+
+    assert reply.texts == ["Hello", " world"] and not reply.was_cut
+    assert upstream.requests[0].body == sent
+    assert reply.headers["x-accel-buffering"] == "no"
+    (entry,) = gateway.entries()
+    assert entry == {
+        "time": "2026-09-21T14:13:20.000Z",
+        "request_id": entry["request_id"],
+        "key": "alice",
+        "upstream": "main",
+        "model": "claude-test",
+        "model_served": entry["model_served"],
+        "path": "/v1/messages",
+        "stream": True,
+        "status": 200,
+        "outcome": "completed",
+        "error_type": "",
+        "attempts": 1,
+        "input_tokens": 12,
+        "output_tokens": 5,
+        "cache_write_5m_tokens": 0,
+        "cache_write_1h_tokens": 0,
+        "cache_read_tokens": 0,
+        "estimated": False,
+        "cost_usd": 0.00037,
+        "price": {"input": 10.0, "output": 50.0, "cache_write_5m": 12.5, "cache_write_1h": 20.0, "cache_read": 1.0},
+        "first_byte_ms": 0.0,
+        "duration_ms": 0.0,
+        "bytes_up": len(sent),
+        "bytes_down": len(reply.body),
+        "session": "",
+        "client": "127.0.0.1",
+        "user_agent": "claude-cli/2.1.329",
+        "upstream_request_id": entry["upstream_request_id"],
+    }
+
+
+async def test_a_stream_cut_into_single_bytes_is_the_same_stream(gateway, upstream):
+    """
+    However the upstream's bytes are cut up, the client gets the same ones and the usage is read.
+    """
+    upstream.script = HELLO_SCRIPT
+    whole = await gateway.post("/v1/messages", HELLO_STREAM)
+    upstream.script = [slicer(step, 1) for step in HELLO_SCRIPT]
+
+    sliced = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert sliced.body == whole.body
+    assert [entry["output_tokens"] for entry in gateway.entries()] == [5, 5]
+
+
+async def test_streaming_is_decided_from_the_answer(gateway, upstream):
+    """
+    A JSON answer to a stream request passes as JSON, and a stream that nobody asked for as a stream.
+    """
+    upstream.scripts = [hello_json(), HELLO_SCRIPT]
+
+    asked = await gateway.post("/v1/messages", HELLO_STREAM)
+    unasked = await gateway.post("/v1/messages", HELLO)
+
+    assert "x-accel-buffering" not in asked.headers and asked.json["type"] == "message"
+    assert unasked.texts == ["Hello", " world"]
+    assert [entry["outcome"] for entry in gateway.entries()] == ["completed", "completed"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 429, 500, 503, 529])
+async def test_an_upstreams_refusal_goes_back_unchanged(gateway, upstream, status):
+    """
+    The client's self-repair matches on the upstream's wording: status and body are the upstream's, and cost nothing.
+    """
+    said = {"type": "error", "error": {"type": "some_error", "message": "exactly  this"}, "request_id": "req_1"}
+    upstream.script = json_body(said, status=status)
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert (reply.status, reply.json) == (status, said)
+    assert ledger_line(gateway.entries()[0], "status", "outcome", "error_type", "cost_usd", "input_tokens") == {
+        "status": status,
+        "outcome": "refused",
+        "error_type": "some_error",
+        "cost_usd": 0.0,
+        "input_tokens": 0,
+    }
+
+
+async def test_a_redirect_is_not_followed(gateway, upstream):
+    """
+    Invariant 9: the upstream's key goes to the configured address only.
+    """
+    other = ScriptedUpstream()
+    await other.start()
+    upstream.script = json_body({}, status=307, location=f"{other.url}/v1/messages")
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.status == 307 and other.requests == []
+    await other.close()
+
+
+async def test_cache_tokens_and_their_lifetimes_are_booked_apart(gateway, upstream):
+    """
+    Cache reads are not billed as input, and both lifetimes of writes have their price.
+    """
+    upstream.script = [
+        head(200, SSE),
+        message_start(input_tokens=100, cache_read=1000, cache_5m=10, cache_1h=20, model="claude-opus-4-8"),
+        text("Hi"),
+        message_delta(output_tokens=50),
+        message_stop(),
+        end(),
+    ]
+
+    await gateway.post("/v1/messages", HELLO_STREAM | {"model": "claude-opus-4-8"})
+
+    names = ("input_tokens", "cache_read_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "output_tokens")
+    assert ledger_line(gateway.entries()[0], *names, "cost_usd", "model_served") == {
+        "input_tokens": 100,
+        "cache_read_tokens": 1000,
+        "cache_write_5m_tokens": 10,
+        "cache_write_1h_tokens": 20,
+        "output_tokens": 50,
+        "cost_usd": (100 * 5 + 1000 * 0.5 + 10 * 6.25 + 20 * 10 + 50 * 25) / 1e6,
+        "model_served": "claude-opus-4-8",
+    }
+
+
+async def test_count_tokens_is_free(gateway, upstream):
+    """
+    count_tokens is answered by the upstream and never booked as spend.
+    """
+    upstream.script = json_body({"input_tokens": 4321})
+
+    reply = await gateway.post("/v1/messages/count_tokens?beta=true", HELLO)
+
+    assert reply.json == {"input_tokens": 4321}
+    assert ledger_line(gateway.entries()[0], "input_tokens", "cost_usd", "outcome", "estimated") == {
+        "input_tokens": 0,
+        "cost_usd": 0.0,
+        "outcome": "completed",
+        "estimated": False,
+    }
+
+
+async def test_openai_streams_are_metered_with_and_without_usage(start_gateway, upstream):
+    """
+    With include_usage the numbers are the upstream's, cached tokens apart; without it they are estimates.
+    """
+    gateway = await start_gateway(config_text(upstream.url + "/v1", ", format: openai"))
+    told = [head(200, SSE), chat_chunk("Hello"), chat_usage(prompt=30, completion=7, cached=10), chat_done(), end()]
+    untold = [head(200, SSE), chat_chunk("x" * 40), chat_done(), end()]
+    upstream.scripts = [told, untold]
+
+    await gateway.post("/v1/chat/completions", HELLO_STREAM)
+    await gateway.post("/v1/chat/completions", HELLO_STREAM)
+
+    names = ("input_tokens", "cache_read_tokens", "output_tokens", "estimated", "outcome")
+    first, second = (list(ledger_line(entry, *names).values()) for entry in gateway.entries())
+    assert first == [20, 10, 7, False, "completed"]
+    assert second == [len(json.dumps(HELLO_STREAM)) // 4, 0, 10, True, "completed"]
+    assert upstream.requests[0].header["authorization"] == f"Bearer {UPSTREAM_KEY}"
+    assert upstream.requests[0].target == "/v1/chat/completions"
+
+
+# --- ends that look like ends ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", [reset_peer(), close(), garbage()], ids=["reset", "fin", "garbage"])
+async def test_a_stream_cut_by_the_upstream_looks_cut(gateway, upstream, ending):
+    """
+    Invariant 6: a client can tell a complete answer from a cut one, and pays for the tokens it saw.
+    """
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), text("lo, wor" * 20), ending]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+
+    assert reply.was_cut and reply.texts == ["Hel", "lo, wor" * 20]
+    assert ledger_line(gateway.entries()[-1], "outcome", "input_tokens", "output_tokens", "estimated", "status") == {
+        "outcome": "upstream_cut",
+        "input_tokens": 12,
+        "output_tokens": 143 // 4,
+        "estimated": True,
+        "status": 200,
+    }
+
+
+async def test_a_stream_that_ends_without_its_terminal_event_looks_cut(gateway, upstream):
+    """
+    Invariant 6: a proper end of the bytes is no end of the message.
+    """
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), end()]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+
+    assert reply.was_cut and reply.texts == ["Hel"]
+    assert gateway.entries()[-1]["outcome"] == "upstream_cut"
+
+
+async def test_an_error_event_passes_and_is_booked_as_one(gateway, upstream):
+    """
+    An upstream's error in mid-stream is its own end: the client reads it, and pays for what came before.
+    """
+    upstream.script = [
+        head(200, SSE),
+        message_start(input_tokens=12),
+        text("Hel"),
+        error_event("overloaded_error", "Overloaded"),
+        end(),
+    ]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert not reply.was_cut and b"overloaded_error" in reply.body
+    assert ledger_line(gateway.entries()[-1], "outcome", "error_type", "input_tokens") == {
+        "outcome": "upstream_error",
+        "error_type": "overloaded_error",
+        "input_tokens": 12,
+    }
+
+
+async def test_a_json_answer_cut_in_its_body_looks_cut(gateway, upstream):
+    """
+    Invariant 6 for answers with a length: too short is not whole.
+    """
+    upstream.script = [
+        raw(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 99\r\n\r\n{"a"'),
+        close(),
+    ]
+
+    reply = await gateway.post("/v1/messages", HELLO)
+    await gateway.settled()
+
+    assert reply.was_cut
+    assert ledger_line(gateway.entries()[-1], "outcome", "estimated") == {"outcome": "upstream_cut", "estimated": True}
+
+
+async def test_an_answer_ended_by_the_connection_is_whole(gateway, upstream):
+    """
+    HTTP/1.0 servers end a body by closing; that is an end, and the client gets a framed one.
+    """
+    answer = b'{"type":"message","model":"m","usage":{"input_tokens":3,"output_tokens":4}}'
+    upstream.script = [raw(b"HTTP/1.0 200 OK\r\ncontent-type: application/json\r\n\r\n" + answer), close()]
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (reply.body, reply.was_cut) == (answer, False)
+    assert ledger_line(gateway.entries()[0], "outcome", "input_tokens", "output_tokens") == {
+        "outcome": "completed",
+        "input_tokens": 3,
+        "output_tokens": 4,
+    }
+
+
+async def test_a_client_of_http_1_0_gets_its_answer_by_close_and_a_cut_by_reset(gateway, upstream):
+    """
+    Without chunks a plain end would pass for the answer's own: a cut one resets the connection.
+    """
+    upstream.scripts = [HELLO_SCRIPT, [head(200, SSE), message_start(input_tokens=1), text("Hel"), reset_peer()]]
+    request = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode())
+    request = request.replace(b"HTTP/1.1", b"HTTP/1.0")
+    whole, cut = await gateway.connect(), await gateway.connect()
+
+    await whole.send(request)
+    good = await whole.answer()
+    await cut.send(request)
+    with pytest.raises(ConnectionResetError):
+        while await cut._reader.read(1 << 16):
+            pass
+
+    assert good.texts == ["Hello", " world"] and "transfer-encoding" not in good.headers
+    await whole.close()
+
+
+# --- the client goes away ---------------------------------------------------------------
+
+
+async def start_stream(gateway) -> object:
+    """A client that has read the first bytes of a stream."""
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await client.read_until(b'"Hel"')
+    return client
+
+
+async def test_a_client_that_goes_away_closes_the_upstream_within_100_ms(gateway, upstream):
+    """
+    Esc in Claude Code must stop the upstream's work, and the tokens so far are booked.
+    """
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    client = await start_stream(gateway)
+
+    client.abort()
+
+    async with asyncio.timeout(0.1):
+        await upstream.closed_by_peer()
+    await gateway.settled()
+    assert ledger_line(gateway.entries()[0], "outcome", "input_tokens", "estimated") == {
+        "outcome": "client_gone",
+        "input_tokens": 12,
+        "estimated": True,
+    }
+
+
+async def test_a_client_that_goes_away_before_the_answer_closes_the_upstream_too(gateway, upstream):
+    """
+    The wait for the first byte is cancelled as well; the input, which the upstream has read, is estimated.
+    """
+    upstream.script = [stall()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await upstream.request_came()
+
+    client.abort()
+
+    async with asyncio.timeout(0.1):
+        await upstream.closed_by_peer()
+    await gateway.settled()
+    assert ledger_line(gateway.entries()[0], "outcome", "status", "input_tokens", "estimated") == {
+        "outcome": "client_gone",
+        "status": 0,
+        "input_tokens": len(json.dumps(HELLO)) // 4,
+        "estimated": True,
+    }
+
+
+async def test_on_disconnect_drain_hears_the_answer_out_for_the_ledger(start_gateway, upstream):
+    """
+    `drain` books exact numbers for an answer that nobody reads.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", on_disconnect: drain"))
+    go_on = asyncio.Event()
+    upstream.script = [
+        head(200, SSE),
+        message_start(input_tokens=12),
+        text("Hel"),
+        wait_for(go_on),
+        message_delta(output_tokens=77),
+        message_stop(),
+        end(),
+    ]
+    client = await start_stream(gateway)
+
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+    go_on.set()
+    await gateway.settled()
+
+    assert ledger_line(gateway.entries()[0], "outcome", "output_tokens", "estimated") == {
+        "outcome": "client_gone",
+        "output_tokens": 77,
+        "estimated": False,
+    }
+
+
+async def gateway_sees_it_gone(gateway) -> None:
+    """Wait until no exchange has a client any more."""
+    await until(lambda: not (any(exchange._sink for exchange in gateway.gateway.relay.running)))
+
+
+@pytest.mark.parametrize(("silences", "talks"), [([11], False), ([6] * 11, True)], ids=["idle", "in all"])
+async def test_a_drained_answer_has_its_bounds(start_gateway, upstream, silences, talks):
+    """
+    Invariant 8: an answer is heard out for at most 60 s, and 10 s of silence.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", on_disconnect: drain"))
+    beats = [asyncio.Event() for _ in silences]
+    steps = [step for beat in beats for step in (wait_for(beat), text("more"))]
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *steps, stall()]
+    client = await start_stream(gateway)
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+    (exchange,) = gateway.gateway.relay.running
+
+    for seconds, beat in zip(silences, beats, strict=True):
+        gateway.tick(seconds)
+        received = exchange.bytes_down
+        beat.set()
+        if talks:
+            await until(lambda before=received: exchange.done.done() or exchange.bytes_down > before)
+
+    await gateway.settled()
+    assert gateway.entries()[0]["outcome"] == "client_gone"
+    assert gateway.clock.now == (11 if not talks else 66)
+
+
+async def test_only_so_many_answers_are_drained_at_once(start_gateway, upstream):
+    """
+    Nothing is kept without a bound: above it a client that goes away cancels.
+    """
+    pace = g.Pace(drain_calls=1)
+    gateway = await start_gateway(config_text(upstream.url, ", on_disconnect: drain"), pace)
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    clients = [await start_stream(gateway) for _ in range(2)]
+
+    for client in clients:
+        client.abort()
+    await gateway_sees_it_gone(gateway)
+    await until(lambda: not (len(gateway.gateway.relay.running) > 1))
+
+    assert len(gateway.entries()) == 1
+
+
+# --- the clock ------------------------------------------------------------------------------
+
+
+async def test_a_ping_is_said_into_a_silence_between_events(gateway, upstream):
+    """
+    Claude Code gives up after 300 s without a byte: every 15 s of silence get a ping of ours.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [
+        head(200, SSE),
+        message_start(input_tokens=1),
+        text("Hel"),
+        wait_for(go_on),
+        text("lo"),
+        message_delta(output_tokens=2),
+        message_stop(),
+        end(),
+    ]
+    client = await start_stream(gateway)
+
+    for _ in range(4):
+        gateway.tick(seconds=10)
+    go_on.set()
+    rest = await client.read_until(b"0\r\n\r\n")
+
+    assert rest.count(b'event: ping\ndata: {"type": "ping"}\n\n') == 2
+    assert gateway.entries()[0]["outcome"] == "completed"
+    await client.close()
+
+
+async def test_no_ping_breaks_an_event(gateway, upstream):
+    """
+    While half an event has passed, a ping would end it: there is none.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [
+        head(200, SSE),
+        message_start(input_tokens=1),
+        body(b'event: content_block_delta\ndata: {"type": "content_block_delta", "delta": {"text": "Hel"'),
+        wait_for(go_on),
+        body(b"}}\n\n"),
+        message_delta(output_tokens=2),
+        message_stop(),
+        end(),
+    ]
+    client = await start_stream(gateway)
+
+    gateway.tick(seconds=100)
+    go_on.set()
+    rest = await client.read_until(b"0\r\n\r\n")
+
+    assert b"ping" not in rest and b"}}\n\n" in rest
+    await client.close()
+
+
+@pytest.mark.logs("did not answer in time")
+async def test_an_upstream_that_never_answers_is_a_timeout(start_gateway, upstream):
+    """
+    Invariant 8: `first_byte` bounds the wait for a head; the client gets a 504 in its format.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", timeouts: {first_byte: 30s}"))
+    upstream.script = [stall()]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", HELLO))
+    await upstream.request_came()
+
+    gateway.tick(seconds=29)
+    assert not asking.done()
+    gateway.tick(seconds=2)
+    reply = await asking
+
+    assert (reply.status, reply.error["type"]) == (504, "timeout_error")
+    assert reply.error["message"] == "The upstream main did not answer in time."
+    assert ledger_line(gateway.entries()[0], "outcome", "status") == {"outcome": "timeout", "status": 504}
+
+
+async def test_an_upstream_that_goes_silent_is_cut(start_gateway, upstream):
+    """
+    Invariant 8: `idle` bounds the silence within an answer, pings of ours notwithstanding.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", timeouts: {idle: 30s}"))
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    client = await start_stream(gateway)
+
+    gateway.tick(seconds=20)
+    gateway.tick(seconds=11)
+    rest = await client.rest()
+    await gateway.settled()
+
+    assert rest.endswith(b'{"type": "ping"}\n\n\r\n')  # the ping's chunk, and no end
+    assert gateway.entries()[0]["outcome"] == "timeout"
+
+
+@pytest.mark.logs("could not be reached")
+async def test_an_upstream_that_refuses_connections_is_unreachable(start_gateway, upstream):
+    """
+    Invariant 1: a call that reached nobody is booked as well, at no cost.
+    """
+    gateway = await start_gateway(config_text(f"http://127.0.0.1:{upstream.refuse()}"))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (reply.status, reply.error["type"]) == (502, "api_error")
+    assert ledger_line(gateway.entries()[0], "outcome", "status", "cost_usd", "attempts") == {
+        "outcome": "unreachable",
+        "status": 502,
+        "cost_usd": 0.0,
+        "attempts": 0,
+    }
+
+
+# --- connections ------------------------------------------------------------------------------
+
+
+async def test_connections_are_kept_and_used_again(gateway, upstream):
+    """
+    Calls one after the other share one upstream connection.
+    """
+    upstream.script = HELLO_SCRIPT
+
+    for _ in range(5):
+        await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert upstream.connections == 1
+
+
+async def test_idle_connections_are_closed_after_a_time(gateway, upstream):
+    """
+    A connection that nobody uses is closed before the upstream's side closes it.
+    """
+    upstream.script = HELLO_SCRIPT
+    await gateway.post("/v1/messages", HELLO_STREAM)
+
+    gateway.tick(seconds=56)
+
+    await until(lambda: not upstream.open_connections)
+
+
+async def test_a_stale_connection_is_tried_again_once_on_a_fresh_one(gateway, upstream):
+    """
+    A kept-alive connection that dies as it is used again, before a byte of the answer, costs the client nothing.
+    """
+    upstream.scripts = [hello_json(), [reset_peer()], hello_json()]
+
+    replies = [await gateway.post("/v1/messages", HELLO) for _ in range(2)]
+
+    assert [reply.status for reply in replies] == [200, 200]
+    assert [entry["attempts"] for entry in gateway.entries()] == [1, 2]
+
+
+@pytest.mark.logs("closed the connection before its answer was whole")
+async def test_a_fresh_connection_that_dies_is_not_tried_again(gateway, upstream):
+    """
+    A request that may have been worked on is not sent twice.
+    """
+    upstream.script = [close()]
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.status == 502 and len(upstream.requests) == 1
+    assert gateway.entries()[0]["outcome"] == "upstream_cut"
+
+
+async def test_tls_is_verified_and_connections_are_reused(start_gateway):
+    """
+    An upstream's certificate must fit; once warm there are no new TLS connections.
+    """
+    secure = ScriptedUpstream(tls=True)
+    await secure.start()
+    secure.script = hello_json()
+    gateway = await start_gateway(config_text(secure.url, f', ca_file: "{secure.ca_file}"'))
+
+    replies = [await gateway.post("/v1/messages", HELLO) for _ in range(3)]
+
+    assert [reply.status for reply in replies] == [200, 200, 200]
+    assert secure.connections == 1
+    await secure.close()
+
+
+@pytest.mark.logs("could not be reached")
+async def test_a_certificate_that_nobody_vouches_for_is_refused(start_gateway):
+    """
+    The upstream's key is not sent to whoever happens to answer.
+    """
+    secure = ScriptedUpstream(tls=True)
+    await secure.start()
+    gateway = await start_gateway(config_text(secure.url))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.status == 502 and secure.requests == []
+    await secure.close()
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_a_proxy_is_asked_to_connect(start_gateway, tls):
+    """
+    With `proxy:` the way to the upstream is a CONNECT tunnel, with TLS to the upstream itself inside it.
+    """
+    upstream, proxy = ScriptedUpstream(tls=tls), ConnectProxy()
+    await upstream.start()
+    await proxy.start()
+    upstream.script = hello_json()
+    ca_file = f', ca_file: "{upstream.ca_file}"' if tls else ""
+    gateway = await start_gateway(config_text(upstream.url, f', proxy: "{proxy.url}"{ca_file}'))
+
+    replies = [await gateway.post("/v1/messages", HELLO) for _ in range(2)]
+
+    assert [reply.status for reply in replies] == [200, 200]
+    assert len(proxy.lines) == 1 and proxy.lines[0].startswith("CONNECT ")
+    await upstream.close()
+    await proxy.close()
+
+
+@pytest.mark.logs("the proxy answered 'HTTP/1.1 403")
+async def test_a_proxy_that_refuses_is_said_so(start_gateway, upstream):
+    """
+    A proxy's refusal is a clear error, and no request goes around it.
+    """
+    proxy = ConnectProxy(status=403)
+    await proxy.start()
+    gateway = await start_gateway(config_text(upstream.url, f', proxy: "{proxy.url}"'))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.status == 502 and upstream.requests == []
+    await proxy.close()
+
+
+async def test_a_slow_reader_slows_the_upstream_and_not_our_memory(gateway, upstream):
+    """
+    Invariant 7: while the client does not read, the upstream's bytes stay with the upstream.
+    """
+    megabytes = [body(b": " + b"x" * (1 << 20) + b"\n\n") for _ in range(64)]
+    upstream.script = [head(200, SSE), message_start(input_tokens=1), text("Hel"), *megabytes, message_stop(), end()]
+    client = await start_stream(gateway)
+    (exchange,) = gateway.gateway.relay.running
+
+    await until(lambda: exchange.paused_at is not None)
+    held = exchange.bytes_down
+    await asyncio.sleep(0.05)
+
+    assert exchange.bytes_down == held < 32 << 20
+    assert await client.read_on(b"0\r\n\r\n") > 64 << 20
+    await client.close()
+
+
+async def test_a_client_that_never_reads_again_is_let_go(gateway, upstream):
+    """
+    Invariant 8: waiting for a client has a deadline as well.
+    """
+    megabytes = [body(b": " + b"x" * (1 << 20) + b"\n\n") for _ in range(64)]
+    upstream.script = [head(200, SSE), message_start(input_tokens=1), text("Hel"), *megabytes, end()]
+    await start_stream(gateway)
+    (exchange,) = gateway.gateway.relay.running
+    await until(lambda: exchange.paused_at is not None)
+
+    gateway.tick(seconds=301)
+    await gateway.settled()
+
+    assert gateway.entries()[0]["outcome"] == "client_gone"
+
+
+async def test_a_bug_of_ours_is_booked_and_told_without_its_details(gateway, upstream, caplog):
+    """
+    Invariant 1 holds for our own mistakes: one entry, a 500 in the client's format, the traceback in the log only.
+    """
+    gateway.gateway.relay.pool = None  # calling None is a bug as good as any
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (reply.status, reply.error) == (
+        500,
+        {"type": "api_error", "message": "The gateway failed; its log says how."},
+    )
+    assert ledger_line(gateway.entries()[0], "outcome", "status") == {"outcome": "internal_error", "status": 500}
+    assert "Traceback" in caplog.text and UPSTREAM_KEY not in caplog.text
+    caplog.clear()
+
+
+async def test_no_secret_is_in_anything_that_leaves(gateway, upstream, caplog):
+    """
+    Invariant 9: the upstream's key and the users' keys stand in no answer, log line or ledger entry.
+    """
+    caplog.set_level("DEBUG")
+    upstream.scripts = [HELLO_SCRIPT, json_body({"error": {"type": "authentication_error"}}, status=401), [garbage()]]
+
+    replies = [await gateway.post("/v1/messages", HELLO_STREAM) for _ in range(3)]
+    replies += [await gateway.get(path) for path in ("/health", "/v1/models", "/nothing")]
+
+    seen = caplog.text + json.dumps(gateway.entries()) + repr(gateway.gateway.config.upstreams)
+    seen += "".join(f"{reply.headers}{reply.body!r}" for reply in replies)
+    assert UPSTREAM_KEY not in seen and KEY not in seen
+    assert "alice (…stuv)" in caplog.text
+    caplog.clear()

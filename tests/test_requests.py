@@ -1,0 +1,550 @@
+"""Which requests are served, which are refused, and how (section 10, with section 9's checks)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from client import Connection, request_bytes
+from conftest import CONFIG, HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, config_text
+from upstream import HELLO as HELLO_SCRIPT
+from upstream import hello_json, json_body
+
+import gateway as g
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/messages",
+        "/v1/messages?beta=true",
+        "/v1/v1/messages?beta=true",
+        "//v1/messages",
+        "/v1/./messages",
+        "/x/../v1/messages",
+        "/v1%2fmessages",
+        "/v1/%6dessages",
+        "http://elsewhere.test/v1/messages",
+    ],
+)
+async def test_a_forwardable_path_reaches_the_upstream_in_the_tables_spelling(gateway, upstream, path):
+    """
+    However a path of the table is spelt, the upstream gets the table's own spelling, and the query unchanged.
+    """
+    upstream.script = hello_json()
+
+    reply = await gateway.post(path, HELLO)
+
+    assert reply.status == 200
+    assert upstream.requests[-1].target == "/v1/messages" + ("?beta=true" if "?" in path else "")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/v1/messages/batches", 404),
+        ("GET", "/v1/messages/batches/b1/results", 404),
+        ("POST", "/v1/files", 404),
+        ("GET", "/v1/files/f1/content", 404),
+        ("GET", "/v1/organizations/x", 404),
+        ("POST", "/v1/complete", 404),
+        ("POST", "/v1/messages/../files", 404),
+        ("GET", "/v1/messages", 405),
+        ("DELETE", "/v1/messages", 405),
+        ("PUT", "/v1/chat/completions", 405),
+        ("GET", "/", 404),
+        ("OPTIONS", "*", 404),
+        ("POST", "/v1/messages/../../etc/passwd", 404),
+    ],
+)
+async def test_nothing_but_the_table_reaches_an_upstream(gateway, upstream, method, path, status):
+    """
+    Invariant 9: only the paths of a table are forwarded; batches and files belong to the upstream's key.
+    """
+    reply = await gateway.request(method, path, HELLO if method in ("POST", "PUT") else b"")
+
+    assert reply.status == status
+    assert reply.error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("HEAD", "/"), ("HEAD", "/api/hello"), ("GET", "/api/hello"), ("POST", "/api/event_logging/batch")],
+)
+async def test_what_clients_ask_on_their_own_is_answered_here(gateway, upstream, method, path):
+    """
+    Connection warming and telemetry cost no key and no upstream, and keep the connection.
+    """
+    connection = await gateway.connect()
+
+    replies = [await connection.request(method, path, {}, b"x" * 44_000 if method == "POST" else b"") for _ in "12"]
+
+    assert [reply.status for reply in replies] == [200, 200]
+    assert upstream.requests == [] and gateway.entries() == []
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-api-key": KEY},
+        {"authorization": f"Bearer {KEY}"},
+        {"authorization": f"bearer {KEY}", "x-api-key": KEY},
+    ],
+)
+async def test_a_key_is_taken_as_bearer_or_x_api_key_or_both(gateway, upstream, headers):
+    """
+    Each form works; none is forwarded, the upstream gets its own key.
+    """
+    upstream.script = hello_json()
+    connection = await gateway.connect()
+
+    reply = await connection.request("POST", "/v1/messages", headers, json.dumps(HELLO).encode())
+
+    assert reply.status == 200
+    assert upstream.requests[-1].header["x-api-key"] == UPSTREAM_KEY
+    assert KEY not in str(upstream.requests[-1].headers) and "authorization" not in upstream.requests[-1].header
+    await connection.close()
+
+
+KEYS = f"""
+upstreams: [{{name: d, format: demo}}]
+keys:
+  - {{name: alice, key: {KEY}}}
+  - {{name: gone, key: sk-proxy-disabled-0123456789, enabled: false}}
+  - {{name: old, key: sk-proxy-expired-01234567890, expires: 2026-09-20}}
+  - {{name: last-day, key: sk-proxy-last-day-0123456789, expires: 2026-09-21}}
+  - {{name: far, key: sk-proxy-foreign-01234567890, allow_ips: [10.0.0.0/8]}}
+  - {{name: sonnet, key: sk-proxy-sonnet-only-0123456, models: ["claude-sonnet-*"]}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "kind", "words"),
+    [
+        ("", 401, "authentication_error", "No key was sent."),
+        ("sk-proxy-nobody-has-this-one", 401, "authentication_error", "does not know the key"),
+        ("sk-proxy-disabled-0123456789", 403, "permission_error", "The key gone (…6789) is disabled."),
+        ("sk-proxy-expired-01234567890", 401, "authentication_error", "expired at 2026-09-21 00:00 UTC"),
+        ("sk-proxy-foreign-01234567890", 403, "permission_error", "may not be used from 127.0.0.1"),
+        ("sk-proxy-sonnet-only-0123456", 400, "policy_blocked", "may not use the model 'claude-test'"),
+    ],
+)
+async def test_each_key_that_must_not_call_is_told_why(start_gateway, token, status, kind, words):
+    """
+    The status and type make Claude Code stop at the first request; the words say who can help.
+    """
+    gateway = await start_gateway(KEYS)
+
+    reply = await gateway.post("/v1/messages", HELLO, token=token)
+
+    assert (reply.status, reply.error["type"]) == (status, kind)
+    assert words in reply.error["message"] and "x-api-key" not in reply.error["message"]
+    assert reply.headers["x-should-retry"] == "false"
+    assert reply.json["request_id"] == reply.headers["request-id"]
+    assert gateway.entries() == []
+
+
+async def test_a_key_works_to_the_end_of_its_last_day(start_gateway):
+    """
+    `expires` names a day, and the day still counts.
+    """
+    gateway = await start_gateway(KEYS)
+
+    today = await gateway.post("/v1/messages", HELLO, token="sk-proxy-last-day-0123456789")
+    gateway.clock.advance(12 * 3600)
+    tomorrow = await gateway.post("/v1/messages", HELLO, token="sk-proxy-last-day-0123456789")
+
+    assert (today.status, tomorrow.status) == (200, 401)
+
+
+async def test_two_different_keys_are_refused(gateway):
+    """
+    Which of two keys is meant is not guessed.
+    """
+    reply = await gateway.post("/v1/messages", HELLO, authorization="Bearer sk-proxy-another-one-entirely")
+
+    assert reply.status == 401
+    assert reply.error["message"].startswith("Two different keys were sent.")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/embeddings"])
+async def test_openai_clients_get_errors_in_their_own_shape(gateway, path):
+    """
+    Errors of our own are in the client's format, by path, with a request id.
+    """
+    reply = await gateway.post(path, HELLO, token="sk-proxy-nobody-has-this-one")
+
+    assert reply.status == 401
+    assert reply.json == {
+        "error": {
+            "message": "This gateway does not know the key that was sent. Ask whoever runs it.",
+            "type": "authentication_error",
+            "param": None,
+            "code": "invalid_api_key",
+        },
+        "request_id": reply.headers["request-id"],
+    }
+
+
+async def test_a_wrong_key_is_refused_before_the_body_is_read(gateway):
+    """
+    Invariant 10: 401 comes at once, however long the announced body is.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": "wrong", "content-length": "20000000"}))
+    reply = await connection.answer()
+
+    assert (reply.status, reply.headers["connection"]) == (401, "close")
+    await connection.send(b"x" * 300_000)  # what the client had already sent is read and thrown away
+    gateway.tick(seconds=3)
+    assert await connection.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"content-length": "1048577"}, 413),
+        ({"content-encoding": "gzip", "content-length": "9"}, 415),
+        ({"content-encoding": "br", "content-length": "9"}, 415),
+    ],
+)
+async def test_a_body_that_cannot_be_taken_is_refused_by_its_head(start_gateway, upstream, headers, status):
+    """
+    Too long and compressed bodies are refused before they are read: no decompression bombs.
+    """
+    gateway = await start_gateway("server: {max_body: 1MB}\n" + config_text(upstream.url).split("\n", 2)[2])
+    connection = await gateway.connect()
+
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY} | headers))
+    reply = await connection.answer()
+
+    assert reply.status == status
+    await connection.close()
+
+
+async def test_a_chunked_body_is_taken_up_to_the_limit(start_gateway, upstream):
+    """
+    Without a Content-Length the limit holds all the same, and a good body arrives whole.
+    """
+    gateway = await start_gateway("server: {max_body: 1MB}\n" + config_text(upstream.url).split("\n", 2)[2])
+    upstream.script = hello_json()
+    body = json.dumps(HELLO).encode()
+    small, large = await gateway.connect(), await gateway.connect()
+    chunked = {"x-api-key": KEY, "transfer-encoding": "chunked"}
+
+    good = await small.request("POST", "/v1/messages", chunked, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+    await large.send(request_bytes("POST", "/v1/messages", chunked) + b"200000\r\n" + b" " * (1 << 20) + b" ")
+    bad = await large.answer()
+
+    assert good.status == 200 and upstream.requests[-1].body == body
+    assert (bad.status, bad.error["type"]) == (413, "request_too_large")
+    await small.close()
+    await large.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[]", "not as expected: Expected `object`, got `array`"),
+        (b"{}", "model: field required"),
+        (b'{"model": 1}', "not as expected: Expected `str`, got `int` - at `$.model`"),
+        (b'{"model": "a\\nb"}', "printable"),
+    ],
+)
+async def test_a_body_that_cannot_be_read_is_refused_with_the_place(gateway, upstream, body, words):
+    """
+    A bad request gets a clear 400 and never reaches the upstream; the connection lives on.
+    """
+    connection = await gateway.connect()
+
+    reply = await connection.request("POST", "/v1/messages", {"x-api-key": KEY}, body)
+    again = await connection.request("HEAD", "/", {})
+
+    assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
+    assert words in reply.error["message"]
+    assert again.status == 200 and upstream.requests == []
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\nHost: x\n\n",
+        b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab",
+        b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\nab",
+        b"POST /v1/messages HTTP/1.1\r\nhost : x\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+async def test_what_is_not_http_gets_a_400_and_an_end(gateway, data):
+    """
+    Nothing that could be read in two ways is read at all.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(data)
+    reply = await connection.answer()
+
+    assert reply.status == 400
+    assert await connection.is_closed()
+
+
+async def test_an_endless_head_is_refused(gateway):
+    """
+    A head has a bound, in bytes.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\n" + b"x-filler: y\r\n" * 6000)
+    reply = await connection.answer()
+
+    assert reply.status == 431
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("sent", "seconds"),
+    [
+        (b"POST /v1/messages HTT", 31),
+        (request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "9"}), 61),
+    ],
+)
+async def test_a_client_that_sends_too_slowly_is_let_go(gateway, sent, seconds):
+    """
+    Invariant 8: a head and a body have deadlines.
+    """
+    connection = await gateway.connect()
+    await connection.send(sent)
+    await (await gateway.connect()).request("HEAD", "/", {})  # by now the first bytes have been read
+
+    gateway.tick(seconds=seconds)
+    reply = await connection.answer()
+
+    assert reply.status == 408
+    await connection.close()
+
+
+async def test_an_expected_100_is_said_only_when_the_body_is_wanted(gateway, upstream):
+    """
+    A client that asks first (curl, for large bodies) hears 100 with a good key and 401 without.
+    """
+    upstream.script = hello_json()
+    body = json.dumps(HELLO).encode()
+    headers = {"expect": "100-continue", "content-length": str(len(body))}
+    good, bad = await gateway.connect(), await gateway.connect()
+
+    await good.send(request_bytes("POST", "/v1/messages", headers | {"x-api-key": KEY}))
+    await good.read_until(b"HTTP/1.1 100 Continue\r\n\r\n")
+    await good.send(body)
+    await bad.send(request_bytes("POST", "/v1/messages", headers | {"x-api-key": "wrong"}))
+
+    assert (await good.answer()).status == 200
+    assert (await bad.answer()).status == 401
+    await good.close()
+    await bad.close()
+
+
+async def test_a_request_sent_ahead_ends_the_connection_after_the_answer(gateway, upstream):
+    """
+    Pipelined requests are not answered out of turn, mixed up or kept: the connection ends, the client asks again.
+    """
+    upstream.script = hello_json()
+    request = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+    connection = await gateway.connect()
+
+    await connection.send(request + request)
+    first = await connection.answer()
+
+    assert first.status == 200
+    assert await connection.is_closed()
+    assert len(upstream.requests) == 1
+
+
+async def test_a_clients_address_is_what_a_trusted_proxy_says(start_gateway, upstream):
+    """
+    X-Forwarded-For counts from trusted proxies only, read from the right.
+    """
+    gateway = await start_gateway(config_text(upstream.url))
+    upstream.script = hello_json()
+
+    await gateway.post("/v1/messages", HELLO, x_forwarded_for="6.6.6.6, 10.1.2.3")
+    await gateway.write(config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: []"))
+    await gateway.post("/v1/messages", HELLO, x_forwarded_for="10.1.2.3")
+    await gateway.write(
+        config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1, 10.0.0.0/8]")
+    )
+    await gateway.post("/v1/messages", HELLO, x_forwarded_for="6.6.6.6, 203.0.113.9, 10.1.2.3")
+
+    assert [entry["client"] for entry in gateway.entries()] == ["10.1.2.3", "127.0.0.1", "203.0.113.9"]
+
+
+async def test_health_tells_the_state_and_no_secret(gateway):
+    """
+    GET /health needs no key and names nothing that is secret.
+    """
+    reply = await gateway.get("/health", token="")
+
+    assert reply.status == 200
+    assert reply.json == {
+        "live": True,
+        "ready": True,
+        "stopping": False,
+        "version": g.VERSION,
+        "calls": 0,
+        "config": {
+            "digest": gateway.gateway.config.digest,
+            "loaded_at": "2026-09-21T14:13:20.000Z",
+            "reload_failed_at": None,
+            "reload_error": None,
+        },
+        "ledger": {"failure": None, "waiting": 0},
+    }
+
+
+async def test_models_are_those_the_upstreams_list_and_the_key_may_use(start_gateway, upstream):
+    """
+    GET /v1/models asks the upstreams once, then answers from the cache; a key sees only its own models.
+    """
+    upstream.script = json_body({"data": [{"type": "model", "id": "claude-a"}, {"type": "model", "id": "gpt-b"}]})
+    gateway = await start_gateway(
+        config_text(upstream.url).replace("/v1", "").replace(f"key: {KEY}", f'key: {KEY}, models: ["claude-*"]')
+    )
+
+    replies = [await gateway.get("/v1/models?limit=1000") for _ in range(3)]
+    one, none = await gateway.get("/v1/models/claude-a"), await gateway.get("/v1/models/gpt-b")
+
+    assert [model["id"] for model in replies[-1].json["data"]] == ["claude-a"]
+    assert (one.json["id"], one.json["type"], none.status) == ("claude-a", "model", 404)
+    assert [request.target for request in upstream.requests] == ["/v1/models?limit=1000"]
+    assert upstream.requests[0].header["x-api-key"] == UPSTREAM_KEY
+    assert (await gateway.get("/v1/models", token="wrong")).status == 401
+
+
+async def test_models_named_in_the_config_need_no_upstream(start_gateway, upstream):
+    """
+    Names without a glob are listed as they stand, without a request.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", models: {fast: claude-haiku, slow: claude-opus}"))
+
+    reply = await gateway.get("/v1/models")
+
+    assert [model["id"] for model in reply.json["data"]] == ["fast", "slow"]
+    assert upstream.requests == []
+
+
+@pytest.mark.logs("does not list its models")
+async def test_an_upstream_that_lists_nothing_does_not_hide_the_others(start_gateway, upstream):
+    """
+    A failed list is said in the log and costs only that upstream's globs.
+    """
+    upstream.script = json_body({"error": "no"}, status=500)
+    text = config_text(upstream.url, ', models: {"*": "*", named: "*"}')
+    gateway = await start_gateway(text.replace("keys:", "  - {name: demo, format: demo}\nkeys:"))
+
+    reply = await gateway.get("/v1/models")
+
+    assert [model["id"] for model in reply.json["data"]] == ["named", "claude-demo"]
+
+
+async def test_a_renamed_model_is_asked_for_by_the_upstreams_name(start_gateway, upstream):
+    """
+    A rename map changes the model in the body and nothing else; the ledger has both names.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ', models: {fast: "claude-haiku-4-5"}'))
+    upstream.script = hello_json()
+    body = b'{ "x": [1,  2.50], "model": "fast", "messages": [ {"role":"user"} ] }'
+
+    await gateway.post("/v1/messages", body)
+    refused = await gateway.post("/v1/messages", HELLO)
+
+    assert upstream.requests[0].body == b'{"x":[1,  2.50],"model":"claude-haiku-4-5","messages":[ {"role":"user"} ]}'
+    assert gateway.entries()[0]["model"] == "fast"
+    assert gateway.entries()[0]["price"]["input"] == 1
+    assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
+
+
+async def test_a_format_that_no_upstream_speaks_is_not_found(gateway, upstream):
+    """
+    An Anthropic upstream is not sent OpenAI requests.
+    """
+    reply = await gateway.post("/v1/chat/completions", HELLO)
+
+    assert (reply.status, reply.error["message"]) == (
+        404,
+        "No upstream of this gateway answers /v1/chat/completions.",
+    )
+    assert upstream.requests == []
+
+
+async def test_headers_travel_by_the_rules(gateway, upstream):
+    """
+    anthropic-* and everything unknown goes up unchanged; credentials, hop-by-hop and forwarding headers do not;
+    the upstream's rate limits and cookies do not come down, request-id and retry-after do.
+    """
+    upstream.script = json_body(
+        {"type": "message", "usage": {"input_tokens": 1, "output_tokens": 1}},
+        **{
+            "request-id": "req_upstream",
+            "retry-after": "7",
+            "x-should-retry": "true",
+            "anthropic-ratelimit-tokens-remaining": "5",
+            "set-cookie": "a=b",
+            "connection": "keep-alive, x-hop",
+            "x-hop": "1",
+            "x-kept": "2",
+        },
+    )
+
+    reply = await gateway.post(
+        "/v1/messages",
+        HELLO,
+        anthropic_version="2023-06-01",
+        anthropic_beta="a,b",
+        x_unknown="yes",
+        accept_encoding="gzip, br",
+        cookie="secret=1",
+        x_forwarded_for="1.2.3.4",
+        connection="keep-alive, x-mine",
+        x_mine="1",
+    )
+
+    up = upstream.requests[0].header
+    assert {name: up.get(name) for name in ("anthropic-version", "anthropic-beta", "x-unknown", "accept-encoding")} == {
+        "anthropic-version": "2023-06-01",
+        "anthropic-beta": "a,b",
+        "x-unknown": "yes",
+        "accept-encoding": "identity",
+    }
+    assert not {"cookie", "x-forwarded-for", "x-mine", "connection", "authorization"} & set(up)
+    assert up["host"] == upstream.url.removeprefix("http://")
+    assert {"request-id", "retry-after", "x-should-retry", "x-kept"} <= set(reply.headers)
+    assert not {"anthropic-ratelimit-tokens-remaining", "set-cookie", "x-hop"} & set(reply.headers)
+
+
+async def test_a_session_is_known_by_header_or_metadata(gateway, upstream):
+    """
+    Claude Code 2.1 names the session in a header, or in metadata.user_id as JSON; 2.0 at the end of user_id.
+    """
+    upstream.script = hello_json()
+    session = "0b0e8e3a-9a52-4c8e-a5c2-5f8f0a1f2b3c"
+
+    await gateway.post("/v1/messages", HELLO, x_claude_code_session_id="from-the-header")
+    await gateway.post("/v1/messages", HELLO | {"metadata": {"user_id": f"user_1_account__session_{session}"}})
+    await gateway.post("/v1/messages", HELLO | {"metadata": {"user_id": json.dumps({"session_id": session})}})
+    await gateway.post("/v1/messages", HELLO)
+
+    assert [entry["session"] for entry in gateway.entries()] == ["from-the-header", session, session, ""]
+
+
+def test_the_config_of_these_tests_is_plain():
+    """
+    The texts above replace parts of this one.
+    """
+    assert CONFIG.splitlines()[1] == "server: {{host: 127.0.0.1, port: 0}}"
+    assert HELLO_SCRIPT and HELLO_STREAM["stream"] is True and Connection

@@ -1,0 +1,311 @@
+"""From end to end: the program as a process, official SDKs as clients, SIGTERM, a full disk."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import anthropic
+import openai
+import pytest
+from client import request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, config_text
+from upstream import (
+    HELLO as HELLO_SCRIPT,
+)
+from upstream import (
+    chat_hello,
+    end,
+    head,
+    hello_json,
+    message_delta,
+    message_start,
+    message_stop,
+    text,
+    wait_for,
+)
+
+import gateway as g
+
+PROGRAM = Path(g.__file__)
+
+
+class Process:
+    """The gateway as a person starts it."""
+
+    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), *arguments],
+            cwd=folder,
+            env=inherited | {"GATEWAY_PORT": "0"} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.greeting = ""
+        for line in self.process.stdout:
+            self.greeting += line
+            if "gateway.py seal" in line or "gateway.py key add" in line:
+                break
+        found = re.search(r"listens on http://127\.0\.0\.1:(\d+)", self.greeting)
+        self.port = int(found[1]) if found else 0
+
+    @property
+    def key(self) -> str:
+        """The key that was shown."""
+        return re.search(r"ANTHROPIC_AUTH_TOKEN=(sk-proxy-\w+)", self.greeting)[1]
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; exit code and log."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=20)
+        return self.process.returncode, log
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.communicate()
+
+
+async def test_the_first_command_makes_everything_and_the_second_changes_nothing(tmp_path, processes):
+    """
+    With no config the program makes one, a secret of mode 600 and a key, and serves the demo; then it finds them.
+    """
+    first = Process(tmp_path)
+    processes.append(first)
+    client = anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{first.port}", api_key=first.key, max_retries=0)
+    reply = await client.messages.create(model="claude-demo", max_tokens=100, messages=HELLO["messages"])
+    code, log = first.end()
+    before = {file: file.read_bytes() for file in (tmp_path / "config.yaml", tmp_path / "gateway.secret")}
+
+    second = Process(tmp_path)
+    processes.append(second)
+    second.end()
+
+    assert reply.content[0].text.startswith("Hello from the demo upstream. You said: “say hello”.")
+    assert (code, "completed" in log) == (0, True)
+    assert (tmp_path / "gateway.secret").stat().st_mode & 0o777 == 0o600
+    assert first.key not in before[tmp_path / "config.yaml"].decode()
+    assert before == {file: file.read_bytes() for file in before}
+    assert "sk-proxy-..." in second.greeting
+    await client.close()
+
+
+async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, processes, upstream, connect):
+    """
+    After SIGTERM /health is not ready, new calls are refused, running streams finish, and the exit code is 0.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [
+        head(200, "text/event-stream"),
+        message_start(input_tokens=12),
+        text("Hel"),
+        wait_for(go_on),
+        message_delta(output_tokens=5),
+        message_stop(),
+        end(),
+    ]
+    (tmp_path / "config.yaml").write_text(config_text(upstream.url))
+    process = Process(tmp_path)
+    processes.append(process)
+    stream, asking, calling = [await connect(process.port) for _ in range(3)]
+    await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await stream.read_until(b'"Hel"')
+    for connection in (asking, calling):
+        await connection.request("HEAD", "/", {})
+
+    process.process.send_signal(signal.SIGTERM)
+    while "stopping" not in await asyncio.to_thread(process.process.stderr.readline):
+        pass
+    health = await asking.request("GET", "/health", {})
+    refused = await calling.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+    with pytest.raises(OSError):
+        await connect(process.port)
+    go_on.set()
+    rest = await stream.read_until(b"0\r\n\r\n")
+    code, _ = await asyncio.to_thread(process.process.wait, 20), None
+
+    assert (health.status, health.json["ready"]) == (503, False)
+    assert (refused.status, refused.error["type"], refused.headers["retry-after"]) == (503, "overloaded_error", "5")
+    assert b"message_stop" in rest and code == 0
+    (entry,) = ledger(tmp_path)
+    assert (entry["outcome"], entry["output_tokens"]) == ("completed", 5)
+
+
+async def test_a_second_signal_ends_at_once_and_books_what_ran(tmp_path, processes, upstream, connect):
+    """
+    Whoever cannot wait sends the signal again; the cut call is in the ledger.
+    """
+    upstream.script = [
+        head(200, "text/event-stream"),
+        message_start(input_tokens=12),
+        text("Hel"),
+        wait_for(asyncio.Event()),
+    ]
+    (tmp_path / "config.yaml").write_text(config_text(upstream.url))
+    process = Process(tmp_path)
+    processes.append(process)
+    stream = await connect(process.port)
+    await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await stream.read_until(b'"Hel"')
+
+    process.process.send_signal(signal.SIGTERM)
+    while "stopping" not in await asyncio.to_thread(process.process.stderr.readline):
+        pass
+    process.process.send_signal(signal.SIGTERM)
+    code = await asyncio.to_thread(process.process.wait, 5)
+
+    assert code == 0
+    (entry,) = ledger(tmp_path)
+    assert (entry["outcome"], entry["input_tokens"], entry["estimated"]) == ("gateway_stopped", 12, True)
+    assert b"message_stop" not in await stream.rest()
+
+
+def ledger(folder: Path) -> list[dict]:
+    """The entries in a folder's ledger."""
+    return [
+        json.loads(line) for file in (folder / "usage").glob("usage-*.jsonl") for line in file.read_text().splitlines()
+    ]
+
+
+def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
+    """
+    What stands in the way of a start is named with its remedy, without a traceback.
+    """
+    first = Process(tmp_path)
+    processes.append(first)
+
+    second = Process(tmp_path, GATEWAY_PORT=str(first.port))
+    processes.append(second)
+    code, log = second.end()
+
+    assert code == 1
+    assert f"error: cannot listen on 127.0.0.1:{first.port}: Address already in use; set server.port" in log
+    assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_official_anthropic_sdk_works(gateway, upstream, stream):
+    """
+    Anthropic's own client, streaming and not, reads text and usage through the gateway.
+    """
+    upstream.script = HELLO_SCRIPT if stream else hello_json()
+    client = anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{gateway.port}", api_key=KEY, max_retries=0)
+
+    if stream:
+        async with client.messages.stream(model="claude-test", max_tokens=10, messages=HELLO["messages"]) as events:
+            message = await events.get_final_message()
+    else:
+        message = await client.messages.create(model="claude-test", max_tokens=10, messages=HELLO["messages"])
+
+    assert (message.content[0].text, message.usage.input_tokens, message.usage.output_tokens) == ("Hello world", 12, 5)
+    (entry,) = gateway.entries()
+    assert (entry["input_tokens"], entry["output_tokens"], entry["outcome"]) == (12, 5, "completed")
+    await client.close()
+
+
+async def test_the_official_anthropic_sdk_reads_our_errors(gateway):
+    """
+    A wrong key is an AuthenticationError with our words, asked once.
+    """
+    client = anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{gateway.port}", api_key="sk-proxy-wrong")
+
+    with pytest.raises(anthropic.AuthenticationError) as caught:
+        await client.messages.create(model="claude-test", max_tokens=10, messages=HELLO["messages"])
+
+    assert caught.value.body["error"]["message"].startswith("This gateway does not know the key")
+    await client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_official_openai_sdk_works(start_gateway, upstream, stream):
+    """
+    OpenAI's own client, with a base URL that ends in /v1.
+    """
+    gateway = await start_gateway(config_text(f"{upstream.url}/v1", ", format: openai"))
+    upstream.script = chat_hello(stream=stream)
+    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{gateway.port}/v1", api_key=KEY, max_retries=0)
+
+    if stream:
+        chunks = await client.chat.completions.create(model="gpt-test", messages=HELLO["messages"], stream=True)
+        said = "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
+    else:
+        said = (
+            (await client.chat.completions.create(model="gpt-test", messages=HELLO["messages"]))
+            .choices[0]
+            .message.content
+        )
+
+    assert said == "Hello world"
+    assert gateway.entries()[0]["outcome"] == "completed"
+    await client.close()
+
+
+async def test_the_demo_answers_both_sdks(start_gateway):
+    """
+    The whole way works before anyone has an API key, tools and token counts included.
+    """
+    gateway = await start_gateway(f"upstreams: [{{name: demo, format: demo}}]\nkeys: [{{name: me, key: {KEY}}}]\n")
+    base = f"http://127.0.0.1:{gateway.port}"
+    ours = anthropic.AsyncAnthropic(base_url=base, api_key=KEY, max_retries=0)
+    theirs = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
+    schema = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
+    ask = [{"role": "user", "content": "please use the Bash tool"}]
+
+    tools = [{"name": "Bash", "input_schema": schema}]
+    async with ours.messages.stream(model="claude-demo", max_tokens=100, messages=ask, tools=tools) as events:
+        message = await events.get_final_message()
+    counted = await ours.messages.count_tokens(model="claude-demo", messages=ask, tools=tools)
+    tools = [{"type": "function", "function": {"name": "Bash", "parameters": schema}}]
+    chat = await theirs.chat.completions.create(model="claude-demo", messages=ask, tools=tools)
+
+    assert [block.type for block in message.content] == ["text", "tool_use"]
+    assert (message.content[1].name, message.content[1].input) == ("Bash", {"command": "echo hello from the demo"})
+    assert counted.input_tokens > 0
+    assert json.loads(chat.choices[0].message.tool_calls[0].function.arguments) == message.content[1].input
+    assert [entry["outcome"] for entry in gateway.entries()] == ["completed"] * 3
+    await ours.close()
+    await theirs.close()
+
+
+@pytest.mark.logs("cannot write to", "can be written again")
+async def test_a_full_disk_loses_no_entry_and_refuses_before_it_would(start_gateway, upstream, tmp_path):
+    """
+    Entries wait in a bounded queue, /health says so, new calls are refused at the bound, and space brings all back.
+    """
+    disk = tmp_path / "usage"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", disk], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("a small disk needs root")
+    try:
+        gateway = await start_gateway(config_text(upstream.url))
+        gateway.gateway.ledger.QUEUE = 5
+        upstream.script = hello_json()
+        statuses = [(await gateway.post("/v1/messages", HELLO)).status for _ in range(25)]
+        health = await gateway.get("/health")
+        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
+        gateway.tick(seconds=1)
+
+        assert statuses[-1] == 503 and statuses == sorted(statuses)
+        assert (health.status, health.json["ledger"]) == (503, {"failure": "No space left on device", "waiting": 5})
+        assert len(gateway.entries()) == statuses.count(200)
+        assert (await gateway.get("/health")).status == 200
+        await gateway.stop()
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
