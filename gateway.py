@@ -2365,14 +2365,18 @@ def sse(event: str, data: object) -> bytes:
 
 
 def last_user_text(request: DemoRequest) -> str:
-    """The last text of the last message, "" where that is no user's text (a tool's result, say)."""
-    message = request.messages[-1] if request.messages else {}
-    content = message.get("content") if message.get("role") == "user" else ""
+    """The last text of the last user's message, "" where that brings a tool's result."""
+    # Claude Code appends a message of the role "system".
+    last: dict[str, Any] = next((m for m in reversed(request.messages) if m.get("role") in ("user", "tool")), {})
+    content = last.get("content") if last.get("role") == "user" else ""
     if isinstance(content, str):
         return content
     blocks = [block for block in content or [] if isinstance(block, dict)]
-    last = blocks[-1] if blocks else {}
-    return str(last.get("text", "")) if last.get("type") == "text" else ""
+    if any(block.get("type") == "tool_result" for block in blocks):
+        return ""
+    return next(
+        (str(block["text"]) for block in reversed(blocks) if block.get("type") == "text" and "text" in block), ""
+    )
 
 
 def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:

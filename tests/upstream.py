@@ -487,8 +487,11 @@ class ConnectProxy:
         if self.status != 200:
             return await writer.drain()
         host, port = self.lines[-1].split()[1].rsplit(":", 1)
-        onward = await asyncio.open_connection(host, int(port))
-        await asyncio.gather(pump(reader, onward[1]), pump(onward[0], writer))
+        onward_reader, onward_writer = await asyncio.open_connection(host, int(port))
+        try:
+            await asyncio.gather(pump(reader, onward_writer), pump(onward_reader, writer))
+        finally:
+            onward_writer.transport.abort()
         return None
 
 
