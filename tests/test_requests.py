@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from client import Connection, request_bytes
-from conftest import CONFIG, HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, config_text
-from upstream import HELLO as HELLO_SCRIPT
+from client import request_bytes
+from conftest import HELLO, KEY, UPSTREAM_KEY, config_text
 from upstream import hello_json, json_body
 
 import gateway as g
@@ -540,11 +539,3 @@ async def test_a_session_is_known_by_header_or_metadata(gateway, upstream):
     await gateway.post("/v1/messages", HELLO)
 
     assert [entry["session"] for entry in gateway.entries()] == ["from-the-header", session, session, ""]
-
-
-def test_the_config_of_these_tests_is_plain():
-    """
-    The texts above replace parts of this one.
-    """
-    assert CONFIG.splitlines()[1] == "server: {{host: 127.0.0.1, port: 0}}"
-    assert HELLO_SCRIPT and HELLO_STREAM["stream"] is True and Connection
