@@ -532,10 +532,6 @@ def parse_scaled(value: object, units: dict[str, float] | dict[str, int], exampl
     return float(found[1]) * units[found[2]]
 
 
-class Amount(float):
-    """A count or a sum: `50M`, `1.5B`, `20万`."""
-
-
 class Size(int):
     """Bytes: `32MB`."""
 
@@ -548,10 +544,18 @@ class Fsync(float):
     """Seconds between two fsyncs of the ledger: 0 for `always`, infinity for `never`."""
 
 
-class Instant(float):
-    """Seconds since 1970; a plain date means the end of that day, and is shifted to the server's time zone later."""
+class Expiry:
+    """The end of a key: a moment, or the end of a day."""
 
-    date: dt.date | None = None
+    def __init__(self, value: dt.date) -> None:
+        self._value = value  # a datetime is a date, too
+
+    def at(self, timezone: dt.tzinfo) -> float:
+        """Seconds since 1970; what has no time zone of its own is in `timezone`."""
+        value = self._value
+        if not isinstance(value, dt.datetime):
+            value = dt.datetime.combine(value + dt.timedelta(days=1), dt.time())
+        return (value if value.tzinfo else value.replace(tzinfo=timezone)).timestamp()
 
 
 class LimitSet(tuple[Limit, ...]):
@@ -673,7 +677,7 @@ class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     key: Secret
     limits: LimitSet | None = None
     models: tuple[str, ...] = ("*",)
-    expires: Instant | None = None
+    expires: Expiry | None = None
     allow_ips: tuple[str, ...] = ()
     enabled: bool = True
 
@@ -743,15 +747,11 @@ def parse_fsync(value: object) -> Fsync:
     return Fsync(words[value] if isinstance(value, str) and value in words else parse_scaled(value, TIME_UNITS, "1s"))
 
 
-def parse_instant(value: object) -> Instant:
+def parse_expiry(value: object) -> Expiry:
     """`2027-01-31` or a date with a time; YAML has parsed either already."""
-    if isinstance(value, dt.datetime):
-        return Instant((value if value.tzinfo else value.replace(tzinfo=dt.UTC)).timestamp())
     if not isinstance(value, dt.date):
         raise ValueError(f"expected a date such as 2027-01-31, got {value!r}")
-    instant = Instant()
-    instant.date = value
-    return instant
+    return Expiry(value)
 
 
 def parse_secret(value: object) -> Secret:
@@ -762,11 +762,10 @@ def parse_secret(value: object) -> Secret:
 
 
 CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
-    Amount: lambda value: Amount(parse_scaled(value, COUNT_UNITS, "50M")),
     Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, "32MB")),
     Duration: lambda value: Duration(parse_scaled(value, TIME_UNITS, "10s")),
     Fsync: parse_fsync,
-    Instant: parse_instant,
+    Expiry: parse_expiry,
     LimitSet: parse_limits,
     PriceTable: parse_prices,
     Secret: parse_secret,
@@ -893,8 +892,9 @@ def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]
 
     plain = document.plain(environ)
     for upstream in plain.get("upstreams") or []:
-        if isinstance(upstream, dict) and isinstance(upstream.get("models"), list):
-            upstream["models"] = dict.fromkeys(upstream["models"], "*")
+        models = upstream.get("models") if isinstance(upstream, dict) else None
+        if isinstance(models, list) and all(isinstance(model, str) for model in models):
+            upstream["models"] = dict.fromkeys(models, "*")
     try:
         return msgspec.convert(plain, ConfigFile, dec_hook=decode)
     except msgspec.ValidationError as error:
@@ -917,15 +917,6 @@ def config_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def expires_at(instant: Instant | None, timezone: zoneinfo.ZoneInfo) -> float:
-    """When a key ends, in seconds since 1970: at a moment, or with the end of a day in the server's zone."""
-    if instant is None:
-        return math.inf
-    if instant.date is None:
-        return float(instant)
-    return dt.datetime.combine(instant.date + dt.timedelta(days=1), dt.time(), timezone).timestamp()
-
-
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals."""
 
@@ -935,8 +926,10 @@ class ConfigBuilder:
         self._document, self._file, self._vault = document, file, vault
         self.warnings: list[str] = []
 
-    def timezone(self) -> zoneinfo.ZoneInfo:
+    def timezone(self) -> dt.tzinfo:
         """The zone in which calendar windows turn over."""
+        if self._file.server.timezone == "UTC":
+            return dt.UTC
         try:
             return zoneinfo.ZoneInfo(self._file.server.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
@@ -1006,7 +999,7 @@ class ConfigBuilder:
             raise self._document.problem(steps, f"{name!r} is taken: names tell entries apart in the ledger")
         seen.add(name)
 
-    def keys(self, timezone: zoneinfo.ZoneInfo) -> Iterator[Key]:
+    def keys(self, timezone: dt.tzinfo) -> Iterator[Key]:
         """The users' keys, hashed."""
         names: set[str] = set()
         digests: set[bytes] = set()
@@ -1025,7 +1018,7 @@ class ConfigBuilder:
                 digest,
                 last4,
                 entry.models,
-                expires_at(entry.expires, timezone),
+                entry.expires.at(timezone) if entry.expires else math.inf,
                 networks,
                 entry.enabled,
                 limits,
