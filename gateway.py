@@ -61,7 +61,7 @@ import time
 import urllib.parse
 import zoneinfo
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -362,7 +362,7 @@ class Vault:
         self.source = source
 
     @classmethod
-    def open(cls, directory: Path, environ: dict[str, str] | os._Environ[str] = os.environ) -> Vault:
+    def open(cls, directory: Path, environ: Mapping[str, str] = os.environ) -> Vault:
         """Read GATEWAY_SECRET, else the file that GATEWAY_SECRET_FILE names, else gateway.secret in `directory`."""
         if environ.get("GATEWAY_SECRET"):
             return cls(environ["GATEWAY_SECRET"].replace(",", " ").split(), "GATEWAY_SECRET")
@@ -794,11 +794,11 @@ class Document:
             found = "nothing" if self.root is None else "no mapping"
             raise ConfigError(f"{path}:1: expected settings such as `upstreams:`, found {found}")
 
-    def plain(self, environ: dict[str, str] | os._Environ[str]) -> dict[str, Any]:
+    def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
         """The document as dicts, lists and scalars, with `${NAME}` and `${NAME:-default}` filled in."""
         return cast(dict[str, Any], self._plain(cast(yaml.Node, self.root), "", environ, 0))
 
-    def _plain(self, node: yaml.Node, at: str, environ: dict[str, str] | os._Environ[str], depth: int) -> Any:
+    def _plain(self, node: yaml.Node, at: str, environ: Mapping[str, str], depth: int) -> Any:
         if depth > 20:
             raise self.error(node, at, "nested too deep (an alias of itself?)")
         if isinstance(node, yaml.MappingNode):
@@ -815,7 +815,7 @@ class Document:
             return [self._plain(item, f"{at}[{i}]", environ, depth + 1) for i, item in enumerate(node.value)]
         return self._scalar(cast(yaml.ScalarNode, node), at, environ)
 
-    def _scalar(self, node: yaml.ScalarNode, at: str, environ: dict[str, str] | os._Environ[str]) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, at: str, environ: Mapping[str, str]) -> Any:
         if "${" in node.value:
 
             def fill(found: re.Match[str]) -> str:
@@ -884,7 +884,7 @@ def unknown_setting(steps: Sequence[str | int]) -> str:
     return f"unknown setting{f', did you mean {close[0]}?' if close else ''} (there are: {', '.join(names)})"
 
 
-def decode_config(document: Document, environ: dict[str, str] | os._Environ[str]) -> ConfigFile:
+def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
     """Type and check a document. Raises ConfigError with line, path and what would be right."""
 
     def decode(kind: type, value: object) -> object:
@@ -1059,9 +1059,7 @@ def read_text(path: Path) -> str:
 class Config:
     """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
 
-    def __init__(
-        self, document: Document, vault: Vault, clock: Clock, environ: dict[str, str] | os._Environ[str]
-    ) -> None:
+    def __init__(self, document: Document, vault: Vault, clock: Clock, environ: Mapping[str, str]) -> None:
         self.path, self.clock = document.path, clock
         self.file = decode_config(document, environ)
         self.digest = config_digest(document.text)
@@ -1077,14 +1075,12 @@ class Config:
         self.price = functools.lru_cache(maxsize=1024)(self._price)
 
     @classmethod
-    def load(
-        cls, path: Path, clock: Clock = Clock(), environ: dict[str, str] | os._Environ[str] = os.environ
-    ) -> Config:
+    def load(cls, path: Path, clock: Clock = Clock(), environ: Mapping[str, str] = os.environ) -> Config:
         """Read a file. Raises ConfigError."""
         return cls.parse(read_text(path), path, clock, environ)
 
     @classmethod
-    def parse(cls, text: str, path: Path, clock: Clock, environ: dict[str, str] | os._Environ[str]) -> Config:
+    def parse(cls, text: str, path: Path, clock: Clock, environ: Mapping[str, str]) -> Config:
         """Make a snapshot of `text`, with relative paths seen from `path`. Raises ConfigError."""
         try:
             return cls(Document(text, path), Vault.open(path.parent, environ), clock, environ)
@@ -1127,7 +1123,7 @@ def write_in_place(path: Path, data: bytes) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Put `data` in a file's place at once, with its mode and owner.
 
-    A bind-mounted file cannot be replaced (EBUSY): it is written in place, with a copy beside it until that is done.
+    A bind-mounted file cannot be replaced (EBUSY): it is written in place, and what it was stays in `….bak`.
     """
     before = path.stat()
     try:
@@ -1157,8 +1153,8 @@ class ConfigEditor:
     """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))  # a symlink stays one; what it names is edited
-        self.original = read_text(self.path)
+        self.path = path
+        self.original = read_text(path)
         self.document = Document(self.original, self.path)
 
     def _splice(self, start: int, end: int, text: str) -> None:
@@ -1208,14 +1204,14 @@ class ConfigEditor:
         end = self.document.text.find("\n", node.end_mark.index)
         return end if end >= 0 else len(self.document.text)
 
-    def save(self, environ: dict[str, str] | os._Environ[str] = os.environ) -> Config:
+    def save(self, environ: Mapping[str, str] = os.environ) -> Config:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
         config = Config.parse(self.document.text, self.path, Clock(), environ)
         if read_text(self.path) != self.original:
             raise ConfigError(
                 f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
             )
-        replace_file(self.path, self.document.text.encode())
+        replace_file(Path(os.path.realpath(self.path)), self.document.text.encode())  # a symlink stays one
         self.original = self.document.text
         return config
 
@@ -2981,9 +2977,7 @@ class Models:
 class Gateway:
     """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
 
-    def __init__(
-        self, config: Config, pace: Pace = Pace(), environ: dict[str, str] | os._Environ[str] = os.environ
-    ) -> None:
+    def __init__(self, config: Config, pace: Pace = Pace(), environ: Mapping[str, str] = os.environ) -> None:
         self.config, self.pace, self.clock = config, pace, config.clock
         self._environ = environ
         self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock)
