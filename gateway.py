@@ -3311,7 +3311,7 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # Tornado's matter
+            self._keep_alive = False  # Tornado's matter; the parser reads no further here
         except httptools.HttpParserError as error:
             self._unreadable(error)
         if self._state is State.FOREIGN:

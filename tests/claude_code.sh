@@ -15,7 +15,7 @@ case "$(uname -s)-$(uname -m)" in
 esac
 
 program=$folder/node_modules/@anthropic-ai/claude-code-$platform/claude
-if [ ! -x "$program" ]; then
+if [[ "$("$program" --version 2>/dev/null)" != "$version "* ]]; then
   mkdir -p "$folder"
   npm install --silent --ignore-scripts --prefix "$folder" "@anthropic-ai/claude-code@$version" >&2
 fi

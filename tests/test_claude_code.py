@@ -6,7 +6,8 @@ import asyncio
 import json
 import os
 import platform
-from collections.abc import Callable
+import signal
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,30 +41,49 @@ PROGRAM = installed()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="Claude Code is not installed: tests/claude_code.sh does it")
 
 
-async def claude(gateway, home: Path, *arguments: str, key: str = KEY) -> asyncio.subprocess.Process:
-    """Start Claude Code with a prompt, as CLIENT's users do, with nothing of this machine's settings."""
-    environ = {
+StartClaude = Callable[..., Awaitable[asyncio.subprocess.Process]]
+
+
+@pytest.fixture
+def claude(io_loop, gateway, tmp_path) -> Iterator[StartClaude]:
+    """Start Claude Code with nothing of this machine's settings; what still runs when a test ends is killed."""
+    started: list[asyncio.subprocess.Process] = []
+
+    async def start(*arguments: str, key: str = KEY) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            str(PROGRAM),
+            *arguments,
+            cwd=tmp_path,
+            env=environment(tmp_path, gateway.port, key),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            io_loop.run_sync(process.communicate)
+
+
+def environment(home: Path, port: int, key: str) -> dict[str, str]:
+    """What a user of the gateway sets, and nothing of this machine's."""
+    return {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
         "CLAUDE_CONFIG_DIR": str(home / ".claude"),
         "LANG": "C.UTF-8",
         "TERM": "xterm-256color",
-        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{gateway.port}",
+        "ANTHROPIC_BASE_URL": f"http://127.0.0.1:{port}",
         "ANTHROPIC_AUTH_TOKEN": key,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_TELEMETRY": "1",
         "DISABLE_ERROR_REPORTING": "1",
         "DISABLE_AUTOUPDATER": "1",
     }
-    return await asyncio.create_subprocess_exec(
-        str(PROGRAM),
-        *arguments,
-        cwd=home,
-        env=environ,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
 
 
 async def said(process: asyncio.subprocess.Process) -> str:
@@ -77,13 +97,13 @@ def by_request(answer: Callable[[Request], list[Step]]) -> Callable[[Request], l
     return lambda request: answer(request) if request.json.get("stream") else message_json("said without a stream")
 
 
-async def test_a_text_turn(gateway, upstream, tmp_path):
+async def test_a_text_turn(claude, gateway, upstream):
     """
     The text arrives, and the call is in the ledger with its session.
     """
     upstream.script = by_request(lambda request: stream_of("Hello from ", "upstream"))
 
-    output = await said(await claude(gateway, tmp_path, "-p", "say hi"))
+    output = await said(await claude("-p", "say hi"))
 
     assert output.strip() == "Hello from upstream"
     (entry,) = gateway.entries()
@@ -91,7 +111,7 @@ async def test_a_text_turn(gateway, upstream, tmp_path):
     assert entry["user_agent"].startswith("claude-cli/") and len(entry["session"]) == 36
 
 
-async def test_a_tool_turn(gateway, upstream, tmp_path):
+async def test_a_tool_turn(claude, gateway, upstream):
     """
     Claude Code runs the tool that the upstream asks for and sends its result back.
     """
@@ -103,45 +123,48 @@ async def test_a_tool_turn(gateway, upstream, tmp_path):
 
     upstream.script = by_request(answer)
 
-    output = await said(await claude(gateway, tmp_path, "-p", "run it", "--allowedTools", "Bash"))
+    output = await said(await claude("-p", "run it", "--allowedTools", "Bash"))
 
     assert output.strip() == "The tool has run."
     assert b"from-the-42" in upstream.requests[-1].body
     assert [entry["outcome"] for entry in gateway.entries()] == ["completed", "completed"]
 
 
-async def test_a_cancelled_turn(gateway, upstream, tmp_path):
+async def test_a_cancelled_turn(claude, gateway, upstream):
     """
     Ctrl-C ends the upstream's work, and what was seen is booked.
     """
     upstream.script = [head(200, "text/event-stream"), message_start(12), block_start(), text("Hel"), stall()]
-    process = await claude(gateway, tmp_path, "-p", "say hi")
-    await upstream.request_came()
+    process = await claude("-p", "say hi", "--output-format", "stream-json", "--verbose", "--include-partial-messages")
+    async for line in process.stdout:
+        if b'"Hel"' in line:  # the client has it, not only the gateway
+            break
 
-    process.terminate()
+    process.send_signal(signal.SIGINT)
 
-    async with asyncio.timeout(10):
-        await upstream.closed_by_peer()
+    await upstream.closed_by_peer()
     await said(process)
     await gateway.settled()
-    assert (gateway.entries()[0]["outcome"], gateway.entries()[0]["input_tokens"]) == ("client_gone", 12)
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], entry["input_tokens"], entry["estimated"]) == ("client_gone", 12, True)
+    assert len(upstream.requests) == 1
 
 
-async def test_a_wrong_key_stops_the_client_at_its_first_request(gateway, upstream, tmp_path, caplog):
+async def test_a_wrong_key_stops_the_client_at_its_first_request(claude, gateway, upstream, caplog):
     """
     No eleven requests and no three minutes: one refusal, whose words the user reads.
     """
     caplog.set_level("INFO")
 
     async with asyncio.timeout(20):
-        output = await said(await claude(gateway, tmp_path, "-p", "say hi", key="sk-proxy-wrong-0123456789"))
+        output = await said(await claude("-p", "say hi", key="sk-proxy-wrong-0123456789"))
 
     assert "API Error: 401 This gateway does not know the key that was sent." in output
     assert sum("refused: 401" in record.getMessage() for record in caplog.records) == 1
     assert upstream.requests == []
 
 
-async def test_an_upstream_that_dies_in_mid_stream_does_not_pass_for_an_answer(gateway, upstream, tmp_path):
+async def test_an_upstream_that_dies_in_mid_stream_does_not_pass_for_an_answer(claude, gateway, upstream):
     """
     Claude Code sees the cut, asks again on its own, and shows the second answer, not half of the first.
     """
@@ -149,20 +172,21 @@ async def test_an_upstream_that_dies_in_mid_stream_does_not_pass_for_an_answer(g
     upstream.scripts = [dying]
     upstream.script = by_request(lambda request: stream_of("a whole sentence"))
 
-    output = await said(await claude(gateway, tmp_path, "-p", "say hi"))
+    output = await said(await claude("-p", "say hi"))
     await gateway.settled()
 
     assert output.strip() in ("a whole sentence", "said without a stream")
     assert [entry["outcome"] for entry in gateway.entries()] == ["upstream_cut", "completed"]
+    assert len(upstream.requests) == 2
 
 
-async def test_a_session_goes_on_with_json_output(gateway, upstream, tmp_path):
+async def test_a_session_goes_on_with_json_output(claude, gateway, upstream):
     """
     With `--output-format json` the client reports the very usage that the ledger has.
     """
     upstream.script = by_request(lambda request: stream_of("fine"))
 
-    output = json.loads(await said(await claude(gateway, tmp_path, "-p", "say hi", "--output-format", "json")))
+    output = json.loads(await said(await claude("-p", "say hi", "--output-format", "json")))
 
     entry = gateway.entries()[-1]
     assert (output["result"], output["session_id"]) == ("fine", entry["session"])

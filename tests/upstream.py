@@ -221,6 +221,16 @@ def text(said: str) -> Step:
     return block_delta(type="text_delta", text=said)
 
 
+def thinking(thought: str) -> Step:
+    """A piece of thinking."""
+    return block_delta(type="thinking_delta", thinking=thought)
+
+
+def ping() -> Step:
+    """What keeps a silent stream alive."""
+    return event("ping", {"type": "ping"})
+
+
 def message_delta(output_tokens: int, stop_reason: str = "end_turn", **usage: int) -> Step:
     """The output's usage."""
     delta = {"stop_reason": stop_reason, "stop_sequence": None}
@@ -325,6 +335,14 @@ def chat_hello(stream: bool) -> list[Step]:
     return json_body(answer | {"usage": {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}})
 
 
+def response_completed(input_tokens: int, output_tokens: int, cached: int = 0) -> Step:
+    """The terminal event of a Responses stream, with its usage."""
+    usage = {"input_tokens": input_tokens, "output_tokens": output_tokens, "total_tokens": input_tokens + output_tokens}
+    usage["input_tokens_details"] = {"cached_tokens": cached}
+    answer = {"id": "resp_1", "object": "response", "model": "gpt-test", "status": "completed", "usage": usage}
+    return event("response.completed", {"type": "response.completed", "response": answer})
+
+
 # --- the server -------------------------------------------------------------------------
 
 
@@ -373,9 +391,10 @@ class ScriptedUpstream:
             await self._changed.wait()
         return self.requests[count - 1]
 
-    async def closed_by_peer(self) -> None:
-        """Wait until the last request's connection was closed by the other side."""
-        await self.requests[-1].closed.wait()
+    async def closed_by_peer(self, timeout_s: float = 10.0) -> None:
+        """Wait until the last request's connection was closed by the other side; TimeoutError when it is not."""
+        async with asyncio.timeout(timeout_s):
+            await self.requests[-1].closed.wait()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
