@@ -656,7 +656,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeouts: Timeouts = Timeouts()
     on_disconnect: Literal["cancel", "drain"] = "cancel"
     ca_file: str | None = None
-    proxy: str | None = None
+    proxy: Secret | None = None  # may have a password in it
 
     def serves(self, route: Route) -> bool:
         """Whether this upstream speaks the format of a route."""
@@ -961,20 +961,32 @@ class ConfigBuilder:
         self._unique((*at, "name"), upstream.name, seen)
         if upstream.format != "demo":
             self._check_url((*at, "url"), upstream.url, ("http", "https"))
-        if upstream.proxy:
-            self._check_url((*at, "proxy"), upstream.proxy, ("http",))
+            if "@" in upstream.url:
+                raise self._document.problem((*at, "url"), "keep credentials out of the url: they go into api_key")
         if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
             raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
+        key = self._unseal((*at, "api_key"), upstream.api_key)
         try:
-            key = self._vault.unseal(upstream.api_key)
             if key:
                 check_pasted(key)
-        except (SealError, ValueError) as error:
+        except ValueError as error:
             raise self._document.problem((*at, "api_key"), str(error)) from None
-        if key and self._is_plain((*at, "api_key")):
-            self.warnings.append(f"upstreams[{i}].api_key ({upstream.name}) is in clear text: run `gateway.py seal`")
+        proxy = self._unseal((*at, "proxy"), upstream.proxy) if upstream.proxy else None
+        if proxy:
+            self._check_url((*at, "proxy"), proxy, ("http",))
+        for field, secret in (("api_key", key), ("proxy", proxy if proxy and "@" in proxy else None)):
+            if secret and self._is_plain((*at, field)):
+                self.warnings.append(
+                    f"upstreams[{i}].{field} ({upstream.name}) is in clear text: run `gateway.py seal`"
+                )
         ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
-        return msgspec.structs.replace(upstream, api_key=key, ca_file=ca_file)
+        return msgspec.structs.replace(upstream, api_key=key, ca_file=ca_file, proxy=proxy)
+
+    def _unseal(self, steps: tuple[str | int, ...], value: Secret) -> Secret:
+        try:
+            return self._vault.unseal(value)
+        except SealError as error:
+            raise self._document.problem(steps, str(error)) from None
 
     def _is_plain(self, steps: tuple[str | int, ...]) -> bool:
         node = self._document.find(*steps)
@@ -2074,7 +2086,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._answer: Answer | None = None
         self._headers: Headers = []
         self._head_bytes = 0
-        self._status = 0
+        self._status = self._body_pieces = 0
         self._head_given = self._head_whole = self._complete = False
         self._until_close = self._keep_alive = self._failed = False
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -2106,6 +2118,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._head_given = True
             answer.head(self._status, self._headers)
         pieces = self._pieces
+        if self._complete:
+            del pieces[self._body_pieces :]  # what came behind the answer is nobody's
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
         if self._complete:
@@ -2153,8 +2167,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._until_close = not framed and self._status not in (204, 304)
 
     def on_message_complete(self) -> None:
-        if self._head_whole:
-            self._complete = True
+        if self._head_whole and not self._complete:
+            self._complete, self._body_pieces = True, len(self._pieces)
         elif self._status == 101:
             self._failed = True
 
@@ -4009,6 +4023,8 @@ def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool)
         return None
     if node.value.startswith(Vault.PREFIX):
         return vault.rotate(node.value) if rotate else None
+    if field == "proxy" and "@" not in node.value:
+        return None  # no password in it
     return seal_key(node.value) if field == "key" else vault.seal(node.value)
 
 
@@ -4020,6 +4036,7 @@ def command_seal(options: argparse.Namespace) -> None:
     done = []
     for section, field, count in (
         ("upstreams", "api_key", len(config.upstreams)),
+        ("upstreams", "proxy", len(config.upstreams)),
         ("keys", "key", len(config.file.keys)),
     ):
         for i in range(count):

@@ -44,10 +44,56 @@ def ledger_line(entry: dict, *names: str) -> dict:
     return {name: entry[name] for name in names}
 
 
+ENDINGS = {
+    "finished": (HELLO_SCRIPT, "completed", 200),
+    "refused": (json_body({"type": "error", "error": {"type": "x", "message": "no"}}, status=529), "refused", 529),
+    "cut by reset": ([head(200, SSE), message_start(1), text("Hel"), reset_peer()], "upstream_cut", 200),
+    "cut by close": ([head(200, SSE), message_start(1), text("Hel"), close()], "upstream_cut", 200),
+    "ended too early": ([head(200, SSE), message_start(1), text("Hel"), end()], "upstream_cut", 200),
+    "error in mid-stream": ([head(200, SSE), error_event("api_error", "no"), end()], "upstream_error", 200),
+    "no answer": ([close()], "upstream_cut", 502),
+    "not HTTP": ([garbage()], "upstream_cut", 502),
+    "a protocol nobody asked for": (
+        [raw(b"HTTP/1.1 101 Go\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n")],
+        "upstream_cut",
+        502,
+    ),
+    "a body with two lengths": (
+        [raw(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab")],
+        "upstream_cut",
+        502,
+    ),
+    "a page instead of JSON": ([head(200, "text/html", content_length="4"), body(b"<p/>")], "completed", 200),
+    "an empty answer": ([raw(b"HTTP/1.1 204 No\r\n\r\n")], "completed", 204),
+    "two answers": ([*hello_json(), *hello_json()], "completed", 200),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+async def test_invariant_1_every_admitted_call_leaves_exactly_one_entry(gateway, upstream, caplog, name):
+    """
+    However the upstream ends a call, the ledger has one entry that says how, and the next call is served.
+    """
+    script, outcome, status = ENDINGS[name]
+    upstream.script = script
+
+    await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+    upstream.script = HELLO_SCRIPT
+    again = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert [(entry["outcome"], entry["status"]) for entry in gateway.entries()] == [
+        (outcome, status),
+        ("completed", 200),
+    ]
+    assert again.texts == ["Hello", " world"]
+    caplog.clear()
+
+
 # --- bytes as they came ---------------------------------------------------------------
 
 
-async def test_a_stream_passes_byte_for_byte_and_is_booked(gateway, upstream):
+async def test_invariant_4_bytes_are_relayed_as_they_came(gateway, upstream):
     """
     Invariants 1 and 4: the client gets the very bytes, the upstream got the very body, and one entry tells the rest.
     """
@@ -222,7 +268,7 @@ async def test_openai_streams_are_metered_with_and_without_usage(start_gateway, 
 
 
 @pytest.mark.parametrize("ending", [reset_peer(), close(), garbage()], ids=["reset", "fin", "garbage"])
-async def test_a_stream_cut_by_the_upstream_looks_cut(gateway, upstream, ending):
+async def test_invariant_6_a_cut_stream_looks_cut(gateway, upstream, ending):
     """
     Invariant 6: a client can tell a complete answer from a cut one, and pays for the tokens it saw.
     """
@@ -514,7 +560,7 @@ async def test_no_ping_breaks_an_event(gateway, upstream):
 
 
 @pytest.mark.logs("did not answer in time")
-async def test_an_upstream_that_never_answers_is_a_timeout(start_gateway, upstream):
+async def test_invariant_8_every_wait_has_a_deadline(start_gateway, upstream):
     """
     Invariant 8: `first_byte` bounds the wait for a head; the client gets a 504 in its format.
     """
@@ -595,7 +641,7 @@ async def test_idle_connections_are_closed_after_a_time(gateway, upstream):
     await until(lambda: not upstream.open_connections)
 
 
-async def test_a_stale_connection_is_tried_again_once_on_a_fresh_one(gateway, upstream):
+async def test_invariant_5_a_failed_attempt_is_retried_unseen_while_no_byte_has_come(gateway, upstream):
     """
     A kept-alive connection that dies as it is used again, before a byte of the answer, costs the client nothing.
     """
@@ -686,7 +732,7 @@ async def test_a_proxy_that_refuses_is_said_so(start_gateway, upstream):
     await proxy.close()
 
 
-async def test_a_slow_reader_slows_the_upstream_and_not_our_memory(gateway, upstream):
+async def test_invariant_7_slow_readers_slow_the_upstream_not_our_memory(gateway, upstream):
     """
     Invariant 7: while the client does not read, the upstream's bytes stay with the upstream.
     """
@@ -737,7 +783,7 @@ async def test_a_bug_of_ours_is_booked_and_told_without_its_details(gateway, ups
     caplog.clear()
 
 
-async def test_no_secret_is_in_anything_that_leaves(gateway, upstream, caplog):
+async def test_invariant_9_no_secret_leaves(gateway, upstream, caplog):
     """
     Invariant 9: the upstream's key and the users' keys stand in no answer, log line or ledger entry.
     """

@@ -56,7 +56,7 @@ async def test_a_forwardable_path_reaches_the_upstream_in_the_tables_spelling(ga
         ("POST", "/v1/messages/../../etc/passwd", 404),
     ],
 )
-async def test_nothing_but_the_table_reaches_an_upstream(gateway, upstream, method, path, status):
+async def test_invariant_9_nothing_but_the_table_reaches_an_upstream(gateway, upstream, method, path, status):
     """
     Invariant 9: only the paths of a table are forwarded; batches and files belong to the upstream's key.
     """
@@ -187,7 +187,7 @@ async def test_openai_clients_get_errors_in_their_own_shape(gateway, path):
     }
 
 
-async def test_a_wrong_key_is_refused_before_the_body_is_read(gateway):
+async def test_invariant_10_a_wrong_key_is_refused_before_the_body_is_read(gateway):
     """
     Invariant 10: 401 comes at once, however long the announced body is.
     """

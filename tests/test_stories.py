@@ -182,6 +182,39 @@ def ledger(folder: Path) -> list[dict]:
     ]
 
 
+async def test_invariant_2_after_kill_9_the_ledger_is_what_it_was(tmp_path, processes, upstream, connect):
+    """
+    A killed gateway has lost only the call in flight; a torn last line is set aside and is no reason not to start.
+    """
+    (tmp_path / "config.yaml").write_text(config_text(upstream.url))
+    process = Process(tmp_path)
+    processes.append(process)
+    request = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode())
+    upstream.script = HELLO_SCRIPT
+    client = await connect(process.port)
+    for _ in range(20):
+        await client.send(request)
+        assert (await client.answer()).texts == ["Hello", " world"]
+    upstream.script = [head(200, "text/event-stream"), message_start(12), text("Hel"), wait_for(asyncio.Event())]
+    await client.send(request)
+    await client.read_until(b'"Hel"')
+
+    process.end(signal.SIGKILL)
+    (file,) = (tmp_path / "usage").glob("usage-*.jsonl")
+    file.write_bytes(file.read_bytes() + b'{"time":"2026-11-')
+    again = Process(tmp_path)
+    processes.append(again)
+    upstream.script = HELLO_SCRIPT
+    client = await connect(again.port)
+    await client.send(request)
+    await client.answer()
+    code, log = again.end()
+
+    assert [entry["outcome"] for entry in ledger(tmp_path)] == ["completed"] * 21
+    assert file.with_suffix(".torn").read_bytes() == b'{"time":"2026-11-\n'
+    assert code == 0 and "a torn last line of" in log
+
+
 def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
     """
     What stands in the way of a start is named with its remedy, without a traceback.
