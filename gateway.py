@@ -65,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, cast
+from typing import IO, Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import httptools
 import msgspec
@@ -309,7 +309,8 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
 # --- 2. Keys: secrets sealed, keys found -------------------------------------------
 
 KEY_PREFIX = "sk-proxy-"
-SEALED_KEY = re.compile(r"sha256:([0-9a-f]{64})(?::(.{4}))?")
+SEALED_OR_ELSEWHERE = re.compile(r"^(enc|sha256):|\$\{")  # no secret in clear text
+SEALED_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})(?::(.{4}))?")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -343,7 +344,7 @@ def check_pasted(secret: str) -> None:
     stripped = secret.strip()
     for bad, why in (
         (not stripped, "is empty"),
-        (secret != stripped or any(c.isspace() for c in stripped.removeprefix("Bearer ")), "has white space in it"),
+        (secret != stripped or re.search(r"\s", re.sub("(?i)^bearer ", "", stripped)), "has white space in it"),
         (stripped[:1] in "\"'`“‘" or stripped[-1:] in "\"'`”’", "has quotes around it"),
         (stripped.lower().startswith("bearer "), "starts with 'Bearer '"),
         (not stripped.isascii() or not stripped.isprintable(), "has characters no key has"),
@@ -513,11 +514,11 @@ class ConfigError(Exception):
 
 
 class Misplaced(ValueError):
-    """A wrong value below a setting; `key` says which entry of it."""
+    """A wrong value below a setting; `steps` lead to it from there."""
 
-    def __init__(self, key: str, message: str) -> None:
+    def __init__(self, steps: Sequence[str | int], message: str) -> None:
         super().__init__(message)
-        self.key = key
+        self.steps = steps
 
 
 def parse_scaled(value: object, units: dict[str, float] | dict[str, int], example: str) -> float:
@@ -553,6 +554,8 @@ class Expiry:
     def at(self, timezone: dt.tzinfo) -> float:
         """Seconds since 1970; what has no time zone of its own is in `timezone`."""
         value = self._value
+        if value == dt.date.max:
+            return math.inf
         if not isinstance(value, dt.datetime):
             value = dt.datetime.combine(value + dt.timedelta(days=1), dt.time())
         return (value if value.tzinfo else value.replace(tzinfo=timezone)).timestamp()
@@ -579,8 +582,8 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name, factor in (("cache_write_5m", 1.25), ("cache_write_1h", 2.0), ("cache_read", 0.1)):
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, round(self.input * factor, 6))
-        if min(self.input, self.output, *self._cache) < 0:
-            raise ValueError("a price cannot be negative")
+        if not all(0 <= price < math.inf for price in (self.input, self.output, *self._cache)):
+            raise ValueError("a price is a number and not negative")
 
     @property
     def _cache(self) -> tuple[float, float, float]:
@@ -706,6 +709,40 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     usage: UsageConfig = UsageConfig()
 
 
+def settings_at(kind: Any, steps: Sequence[str | int]) -> dict[str, Any]:
+    """The settings, with their types, of the mapping that `steps` lead to."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for i, step in enumerate(steps):
+        if isinstance(step, str):
+            inner = fields.get(step)
+            kinds = [a for a in (inner, *get_args(inner)) if isinstance(a, type) and issubclass(a, msgspec.Struct)]
+            return settings_at(kinds[0], steps[i + 1 :]) if kinds else {}
+    return fields
+
+
+def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int], str]:
+    """The steps to what is wrong below `kind`, and what would be right."""
+    message, _, at = str(error).partition(" - at `")
+    steps: list[str | int] = [
+        int(i) if i else name for name, i in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", at.partition(" in `")[2] or at)
+    ]
+    if isinstance(error.__cause__, Misplaced):
+        return [*steps, *error.__cause__.steps], str(error.__cause__)
+    if found := re.fullmatch(r"Object missing required field `(.*)`", message):
+        return [*steps, found[1]], "is required, and missing"
+    if found := re.fullmatch(r"Object contains unknown field `(.*)`", message):
+        names = list(settings_at(kind, steps))
+        close = difflib.get_close_matches(found[1], names, 1)
+        meant = f", did you mean {close[0]}?" if close else ""
+        return [*steps, found[1]], f"unknown setting{meant} (there are: {', '.join(names)})"
+    if found := re.fullmatch(r"Invalid enum value (.*)", message):
+        choices = get_args(settings_at(kind, steps[:-1])[str(steps[-1])])
+        return steps, f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {found[1]}"
+    if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
+        message += ": YAML reads it so; put it in quotes"
+    return steps, message
+
+
 def parse_limits(value: object) -> LimitSet:
     """Read the grammar of limits: `<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent`."""
     if not isinstance(value, dict):
@@ -715,14 +752,14 @@ def parse_limits(value: object) -> LimitSet:
         unit, _, window = str(key).partition("/")
         if not (key == "concurrent" or (unit in LIMIT_UNITS and (window in LIMIT_WINDOWS or key == unit))):
             raise Misplaced(
-                str(key),
+                [str(key)],
                 f"unknown limit {str(key)!r}: a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
                 f"({', '.join(LIMIT_WINDOWS)}) as in usd/day; or concurrent",
             )
         try:
             limits.append(Limit(unit, window, parse_scaled(amount, COUNT_UNITS, "50M")))
         except ValueError as error:
-            raise Misplaced(str(key), f"{key}: {error}") from None
+            raise Misplaced([str(key)], str(error)) from None
     return LimitSet(limits)
 
 
@@ -735,7 +772,8 @@ def parse_prices(value: object) -> PriceTable:
         try:
             prices.append((str(pattern), msgspec.convert(price, Price)))
         except msgspec.ValidationError as error:
-            raise Misplaced(str(pattern), f"{pattern}: {error}") from None
+            steps, message = explain(error, Price)
+            raise Misplaced([str(pattern), *steps], message) from None
     if "*" not in value:
         raise ValueError('"*" must be in the table: no model is free')
     return PriceTable(prices)
@@ -744,11 +782,23 @@ def parse_prices(value: object) -> PriceTable:
 def parse_fsync(value: object) -> Fsync:
     """`always`, `never` or a time."""
     words = {"always": 0.0, "never": math.inf}
-    return Fsync(words[value] if isinstance(value, str) and value in words else parse_scaled(value, TIME_UNITS, "1s"))
+    if isinstance(value, str) and value in words:
+        return Fsync(words[value])
+    return Fsync(parse_scaled(value, TIME_UNITS, "always, never or 1s"))
+
+
+def read_date(text: str) -> dt.date | None:
+    """A date, or a date with a time; None where it is neither."""
+    for read in (dt.date.fromisoformat, dt.datetime.fromisoformat):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return None
 
 
 def parse_expiry(value: object) -> Expiry:
-    """`2027-01-31` or a date with a time; YAML has parsed either already."""
+    """`2027-01-31` or a date with a time; YAML has parsed either already, but for quotes and missing seconds."""
+    if isinstance(value, str):
+        value = read_date(value) or value
     if not isinstance(value, dt.date):
         raise ValueError(f"expected a date such as 2027-01-31, got {value!r}")
     return Expiry(value)
@@ -777,6 +827,9 @@ def join(at: str, name: str | int) -> str:
     return f"{at}.{name}" if at else str(name)
 
 
+YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+
+
 class Document:
     """The text of a config.yaml with its YAML nodes: values to read, places to name and to edit."""
 
@@ -784,12 +837,13 @@ class Document:
         self.text, self.path = text, path
         self._scalars: Any = yaml.SafeLoader("")
         try:
-            self.root = yaml.compose(text, Loader=yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader)
+            self.root = yaml.compose(text, Loader=YAML_LOADER)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             raise ConfigError(f"{path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not YAML: {error}") from None
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            raise ConfigError(f"{path}:{line}: not YAML: {error.reason}") from None
         if not isinstance(self.root, yaml.MappingNode):
             found = "nothing" if self.root is None else "no mapping"
             raise ConfigError(f"{path}:1: expected settings such as `upstreams:`, found {found}")
@@ -824,13 +878,16 @@ class Document:
                     raise self.error(node, at, f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
                 return value
 
-            text = re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", fill, node.value)
+            pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
+            if "${" in re.sub(pattern, "", node.value):
+                raise self.error(node, at, "expected ${NAME} or ${NAME:-default}")
+            text = re.sub(pattern, fill, node.value)
             tag = self._scalars.resolve(yaml.ScalarNode, text, (not node.style, False))  # quoted: stays text
             node = yaml.ScalarNode(tag, text, node.start_mark, node.end_mark)
         try:
             return self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError) as error:
-            raise self.error(node, at, str(error)) from None
+            raise self.error(node, at, getattr(error, "problem", None) or str(error)) from None
 
     def find(self, *steps: str | int) -> yaml.Node | None:
         """The node at a path such as ("keys", 0, "name"), or None."""
@@ -860,7 +917,7 @@ class Document:
 
     def error(self, node: yaml.Node, at: str, problem: str) -> ConfigError:
         """A ConfigError at a node."""
-        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {at}: {problem}")
+        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {at}{': ' if at else ''}{problem}")
 
     def problem(self, steps: Sequence[str | int], problem: str) -> ConfigError:
         """A ConfigError at a path such as ("keys", 0, "expires")."""
@@ -870,46 +927,27 @@ class Document:
         return ConfigError(f"{self.path}:{self.locate(steps)}: {at}: {problem}")
 
 
-def unknown_setting(steps: Sequence[str | int]) -> str:
-    """Say that a setting is unknown, what it may have meant, and which there are."""
-    kind: Any = ConfigFile
-    for step in steps[:-1]:
-        if isinstance(step, str) and kind:
-            fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
-            inner = fields.get(step)
-            args = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type)]
-            kind = next((a for a in args if issubclass(a, msgspec.Struct)), None)
-    names = [field.name for field in msgspec.structs.fields(kind)] if kind else []
-    close = difflib.get_close_matches(str(steps[-1]), names, 1)
-    return f"unknown setting{f', did you mean {close[0]}?' if close else ''} (there are: {', '.join(names)})"
-
-
 def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
     """Type and check a document. Raises ConfigError with line, path and what would be right."""
 
     def decode(kind: type, value: object) -> object:
         return CUSTOM_TYPES[kind](value)
 
-    plain = document.plain(environ)
-    for upstream in plain.get("upstreams") or []:
+    # A section whose settings are all commented out is null: its defaults hold.
+    optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
+    plain = {k: v for k, v in document.plain(environ).items() if v is not None or k not in optional}
+    upstreams = plain.get("upstreams")
+    for i, upstream in enumerate(upstreams if isinstance(upstreams, list) else []):
         models = upstream.get("models") if isinstance(upstream, dict) else None
-        if isinstance(models, list) and all(isinstance(model, str) for model in models):
+        for j, model in enumerate(models if isinstance(models, list) else []):
+            if not isinstance(model, str):
+                raise document.problem(("upstreams", i, "models", j), 'expected a glob such as "claude-*"')
+        if isinstance(models, list):
             upstream["models"] = dict.fromkeys(models, "*")
     try:
         return msgspec.convert(plain, ConfigFile, dec_hook=decode)
     except msgspec.ValidationError as error:
-        message, _, at = str(error).partition(" - at `$")
-        steps = [int(i) if i else name for name, i in re.findall(r"\.?([^.\[\]`]+)|\[(\d+)\]", at.replace("[...]", ""))]
-        steps = [int(s) if isinstance(s, str) and s.isdigit() else s for s in steps]
-        if isinstance(error.__cause__, Misplaced):
-            steps.append(error.__cause__.key)
-        if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
-            message += ": YAML reads it so; put it in quotes"
-        unknown = re.match(r"Object contains unknown field `(.*)`", message)
-        if unknown:
-            steps.append(unknown[1])
-            message = unknown_setting(steps)
-        raise document.problem(steps, message) from None
+        raise document.problem(*explain(error, ConfigFile)) from None
 
 
 def config_digest(text: str) -> str:
@@ -961,8 +999,8 @@ class ConfigBuilder:
         self._unique((*at, "name"), upstream.name, seen)
         if upstream.format != "demo":
             self._check_url((*at, "url"), upstream.url, ("http", "https"))
-            if "@" in upstream.url:
-                raise self._document.problem((*at, "url"), "keep credentials out of the url: they go into api_key")
+            if "@" in urllib.parse.urlsplit(upstream.url).netloc:
+                raise self._document.problem((*at, "url"), "expected no user or password in it; api_key is for that")
         if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
             raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
         key = self._unseal((*at, "api_key"), upstream.api_key)
@@ -990,7 +1028,7 @@ class ConfigBuilder:
 
     def _is_plain(self, steps: tuple[str | int, ...]) -> bool:
         node = self._document.find(*steps)
-        return isinstance(node, yaml.ScalarNode) and not node.value.startswith(("enc:", "sha256:", "${"))
+        return isinstance(node, yaml.ScalarNode) and not SEALED_OR_ELSEWHERE.search(node.value)
 
     def _beside(self, name: str) -> Path:
         return self._document.path.parent / name
@@ -1045,7 +1083,7 @@ class ConfigBuilder:
             check_pasted(entry.key)
         except ValueError as error:
             raise self._document.problem(steps, str(error)) from None
-        if entry.key.startswith(("sha256:", "enc:")):
+        if entry.key.lower().startswith(("sha256:", "enc:")):
             raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
         if len(entry.key) < 20:
             raise self._document.problem(steps, "too short to be safe (20 characters); `gateway.py key add` makes one")
@@ -1057,7 +1095,7 @@ class ConfigBuilder:
 def read_text(path: Path) -> str:
     """The text of a config file. Raises ConfigError with what to do."""
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; `gateway.py init` makes one") from None
     except IsADirectoryError:
@@ -1123,19 +1161,27 @@ def block_item(fields: dict[str, str], column: int) -> str:
     return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
 
 
-def write_in_place(path: Path, data: bytes) -> None:
-    """Overwrite a file without changing its inode, and see it on the disk."""
-    with open(path, "r+b") as file:
-        file.write(data)
-        file.truncate()
-        file.flush()
-        os.fsync(file.fileno())
+def write_in_place(path: Path, data: bytes) -> Path:
+    """Overwrite a file without changing its inode; the copy of what it was. Raises ConfigError."""
+    backup, kept = path.with_name(path.name + ".bak"), ""
+    try:
+        with open(path, "r+b") as file:
+            shutil.copy2(path, backup)
+            kept = f"; what it was is in {backup}"
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}{kept}") from None
+    return backup
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` in a file's place at once, with its mode and owner.
+def replace_file(path: Path, data: bytes) -> Path | None:
+    """Put `data` in a file's place at once, with its mode and owner. Raises ConfigError.
 
-    A bind-mounted file cannot be replaced (EBUSY): it is written in place, and what it was stays in `….bak`.
+    A bind-mounted file cannot be replaced (EBUSY): it is written in place, and what it was stays in `….bak`, which is
+    then returned.
     """
     before = path.stat()
     try:
@@ -1154,11 +1200,10 @@ def replace_file(path: Path, data: bytes) -> None:
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
             raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
-        backup = path.with_name(path.name + ".bak")
-        shutil.copy2(path, backup)
-        write_in_place(path, data)
+        return write_in_place(path, data)
     finally:
         Path(name).unlink(missing_ok=True)
+    return None
 
 
 class ConfigEditor:
@@ -1166,17 +1211,38 @@ class ConfigEditor:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.backup: Path | None = None  # what the file was, where it could not be replaced at once
         self.original = read_text(path)
-        self.document = Document(self.original, self.path)
+        self.document = Document(self.original, path)
 
-    def _splice(self, start: int, end: int, text: str) -> None:
-        self.document = Document(self.document.text[:start] + text + self.document.text[end:], self.path)
+    def _splice(self, start: int, end: int, text: str, value: object, *steps: str | int) -> None:
+        """Replace a piece of the text; that must change the value at `steps` and no other. Raises ConfigError.
+
+        So an anchor or a layout that nobody thought of cannot make it change another key than the one meant.
+        """
+        before = self.document.text
+        if "\r\n" in before:
+            text = text.replace("\n", "\r\n")
+        after = before[:start] + text + before[end:]
+        try:
+            expected = place = yaml.load(before, YAML_LOADER)
+            for step in steps[:-1]:
+                place = place[step]
+            place[steps[-1]] = value
+            if yaml.load(after, YAML_LOADER) != expected:
+                raise yaml.YAMLError
+            self.document = Document(after, self.path)
+        except (yaml.YAMLError, ConfigError):
+            raise self.document.problem(
+                steps, "cannot be changed without touching more (an anchor, or an unusual layout?): edit it by hand"
+            ) from None
 
     def set_scalar(self, value: str, *steps: str | int) -> None:
         """Replace a scalar that is there."""
         node = self.document.find(*steps)
         assert node is not None
-        self._splice(node.start_mark.index, node.end_mark.index, value)
+        start, end = node.start_mark.index, self._end(node)
+        self._splice(start, end, " " * (start == end) + value, yaml.load(value, YAML_LOADER), *steps)
 
     def set_field(self, item: tuple[str | int, ...], name: str, value: str) -> None:
         """Set a field of a mapping; a new one comes after the last."""
@@ -1184,37 +1250,62 @@ class ConfigEditor:
             return self.set_scalar(value, *item, name)
         node = cast(yaml.MappingNode, self.document.find(*item))
         if node.flow_style:
-            at = node.value[-1][1].end_mark.index
-            return self._splice(at, at, f", {name}: {value}")
-        at = self._line_after(node)
-        self._splice(at, at, f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}")
+            at, text = self._pair_end(*node.value[-1]), f", {name}: {value}"
+        else:
+            at, text = self._line_after(node), f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}"
+        self._splice(at, at, text, yaml.load(value, YAML_LOADER), *item, name)
 
     def append_key(self, fields: dict[str, str]) -> None:
         """Add an item to `keys:`, in the style of the list."""
-        node = self.document.find("keys")
-        text = self.document.text
+        node, text = self.document.find("keys"), self.document.text
+        inline = "{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
+        before = yaml.load(text, YAML_LOADER).get("keys") or []
+        keys = [*before, yaml.load(inline, YAML_LOADER)]
         if node is None:
-            return self._splice(len(text.rstrip()), len(text), "\n\nkeys:\n" + block_item(fields, 2) + "\n")
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
-            start, end = node.start_mark.index, node.end_mark.index
-            return self._splice(start, end, ("" if end > start else " ") + f"\n{block_item(fields, 2)}".lstrip(" "))
-        last = node.value[-1]
-        if node.flow_style:
-            at = last.end_mark.index
-            inner = ", ".join(f"{name}: {value}" for name, value in fields.items())
-            return self._splice(at, at, f", {{{inner}}}")
-        at = self._line_after(last)
-        dash = text.rfind("-", 0, last.start_mark.index)
-        self._splice(at, at, "\n" + block_item(fields, dash - text.rfind("\n", 0, dash) - 1))
+            start, end, new = len(text.rstrip()), len(text), "\n\nkeys:\n" + block_item(fields, 2) + "\n"
+        elif not isinstance(node, yaml.SequenceNode) or not node.value:
+            start, end = node.start_mark.index, self._line_end(node.end_mark.index)
+            rest = text[node.end_mark.index : end].rstrip()  # a comment stays on its line
+            start, new = len(text[:start].rstrip(" ")), f"{rest}\n{block_item(fields, 2)}"
+        elif node.flow_style:
+            start = end = self._end(node.value[-1])
+            new = f", {inline}"
+        else:
+            start = end = self._line_after(node.value[-1])
+            new = "\n" + block_item(fields, node.start_mark.column)
+        self._splice(start, end, new, keys, "keys")
+
+    def _end(self, node: yaml.Node) -> int:
+        """Where a node's own text ends: the mark of a block stands where the next thing begins."""
+        start, end = node.start_mark.index, node.end_mark.index
+        return start + len(self.document.text[start:end].rstrip())
+
+    def _pair_end(self, name: yaml.Node, value: yaml.Node) -> int:
+        """Where a setting ends. An alias has its anchor's node, which stands elsewhere."""
+        if value.start_mark.index > name.start_mark.index:
+            return self._end(value)
+        alias = re.compile(r"\s*:\s*\*[\w-]+").match(self.document.text, name.end_mark.index)
+        return alias.end() if alias else name.end_mark.index
+
+    def _line_end(self, at: int) -> int:
+        text = self.document.text
+        end = text.find("\n", at)
+        return len(text) if end < 0 else end - (text[end - 1] == "\r")
 
     def _line_after(self, node: yaml.Node) -> int:
-        """The end of the line on which a node's last scalar or bracket stands."""
+        """The end of the line on which a node's last scalar, bracket or alias stands."""
         # A block's own end mark is where the next thing begins, behind the comments that belong to that.
+        end = self._end(node)
         while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
             last = node.value[-1]
-            node = last[1] if isinstance(last, tuple) else last
-        end = self.document.text.find("\n", node.end_mark.index)
-        return end if end >= 0 else len(self.document.text)
+            if isinstance(last, tuple):
+                end, last = self._pair_end(*last), last[1]
+            else:
+                end = self._end(last)
+            if last.start_mark.index < node.start_mark.index:
+                break
+            node = last
+        return self._line_end(end)
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Config:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
@@ -1223,7 +1314,8 @@ class ConfigEditor:
             raise ConfigError(
                 f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
             )
-        replace_file(Path(os.path.realpath(self.path)), self.document.text.encode())  # a symlink stays one
+        target = Path(os.path.realpath(self.path))  # a symlink stays one
+        self.backup = replace_file(target, self.document.text.encode())
         self.original = self.document.text
         return config
 
@@ -3773,13 +3865,15 @@ def write_new(path: Path, text: str, mode: int) -> None:
 
 
 def init_config(path: Path) -> str:
-    """Write config.yaml, the sealing secret and one key; the key, which is shown only now."""
-    if path.exists() or path.is_symlink():
-        raise CommandError(f"{path} is there already; nothing was changed")
+    """Write config.yaml, the sealing secret and one key; the key, which is shown only now. Raises CommandError."""
+    made = ""
     if not os.environ.get("GATEWAY_SECRET"):
         secret = Path(os.environ.get("GATEWAY_SECRET_FILE") or path.parent / "gateway.secret")
         if not secret.exists():
             write_new(secret, Vault.new_secret() + "\n", 0o600)
+            made = f" but that the sealing secret {secret} was made"
+    if path.exists() or path.is_symlink():
+        raise CommandError(f"{path} is there already; nothing was changed{made}")
     key = new_key()
     write_new(path, CONFIG_TEMPLATE % seal_key(key), 0o640)
     return key
@@ -3955,7 +4049,8 @@ def command_check(options: argparse.Namespace) -> None:
     for upstream in config.upstreams:
         models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
         sealed = "" if upstream.api_key or upstream.format == "demo" else ", no API key"
-        print(f"  {upstream.name}: {upstream.format} {upstream.url}, models {models}{sealed}")
+        url = f" {upstream.url}" if upstream.url else ""
+        print(f"  {upstream.name}: {upstream.format}{url}, models {models}{sealed}")
     print("\nkeys:")
     print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
     if config.warnings:
@@ -3965,8 +4060,24 @@ def command_check(options: argparse.Namespace) -> None:
 
 
 def yaml_scalar(text: str) -> str:
-    """Text as a YAML scalar, quoted where it must be."""
-    return text if re.fullmatch(r"[A-Za-z][\w.@-]*", text) and yaml.safe_load(text) == text else json.dumps(text)
+    """Text as a YAML scalar, quoted where it must be. Raises CommandError."""
+    if not text.isprintable():
+        raise CommandError(f"expected text that can be printed, got {text!a}")
+    plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def limits_field(options: Sequence[str]) -> str:
+    """`usd/day=20` and so on as the config writes them. Raises CommandError."""
+    fields = {}
+    for option in options:
+        name, _, amount = option.partition("=")
+        try:
+            parse_limits({name: amount})
+        except ValueError as error:
+            raise CommandError(f"--limit {option}: {error}; as in usd/day=20") from None
+        fields[name] = amount
+    return "{" + ", ".join(f"{name}: {amount}" for name, amount in fields.items()) + "}"
 
 
 def key_index(editor: ConfigEditor, name: str) -> int:
@@ -3984,12 +4095,13 @@ def command_key_add(options: argparse.Namespace) -> None:
     editor, key = ConfigEditor(options.config), new_key()
     fields = {"name": yaml_scalar(options.name), "key": seal_key(key)}
     if options.limit:
-        limits = dict(limit.partition("=")[::2] for limit in options.limit)
-        fields["limits"] = "{" + ", ".join(f"{name}: {amount or '?'}" for name, amount in limits.items()) + "}"
+        fields["limits"] = limits_field(options.limit)
     if options.model:
-        fields["models"] = "[" + ", ".join(json.dumps(model) for model in options.model) + "]"
+        fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
     if options.expires:
-        fields["expires"] = options.expires
+        fields["expires"] = (
+            options.expires if re.fullmatch(r"[\d-]+", options.expires) else yaml_scalar(options.expires)
+        )
     editor.append_key(fields)
     config = editor.save()
     print(f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n")
@@ -4019,13 +4131,14 @@ def command_key_revoke(options: argparse.Namespace) -> None:
 
 def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
     """What a secret's scalar is to be replaced with, None where it may stay."""
-    if not isinstance(node, yaml.ScalarNode) or not node.value or node.value.startswith(("sha256:", "${")):
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
         return None
     if node.value.startswith(Vault.PREFIX):
         return vault.rotate(node.value) if rotate else None
-    if field == "proxy" and "@" not in node.value:
-        return None  # no password in it
-    return seal_key(node.value) if field == "key" else vault.seal(node.value)
+    without_password = field == "proxy" and "@" not in node.value
+    if without_password or SEALED_OR_ELSEWHERE.search(node.value):
+        return None
+    return yaml_scalar(seal_key(node.value) if field == "key" else vault.seal(node.value))
 
 
 def command_seal(options: argparse.Namespace) -> None:
@@ -4047,6 +4160,8 @@ def command_seal(options: argparse.Namespace) -> None:
                 done.append(f"{section}[{i}].{field}")
     if done:
         editor.save()
+        if editor.backup:
+            editor.backup.unlink()  # it holds the secrets in clear text
     print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
 
 
@@ -4091,12 +4206,15 @@ def command_usage(options: argparse.Namespace) -> None:
     """Sum up the ledger."""
     config = Config.load(options.config)
     files = LedgerFiles(config.usage_directory)
-    by = options.by.split(",")
+    by = list(dict.fromkeys(name.strip() for name in options.by.split(",")))
     unknown = set(by) - {"key", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"}
     if unknown:
         raise CommandError(
             f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
         )
+    for name, text in (("--since", options.since), ("--until", options.until)):
+        if not re.fullmatch(r"|9|\d{4}(-\d\d(-\d\d(T[\d:.]*Z?)?)?)?", text):
+            raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
     totals = summarize(files.entries(options.since, options.until), by, config.timezone)
     if options.json:
         print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
@@ -4138,7 +4256,7 @@ def arguments() -> argparse.ArgumentParser:
     add(commands, "serve", command_serve)
     add(commands, "init", command_init)
     add(commands, "check", command_check)
-    key_parser = commands.add_parser("key", help="Add, list, rotate and revoke keys.")
+    key_parser = commands.add_parser("key", parents=[common], help="Add, list, rotate and revoke keys.")
     keys = key_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_key = add(keys, "add", command_key_add)
     add_key.add_argument(

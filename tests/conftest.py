@@ -19,7 +19,7 @@ KEY = "sk-proxy-0123456789abcdefghijklmnopqrstuv"
 UPSTREAM_KEY = "sk-upstream-secret-0123456789"
 HELLO = {"model": "claude-test", "max_tokens": 100, "messages": [{"role": "user", "content": "say hello"}]}
 HELLO_STREAM = HELLO | {"stream": True}
-START = 1_790_000_000.0  # 2026-09-21T13:33:20Z
+START = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 
 
 async def until(condition: Callable[[], object], within_s: float = 2.0) -> None:

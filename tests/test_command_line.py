@@ -1,0 +1,965 @@
+"""The command line: init, check, key, seal, usage; what they write, print and return (section 11)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from conftest import KEY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gateway as g
+
+HASH, HASH2 = ("sha256:" + digit * 64 + ":last" for digit in "12")
+ALICE = f"""\
+upstreams:
+  - name: demo
+    format: demo
+
+keys:
+  - name: alice  # the boss
+    key: {HASH}
+# the end
+"""
+A_KEY = re.compile(r"sk-proxy-[A-Za-z0-9]{32}")
+PLAIN = "sk-ant-0123456789abcdef"
+
+
+class Shell:
+    """A folder to run commands in, and what they said."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+        self.out = self.err = ""
+
+    def run(self, *arguments: str) -> int:
+        """Run a command in this process; its exit code."""
+        self._capsys.readouterr()
+        code = g.main(arguments)
+        self.out, self.err = self._capsys.readouterr()
+        return code
+
+    def write(self, text: str) -> None:
+        """Write config.yaml."""
+        (self.folder / "config.yaml").write_text(text)
+
+    @property
+    def config(self) -> str:
+        """The text of config.yaml."""
+        return (self.folder / "config.yaml").read_text()
+
+    def keys(self) -> dict[str, g.Key]:
+        """The keys of config.yaml by name."""
+        return {key.name: key for key in g.Config.load(self.folder / "config.yaml").keys}
+
+    def files(self) -> dict[str, bytes]:
+        """Every file of the folder with what is in it."""
+        return {path.name: path.read_bytes() for path in self.folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def shell(tmp_path, capsys, monkeypatch) -> Shell:
+    """A shell in an empty folder, without variables of ours."""
+    for name in ("GATEWAY_CONFIG", "GATEWAY_SECRET", "GATEWAY_SECRET_FILE", "GATEWAY_HOST", "GATEWAY_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return Shell(tmp_path, capsys)
+
+
+# init
+
+
+def test_init_writes_a_config_a_secret_and_one_key(shell):
+    """
+    The key is shown once, only its hash is kept; the secret is for its owner alone.
+    """
+    assert shell.run("init") == 0
+
+    (key,) = A_KEY.findall(shell.out)
+    assert shell.out == (
+        f"Wrote {shell.folder}/config.yaml, the sealing secret, and a key for you:\n\n  {key}\n\n"
+        "It is shown once. Start the gateway with: gateway.py serve\n"
+    )
+    assert sorted(shell.files()) == ["config.yaml", "gateway.secret"]
+    assert key not in shell.config and f"    key: {g.seal_key(key)}\n" in shell.config
+    assert stat.S_IMODE(os.stat("gateway.secret").st_mode) == 0o600
+    assert not stat.S_IMODE(os.stat("config.yaml").st_mode) & 0o007
+
+
+def test_what_init_writes_is_a_good_config_and_its_secret_seals(shell):
+    """
+    The first command leads to the second.
+    """
+    shell.run("init")
+    (key,) = A_KEY.findall(shell.out)
+
+    config = g.Config.load(shell.folder / "config.yaml")
+
+    assert config.keys.find([key]).name == "me"
+    assert [(upstream.name, upstream.format) for upstream in config.upstreams] == [("demo", "demo")]
+    assert (config.server.host, config.server.port, config.warnings) == ("127.0.0.1", 8000, [])
+    vault = g.Vault.open(shell.folder)
+    assert vault.unseal(vault.seal(PLAIN)) == PLAIN
+
+
+def test_a_second_init_changes_nothing(shell):
+    """
+    Whoever has a config keeps it, and their key with it.
+    """
+    shell.run("init")
+    before = shell.files()
+
+    assert shell.run("init") == 1
+
+    assert shell.err == f"error: {shell.folder}/config.yaml is there already; nothing was changed\n"
+    assert shell.files() == before
+
+
+def test_init_makes_no_secret_where_the_environment_has_one(shell, monkeypatch):
+    """
+    GATEWAY_SECRET from the container's platform: nothing to keep on the disk.
+    """
+    monkeypatch.setenv("GATEWAY_SECRET", g.Vault.new_secret())
+
+    assert shell.run("init") == 0
+
+    assert list(shell.files()) == ["config.yaml"]
+
+
+def test_init_puts_the_secret_where_the_environment_says(shell, monkeypatch):
+    """
+    GATEWAY_SECRET_FILE names it; a secret that is there already stays.
+    """
+    place = shell.folder / "run" / "secrets" / "gateway"
+    monkeypatch.setenv("GATEWAY_SECRET_FILE", str(place))
+
+    assert shell.run("init", "--config", "a/config.yaml") == 0
+    first = place.read_text()
+    assert shell.run("init", "--config", "b/config.yaml") == 0
+
+    assert place.read_text() == first
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    assert os.listdir("a") == os.listdir("b") == ["config.yaml"]
+
+
+def test_init_says_why_it_cannot_write(shell):
+    """
+    A path through a file, a disk that is read-only.
+    """
+    shell.write("")
+
+    assert shell.run("init", "--config", "config.yaml/below/config.yaml") == 1
+
+    assert re.fullmatch(r"error: cannot write .*/config\.yaml/below/gateway\.secret: .*\n", shell.err)
+
+
+# check
+
+
+def test_check_prints_what_the_config_means(shell, monkeypatch):
+    """
+    Upstreams, keys, models and warnings, in one look and without a secret.
+    """
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    shell.write(f"""
+server: {{host: 0.0.0.0, port: 9000, timezone: UTC}}
+upstreams:
+  - name: anthropic
+    url: https://api.anthropic.com
+    api_key: {PLAIN}
+    models: {{"claude-opus-*": big, "claude-*": "*"}}
+  - name: openai
+    url: https://api.openai.com
+    api_key: ${{OPENAI_API_KEY}}
+    format: openai
+    models: ["gpt-*"]
+  - name: open
+    url: http://10.0.0.1:8080/v1
+  - {{name: demo, format: demo}}
+keys:
+  - name: alice
+    key: {KEY}
+    limits: {{usd/day: 20, tokens/month: 50M, requests: 1.5k, concurrent: 16}}
+    models: ["claude-*"]
+    expires: 2999-12-31
+    allow_ips: [10.0.0.0/8, 192.0.2.7]
+  - {{name: bob, key: {HASH}, enabled: false, expires: 2001-01-01}}
+  - {{name: carol, key: {HASH2}, expires: 2001-01-01}}
+""")
+    digest = g.Config.load(Path("config.yaml")).digest
+
+    assert shell.run("check") == 0
+
+    assert (
+        shell.out
+        == f"""\
+{shell.folder}/config.yaml is good (digest {digest})
+
+listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes
+ledger in {shell.folder}/usage
+
+upstreams, the first that serves a model is asked:
+  anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*
+  openai: openai https://api.openai.com, models gpt-*
+  open: anthropic http://10.0.0.1:8080/v1, models *, no API key
+  demo: demo, models *
+
+keys:
+  alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, \
+limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
+  bob (…last): disabled, expires 2001-01-02 00:00 UTC, models *, limits none
+  carol (…last): expired, expires 2001-01-02 00:00 UTC, models *, limits none
+
+warnings:
+  upstreams[0].api_key (anthropic) is in clear text: run `gateway.py seal`
+  keys[0].key (alice) is in clear text: run `gateway.py seal`
+  limits are read and checked, but this version does not enforce them yet
+"""
+    )
+    assert shell.err == ""
+
+
+def test_check_says_that_without_keys_nobody_can_call(shell):
+    """
+    A config may be good and of no use.
+    """
+    shell.write("upstreams: [{name: demo, format: demo}]\n")
+
+    assert shell.run("check") == 0
+
+    assert shell.out.endswith("\nkeys:\n  none: nobody can call; gateway.py key add NAME\n")
+
+
+def test_check_of_a_bad_config_returns_1_and_prints_line_and_path(shell):
+    """
+    A script asks before it deploys; the error goes where errors go.
+    """
+    shell.write(ALICE.replace("format: demo", "fromat: demo"))
+
+    assert shell.run("check") == 1
+
+    assert shell.err == (
+        f"error: {shell.folder}/config.yaml:3: upstreams[0].fromat: unknown setting, did you mean format? "
+        "(there are: name, url, api_key, format, models, timeouts, on_disconnect, ca_file, proxy)\n"
+    )
+    assert shell.out == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check"],
+        ["usage"],
+        ["seal"],
+        ["key", "list"],
+        ["key", "add", "a"],
+        ["key", "rotate", "a"],
+        ["key", "revoke", "a"],
+    ],
+)
+def test_without_a_config_every_command_says_how_to_make_one(shell, command):
+    """
+    A typo in a path must not be answered with an empty report.
+    """
+    assert shell.run(*command, "--config", "nowhere/config.yaml") == 1
+
+    assert shell.err == f"error: {shell.folder}/nowhere/config.yaml: no such file; `gateway.py init` makes one\n"
+
+
+def test_the_config_is_the_options_else_the_environments_else_the_working_directorys(shell, monkeypatch):
+    """
+    `--config` may stand before the command, behind it, and in between.
+    """
+    for name in ("option", "variable", "config"):
+        (shell.folder / f"{name}.yaml").write_text(ALICE.replace("alice", name))
+
+    assert shell.run("key", "list") == 0 and "  config (…last)" in shell.out
+    monkeypatch.setenv("GATEWAY_CONFIG", "variable.yaml")
+    assert shell.run("key", "list") == 0 and "  variable (…last)" in shell.out
+    for arguments in (
+        ["--config", "option.yaml", "key", "list"],
+        ["key", "list", "--config", "option.yaml"],
+        ["key", "--config", "option.yaml", "list"],
+    ):
+        assert shell.run(*arguments) == 0 and "  option (…last)" in shell.out
+
+
+# key add, list, rotate, revoke
+
+
+def test_key_add_shows_a_key_once_and_keeps_its_hash(shell):
+    """
+    With what its holder has to set, ready to be copied.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "add", "bob") == 0
+
+    key = A_KEY.findall(shell.out)[0]
+    assert (
+        shell.out
+        == f"""\
+bob's key, shown only now:
+
+  {key}
+
+For Claude Code:
+
+  export ANTHROPIC_BASE_URL=http://127.0.0.1:8000
+  export ANTHROPIC_AUTH_TOKEN={key}
+"""
+    )
+    added = f"  - name: bob\n    key: {g.seal_key(key)}\n"
+    assert shell.config == ALICE.replace("# the end\n", added + "# the end\n")
+
+
+def test_key_add_writes_limits_models_and_the_last_day(shell):
+    """
+    What the options say stands in the file as a person would write it.
+    """
+    shell.write(ALICE)
+    limits = ["--limit", "usd/day=20", "--limit", "tokens/month=50M", "--limit", "concurrent=16"]
+
+    assert (
+        shell.run(
+            "key", "add", "bob", *limits, "--model", "claude-*", "--model", "gpt-6-sol", "--expires", "2999-12-31"
+        )
+        == 0
+    )
+
+    (written,) = re.findall(r"key: sha256:\w+:\w+\n(    limits:.*?)# the end", shell.config, re.DOTALL)
+    assert re.sub(r'"', "", written) == (
+        "    limits: {usd/day: 20, tokens/month: 50M, concurrent: 16}\n"
+        "    models: [claude-*, gpt-6-sol]\n"
+        "    expires: 2999-12-31\n"
+    )
+    bob = shell.keys()["bob"]
+    assert bob.models == ("claude-*", "gpt-6-sol")
+    assert bob.limits == (
+        g.Limit("usd", "day", 20.0),
+        g.Limit("tokens", "month", 50e6),
+        g.Limit("concurrent", "", 16.0),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bob",
+        "Zoë",
+        "张伟",
+        "😀",
+        "bob@example.org",
+        "Bob B. & co",
+        "null",
+        "12",
+        "-",
+        "a: b",
+        "#1",
+        "it's",
+        'say "hi"',
+        "{a}",
+        "*",
+    ],
+)
+def test_a_key_may_have_any_name_that_can_be_read(shell, name):
+    """
+    Teams are named by people; what YAML would misread is put in quotes, and what is readable stays so.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "add", "--", name) == 0
+
+    assert list(shell.keys()) == ["alice", name]
+    assert name.replace('"', '\\"') in shell.config
+    assert shell.run("key", "revoke", "--", name) == 0
+    assert not shell.keys()[name].enabled
+
+
+@settings(deadline=None)
+@given(st.text().filter(str.isprintable))
+def test_any_text_can_be_written_into_yaml(text):
+    """
+    As a value on a line of its own and between braces.
+    """
+    written = g.yaml_scalar(text)
+
+    assert yaml.safe_load(f"a: {written}") == {"a": text}
+    assert yaml.safe_load(f"{{a: {written}, b: 1}}") == {"a": text, "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alice"], "'alice' is taken"),
+        ([""], "expected a name without white space around it"),
+        ([" bob"], "expected a name without white space around it"),
+        (["bob\n"], "expected"),
+        (["b\udcffb"], "expected"),
+        (["bob", "--limit", "usd/day"], "--limit usd/day: "),
+        (["bob", "--limit", "usd/day="], "--limit usd/day=: "),
+        (["bob", "--limit", "usd/day=lots"], "expected something like 50M, got 'lots'"),
+        (["bob", "--limit", "usd/year=5"], "unknown limit 'usd/year'"),
+        (["bob", "--expires", "tomorrow"], "expected a date such as 2027-01-31, got 'tomorrow'"),
+        (
+            ["bob", "--expires", "2027-01-31, enabled: false"],
+            "expected a date such as 2027-01-31, got '2027-01-31, enabled: false'",
+        ),
+    ],
+)
+def test_a_key_that_cannot_be_added_is_said_and_nothing_is_written(shell, arguments, message):
+    """
+    No key is shown that would not work.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "add", *arguments) == 1
+
+    assert shell.err.startswith("error: ") and message in shell.err and "not YAML" not in shell.err
+    assert not A_KEY.search(shell.out)
+    assert shell.files() == {"config.yaml": ALICE.encode()}
+
+
+def test_key_add_works_for_a_last_day_with_a_time(shell):
+    """
+    As people write it, without seconds.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "add", "bob", "--expires", "2999-12-31 12:00") == 0
+
+    assert shell.keys()["bob"].expires_at == dt.datetime(2999, 12, 31, 12, tzinfo=dt.UTC).timestamp()
+
+
+def test_key_list_tells_each_keys_state(shell):
+    """
+    As `check` does; and what to do when there is none.
+    """
+    shell.write(ALICE)
+    assert shell.run("key", "list") == 0
+    assert shell.out == "  alice (…last): enabled, models *, limits none\n"
+
+    shell.write("upstreams: [{name: demo, format: demo}]\nkeys: []\n")
+    assert shell.run("key", "list") == 0
+    assert shell.out == "  none: gateway.py key add NAME makes one\n"
+
+
+def test_key_rotate_gives_a_new_key_and_touches_one_line(shell):
+    """
+    The old one ends now; limits, models and comments stay.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "rotate", "alice") == 0
+
+    (key,) = A_KEY.findall(shell.out)
+    assert shell.out == f"alice's new key, shown only now; the old one is refused within a second:\n\n  {key}\n"
+    assert shell.config == ALICE.replace(HASH, g.seal_key(key))
+
+
+def test_key_revoke_disables_a_key_and_touches_nothing_else(shell):
+    """
+    Its name stays for the ledger, and it can come back.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", "revoke", "alice") == 0
+
+    assert shell.out == "alice's key is refused within a second. `enabled: true` in config.yaml brings it back.\n"
+    assert shell.config == ALICE.replace("# the end", "    enabled: false\n# the end")
+
+
+def test_a_key_revoked_twice_is_revoked_once(shell):
+    """
+    The line that is there is used.
+    """
+    shell.write(ALICE)
+    shell.run("key", "revoke", "alice")
+    once = shell.config
+
+    assert shell.run("key", "revoke", "alice") == 0
+
+    assert shell.config == once
+
+
+@pytest.mark.parametrize("command", ["rotate", "revoke"])
+def test_a_key_that_is_not_there_is_said_to_be_missing(shell, command):
+    """
+    Names are exact.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("key", command, "Alice") == 1
+
+    assert shell.err == "error: there is no key named 'Alice'; gateway.py key list shows them\n"
+    assert shell.config == ALICE
+
+
+# seal
+
+UNSEALED = f"""\
+upstreams:
+  - name: anthropic  # the first
+    url: https://a.test
+    api_key: {PLAIN}-1  # from the console
+  - {{name: other, url: "https://b.test", api_key: '{PLAIN}-2'}}
+  - name: environment
+    url: https://c.test
+    api_key: ${{C_KEY}}
+  - name: half
+    url: https://d.test
+    api_key: sk-${{C_KEY}}
+  - name: none
+    url: https://e.test
+
+keys:
+  - name: alice
+    key: "{KEY}"  # plain
+  - name: bob
+    key: {HASH}
+"""
+
+
+def test_seal_turns_every_plain_secret_into_its_sealed_form(shell, monkeypatch):
+    """
+    Upstream keys are encrypted, users' keys hashed; what is sealed or comes from the environment stays.
+    """
+    monkeypatch.setenv("C_KEY", "sk-environment")
+    shell.run("init")
+    shell.write(UNSEALED)
+
+    assert shell.run("seal") == 0
+
+    assert shell.out == "Sealed: upstreams[0].api_key, upstreams[1].api_key, keys[0].key\n"
+    first, second = re.findall(r"enc:[\w=-]+", shell.config)
+    assert shell.config == (
+        UNSEALED.replace(f"{PLAIN}-1", first).replace(f"'{PLAIN}-2'", second).replace(f'"{KEY}"', g.seal_key(KEY))
+    )
+    config = g.Config.load(shell.folder / "config.yaml")
+    assert [upstream.api_key for upstream in config.upstreams] == [
+        f"{PLAIN}-1",
+        f"{PLAIN}-2",
+        "sk-environment",
+        "sk-sk-environment",
+        "",
+    ]
+    assert (config.keys.find([KEY]).name, config.warnings) == ("alice", [])
+    assert sorted(shell.files()) == ["config.yaml", "gateway.secret"]
+
+
+def test_a_second_seal_changes_nothing(shell):
+    """
+    Neither does one where there is nothing to seal.
+    """
+    shell.run("init")
+    shell.write(f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n")
+    shell.run("seal")
+    sealed = shell.config
+
+    assert shell.run("seal") == 0
+
+    assert shell.out == "Nothing to seal: no secret stands there in clear text.\n"
+    assert shell.config == sealed
+
+
+def test_seal_rotate_encrypts_with_the_newest_secret(shell):
+    """
+    The new secret goes on the first line; afterwards the old one can be removed.
+    """
+    old, new = g.Vault.new_secret(), g.Vault.new_secret()
+    sealed = g.Vault([old], "").seal(PLAIN)
+    text = f"upstreams: [{{name: a, url: https://a.test, api_key: {sealed}}}]  # a\n"
+    shell.write(text)
+    (shell.folder / "gateway.secret").write_text(f"{new}\n{old}\n")
+
+    assert shell.run("seal", "--rotate") == 0
+
+    (rotated,) = re.findall(r"enc:[\w=-]+", shell.config)
+    assert shell.out == "Sealed: upstreams[0].api_key\n"
+    assert rotated != sealed and shell.config == text.replace(sealed, rotated)
+    (shell.folder / "gateway.secret").write_text(f"{new}\n")
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == PLAIN
+
+
+def test_seal_of_a_bad_config_changes_nothing(shell):
+    """
+    A pasted key with quotes in it would be sealed with them, and nobody would see why it is refused.
+    """
+    shell.run("init")
+    shell.write(f"upstreams: [{{name: a, url: https://a.test, api_key: '\"{PLAIN}\"'}}]\n")
+    before = shell.files()
+
+    assert shell.run("seal") == 1
+
+    assert shell.err == (
+        f"error: {shell.folder}/config.yaml:1: upstreams[0].api_key: has quotes around it: paste only the key itself\n"
+    )
+    assert shell.files() == before
+
+
+def test_seal_without_a_secret_says_how_to_make_one_and_that_works(shell):
+    """
+    A config that was copied from the example has no secret beside it.
+    """
+    text = f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n"
+    shell.write(text)
+
+    assert shell.run("seal") == 1
+    assert shell.err == (
+        f"error: there is no sealing secret (looked in {shell.folder}/gateway.secret); "
+        "`gateway.py init` makes one, or set GATEWAY_SECRET\n"
+    )
+    shell.run("init")
+    assert shell.config == text
+
+    assert shell.run("seal") == 0
+    assert PLAIN not in shell.config
+
+
+@pytest.mark.parametrize("key", [KEY + "a,b}", KEY + "abc:", KEY + "[a]b", KEY + "a'b#", KEY + '\\"{&*', "?" * 20])
+@pytest.mark.parametrize("written", ["  - name: alice\n    key: {}\n", "  - {{name: alice, key: {}}}\n"])
+def test_any_plain_key_can_be_sealed_whatever_its_last_characters(shell, key, written):
+    """
+    They stand in the sealed form, and YAML has its own idea of brackets and colons.
+    """
+    shell.write("upstreams: [{name: demo, format: demo}]\nkeys:\n" + written.format(json.dumps(key)))
+
+    assert shell.run("seal") == 0
+
+    assert shell.keys()["alice"].last4 == key[-4:]
+    assert g.Config.load(shell.folder / "config.yaml").keys.find([key]).name == "alice"
+
+
+def test_a_key_on_lines_of_its_own_can_be_sealed(shell):
+    """
+    Block scalars are a way to write long secrets.
+    """
+    shell.run("init")
+    shell.write(f"upstreams:\n  - name: a\n    api_key: >-\n      {PLAIN}\n    # b\n    url: https://a.test\n")
+
+    assert shell.run("seal") == 0
+
+    assert re.fullmatch(
+        r"upstreams:\n  - name: a\n    api_key: enc:[\w=-]+\n    # b\n    url: https://a\.test\n", shell.config
+    )
+
+
+def test_seal_through_a_symlink_uses_the_secret_that_the_gateway_uses(shell):
+    """
+    The gateway looks beside the path that it was started with; a key sealed with another secret stops it.
+    """
+    shell.run("init")
+    (shell.folder / "repository").mkdir()
+    (shell.folder / "repository" / "config.yaml").write_text(
+        f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n"
+    )
+    os.unlink("config.yaml")
+    os.symlink("repository/config.yaml", "config.yaml")
+
+    assert shell.run("seal") == 0
+
+    assert os.path.islink("config.yaml")
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == PLAIN
+
+
+@pytest.fixture
+def mounted(shell) -> Iterator[Path]:
+    """A config with a plain secret that is a bind mount; the folder it is mounted in."""
+    site, outside = shell.folder / "site", shell.folder / "outside.yaml"
+    outside.write_text(f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n")
+    site.mkdir()
+    (site / "config.yaml").touch()
+    (site / "gateway.secret").write_text(g.Vault.new_secret())
+    try:
+        subprocess.run(["mount", "--bind", outside, site / "config.yaml"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("bind mounts need root")
+    yield site
+    subprocess.run(["umount", site / "config.yaml"], check=True)
+
+
+def test_no_secret_stays_in_clear_text_when_a_bind_mounted_config_is_sealed(shell, mounted):
+    """
+    Whoever seals wants the plain secret off the disk; a copy made on the way is a copy.
+    """
+    assert shell.run("--config", str(mounted / "config.yaml"), "seal") == 0
+
+    assert PLAIN not in (shell.folder / "outside.yaml").read_text()
+    assert [path.name for path in mounted.iterdir() if PLAIN in path.read_text()] == []
+
+
+# usage
+
+ENTRY = g.Entry(
+    time="2026-09-21T13:33:20.000Z",
+    request_id="req_1",
+    key="alice",
+    upstream="anthropic",
+    model="claude-opus-5-5",
+    model_served="claude-opus-5-5",
+    path="/v1/messages",
+    stream=True,
+    status=200,
+    outcome="completed",
+    error_type="",
+    attempts=1,
+    input_tokens=1_000,
+    output_tokens=200,
+    cache_write_5m_tokens=300,
+    cache_write_1h_tokens=400,
+    cache_read_tokens=1_700,
+    estimated=False,
+    cost_usd=0.0125,
+    price=g.Price(5, 25),
+    first_byte_ms=200.0,
+    duration_ms=1_500.0,
+    bytes_up=4_000,
+    bytes_down=3_000,
+    session="s1",
+    client="127.0.0.1",
+    user_agent="claude-cli/2.1",
+    upstream_request_id="req_2",
+)
+
+
+NO_TOKENS = dict.fromkeys((name for name in g.Entry.__struct_fields__ if name.endswith("_tokens")), 0)
+
+
+def entry(**changes: object) -> g.Entry:
+    """An entry like ENTRY, but for the changes."""
+    return msgspec.structs.replace(ENTRY, **changes)
+
+
+@pytest.fixture
+def ledger(shell) -> Any:
+    """Write entries as the gateway writes them, a file for each month."""
+    shell.write("upstreams: [{name: demo, format: demo}]\nserver: {timezone: Asia/Shanghai}\n")
+    (shell.folder / "usage").mkdir()
+
+    def write(*entries: g.Entry) -> None:
+        for one in entries:
+            with open(shell.folder / "usage" / f"usage-{one.time[:7]}.jsonl", "ab") as file:
+                file.write(msgspec.json.encode(one) + b"\n")
+
+    return write
+
+
+def test_usage_is_a_table_with_a_sum(shell, ledger):
+    """
+    Who spent what, on which day (of the server's time zone), with which model; failed calls are calls.
+    """
+    ledger(
+        entry(),
+        entry(cost_usd=1_234.5, output_tokens=1_000_000),
+        entry(time="2026-09-21T16:00:00.000Z", key="bob", outcome="upstream_cut"),  # the 22nd in Shanghai
+        entry(time="2026-10-01T00:00:00.000Z", key="bob", model="gpt-6-sol", cost_usd=0.0, **NO_TOKENS),
+    )
+
+    assert shell.run("usage") == 0
+
+    assert (
+        shell.out
+        == """\
+day         key    model            calls  failed  input  cache write  cache read     output         USD  cache hits
+2026-09-21  alice  claude-opus-5-5      2       0  2,000        1,400       3,400  1,000,200  1,234.5125         50%
+2026-09-22  bob    claude-opus-5-5      1       1  1,000          700       1,700        200      0.0125         50%
+2026-10-01  bob    gpt-6-sol            1       0      0            0           0          0      0.0000           -
+all                                     4       1  3,000        2,100       5,100  1,000,400  1,234.5250         50%
+"""
+    )
+
+
+def test_usage_as_json_has_the_same_numbers(shell, ledger):
+    """
+    For scripts: numbers are numbers, and what cannot be computed is null.
+    """
+    ledger(entry(), entry(outcome="error", estimated=True))
+
+    assert shell.run("usage", "--by", "key,model", "--json") == 0
+
+    assert json.loads(shell.out) == [
+        {
+            "group": {"key": "alice", "model": "claude-opus-5-5"},
+            "calls": 2,
+            "failed": 1,
+            "input_tokens": 2000,
+            "output_tokens": 400,
+            "cache_write_tokens": 1400,
+            "cache_read_tokens": 3400,
+            "cost_usd": 0.025,
+            "cache_hit_rate": 0.5,
+        }
+    ]
+
+
+def test_usage_as_csv_has_the_same_numbers(shell, ledger):
+    """
+    For spreadsheets: a header, and numbers without separators.
+    """
+    ledger(entry(output_tokens=1_000_000), entry(key="Zoë, “the boss”"))
+
+    assert shell.run("usage", "--by", "key", "--csv") == 0
+
+    assert shell.out.splitlines() == [
+        "key,calls,failed,input_tokens,cache_write_tokens,cache_read_tokens,output_tokens,cost_usd,cache_hit_rate",
+        '"Zoë, “the boss”",1,0,1000,700,1700,200,0.012500,0.5',
+        "alice,1,0,1000,700,1700,1000000,0.012500,0.5",
+    ]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=cmd|"/c calc"!A1'])
+def test_a_csv_cell_is_never_a_formula(shell, ledger, name):
+    """
+    Models and sessions are named by clients, and the report is opened by whoever pays.
+    """
+    ledger(entry(model=name, session=name))
+
+    assert shell.run("usage", "--by", "model,session", "--csv") == 0
+
+    cell = "'" + name.replace('"', '""')
+    cell = f'"{cell}"' if re.search(r'["\r]', name) else cell
+    assert shell.out.split("\n", 1)[1].startswith(f"{cell},{cell},1,0,")
+
+
+@pytest.mark.parametrize(
+    ("options", "calls"),
+    [
+        ([], 4),
+        (["--since", "2026"], 4),
+        (["--since", "2026-09"], 3),
+        (["--since", "2026-09-21"], 2),
+        (["--since", "2026-09-21T13:33:20.001"], 1),
+        (["--until", "2026-09"], 1),
+        (["--until", "2026-09-21"], 2),
+        (["--until", "2027"], 4),
+        (["--since", "2026-09", "--until", "2026-10"], 2),
+        (["--since", "2027"], 0),
+    ],
+)
+def test_usage_of_a_time_counts_from_its_start_up_to_its_end(shell, ledger, options, calls):
+    """
+    A time may be given as year, month, day or moment (UTC); the end is not in.
+    """
+    times = ("2026-08-31T23:59:59", "2026-09-01T00:00:00", "2026-09-21T13:33:20", "2026-10-01T00:00:00")
+    ledger(*(entry(time=f"{time}.000Z") for time in times))
+
+    assert shell.run("usage", "--by", "key", "--json", *options) == 0
+
+    assert sum(total["calls"] for total in json.loads(shell.out)) == calls
+
+
+@pytest.mark.parametrize(
+    ("by", "groups"),
+    [
+        ("month", [{"month": "2026-09"}, {"month": "2026-10"}]),
+        ("upstream", [{"upstream": "anthropic"}]),
+        ("model_served", [{"model_served": "claude-opus-5-5"}]),
+        ("session", [{"session": "s1"}, {"session": "s2"}]),
+        ("outcome", [{"outcome": "completed"}]),
+        ("client", [{"client": "127.0.0.1"}]),
+        ("session,month", [{"session": "s1", "month": "2026-09"}, {"session": "s2", "month": "2026-10"}]),
+        ("key, month", [{"key": "alice", "month": "2026-09"}, {"key": "alice", "month": "2026-10"}]),
+        ("key,key", [{"key": "alice"}]),
+    ],
+)
+@pytest.mark.parametrize("shape", ["--json", "--csv", None])
+def test_usage_is_grouped_by_what_is_asked_for(shell, ledger, by, groups, shape):
+    """
+    One group or several, in the order asked for, sorted.
+    """
+    ledger(entry(), entry(time="2026-09-30T16:00:00.000Z", session="s2"))
+
+    assert shell.run("usage", "--by", by, *[shape] * bool(shape)) == 0
+
+    if shape == "--json":
+        assert [total["group"] for total in json.loads(shell.out)] == groups
+    else:
+        lines = shell.out.splitlines()[1 : 1 + len(groups)]
+        assert [re.split(r",|  +", line)[: len(groups[0])] for line in lines] == [list(g.values()) for g in groups]
+
+
+def test_usage_by_something_else_says_what_there_is(shell, ledger):
+    """
+    A word that is no group.
+    """
+    assert shell.run("usage", "--by", "key,colour") == 1
+
+    assert shell.err == "error: cannot group by colour; by key, model, day, month, upstream, session, …\n"
+
+
+@pytest.mark.parametrize("option", ["--since", "--until"])
+def test_usage_of_a_time_that_is_none_is_an_error(shell, ledger, option):
+    """
+    Better than a report of nothing.
+    """
+    ledger(entry())
+
+    assert shell.run("usage", option, "yesterday") == 1
+
+    assert shell.err.startswith(f"error: {option} yesterday: expected a time such as ")
+
+
+@pytest.mark.parametrize(
+    ("shape", "out"),
+    [
+        ([], "No calls in {}/usage yet.\n"),
+        (["--json"], "[]\n"),
+        (
+            ["--csv"],
+            "day,key,model,calls,failed,input_tokens,cache_write_tokens,cache_read_tokens,output_tokens,"
+            "cost_usd,cache_hit_rate\r\n",
+        ),
+    ],
+)
+def test_usage_without_calls_is_no_error(shell, shape, out):
+    """
+    Not even without the folder.
+    """
+    shell.write(ALICE)
+
+    assert shell.run("usage", *shape) == 0
+
+    assert shell.out == out.format(shell.folder)
+
+
+def test_lines_of_the_ledger_that_cannot_be_read_are_counted_and_said(shell, ledger):
+    """
+    A report says what it leaves out.
+    """
+    ledger(entry())
+    with open(shell.folder / "usage" / "usage-2026-09.jsonl", "ab") as file:
+        file.write(b'{"time": 5}\n\xff\xfe\n{"time":"2026-09-')
+
+    assert shell.run("usage", "--by", "key", "--json") == 0
+
+    assert [total["calls"] for total in json.loads(shell.out)] == [1]
+    assert shell.err == "3 lines of the ledger could not be read\n"
+
+
+# The command itself
+
+
+def run_as_a_program(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    """Run gateway.py in a process of its own."""
+    return subprocess.run([sys.executable, g.__file__, *arguments], capture_output=True, check=False, **options)
+
+
+def test_the_commands_exit_code_is_the_programs(shell):
+    """
+    0 for good, 1 for a bad config, 2 for a bad command.
+    """
+    assert run_as_a_program("--version").stdout == f"claude-gateway {g.VERSION}\n".encode()
+    assert run_as_a_program("check", cwd=shell.folder).returncode == 1
+    assert run_as_a_program("chekc", cwd=shell.folder).returncode == 2

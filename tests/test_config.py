@@ -1,0 +1,1414 @@
+"""Config: YAML in, frozen values out, errors that say where and what; edits that keep the rest (section 3)."""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import json
+import math
+import os
+import re
+import stat
+import subprocess
+import zoneinfo
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+import yaml
+from conftest import KEY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gateway as g
+
+DEMO = "upstreams: [{name: demo, format: demo}]\n"
+HASH, HASH2, HASH3 = ("sha256:" + digit * 64 + ":last" for digit in "123")
+DIGEST, DIGEST2, DIGEST3 = (bytes.fromhex(digit * 64) for digit in "123")
+EXAMPLE = Path(g.__file__).with_name("config.example.yaml")
+
+
+def load(text: str, path: Path = Path("config.yaml"), **environ: str) -> g.Config:
+    """A config from its text, in an environment of its own."""
+    return g.Config.parse(text, path, g.Clock(), environ)
+
+
+def keys_of(config: g.Config) -> dict[str, g.Key]:
+    """A config's keys by name."""
+    return {key.name: key for key in config.keys}
+
+
+# What a config means
+
+
+def test_a_config_of_one_upstream_has_a_default_for_everything_else():
+    """
+    Required are an upstream and its name and url; what is not written is what config.example.yaml shows.
+    """
+    config = load("upstreams: [{name: anthropic, url: https://api.anthropic.com}]")
+
+    assert msgspec.structs.asdict(config.file.server) == {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "timezone": "UTC",
+        "trusted_proxies": ("127.0.0.1/32",),
+        "max_body": 33554432,
+        "drain": 600.0,
+    }
+    assert [msgspec.structs.asdict(upstream) for upstream in config.upstreams] == [
+        {
+            "name": "anthropic",
+            "url": "https://api.anthropic.com",
+            "api_key": "",
+            "format": "anthropic",
+            "models": {"*": "*"},
+            "timeouts": g.Timeouts(connect=10.0, first_byte=360.0, idle=300.0),
+            "on_disconnect": "cancel",
+            "ca_file": None,
+            "proxy": None,
+        }
+    ]
+    assert (list(config.keys), config.file.usage, config.warnings) == ([], g.UsageConfig("usage", 1.0), [])
+    assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
+
+
+def test_a_key_has_a_default_for_everything_but_its_name_and_itself():
+    """
+    It works for ever, from anywhere, for every model, and without limits.
+    """
+    config = load(f"{DEMO}keys: [{{name: alice, key: {HASH}}}]")
+
+    assert keys_of(config) == {"alice": g.Key("alice", DIGEST, "last", ("*",), math.inf, (), True, ())}
+
+
+def test_every_setting_of_a_key_reaches_the_key():
+    """
+    A snapshot holds what the file says, ready to be compared with.
+    """
+    config = load(f"""{DEMO}
+keys:
+  - name: alice
+    key: {HASH}
+    limits: {{usd/day: 20, concurrent: 16}}
+    models: ["claude-*", gpt-6-sol]
+    expires: 2027-01-31
+    allow_ips: [10.0.0.0/8, "2001:db8::1"]
+    enabled: false
+""")
+
+    alice = keys_of(config)["alice"]
+    assert alice.limits == (g.Limit("usd", "day", 20.0), g.Limit("concurrent", "", 16.0))
+    assert alice.models == ("claude-*", "gpt-6-sol")
+    assert alice.expires_at == dt.datetime(2027, 2, 1, tzinfo=dt.UTC).timestamp()
+    assert [str(network) for network in alice.networks] == ["10.0.0.0/8", "2001:db8::1/128"]
+    assert not alice.enabled
+
+
+def test_keys_without_limits_have_the_defaults_and_empty_limits_are_none():
+    """
+    `limits: {}` is said on purpose.
+    """
+    config = load(f"""{DEMO}
+defaults: {{limits: {{concurrent: 16}}}}
+keys: [{{name: a, key: {HASH}}}, {{name: b, key: {HASH2}, limits: {{usd: 5}}}}, {{name: c, key: {HASH3}, limits: {{}}}}]
+""")
+
+    assert [key.limits for key in config.keys] == [
+        (g.Limit("concurrent", "", 16.0),),
+        (g.Limit("usd", "", 5.0),),
+        (),
+    ]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [KEY, f'"{KEY}"', f"'{KEY}'", g.seal_key(KEY), f"sha256:{g.seal_key(KEY)[7:71]}", "${ALICE}", '"${ALICE}"'],
+)
+def test_a_key_is_the_same_plain_sealed_or_from_the_environment(written):
+    """
+    However it stands in the file, its holder's requests are known.
+    """
+    config = load(f"{DEMO}keys:\n  - name: alice\n    key: {written}\n", ALICE=KEY)
+
+    assert config.keys.find([KEY]).name == "alice"
+
+
+def test_a_hash_in_capital_letters_is_a_hash():
+    """
+    Some tools print hex so.
+    """
+    config = load(f"{DEMO}keys: [{{name: alice, key: 'sha256:{'AB' * 32}'}}]")
+
+    assert keys_of(config)["alice"].digest == bytes.fromhex("ab" * 32)
+
+
+def test_upstream_keys_are_opened_and_what_is_in_clear_text_is_warned_about(tmp_path):
+    """
+    A warning names the place and not the secret; sealed values and the environment's are fine.
+    """
+    secret = g.Vault.new_secret()
+    sealed = g.Vault([secret], "").seal("sk-ant-sealed")
+    text = f"""
+upstreams:
+  - {{name: a, url: https://a.test, api_key: sk-ant-plain}}
+  - {{name: b, url: https://b.test, api_key: {sealed}}}
+  - {{name: c, url: https://c.test, api_key: "${{C_KEY}}"}}
+  - {{name: d, url: https://d.test}}
+keys:
+  - {{name: alice, key: {KEY}}}
+  - {{name: bob, key: {HASH}}}
+"""
+
+    config = load(text, tmp_path / "config.yaml", GATEWAY_SECRET=secret, C_KEY="sk-ant-environment")
+
+    assert [upstream.api_key for upstream in config.upstreams] == [
+        "sk-ant-plain",
+        "sk-ant-sealed",
+        "sk-ant-environment",
+        "",
+    ]
+    assert config.warnings == [
+        "upstreams[0].api_key (a) is in clear text: run `gateway.py seal`",
+        "keys[0].key (alice) is in clear text: run `gateway.py seal`",
+    ]
+
+
+def test_models_may_be_a_list_or_a_mapping_that_renames():
+    """
+    The first glob that matches counts; what no glob matches is not served.
+    """
+    config = load("""
+upstreams:
+  - {name: a, format: demo, models: ["claude-*", gpt-6-sol]}
+  - {name: b, format: demo, models: {"claude-opus-*": big, "claude-*": "*", "*": small}}
+""")
+
+    asked = ["claude-opus-5-5", "claude-haiku-5-5", "gpt-6-sol", "gpt-6-luna"]
+    assert [config.upstreams[0].rename(model) for model in asked] == [*asked[:3], None]
+    assert [config.upstreams[1].rename(model) for model in asked] == ["big", "claude-haiku-5-5", "small", "small"]
+
+
+def test_relative_paths_are_seen_from_the_config_file(tmp_path):
+    """
+    Wherever the command is run.
+    """
+    (tmp_path / "ca.pem").touch()
+    text = "upstreams: [{name: a, url: https://a.test, ca_file: ca.pem}]\nusage: {directory: ledger}\n"
+
+    config = load(text, tmp_path / "config.yaml")
+
+    assert config.upstreams[0].ca_file == str(tmp_path / "ca.pem")
+    assert config.usage_directory == tmp_path / "ledger"
+    assert load(text.replace("ledger", "/var/ledger"), tmp_path / "config.yaml").usage_directory == Path("/var/ledger")
+
+
+def test_the_digest_tells_two_texts_apart():
+    """
+    Whoever looks at /health sees which version is live.
+    """
+    assert re.fullmatch("[0-9a-f]{12}", load(DEMO).digest)
+    assert load(DEMO).digest != load(DEMO + "# a comment\n").digest
+
+
+# Units, limits, dates, prices
+
+
+@pytest.mark.parametrize(
+    ("written", "amount"),
+    [
+        ("20", 20),
+        ("0.5", 0.5),
+        ("1_000", 1000),
+        ("1k", 1000),
+        ("1K", 1000),
+        ("50M", 50_000_000),
+        ("50 M", 50_000_000),
+        ("1.5B", 1_500_000_000),
+        ("20万", 200_000),
+        ("1.5万", 15_000),
+        ("2亿", 200_000_000),
+        ('"20"', 20),
+        ("${N}", 7),
+    ],
+)
+def test_counts_have_units_of_thousands_and_of_ten_thousands(written, amount):
+    """
+    `50M` and `20万` are how people say it.
+    """
+    config = load(f"{DEMO}defaults:\n  limits:\n    tokens/month: {written}\n", N="7")
+
+    assert config.file.defaults.limits == (g.Limit("tokens", "month", amount),)
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [("1000", 1000), ("1000B", 1000), ("64KB", 65_536), ("32MB", 33_554_432), ("1.5 MB", 1_572_864), ("1GB", 2**30)],
+)
+def test_sizes_are_bytes_in_powers_of_1024(written, size):
+    """
+    The Anthropic API takes bodies of 32 MB, meant so.
+    """
+    assert load(f"{DEMO}server: {{max_body: {written}}}").server.max_body == size
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"), [("500ms", 0.5), ("10s", 10), ("1.5m", 90), ("6m", 360), ("5h", 18_000), ("2 d", 172_800)]
+)
+def test_times_need_their_unit(written, seconds):
+    """
+    A bare number would be seconds to one and minutes to another.
+    """
+    assert load(f"{DEMO}server: {{drain: {written}}}").server.drain == seconds
+
+
+@pytest.mark.parametrize(("written", "seconds"), [("always", 0), ("never", math.inf), ("1s", 1), ("500ms", 0.5)])
+def test_fsync_is_always_never_or_a_time(written, seconds):
+    """
+    How soon a line is safe from a power cut.
+    """
+    assert load(f"{DEMO}usage: {{fsync: {written}}}").file.usage.fsync == seconds
+
+
+@pytest.mark.parametrize("unit", g.LIMIT_UNITS)
+@pytest.mark.parametrize("window", ["", *g.LIMIT_WINDOWS])
+def test_a_limit_is_a_unit_alone_or_with_a_window(unit, window):
+    """
+    `usd` is for ever, `usd/day` turns over.
+    """
+    name = f"{unit}/{window}" if window else unit
+
+    assert g.parse_limits({name: "20"}) == (g.Limit(unit, window, 20.0),)
+
+
+def test_limits_keep_their_order_and_zero_is_a_limit():
+    """
+    Nothing is sorted, merged or dropped.
+    """
+    assert g.parse_limits({"concurrent": 4, "usd/5h": 0, "usd": "1k"}) == (
+        g.Limit("concurrent", "", 4.0),
+        g.Limit("usd", "5h", 0.0),
+        g.Limit("usd", "", 1000.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "zone", "ends"),
+    [
+        ("2027-01-31", "UTC", "2027-02-01T00:00:00+00:00"),
+        ("2027-01-31", "Asia/Shanghai", "2027-02-01T00:00:00+08:00"),
+        ("2027-03-27", "Europe/Berlin", "2027-03-28T00:00:00+01:00"),
+        ("2027-03-28", "Europe/Berlin", "2027-03-29T00:00:00+02:00"),  # a day of 23 hours
+        ("2028-02-29", "UTC", "2028-03-01T00:00:00+00:00"),
+        ("2027-01-31T12:00:00", "Asia/Shanghai", "2027-01-31T12:00:00+08:00"),
+        ("2027-01-31T12:00:00Z", "Asia/Shanghai", "2027-01-31T12:00:00+00:00"),
+        ("2027-01-31T12:00:00+02:00", "UTC", "2027-01-31T10:00:00+00:00"),
+        ("2027-01-31 12:00:00.5 +02:00", "UTC", "2027-01-31T10:00:00.500000+00:00"),
+        ('"2027-01-31"', "Asia/Shanghai", "2027-02-01T00:00:00+08:00"),
+        ("2027-01-31 12:00+00:00", "UTC", "2027-01-31T12:00:00+00:00"),
+        ("${ENDS}", "Asia/Shanghai", "2027-02-01T00:00:00+08:00"),
+    ],
+)
+def test_a_date_is_a_whole_day_in_the_servers_time_zone(written, zone, ends):
+    """
+    `expires: 2027-01-31` works to the end of that day where the gateway's people live; a time is exact.
+    """
+    text = f"{DEMO}server: {{timezone: {zone}}}\nkeys:\n  - name: alice\n    key: {HASH}\n    expires: {written}\n"
+
+    alice = keys_of(load(text, ENDS="2027-01-31"))["alice"]
+
+    assert alice.expires_at == dt.datetime.fromisoformat(ends).timestamp()
+
+
+@pytest.mark.parametrize("written", ["", "~", "9999-12-31"])
+def test_a_key_without_an_end_works_for_ever(written):
+    """
+    No date, and the last one there is.
+    """
+    config = load(f"{DEMO}keys: [{{name: alice, key: {HASH}, expires: {written}}}]")
+
+    assert keys_of(config)["alice"].expires_at == math.inf
+
+
+def test_a_time_zone_is_one_of_the_tz_databases():
+    """
+    Reports turn over where the team lives.
+    """
+    assert load(f"{DEMO}server: {{timezone: Asia/Shanghai}}").timezone == zoneinfo.ZoneInfo("Asia/Shanghai")
+
+
+def test_cache_prices_follow_from_the_input_price():
+    """
+    By the factors that Anthropic publishes: writes 1.25 and 2, reads 0.1; given ones stay.
+    """
+    config = load(DEMO + 'prices: {"claude-*": {input: 3, output: 15, cache_read: 0.25}, "*": {input: 0, output: 0}}')
+
+    assert config.price("claude-x") == g.Price(3.0, 15.0, 3.75, 6.0, 0.25)
+    assert config.price("gpt-x") == g.Price(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_the_first_price_that_matches_counts():
+    """
+    The order is the file's, not the length of the glob.
+    """
+    config = load(f"""{DEMO}
+prices:
+  "claude-*": {{input: 1, output: 1}}
+  "claude-opus-*": {{input: 2, output: 2}}
+  "*": {{input: 3, output: 3}}
+""")
+
+    assert [config.price(model).input for model in ("claude-opus-5-5", "claude-", "Claude-x")] == [1, 1, 3]
+
+
+def test_a_call_costs_what_its_tokens_cost():
+    """
+    Each kind of token at its own price, per million, to a billionth of a dollar.
+    """
+    price = g.Price(5, 25, 6.25, 10, 0.5)
+    usage = g.Usage(
+        input_tokens=1_000_001,
+        output_tokens=20_000,
+        cache_write_5m_tokens=300_000,
+        cache_write_1h_tokens=40_000,
+        cache_read_tokens=5_000_000,
+    )
+
+    assert price.cost_usd(usage) == 5.000005 + 0.5 + 1.875 + 0.4 + 2.5
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [
+        ("claude-opus-5-5", 20),
+        ("claude-opus-5-5-20261001", 20),
+        ("claude-opus-4-6", 25),
+        ("claude-opus-4-1-20250805", 75),
+        ("claude-sonnet-4-5", 15),
+        ("claude-haiku-4-5", 5),
+        ("claude-3-5-haiku-latest", 4),
+        ("gpt-6-sol", 10),
+        ("a model that nobody has heard of", 50),
+    ],
+)
+def test_without_prices_a_built_in_table_holds(model, output):
+    """
+    The more special glob stands first, and an unknown model is dear rather than free.
+    """
+    assert load(DEMO).price(model).output == output
+
+
+# The environment
+
+
+@pytest.mark.parametrize(
+    ("written", "host"),
+    [
+        ("${HOST}", "a.test"),
+        ("${HOST:-b.test}", "a.test"),
+        ("${NONE:-b.test}", "b.test"),
+        ("${EMPTY:-b.test}", "b.test"),
+        ("${HOST}.${NONE:-x}.${HOST}", "a.test.x.a.test"),
+        ('"${NONE:-1}"', "1"),
+        ("'${HOST}'", "a.test"),
+        ("${NONE:-a-b:c}", "a-b:c"),
+        ("${NESTED}", "${HOST}"),
+        ("$HOST", "$HOST"),
+    ],
+)
+def test_names_in_braces_come_from_the_environment(written, host):
+    """
+    An empty variable counts as none, as in the shell's `:-`; what it holds is not looked at again.
+    """
+    config = load(f"{DEMO}server:\n  host: {written}\n", HOST="a.test", EMPTY="", NESTED="${HOST}")
+
+    assert config.server.host == host
+
+
+def test_what_the_environment_gives_has_the_type_it_looks_like():
+    """
+    A port is a number, a switch is a boolean, a date is a date; in quotes all is text.
+    """
+    text = f"""{DEMO}
+server:
+  port: ${{PORT:-8000}}
+  drain: ${{DRAIN:-10m}}
+keys:
+  - name: "${{NAME}}"
+    key: {HASH}
+    enabled: ${{ENABLED}}
+"""
+
+    config = load(text, PORT="9000", NAME="12", ENABLED="no")
+
+    assert (config.server.port, config.server.drain) == (9000, 600.0)
+    assert not keys_of(config)["12"].enabled
+
+
+# Every error names file, line, path and what would be right
+
+KEYS = DEMO + "keys:\n"
+UNITS_AND_WINDOWS = (
+    "a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
+    "or concurrent"
+)
+UPSTREAM_SETTINGS = "name, url, api_key, format, models, timeouts, on_disconnect, ca_file, proxy"
+PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read"
+A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
+BAD = {
+    "nothing": ("", "1: expected settings such as `upstreams:`, found nothing"),
+    "comments": ("# soon\n", "1: expected settings such as `upstreams:`, found nothing"),
+    "a list": ("- upstreams\n", "1: expected settings such as `upstreams:`, found no mapping"),
+    "not closed": (DEMO + "server: {port: 1\n", "3: not YAML: did not find expected ',' or '}'"),
+    "a tab": (DEMO + "server:\n\tport: 1\n", "3: not YAML: found character that cannot start any token"),
+    "control character": (DEMO + "server:\n  host: a\x07b\n", "3: not YAML: control characters are not allowed"),
+    "two documents": (DEMO + "---\n" + DEMO, "2: not YAML: but found another document"),
+    "unknown tag": (
+        DEMO + "server: {host: !x y}\n",
+        "2: server.host: could not determine a constructor for the tag '!x'",
+    ),
+    "given twice": (DEMO + "server: {}\nserver: {}\n", "3: server: given twice"),
+    "given twice below": (KEYS + f"  - name: a\n    key: {HASH}\n    name: b\n", "5: keys[0].name: given twice"),
+    "merge": (DEMO + "<<: {}\n", "2: expected a plain name"),
+    "itself": (
+        DEMO + "server: &a\n  host: *a\n",
+        "2: server" + ".host" * 20 + ": nested too deep (an alias of itself?)",
+    ),
+    "unknown section": (
+        DEMO + "sever: {}\n",
+        "2: sever: unknown setting, did you mean server? (there are: upstreams, server, keys, defaults, prices, usage)",
+    ),
+    "unknown setting": (
+        DEMO + "server:\n  port: 1\n  prot: 1\n",
+        "4: server.prot: unknown setting, did you mean port? "
+        "(there are: host, port, timezone, trusted_proxies, max_body, drain)",
+    ),
+    "unknown setting of a list's item": (
+        DEMO.replace("}", ", colour: red}"),
+        f"1: upstreams[0].colour: unknown setting (there are: {UPSTREAM_SETTINGS})",
+    ),
+    "unknown setting two below": (
+        "upstreams:\n  - name: a\n    url: https://a.test\n    timeouts:\n      idel: 5m\n",
+        "5: upstreams[0].timeouts.idel: unknown setting, did you mean idle? (there are: connect, first_byte, idle)",
+    ),
+    "no upstreams": ("server: {}\n", "1: upstreams: is required, and missing"),
+    "empty upstreams": ("\nupstreams: []\n", "2: upstreams: at least one upstream is needed"),
+    "upstreams is a number": ("upstreams: 5\n", "1: upstreams: Expected `array`, got `int`"),
+    "upstreams of words": ("upstreams: [a, b]\n", "1: upstreams[0]: Expected `object`, got `str`"),
+    "no name": ("upstreams:\n  - format: demo\n", "2: upstreams[0].name: is required, and missing"),
+    "no key": (KEYS + "  - name: alice\n", "3: keys[0].key: is required, and missing"),
+    "a number for a name": (
+        "upstreams:\n  - {name: demo, format: demo}\n  - {name: 5, format: demo}\n",
+        "3: upstreams[1].name: Expected `str`, got `int`: YAML reads it so; put it in quotes",
+    ),
+    "space around a name": (
+        'upstreams: [{name: " a", format: demo}]',
+        "1: upstreams[0].name: expected a name without white space around it",
+    ),
+    "empty name": (
+        'upstreams: [{name: "", format: demo}]',
+        "1: upstreams[0].name: expected a name without white space around it",
+    ),
+    "name taken": (
+        "upstreams:\n- {name: a, format: demo}\n- {name: a, format: demo}\n",
+        "3: upstreams[1].name: 'a' is taken: names tell entries apart in the ledger",
+    ),
+    "no url": ("upstreams: [{name: a}]", "1: upstreams[0].url: expected http://… or https://… and a host"),
+    "other scheme": (
+        "upstreams:\n  - name: a\n    url: ftp://a.test\n",
+        "3: upstreams[0].url: expected http://… or https://… and a host",
+    ),
+    "url without a host": (
+        "upstreams: [{name: a, url: 'https://'}]",
+        "1: upstreams[0].url: expected http://… or https://… and a host",
+    ),
+    "url with a query": (
+        "upstreams: [{name: a, url: 'https://a.test/?b'}]",
+        "1: upstreams[0].url: expected http://… or https://… and a host",
+    ),
+    "url with a bad port": (
+        "upstreams: [{name: a, url: 'https://a.test:x'}]",
+        "1: upstreams[0].url: expected http://… or https://… and a host",
+    ),
+    "url with a password": (
+        "upstreams: [{name: a, url: 'https://user:pass@a.test'}]",
+        "1: upstreams[0].url: expected no user or password in it; api_key is for that",
+    ),
+    "other proxy": (
+        "upstreams: [{name: a, url: 'https://a.test', proxy: 'socks5://b.test'}]",
+        "1: upstreams[0].proxy: expected http://… and a host",
+    ),
+    "other format": (
+        "upstreams:\n  - name: a\n    format: gemini\n",
+        "3: upstreams[0].format: expected anthropic, openai or demo, got 'gemini'",
+    ),
+    "other on_disconnect": (
+        "upstreams:\n  - name: a\n    format: demo\n    on_disconnect: wait\n",
+        "4: upstreams[0].on_disconnect: expected cancel or drain, got 'wait'",
+    ),
+    "a model that is a number": (
+        "upstreams:\n  - name: a\n    format: demo\n    models:\n      - claude-*\n      - 4\n",
+        '6: upstreams[0].models[1]: expected a glob such as "claude-*"',
+    ),
+    "a model that is a list": (
+        "upstreams: [{name: a, format: demo, models: [[claude]]}]",
+        '1: upstreams[0].models[0]: expected a glob such as "claude-*"',
+    ),
+    "a new name that is none": (
+        "upstreams: [{name: a, format: demo, models: {claude: }}]",
+        "1: upstreams[0].models: Expected `str`, got `null`",
+    ),
+    "an api_key that is a number": (
+        "upstreams: [{name: a, format: demo, api_key: 12345678}]",
+        "1: upstreams[0].api_key: expected a string; put it in quotes",
+    ),
+    "sealed without a secret": (
+        "upstreams: [{name: a, format: demo, api_key: enc:gAAAA}]",
+        "1: upstreams[0].api_key: there is no sealing secret (looked in FOLDER/gateway.secret); "
+        "`gateway.py init` makes one, or set GATEWAY_SECRET",
+    ),
+    "port as a word": (DEMO + "server:\n  port: http\n", "3: server.port: Expected `int`, got `str`"),
+    "port too high": (DEMO + "server:\n  port: 65536\n", "3: server.port: expected 0 to 65535"),
+    "time zone": (
+        DEMO + "server: {timezone: CEST}\n",
+        "2: server.timezone: unknown time zone 'CEST'; as in Europe/Berlin",
+    ),
+    "time zone that is a folder": (
+        DEMO + "server: {timezone: Europe}\n",
+        "2: server.timezone: unknown time zone 'Europe'; as in Europe/Berlin",
+    ),
+    "network": (
+        DEMO + "server:\n  trusted_proxies:\n    - 10.0.0.0/8\n    - 10.0.0.1/8\n",
+        "5: server.trusted_proxies[1]: 10.0.0.1/8 has host bits set; as in 10.0.0.0/8 or 192.0.2.7",
+    ),
+    "address": (
+        KEYS + f"  - name: a\n    key: {HASH}\n    allow_ips: [home]\n",
+        "5: keys[0].allow_ips[0]: 'home' does not appear to be an IPv4 or IPv6 network; as in 10.0.0.0/8 or 192.0.2.7",
+    ),
+    "size": (DEMO + "server: {max_body: 32MiB}\n", "2: server.max_body: expected something like 32MB, got '32MiB'"),
+    "negative size": (DEMO + "server: {max_body: -1}\n", "2: server.max_body: expected something like 32MB, got -1"),
+    "time without a unit": (DEMO + "server: {drain: 10}\n", "2: server.drain: expected something like 10s, got 10"),
+    "time in words": (
+        DEMO + "server: {drain: ten minutes}\n",
+        "2: server.drain: expected something like 10s, got 'ten minutes'",
+    ),
+    "fsync": (
+        DEMO + "usage: {fsync: often}\n",
+        "2: usage.fsync: expected something like always, never or 1s, got 'often'",
+    ),
+    "limit of another unit": (
+        DEMO + "defaults:\n  limits:\n    usd/day: 1\n    eur/day: 1\n",
+        f"5: defaults.limits.eur/day: unknown limit 'eur/day': {UNITS_AND_WINDOWS}",
+    ),
+    "limit of another window": (
+        KEYS + f"  - name: a\n    key: {HASH}\n    limits:\n      usd/year: 1\n",
+        f"6: keys[0].limits.usd/year: unknown limit 'usd/year': {UNITS_AND_WINDOWS}",
+    ),
+    "limit of no window": (
+        DEMO + "defaults: {limits: {usd/: 1}}",
+        f"2: defaults.limits.usd/: unknown limit 'usd/': {UNITS_AND_WINDOWS}",
+    ),
+    "concurrent per day": (
+        DEMO + "defaults: {limits: {concurrent/day: 1}}",
+        f"2: defaults.limits.concurrent/day: unknown limit 'concurrent/day': {UNITS_AND_WINDOWS}",
+    ),
+    "amount": (
+        DEMO + "defaults: {limits: {usd/day: $20}}",
+        "2: defaults.limits.usd/day: expected something like 50M, got '$20'",
+    ),
+    "negative amount": (
+        DEMO + "defaults: {limits: {usd: -1}}",
+        "2: defaults.limits.usd: expected something like 50M, got -1",
+    ),
+    "endless amount": (
+        DEMO + "defaults: {limits: {usd: .inf}}",
+        "2: defaults.limits.usd: expected something like 50M, got inf",
+    ),
+    "yes for an amount": (
+        DEMO + "defaults: {limits: {usd: yes}}",
+        "2: defaults.limits.usd: expected something like 50M, got True",
+    ),
+    "a list of limits": (
+        DEMO + "defaults: {limits: [usd/day]}",
+        "2: defaults.limits: expected limits such as {usd/day: 20, tokens/month: 50M, concurrent: 16}",
+    ),
+    "prices without a star": (
+        DEMO + "prices:\n  claude-*: {input: 1, output: 1}\n",
+        '2: prices: "*" must be in the table: no model is free',
+    ),
+    "prices as a list": (
+        DEMO + "prices: []\n",
+        '2: prices: expected prices such as {"claude-*": {input: 3, output: 15}, "*": {…}}',
+    ),
+    "half a price": (
+        DEMO + 'prices:\n  claude-*: {input: 1}\n  "*": {input: 1, output: 1}\n',
+        "3: prices.claude-*.output: is required, and missing",
+    ),
+    "misspelt price": (
+        DEMO + 'prices:\n  "*":\n    input: 1\n    output: 1\n    cash_read: 1\n',
+        f"6: prices.*.cash_read: unknown setting, did you mean cache_read? (there are: {PRICE_SETTINGS})",
+    ),
+    "price in words": (
+        DEMO + 'prices:\n  gpt-5.1: {input: 1, output: 1}\n  "*":\n    input: cheap\n    output: 1\n',
+        "5: prices.*.input: Expected `float`, got `str`",
+    ),
+    "negative price": (
+        DEMO + 'prices: {"*": {input: 1, output: -1}}',
+        "2: prices.*: a price is a number and not negative",
+    ),
+    "price that is no number": (
+        DEMO + 'prices: {"*": {input: .nan, output: 1}}',
+        "2: prices.*: a price is a number and not negative",
+    ),
+    "endless price": (
+        DEMO + 'prices: {"*": {input: .inf, output: 1}}',
+        "2: prices.*: a price is a number and not negative",
+    ),
+    "key name taken": (
+        KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: a, key: {HASH2}}}\n",
+        "4: keys[1].name: 'a' is taken: names tell entries apart in the ledger",
+    ),
+    "same key": (
+        KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: b, key: {HASH}}}\n",
+        "4: keys[1].key: the same key stands here twice",
+    ),
+    "short hash": (KEYS + "- {name: a, key: sha256:12}\n", f"3: keys[0].key: {A_KEY}"),
+    "encrypted key": (KEYS + "- {name: a, key: enc:gAAAA}\n", f"3: keys[0].key: {A_KEY}"),
+    "other case of a hash": (KEYS + "- {name: a, key: SHA256:12345678901234567890}\n", f"3: keys[0].key: {A_KEY}"),
+    "short key": (
+        KEYS + "- {name: a, key: hunter2}\n",
+        "3: keys[0].key: too short to be safe (20 characters); `gateway.py key add` makes one",
+    ),
+    "key that is a number": (
+        KEYS + "- {name: a, key: 12345678901234567890}\n",
+        "3: keys[0].key: expected a string; put it in quotes",
+    ),
+    "expires": (
+        KEYS + f"- {{name: a, key: {HASH}, expires: tomorrow}}\n",
+        "3: keys[0].expires: expected a date such as 2027-01-31, got 'tomorrow'",
+    ),
+    "expires as a number": (
+        KEYS + f"- {{name: a, key: {HASH}, expires: 20270131}}\n",
+        "3: keys[0].expires: expected a date such as 2027-01-31, got 20270131",
+    ),
+    "a day that is none": (
+        KEYS + f"- {{name: a, key: {HASH}, expires: 2027-02-30}}\n",
+        "3: keys[0].expires: day is out of range for month",
+    ),
+    "enabled": (
+        KEYS + f"- {{name: a, key: {HASH}, enabled: maybe}}\n",
+        "3: keys[0].enabled: Expected `bool`, got `str`",
+    ),
+    "environment": (
+        DEMO + "server:\n  host: ${GATEWAY_HOST}\n",
+        "3: server.host: the environment has no GATEWAY_HOST (a default: ${GATEWAY_HOST:-…})",
+    ),
+    "environment in a list": (
+        DEMO + "server: {trusted_proxies: ['${PROXY}']}\n",
+        "2: server.trusted_proxies[0]: the environment has no PROXY (a default: ${PROXY:-…})",
+    ),
+    "brace not closed": (
+        "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: ${ANTHROPIC_API_KEY\n",
+        "4: upstreams[0].api_key: expected ${NAME} or ${NAME:-default}",
+    ),
+    "name with a dash": (
+        "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: ${ANTHROPIC-API-KEY}\n",
+        "4: upstreams[0].api_key: expected ${NAME} or ${NAME:-default}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_every_error_names_file_line_path_and_what_would_be_right(tmp_path, name):
+    """
+    Who reads it in a log knows where to look and what to write.
+    """
+    text, message = BAD[name]
+
+    with pytest.raises(g.ConfigError) as caught:
+        load(text, tmp_path / "config.yaml")
+
+    assert str(caught.value) == f"{tmp_path}/config.yaml:{message.replace('FOLDER', str(tmp_path))}"
+
+
+@pytest.mark.parametrize("place", ["upstreams[0].api_key", "keys[0].key"])
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (r'"Bearer SECRET"', "starts with 'Bearer ': paste only the key itself"),
+        (r"Bearer SECRET", "starts with 'Bearer ': paste only the key itself"),
+        (r'"SECRET\r\n"', "has white space in it: paste only the key itself"),
+        (r'"SECRET\n"', "has white space in it: paste only the key itself"),
+        (r'" SECRET"', "has white space in it: paste only the key itself"),
+        (r"|" + "\n      SECRET", "has white space in it: paste only the key itself"),
+        (r"""'"SECRET"'""", "has quotes around it: paste only the key itself"),
+        (r'''"'SECRET'"''', "has quotes around it: paste only the key itself"),
+        (r"“SECRET”", "has quotes around it: paste only the key itself"),
+        (r"${PASTED}", "has quotes around it: paste only the key itself"),
+        (r"ключSECRET", "has characters no key has: paste only the key itself"),
+        (r"[SECRET]", "expected a string; put it in quotes"),
+        (r"{SECRET: }", "expected a string; put it in quotes"),
+    ],
+)
+def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written, message):
+    """
+    The message goes to logs, to /health and to screens that others see.
+    """
+    secret = "sk-proxy-or-ant-0123456789"
+    written = written.replace("SECRET", secret)
+    text = {
+        "upstreams[0].api_key": f"upstreams:\n  - name: a\n    url: https://a.test\n    api_key: {written}\n",
+        "keys[0].key": f"{DEMO}keys:\n  - name: a\n    key: {written}\n",
+    }[place]
+
+    with pytest.raises(g.ConfigError) as caught:
+        load(text, tmp_path / "config.yaml", PASTED=f'"{secret}"')
+
+    assert str(caught.value) == f"{tmp_path}/config.yaml:4: {place}: {message}"
+
+
+def make_link_to_nowhere(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, ": no such file; `gateway.py init` makes one"),
+        (make_link_to_nowhere, ": no such file; `gateway.py init` makes one"),
+        (Path.mkdir, ": is a folder, not a file (a bind mount of a missing file makes one)"),
+        (lambda path: path.write_bytes(b"# \xe9t\xe9\n"), ": not UTF-8 at byte 2"),
+        (lambda path: path.symlink_to(path), ": cannot be read: Too many levels of symbolic links"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_said_in_one_sentence(tmp_path, make, message):
+    """
+    The first start, a mount gone wrong, an editor with another encoding.
+    """
+    path = tmp_path / "config.yaml"
+    make(path)
+
+    with pytest.raises(g.ConfigError) as caught:
+        g.Config.load(path, environ={})
+
+    assert str(caught.value) == f"{path}{message}"
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
+    """
+    Notepad writes both.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n".replace("\n", "\r\n").encode()
+    )
+
+    assert list(keys_of(g.Config.load(path, environ={}))) == ["alice"]
+
+
+# The example
+
+
+def uncommented() -> str:
+    """config.example.yaml with the settings that stand in comments."""
+    text = re.sub(r"^#(?= (- name:|(  |    )[a-z_]+:))", " ", EXAMPLE.read_text(), flags=re.MULTILINE)
+    return re.sub(r'^# (?=prices:|  "[^"]+":)', "", text, flags=re.MULTILINE)
+
+
+def test_the_example_starts_unedited():
+    """
+    Whoever copies it has a gateway that answers.
+    """
+    config = g.Config.load(EXAMPLE, environ={})
+
+    assert [(upstream.name, upstream.format) for upstream in config.upstreams] == [("demo", "demo")]
+    assert list(keys_of(config)) == ["alice"]
+
+
+def test_the_example_names_every_setting():
+    """
+    A setting that is not in it is one that nobody finds.
+    """
+    plain = g.Document(uncommented(), EXAMPLE).plain({"ANTHROPIC_API_KEY": "sk-ant"})
+    plain["upstreams"] = [plain["upstreams"][0] | plain["upstreams"][1]]
+    prices = list(plain.pop("prices").values())
+
+    assert missing_settings(g.ConfigFile, plain) == ["prices"]
+    assert missing_settings(g.Price, prices[0]) == []
+
+
+def missing_settings(kind: type, plain: dict[str, Any], at: str = "") -> list[str]:
+    """The settings of a struct, and of those below it, that a mapping does not have."""
+    missing = []
+    for field in msgspec.structs.fields(kind):
+        if field.name not in plain:
+            missing.append(at + field.name)
+            continue
+        inner = [
+            a for a in (field.type, *get_args(field.type)) if isinstance(a, type) and issubclass(a, msgspec.Struct)
+        ]
+        value = plain[field.name]
+        for below in inner:
+            missing += missing_settings(below, value[0] if isinstance(value, list) else value, f"{at}{field.name}.")
+    return missing
+
+
+def test_the_example_shows_the_defaults():
+    """
+    Where a value in it is not the default, its comment says so; these say none.
+    """
+    config = g.Config.parse(uncommented(), EXAMPLE, g.Clock(), {"ANTHROPIC_API_KEY": "sk-ant"})
+
+    real = config.upstreams[1]
+    assert (config.server, config.file.usage, config.file.defaults) == (g.ServerConfig(), g.UsageConfig(), g.Defaults())
+    assert (real.format, real.timeouts, real.on_disconnect) == ("anthropic", g.Timeouts(), "cancel")
+    assert (real.ca_file, real.proxy) == (None, None)
+
+
+# Edits: the lines they must touch, and no other
+
+NEW = {"name": "new", "key": HASH3}
+APPENDED = {
+    "a block list": (
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n",
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n  - name: new\n    key: {HASH3}\n",
+    ),
+    "a list that is not indented": (
+        f"{DEMO}keys:\n- name: alice\n  key: {HASH}  # hers\n\n# the server\nserver: {{}}\n",
+        f"{DEMO}keys:\n- name: alice\n  key: {HASH}  # hers\n"
+        f"- name: new\n  key: {HASH3}\n\n# the server\nserver: {{}}\n",
+    ),
+    "no newline at the end": (
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}",
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n  - name: new\n    key: {HASH3}",
+    ),
+    "a dash on a line of its own": (
+        f"{DEMO}keys:\n    -  # the boss - alice\n        name: alice\n        key: {HASH}\n",
+        f"{DEMO}keys:\n    -  # the boss - alice\n        name: alice\n        key: {HASH}\n"
+        f"    - name: new\n      key: {HASH3}\n",
+    ),
+    "items in braces": (
+        f"{DEMO}keys:\n  - {{name: alice, key: {HASH}}}  # hers\n",
+        f"{DEMO}keys:\n  - {{name: alice, key: {HASH}}}  # hers\n  - name: new\n    key: {HASH3}\n",
+    ),
+    "a list in brackets": (
+        f"{DEMO}keys: [{{name: alice, key: {HASH}}}]  # all\n",
+        f"{DEMO}keys: [{{name: alice, key: {HASH}}}, {{name: new, key: {HASH3}}}]  # all\n",
+    ),
+    "brackets on several lines": (
+        f"{DEMO}keys: [\n  {{name: alice, key: {HASH}}},  # hers\n]\n",
+        f"{DEMO}keys: [\n  {{name: alice, key: {HASH}}}, {{name: new, key: {HASH3}}},  # hers\n]\n",
+    ),
+    "a last value in a block": (
+        f"{DEMO}keys:\n  - name: alice\n    key: |-\n      {HASH}\nserver: {{}}\n",
+        f"{DEMO}keys:\n  - name: alice\n    key: |-\n      {HASH}\n  - name: new\n    key: {HASH3}\nserver: {{}}\n",
+    ),
+    "a last value that is an alias": (
+        f"{DEMO}keys:\n  - name: alice\n    limits: &all {{usd: 5}}\n    key: {HASH}\n"
+        f"  - name: bob\n    key: {HASH2}\n    limits: *all\n",
+        f"{DEMO}keys:\n  - name: alice\n    limits: &all {{usd: 5}}\n    key: {HASH}\n"
+        f"  - name: bob\n    key: {HASH2}\n    limits: *all\n  - name: new\n    key: {HASH3}\n",
+    ),
+    "empty": (f"{DEMO}keys:\nserver: {{}}\n", f"{DEMO}keys:\n  - name: new\n    key: {HASH3}\nserver: {{}}\n"),
+    "empty with a comment": (
+        f"{DEMO}keys:  # none yet\n  # - name: old\nserver: {{}}\n",
+        f"{DEMO}keys:  # none yet\n  - name: new\n    key: {HASH3}\n  # - name: old\nserver: {{}}\n",
+    ),
+    "empty at the end": (f"{DEMO}keys:", f"{DEMO}keys:\n  - name: new\n    key: {HASH3}"),
+    "empty brackets": (f"{DEMO}keys: []\n", f"{DEMO}keys:\n  - name: new\n    key: {HASH3}\n"),
+    "empty brackets with a comment": (
+        f"{DEMO}keys: []  # none yet\nserver: {{}}\n",
+        f"{DEMO}keys:  # none yet\n  - name: new\n    key: {HASH3}\nserver: {{}}\n",
+    ),
+    "null": (f"{DEMO}keys: ~\n", f"{DEMO}keys:\n  - name: new\n    key: {HASH3}\n"),
+    "missing": (f"{DEMO}# the end\n", f"{DEMO}# the end\n\nkeys:\n  - name: new\n    key: {HASH3}\n"),
+    "windows line ends": (
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n".replace("\n", "\r\n"),
+        f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n  - name: new\n    key: {HASH3}\n".replace("\n", "\r\n"),
+    ),
+}
+
+
+def edit(path: Path, text: str, change: Callable[[g.ConfigEditor], None]) -> str:
+    """What a file's text is after a change."""
+    path.write_bytes(text.encode())
+    editor = g.ConfigEditor(path)
+    change(editor)
+    return editor.document.text
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_a_key_is_appended_in_the_style_of_the_list(tmp_path, name):
+    """
+    As if its owner had written it: the same indentation, the comments where they were.
+    """
+    before, after = APPENDED[name]
+
+    assert edit(tmp_path / "config.yaml", before, lambda editor: editor.append_key(NEW)) == after
+    assert keys_of(load(after))["new"].digest == DIGEST3
+
+
+ALICE = f"{DEMO}keys:\n  - name: alice\n    key: {HASH}\n"
+SET = {
+    "a new field after the last": (ALICE, f"{ALICE}    enabled: false\n"),
+    "a new field before a comment and the next item": (
+        f"{ALICE}    models: [a]  # hers\n\n    # bob\n  - name: bob\n    key: {HASH2}\n",
+        f"{ALICE}    models: [a]  # hers\n    enabled: false\n\n    # bob\n  - name: bob\n    key: {HASH2}\n",
+    ),
+    "a new field after a nested one": (
+        f"{ALICE}    limits:\n      usd/day: 5\n      # and\n      usd/month: 50  # both\n",
+        f"{ALICE}    limits:\n      usd/day: 5\n      # and\n      usd/month: 50  # both\n    enabled: false\n",
+    ),
+    "a new field after a field without a value": (
+        f"{ALICE}    expires:\n",
+        f"{ALICE}    expires:\n    enabled: false\n",
+    ),
+    "a field that is there": (f"{ALICE}    enabled: yes  # for now\n", f"{ALICE}    enabled: false  # for now\n"),
+    "a field in quotes": (
+        f"{DEMO}keys:\n  - enabled: 'true'\n    name: alice\n    key: {HASH}\n",
+        f"{DEMO}keys:\n  - enabled: false\n    name: alice\n    key: {HASH}\n",
+    ),
+    "a field that is empty": (f"{ALICE}    enabled:\n", f"{ALICE}    enabled: false\n"),
+    "braces": (
+        f"{DEMO}keys:\n  - {{name: alice, key: {HASH}}}  # hers\n",
+        f"{DEMO}keys:\n  - {{name: alice, key: {HASH}, enabled: false}}  # hers\n",
+    ),
+    "braces with a comma at the end": (
+        f"{DEMO}keys: [{{name: alice, key: {HASH},}}]\n",
+        f"{DEMO}keys: [{{name: alice, key: {HASH}, enabled: false,}}]\n",
+    ),
+    "braces on several lines": (
+        f"{DEMO}keys:\n  - {{name: alice,  # a\n     key: {HASH}  # b\n    }}\n",
+        f"{DEMO}keys:\n  - {{name: alice,  # a\n     key: {HASH}, enabled: false  # b\n    }}\n",
+    ),
+    "a key in a block scalar": (
+        f"{DEMO}keys:\n  - name: alice\n    key: >-\n      {HASH}\n\nserver: {{}}\n",
+        f"{DEMO}keys:\n  - name: alice\n    key: >-\n      {HASH}\n    enabled: false\n\nserver: {{}}\n",
+    ),
+    "no newline at the end": (ALICE.rstrip(), f"{ALICE}    enabled: false"),
+    "windows line ends": (ALICE.replace("\n", "\r\n"), f"{ALICE}    enabled: false\n".replace("\n", "\r\n")),
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_a_field_is_set_where_it_is_or_after_the_last(tmp_path, name):
+    """
+    A revoked key is one more line, or one word on a line.
+    """
+    before, after = SET[name]
+
+    assert (
+        edit(tmp_path / "config.yaml", before, lambda editor: editor.set_field(("keys", 0), "enabled", "false"))
+        == after
+    )
+    assert not keys_of(load(after))["alice"].enabled
+
+
+@pytest.mark.parametrize(
+    "written",
+    [HASH, f'"{HASH}"', f"'{HASH}'", f"|-\n      {HASH}", f">-\n      {HASH}", f"\n      {HASH}", f"!!str {HASH}"],
+)
+def test_a_scalar_is_replaced_however_it_is_written(tmp_path, written):
+    """
+    Quotes, tags and blocks go with it; what follows stays.
+    """
+    before = f"{DEMO}keys:\n  - name: alice\n    key: {written}\n    # hers\n    enabled: true\n"
+
+    after = edit(tmp_path / "config.yaml", before, lambda editor: editor.set_scalar(HASH3, "keys", 0, "key"))
+
+    assert after.endswith("\n    # hers\n    enabled: true\n")
+    assert keys_of(load(after))["alice"].digest == DIGEST3
+
+
+@pytest.mark.parametrize("written", ["block", "flow"])
+def test_an_edit_changes_the_key_that_was_meant_even_where_aliases_are(tmp_path, written):
+    """
+    An alias has its anchor's place in the file: whoever writes there revokes somebody else's key.
+    """
+    text = {
+        "block": f"{ALICE}    limits: &all {{usd/day: 5}}\n  - name: bob\n    key: {HASH2}\n    limits: *all  # too\n",
+        "flow": f"{DEMO}keys: [{{name: alice, key: {HASH}, limits: &all {{usd: 5}}}},\n"
+        f"  {{name: bob, key: {HASH2}, limits: *all}}]\n",
+    }[written]
+
+    after = edit(tmp_path / "config.yaml", text, lambda editor: editor.set_field(("keys", 1), "enabled", "false"))
+
+    assert {name: key.enabled for name, key in keys_of(load(after)).items()} == {"alice": True, "bob": False}
+
+
+def test_an_edit_that_would_change_more_than_it_should_is_refused(tmp_path):
+    """
+    One anchored field, used twice: whoever replaces it replaces both. That is for a person to decide.
+    """
+    text = f"{ALICE}    enabled: &on true\n  - name: bob\n    key: {HASH2}\n    enabled: *on\n"
+
+    with pytest.raises(g.ConfigError) as caught:
+        edit(tmp_path / "config.yaml", text, lambda editor: editor.set_field(("keys", 0), "enabled", "false"))
+
+    assert f"{tmp_path}/config.yaml:5: keys[0].enabled: " in str(caught.value)
+
+
+def test_a_byte_order_mark_does_not_shift_an_edit(tmp_path):
+    """
+    Where libyaml counts from and where the text begins are then two places.
+    """
+    for change in (
+        lambda editor: editor.append_key(NEW),
+        lambda editor: editor.set_scalar(HASH3, "keys", 0, "key"),
+        lambda editor: editor.set_field(("keys", 0), "enabled", "false"),
+    ):
+        plain = edit(tmp_path / "config.yaml", ALICE, change)
+        marked = edit(tmp_path / "config.yaml", "\ufeff" + ALICE, change)
+
+        assert marked.removeprefix("\ufeff") == plain
+
+
+# The same for every file that anybody may write
+
+COMMENTS = st.sampled_from(["", "", "  # note", " # - a: {b}, [c]", "   # “é” 😀"])
+BETWEEN = st.sampled_from(["", "", "\n", "# about\n", "\n    # indented\n\n", "  # - name: old\n  #   key: gone\n"])
+NAMES = st.sampled_from(["alice", "bob", "Zoë", "张伟", "😀 9", "a: b", "#x", "it's", 'say "hi"', "[", "null", "-"])
+ENDS = st.sampled_from(["\n", "", "\n\n\n", "\n# the end\n", "\n# the end"])
+
+
+@st.composite
+def key_fields(draw: st.DrawFn, name: str, number: int, block: bool) -> list[tuple[str, str]]:
+    """Names and written values of one key, in some order; values on lines of their own begin with a newline."""
+    quoted = json.dumps(name, ensure_ascii=False)
+    names = [quoted, "'" + name.replace("'", "''") + "'"] + [name] * name.isalpha() * (name != "null")
+    key = f"sha256:{number:064x}"
+    fields = [("name", draw(st.sampled_from(names))), ("key", draw(st.sampled_from([key, f'"{key}"', f"'{key}'"])))]
+    models, limits = ['["claude-*", gpt]', "[]", "['*',]"], ["{usd/day: 5, concurrent: 2}", "{}"]
+    if block:
+        models += ['\n- "claude-*"\n- gpt', '\n  - "claude-*"  # c\n\n  - gpt', "[a,\n  b]"]
+        limits += ["\n  usd/day: 5\n  concurrent: 2  # d", "\n    usd: 1"]
+    more = {
+        "models": models,
+        "limits": limits,
+        "enabled": ["true", "yes", "'${ON}'"],
+        "expires": ["2027-01-31", "", "~"],
+    }
+    for field in draw(st.lists(st.sampled_from(sorted(more)), unique=True, max_size=3)):
+        fields.append((field, draw(st.sampled_from(more[field]))))
+    return draw(st.permutations(fields))
+
+
+@st.composite
+def block_key(draw: st.DrawFn, name: str, number: int, column: int) -> str:
+    """A key as an item of a block list."""
+    gap = draw(st.sampled_from([" ", "   ", "\n", "  # x - y\n"]))
+    inner = column + 1 + (len(gap) if "\n" not in gap else draw(st.sampled_from([1, 3])))
+    lines = []
+    for field, value in draw(key_fields(name, number, block=True)):
+        first, *rest = f"{field}: {value}".replace(": \n", ":\n").split("\n")
+        lines.append(" " * inner + first + draw(COMMENTS))
+        lines += [" " * inner + line if line else "" for line in rest]
+    text = "\n".join(lines)
+    head = " " * column + "-" + gap
+    return (head + (text if "\n" in gap else text.lstrip(" "))) + "\n"
+
+
+@st.composite
+def flow_key(draw: st.DrawFn, name: str, number: int) -> str:
+    """A key in braces."""
+    comma = draw(st.sampled_from([", ", ",\n      ", " , "]))
+    inner = comma.join(f"{field}: {value}" for field, value in draw(key_fields(name, number, block=False)))
+    return "{" + inner + draw(st.sampled_from(["}", " }", ",}", "\n    }"]))
+
+
+@st.composite
+def configs(draw: st.DrawFn, least_keys: int = 0) -> str:
+    """A good config.yaml, written as one person or another writes."""
+    names = draw(st.lists(NAMES, unique=True, min_size=least_keys, max_size=3))
+    style = draw(st.sampled_from(["block", "brackets"] if names else ["missing", "empty", "[]", "[ ]", "~"]))
+    keys = ""
+    if style == "block":
+        column = draw(st.sampled_from([0, 2, 4]))
+        keys = "keys:" + draw(COMMENTS) + "\n"
+        for number, name in enumerate(names):
+            flow = " " * column + "- " + draw(flow_key(name, number)) + draw(COMMENTS) + "\n"
+            keys += draw(BETWEEN) + (flow if draw(st.booleans()) else draw(block_key(name, number, column)))
+    elif style == "brackets":
+        items = [draw(flow_key(name, number)) for number, name in enumerate(names)]
+        between = draw(st.sampled_from([", ", ",\n  ", ",  # next\n  "]))
+        keys = "keys: [" + between.join(items) + draw(st.sampled_from(["]", ",]", "\n]", "  # last\n ]"])) + "\n"
+    elif style != "missing":
+        keys = f"keys: {style}".replace(" empty", "") + draw(COMMENTS) + "\n"
+    demo = draw(
+        st.sampled_from([DEMO, "upstreams:\n  # real\n  - name: demo # d\n    format: demo\n    api_key: 'sk-x'\n"])
+    )
+    sections = draw(st.permutations([demo, keys, "server: {port: 1}  # s\n"]))
+    text = "".join(draw(BETWEEN) + section for section in sections)
+    before, limits, behind = text.partition("limits: {usd/day: 5, concurrent: 2}")
+    if limits and draw(st.booleans()):
+        text = before + "limits: &std {usd/day: 5, concurrent: 2}" + behind.replace(limits, "limits: *std")
+    text = text.rstrip("\n") + draw(ENDS)
+    return text.replace("\n", draw(st.sampled_from(["\n", "\r\n"])))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    """A place for one config.yaml after the other."""
+    return tmp_path_factory.mktemp("edits") / "config.yaml"
+
+
+def lines_changed(before: str, after: str) -> tuple[list[str], list[str]]:
+    """The lines that went and those that came, all in one place."""
+    old, new = re.split("\r?\n", before), re.split("\r?\n", after)
+    while old and new and old[0] == new[0]:
+        del old[0], new[0]
+    while old and new and old[-1] == new[-1]:
+        del old[-1], new[-1]
+    return old, new
+
+
+def keeps_line_ends(before: str, after: str) -> bool:
+    """Whether a file's line ends are all of one kind still."""
+    return bool(re.search("(?<!\r)\n", after)) <= bool(re.search("(?<!\r)\n", before) or "\n" not in before)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=configs())
+def test_appending_a_key_changes_nothing_else(file, text):
+    """
+    In a block list no line is touched; in brackets the one on which the list ends, and `keys: []`.
+    """
+    after = edit(file, text, lambda editor: editor.append_key(NEW))
+
+    values = yaml.safe_load(text)
+    assert yaml.safe_load(after) == values | {"keys": [*(values.get("keys") or []), NEW]}
+    gone, came = lines_changed(text.rstrip(), after.rstrip())
+    in_brackets = "keys: [" in text or "keys: ~" in text
+    assert len(gone) <= in_brackets and all(came) >= ("keys:" in text)
+    assert keeps_line_ends(text, after)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=configs(least_keys=1), data=st.data())
+def test_setting_a_field_changes_nothing_else(file, text, data):
+    """
+    A field that is there changes its line; a new one is a line of its own, or a part of its key's in braces.
+    """
+    values = yaml.safe_load(text)
+    number = data.draw(st.integers(0, len(values["keys"]) - 1))
+
+    after = edit(file, text, lambda editor: editor.set_field(("keys", number), "enabled", "false"))
+
+    there = "enabled" in values["keys"][number]
+    values["keys"][number]["enabled"] = False
+    assert yaml.safe_load(after) == values
+    gone, came = lines_changed(text, after)
+    assert (len(gone), len(came)) in ([(1, 1)] if there else [(0, 1), (1, 1)])
+    assert keeps_line_ends(text, after)
+
+
+@settings(deadline=None, max_examples=200)
+@given(text=configs(least_keys=1), data=st.data())
+def test_setting_a_scalar_changes_one_word(file, text, data):
+    """
+    On its line, what stood before and behind the old value stands before and behind the new one.
+    """
+    number = data.draw(st.integers(0, len(yaml.safe_load(text)["keys"]) - 1))
+
+    after = edit(file, text, lambda editor: editor.set_scalar(HASH3, "keys", number, "key"))
+
+    (gone,), (came,) = lines_changed(text, after)
+    assert came == re.sub(f"""(["']?)sha256:{number:064x}\\1""", HASH3, gone)
+    assert keeps_line_ends(text, after)
+
+
+# Saving
+
+
+def editor_with_a_change(path: Path) -> g.ConfigEditor:
+    """An editor that has just revoked alice's key."""
+    editor = g.ConfigEditor(path)
+    editor.set_field(("keys", 0), "enabled", "false")
+    return editor
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A config with alice's key, in a folder with nothing else."""
+    path = tmp_path / "site" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(ALICE)
+    return path
+
+
+REVOKED = ALICE + "    enabled: false\n"
+
+
+def test_a_saved_edit_replaces_the_file_and_leaves_nothing_beside_it(saved):
+    """
+    Readers see the old file or the new one, never a half.
+    """
+    inode = saved.stat().st_ino
+
+    config = editor_with_a_change(saved).save({})
+
+    assert not keys_of(config)["alice"].enabled
+    assert saved.read_text() == REVOKED
+    assert saved.stat().st_ino != inode
+    assert os.listdir(saved.parent) == ["config.yaml"]
+
+
+def test_a_saved_edit_keeps_mode_and_owner(saved):
+    """
+    Root edits, the service reads.
+    """
+    saved.chmod(0o604)
+    owner = (1234, 5678) if os.geteuid() == 0 else (os.getuid(), os.getgid())
+    os.chown(saved, *owner)
+
+    editor_with_a_change(saved).save({})
+
+    after = saved.stat()
+    assert (stat.S_IMODE(after.st_mode), (after.st_uid, after.st_gid)) == (0o604, owner)
+
+
+def test_an_edit_that_makes_a_bad_config_is_not_saved(saved):
+    """
+    The result is read again before it replaces anything.
+    """
+    editor = g.ConfigEditor(saved)
+    editor.append_key({"name": "alice", "key": HASH2})
+
+    with pytest.raises(g.ConfigError, match=r"keys\[1\]\.name: 'alice' is taken"):
+        editor.save({})
+
+    assert saved.read_text() == ALICE
+    assert os.listdir(saved.parent) == ["config.yaml"]
+
+
+def test_an_edit_does_not_undo_what_someone_else_saved_meanwhile(saved):
+    """
+    Two people and one file: the later one is told, and nothing is lost.
+    """
+    editor = editor_with_a_change(saved)
+    saved.write_text(ALICE + "# mine\n")
+
+    with pytest.raises(g.ConfigError) as caught:
+        editor.save({})
+
+    assert str(caught.value) == f"{saved}: was changed by someone else in the meantime; nothing was written, try again"
+    assert saved.read_text() == ALICE + "# mine\n"
+
+
+def test_a_symlink_stays_one_and_what_it_names_is_edited(saved, tmp_path):
+    """
+    A config kept in a repository and linked to its place; relative paths are still seen from the link.
+    """
+    link = tmp_path / "config.yaml"
+    link.symlink_to(saved)
+
+    config = editor_with_a_change(link).save({})
+
+    assert link.is_symlink() and saved.read_text() == REVOKED
+    assert config.usage_directory == tmp_path / "usage"
+
+
+@pytest.fixture
+def bind_mount(saved, tmp_path) -> Iterator[Callable[..., Path]]:
+    """Mount a file over the saved config, as `docker -v ./config.yaml:/…/config.yaml` does; the file outside."""
+    outside = tmp_path / "outside.yaml"
+
+    def mount(*options: str) -> Path:
+        outside.write_text(ALICE)
+        try:
+            subprocess.run(["mount", "--bind", outside, saved], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("bind mounts need root")
+        mounted.append(saved)
+        if options:
+            subprocess.run(["mount", "-o", f"remount,bind,{','.join(options)}", saved], check=True)
+        return outside
+
+    mounted: list[Path] = []
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_bind_mounted_file_is_written_in_place(bind_mount, saved):
+    """
+    It cannot be replaced (EBUSY): the file outside the container changes, and what it was lies beside it.
+    """
+    outside = bind_mount()
+
+    editor_with_a_change(saved).save({})
+
+    assert outside.read_text() == saved.read_text() == REVOKED
+    assert saved.with_name("config.yaml.bak").read_text() == ALICE
+    assert sorted(os.listdir(saved.parent)) == ["config.yaml", "config.yaml.bak"]
+
+
+def test_a_bind_mounted_file_that_is_read_only_is_said_to_be(bind_mount, saved):
+    """
+    `docker -v …:ro` is common and good advice; the command says what is the matter.
+    """
+    bind_mount("ro")
+
+    with pytest.raises(g.ConfigError) as caught:
+        editor_with_a_change(saved).save({})
+
+    assert str(caught.value) == f"{saved}: cannot be written: Read-only file system"
+    assert saved.read_text() == ALICE
+    assert os.listdir(saved.parent) == ["config.yaml"]
+
+
+@pytest.fixture
+def busy(monkeypatch) -> None:
+    """The system refuses to replace files, as it does where one is a mount point."""
+
+    def refuse(*names: str) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+def test_writing_in_place_keeps_the_inode_and_leaves_no_rest_of_a_longer_text(busy, saved):
+    """
+    The copy beside it is as secret as the file: it has the same mode.
+    """
+    saved.chmod(0o600)
+    inode = saved.stat().st_ino
+
+    g.replace_file(saved, DEMO.encode())
+
+    backup = saved.with_name("config.yaml.bak")
+    assert (saved.read_text(), saved.stat().st_ino) == (DEMO, inode)
+    assert (backup.read_text(), stat.S_IMODE(backup.stat().st_mode)) == (ALICE, 0o600)
+    assert sorted(os.listdir(saved.parent)) == ["config.yaml", "config.yaml.bak"]
+
+
+def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(busy, saved, monkeypatch):
+    """
+    The one moment in which a crash could lose the file.
+    """
+
+    def fail(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    editor, syncs = editor_with_a_change(saved), iter([os.fsync, fail])
+    monkeypatch.setattr(os, "fsync", lambda handle: next(syncs)(handle))
+
+    with pytest.raises(g.ConfigError) as caught:
+        editor.save({})
+
+    backup = saved.with_name("config.yaml.bak")
+    assert str(caught.value) == f"{saved}: cannot be written: No space left on device; what it was is in {backup}"
+    assert backup.read_text() == ALICE
+
+
+@pytest.mark.parametrize("section", ["server", "keys", "defaults", "prices", "usage"])
+def test_a_section_with_everything_commented_out_has_its_defaults(section):
+    """
+    Who comments out the last key or setting of a section has not made a mistake.
+    """
+    text = f"upstreams: [{{name: d, format: demo}}]\n{section}:\n  # nothing\n"
+
+    config = g.Config.parse(text, Path("config.yaml"), g.Clock(), {})
+
+    assert getattr(config.file, section) == getattr(g.ConfigFile(upstreams=()), section)
