@@ -1,0 +1,71 @@
+"""The README does not lie: what it shows is what the program does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import msgspec
+from conftest import KEY
+
+import gateway as g
+
+README = (Path(g.__file__).parent / "README.md").read_text()
+
+
+async def test_the_curl_of_the_first_screen_gets_the_answer_that_stands_below_it(start_gateway):
+    """
+    The request that the README sends is answered with the very bytes that it shows.
+    """
+    body = re.search(r"^curl .*\n  -d '(.*)'$", README, re.MULTILINE)[1]
+    shown = re.search(r"```json\n(\{\"id\":\"msg_demo\".*)\n```", README)[1]
+    gateway = await start_gateway(f"upstreams: [{{name: demo, format: demo}}]\nkeys: [{{name: me, key: {KEY}}}]\n")
+
+    reply = await gateway.post("/v1/messages", body.encode())
+
+    assert reply.body.decode() == shown
+
+
+def test_the_ledger_line_that_is_shown_is_one():
+    """
+    The README's entry has the fields of an entry, in their order, and its cost follows from its price.
+    """
+    shown = re.search(r"^\{\"time\".*\}$", README, re.MULTILINE)[0]
+
+    entry = msgspec.json.decode(shown, type=g.Entry)
+
+    assert list(json.loads(shown)) == [field.name for field in msgspec.structs.fields(g.Entry)]
+    usage = g.Usage(entry.input_tokens, entry.output_tokens, 0, 0, entry.cache_read_tokens)
+    assert entry.price.cost_usd(usage) == entry.cost_usd
+
+
+def test_every_command_stands_in_the_readme(capsys):
+    """
+    The table of commands has all of them.
+    """
+    help_text = g.arguments().format_help()
+    commands = re.findall(r"^    (\w+)  ", help_text, re.MULTILINE)
+
+    assert len(commands) == 6
+    assert [command for command in commands if f"gateway.py {command}" not in README] == []
+
+
+def test_every_path_that_is_served_stands_in_the_readme():
+    """
+    The table of requests has all routes.
+    """
+    paths = [*g.ROUTES, "/v1/models", "/health", *(path for _, path in g.LOCAL_ROUTES)]
+
+    assert [path for path in paths if f"{path}`" not in README and f"{path} " not in README] == []
+
+
+def test_every_outcome_stands_in_the_readme():
+    """
+    Whoever reads the ledger finds what its words mean.
+    """
+    source = Path(g.__file__).read_text()
+    outcomes = set(re.findall(r'(?:Outcome|Failure)\(\s*"(\w+)"', source)) | {"completed", "refused", "upstream_error"}
+
+    assert len(outcomes) == 9
+    assert [outcome for outcome in sorted(outcomes) if f"`{outcome}`" not in README] == []
