@@ -105,7 +105,7 @@ class Pace(NamedTuple):
     drain_calls: int = 64  # … and so many at once
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
-    body_s: float = 60.0  # silence allowed in a client's request body
+    body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
     keep_alive_s: float = 300.0  # silence allowed between a client's requests
     linger_s: float = 2.0  # how long a refused body is read and thrown away
     models_s: float = 300.0  # how long a fetched list of models is good
@@ -3411,7 +3411,8 @@ class ClientConnection(asyncio.Protocol):
         self._door.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self._active_at = self._door.now()
+        if self._state is not State.HEAD:  # a head has its time as a whole, however it drips
+            self._active_at = self._door.now()
         if self._state in (State.IDLE, State.HEAD):
             self._head_parts.append(data)
         try:
@@ -3435,7 +3436,7 @@ class ClientConnection(asyncio.Protocol):
             self._reject(BadRequest(f"This request cannot be read: {error}"))
 
     def eof_received(self) -> bool:
-        return False  # a client that has stopped sending is gone: the transport closes
+        return False  # a client that has stopped sending is gone, or has had its answer: the transport closes
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
@@ -3542,24 +3543,33 @@ class ClientConnection(asyncio.Protocol):
         if not self._keep_alive:
             lines.append("connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        unread = self._state is State.BODY
+        unread = self._state in (State.HEAD, State.BODY)
         self.transport.write(head if self._parser.get_method() == b"HEAD" else head + body)
-        self._answered(unread)
+        if unread:
+            self._linger()
+        else:
+            self._answered()
 
-    def _answered(self, unread: bool = False) -> None:
+    def _answered(self) -> None:
         """The answer is out: on to the next request, or close."""
         self._state = State.IDLE
         self.exchange = None
         self._active_at = self._door.now()
-        if unread:
-            # Closing while the client still sends would reset the connection before it has read the answer.
-            self._state = State.LEAVING
-        elif not self._keep_alive or self._door.gateway.stopping:
+        if not self._keep_alive or self._door.gateway.stopping:
             self._close()
 
     def _close(self) -> None:
         self._state = State.LEAVING
         self.transport.close()
+
+    def _linger(self) -> None:
+        """End our side and read on for a moment (RFC 9112, 9.6).
+
+        Closing while the client still sends would reset the connection before it has read the answer.
+        """
+        self._state = State.LEAVING
+        self._active_at = self._door.now()
+        self.transport.write_eof()
 
     # What the exchange says: the sink
 
@@ -3621,8 +3631,9 @@ class ClientConnection(asyncio.Protocol):
     def check(self, now: float, pace: Pace) -> None:
         """Close what takes too long: a head, a body, a pause between requests, a goodbye."""
         silence = now - self._active_at
-        if self._state is State.LEAVING and silence > pace.linger_s:
-            self.transport.abort()
+        if self._state is State.LEAVING:
+            if silence > (pace.body_s if self.transport.get_write_buffer_size() else pace.linger_s):
+                self.transport.abort()
         elif self._state is State.IDLE and silence > pace.keep_alive_s:
             self._close()
         elif silence > {State.HEAD: pace.head_s, State.BODY: pace.body_s}.get(self._state, math.inf):

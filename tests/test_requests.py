@@ -6,7 +6,7 @@ import json
 
 import pytest
 from client import request_bytes
-from conftest import HELLO, KEY, UPSTREAM_KEY, config_text
+from conftest import HELLO, KEY, UPSTREAM_KEY, config_text, until
 from upstream import hello_json, json_body
 
 import gateway as g
@@ -197,9 +197,10 @@ async def test_invariant_10_a_wrong_key_is_refused_before_the_body_is_read(gatew
     reply = await connection.answer()
 
     assert (reply.status, reply.headers["connection"]) == (401, "close")
+    assert await connection.is_closed()
     await connection.send(b"x" * 300_000)  # what the client had already sent is read and thrown away
     gateway.tick(seconds=3)
-    assert await connection.is_closed()
+    await until(lambda: not gateway.door.connections)
 
 
 @pytest.mark.parametrize(
@@ -327,6 +328,30 @@ async def test_a_client_that_sends_too_slowly_is_let_go(gateway, sent, seconds):
 
     assert reply.status == 408
     await connection.close()
+
+
+async def test_a_head_that_drips_in_is_let_go_all_the_same(gateway):
+    """
+    A byte now and then does not prolong a head's time.
+    """
+    connection = await gateway.connect()
+    ours = await connection_of(gateway)
+
+    for byte in b"POST /v1/messag":
+        before = len(ours._head_parts)
+        await connection.send(bytes([byte]))
+        await until(lambda before=before: len(ours._head_parts) > before)
+        gateway.tick(seconds=2)
+    gateway.tick(seconds=1)
+    reply = await connection.answer()
+
+    assert reply.status == 408
+
+
+async def connection_of(gateway):
+    """The door's side of the one connection that is open."""
+    await until(lambda: gateway.door.connections)
+    return next(iter(gateway.door.connections))
 
 
 async def test_an_expected_100_is_said_only_when_the_body_is_wanted(gateway, upstream):
