@@ -65,7 +65,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import IO, Annotated, Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import httptools
 import msgspec
@@ -1685,6 +1685,7 @@ class RequestPeek(msgspec.Struct):
     metadata: Any = None
 
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
@@ -1696,7 +1697,7 @@ def session_of(metadata: Any) -> str:
     if not isinstance(user, str):
         return ""
     if user.startswith("{"):
-        with contextlib.suppress(msgspec.MsgspecError):
+        with contextlib.suppress(*UNREADABLE):
             session = msgspec.json.decode(user, type=dict[str, Any]).get("session_id")
             return session[:128] if isinstance(session, str) else ""
     found = SESSION_ID.search(user)
@@ -1709,7 +1710,7 @@ def read_request(call: Call) -> None:
         peek = PEEK_DECODER.decode(call.body)
     except msgspec.ValidationError as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise BadRequest(f"The request body is not JSON: {error}") from None
     if not peek.model:
         raise BadRequest("model: field required")
@@ -1734,7 +1735,8 @@ def event_data(block: bytes) -> bytes:
     before, _, data = block.partition(b"data:")
     if b"\n" not in data and (not before or before.endswith(b"\n")):
         return data.removeprefix(b" ")
-    values = [line[5:].removeprefix(b" ") for line in block.split(b"\n") if line.startswith(b"data:")]
+    lines = [line.partition(b":") for line in block.split(b"\n")]
+    values = [value.removeprefix(b" ") for name, _, value in lines if name == b"data"]
     return b"\n".join(values)
 
 
@@ -1746,11 +1748,13 @@ class EventReader:
 
     MAX_EVENT = 8 << 20  # bytes; a longer event is dropped and `overflowed` says so
 
-    __slots__ = ("_rest", "_skip_newline", "overflowed")
+    __slots__ = ("_dropping", "_first", "_rest", "_skip_newline", "overflowed")
 
     def __init__(self) -> None:
         self._rest = b""
+        self._first = True  # a byte order mark may stand before the first event
         self._skip_newline = False
+        self._dropping = False  # in the middle of an event that is too long
         self.overflowed = False
 
     @property
@@ -1766,9 +1770,19 @@ class EventReader:
         text = self._rest + chunk if self._rest else chunk
         blocks = text.split(b"\n\n")
         self._rest = blocks.pop()
-        if len(self._rest) > self.MAX_EVENT:
-            self._rest, self.overflowed = b":", True  # the event's own end closes this comment
-        return [data for block in blocks if (data := event_data(block))]
+        if blocks and (self._first or self._dropping):
+            blocks[0] = b"" if self._dropping else blocks[0].removeprefix(b"\xef\xbb\xbf")
+            self._first = self._dropping = False
+        if len(self._rest) > self.MAX_EVENT + 1:  # with the newline that may be half of its end
+            self._dropping = self.overflowed = True
+            self._rest = self._rest[-1:]
+        return [data for block in blocks if (data := self._data(block))]
+
+    def _data(self, block: bytes) -> bytes:
+        if len(block) > self.MAX_EVENT:
+            self.overflowed = True
+            return b""
+        return event_data(block)
 
     def _newlines(self, chunk: bytes) -> bytes:
         """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
@@ -1780,20 +1794,23 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # tokens; anything else is no count
+
+
 class AnthropicCacheCreation(msgspec.Struct):
     """The split of cache writes; stands only in message_start and in non-stream answers."""
 
-    ephemeral_5m_input_tokens: int | None = None
-    ephemeral_1h_input_tokens: int | None = None
+    ephemeral_5m_input_tokens: Count | None = None
+    ephemeral_1h_input_tokens: Count | None = None
 
 
 class AnthropicUsage(msgspec.Struct):
     """`usage` of the Messages API. None: this event does not say."""
 
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
+    cache_creation_input_tokens: Count | None = None
+    cache_read_input_tokens: Count | None = None
     cache_creation: AnthropicCacheCreation | None = None
 
 
@@ -1834,25 +1851,46 @@ class AnthropicEvent(msgspec.Struct):
 class OpenAIDetails(msgspec.Struct):
     """Which of the input tokens came from a cache."""
 
-    cached_tokens: int | None = None
+    cached_tokens: Count | None = None
 
 
 class OpenAIUsage(msgspec.Struct):
     """`usage` of chat completions and embeddings (prompt, completion) and of responses (input, output)."""
 
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
     prompt_tokens_details: OpenAIDetails | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
     input_tokens_details: OpenAIDetails | None = None
 
 
+class ChatFunction(msgspec.Struct):
+    """A piece of a tool's arguments."""
+
+    arguments: str | None = None
+
+
+class ChatToolCall(msgspec.Struct):
+    """A piece of a call of a tool."""
+
+    function: ChatFunction | None = None
+
+
 class ChatDelta(msgspec.Struct):
-    """What a chunk of a chat stream brings."""
+    """What a chunk of a chat stream brings; reasoning under the names that servers give it."""
 
     content: str | None = None
     refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatToolCall] | None = None
+
+    def characters(self) -> int:
+        """How much was said."""
+        said = (self.content, self.refusal, self.reasoning, self.reasoning_content)
+        calls = (call.function.arguments for call in self.tool_calls or () if call.function)
+        return sum(len(text) for text in (*said, *calls) if text)
 
 
 class ChatChoice(msgspec.Struct):
@@ -1932,12 +1970,11 @@ class Meter:
         for data in self._events.feed(chunk):
             try:
                 self.event(self.decode_event(data))
-            except (msgspec.MsgspecError, UnicodeDecodeError):
+            except UNREADABLE:
                 self.unreadable(data)
 
     def event(self, event: Any) -> None:
-        """Take in one event."""
-        raise NotImplementedError
+        """Take in one event; a format without streams has none."""
 
     def unreadable(self, data: bytes) -> None:
         """An event that is no JSON of the expected shape."""
@@ -1962,7 +1999,7 @@ class Meter:
         """The answer is whole."""
         if self._events is None:
             self.finished = True
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            with contextlib.suppress(*UNREADABLE):
                 self.answer(self.decode_answer(b"".join(self._body)))
         self._body.clear()
 
@@ -1974,7 +2011,7 @@ class Meter:
         if not self._seen_input:
             usage.input_tokens, usage.estimated = self._estimate, True
         if not (self._seen_output and self.finished):
-            guess = self._characters // 4
+            guess = (self._characters or self._body_size) // 4
             usage.output_tokens = max(usage.output_tokens, guess)
             usage.estimated = True
         return usage
@@ -2013,7 +2050,8 @@ class MessagesMeter(Meter):
         split = usage.cache_creation
         if split and split.ephemeral_1h_input_tokens is not None:
             counts.cache_write_1h_tokens = split.ephemeral_1h_input_tokens
-            counts.cache_write_5m_tokens = split.ephemeral_5m_input_tokens or 0
+        if split and split.ephemeral_5m_input_tokens is not None:
+            counts.cache_write_5m_tokens = split.ephemeral_5m_input_tokens
         if usage.cache_creation_input_tokens is not None:
             rest = usage.cache_creation_input_tokens - counts.cache_write_1h_tokens
             counts.cache_write_5m_tokens = max(0, rest)
@@ -2052,7 +2090,7 @@ class ChatMeter(OpenAIMeter):
         self.read_error(event.error)
         for choice in event.choices:
             if choice.delta:
-                self._characters += len(choice.delta.content or choice.delta.refusal or "")
+                self._characters += choice.delta.characters()
             if choice.finish_reason:
                 self.finished = True  # some servers send no [DONE]
         if event.usage:
@@ -2197,7 +2235,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.heard = True
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._failed = not self._complete
         if not self._head_whole:
             self._head_bytes += len(data)
@@ -2209,6 +2247,8 @@ class UpstreamConnection(asyncio.Protocol):
         if self._head_whole and not self._head_given:
             self._head_given = True
             answer.head(self._status, self._headers)
+            if self._answer is None:  # it has heard enough
+                return
         pieces = self._pieces
         if self._complete:
             del pieces[self._body_pieces :]  # what came behind the answer is nobody's
@@ -2250,7 +2290,10 @@ class UpstreamConnection(asyncio.Protocol):
         if self._head_whole:
             return
         self._status = self._parser.get_status_code()
-        if self._status < 200:  # interim; a 101 was never asked for and ends in on_message_complete
+        size = sum(len(name) + len(value) for name, value in self._headers)
+        if self._status < 100 or self._status == 101 or size > self.MAX_HEAD:  # nobody asked for another protocol
+            self._failed = True
+        if self._status < 200 or self._failed:  # or interim: the answer is still to come
             self._headers = []
             return
         self._head_whole = True
@@ -2261,8 +2304,6 @@ class UpstreamConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._head_whole and not self._complete:
             self._complete, self._body_pieces = True, len(self._pieces)
-        elif self._status == 101:
-            self._failed = True
 
     # What the relay says
 
@@ -3060,7 +3101,7 @@ class Models:
             try:
                 async with asyncio.timeout(self._relay.pace.models_fetch_s):
                     models, good_s = await self._fetch(upstream), self._relay.pace.models_s
-            except (TimeoutError, AttemptFailed, msgspec.MsgspecError, ValueError) as error:
+            except (TimeoutError, AttemptFailed, ValueError, RecursionError) as error:
                 log.warning("upstream %s does not list its models: %s", upstream.name, error or "no answer in time")
                 good_s = self._relay.pace.models_s / 10
             self._lists[address] = (now + good_s, models)

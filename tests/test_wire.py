@@ -1,0 +1,1177 @@
+"""Wire: events out of bytes, targets and headers, what a body says, and what an answer cost (section 5)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+
+import pytest
+from conftest import KEY, UPSTREAM_KEY, config_text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import gateway as g
+
+UUID = "0f4c8a5e-1b2d-4e3f-9a6b-7c8d9e0f1a2b"
+
+
+def cuts(data: bytes) -> Iterable[tuple[bytes, ...]]:
+    """The bytes whole, byte by byte, and cut in two at every position."""
+    yield (data,)
+    yield tuple(data[i : i + 1] for i in range(len(data)))
+    for i in range(1, len(data)):
+        yield data[:i], data[i:]
+
+
+# Events
+
+
+def events_by_the_standard(stream: bytes) -> list[bytes]:
+    """The data of a stream's events, by the letter of WHATWG HTML, 9.2.6 (only events that have data)."""
+    lines = re.split(rb"\r\n|\n|\r", stream.removeprefix(b"\xef\xbb\xbf"))
+    events, data = [], []
+    for line in lines[:-1]:
+        name, _, value = line.partition(b":")
+        if not line:
+            events, data = [*events, b"\n".join(data)], []
+        elif name == b"data":
+            data.append(value.removeprefix(b" "))
+    return [event for event in events if event]
+
+
+def events_of(pieces: Iterable[bytes], reader: g.EventReader | None = None) -> list[bytes]:
+    """What the reader makes of the pieces."""
+    reader = reader or g.EventReader()
+    return [event for piece in pieces for event in reader.feed(piece)]
+
+
+LINES = [
+    *(b"", b"", b"data: a", b"data:b", b"data:  c ", b"data:", b'data: {"a": [1]}', b"data: data: x", b"data:a\0b"),
+    *("data: één \u2028 \u0085 𝄞".encode(), b"event: ping", b"event:data:", b"id: 1", b"retry: 5", b": comment", b":"),
+    *(b"datax: 1", b" data: x", b"x data: y", b"Data: z", b"x", b"data: \xff\xfe", b"event: \xe2\x80"),
+]
+EOLS = st.sampled_from([b"\n", b"\r\n", b"\r"])
+STREAMS = st.one_of(
+    st.lists(st.tuples(st.sampled_from(LINES), EOLS), max_size=12).map(lambda lines: b"".join(a + b for a, b in lines)),
+    EOLS.flatmap(lambda eol: st.lists(st.sampled_from(LINES), max_size=12).map(eol.join)),
+    st.lists(st.sampled_from([b"data:", b"\n", b"\r", b"x", b":", b" "]), max_size=25).map(b"".join),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(STREAMS)
+@example(b"data: a\r\r\ndata: b\r\n\r\r\n\n")
+def test_events_are_the_same_however_the_stream_is_cut(stream):
+    """
+    A chunk may end anywhere: in a line's end, in a character, between two line ends.
+    """
+    expected = events_by_the_standard(stream)
+
+    for pieces in cuts(stream):
+        assert events_of(pieces) == expected, pieces
+
+
+STREAM_CASES = {
+    "LF": (b"event: a\ndata: 1\n\ndata: 2\n\n", [b"1", b"2"]),
+    "CRLF": (b"event: a\r\ndata: 1\r\n\r\ndata: 2\r\n\r\n", [b"1", b"2"]),
+    "CR": (b"event: a\rdata: 1\r\rdata: 2\r\r", [b"1", b"2"]),
+    "mixed": (b"data: 1\r\n\ndata: 2\n\rdata: 3\r\r\n", [b"1", b"2", b"3"]),
+    "several data lines": (b'data: {"a":\ndata: 1}\n\n', [b'{"a":\n1}']),
+    "data lines apart": (b"data: 1\nid: 7\ndata: 2\n\n", [b"1\n2"]),
+    "one space is taken": (b"data:1\n\ndata: 2\n\ndata:  3\n\n", [b"1", b"2", b" 3"]),
+    "comments": (b": ping\n\n: ping\ndata: 1\n:\n\n", [b"1"]),
+    "blank lines": (b"\n\n\ndata: 1\n\n\n\n\ndata: 2\n\n", [b"1", b"2"]),
+    "a line separator inside": ("data: {\u2028}\n\n".encode(), ["{\u2028}".encode()]),
+    "data in a value": (b"event: data:\ndata: data: 1\n\n", [b"data: 1"]),
+    "data in a name": (b"xdata: 1\n\n data: 2\n\nDATA: 3\n\n", []),
+    "no data": (b"event: ping\n\ndata:\n\ndata: 1\n\n", [b"1"]),
+    "an event without end": (b"data: 1\n\ndata: 2\n", [b"1"]),
+    "a byte order mark": (b"\xef\xbb\xbfdata: 1\n\ndata: 2\n\n", [b"1", b"2"]),
+    "a data line without a colon": (b"data: 1\ndata\ndata: 2\n\n", [b"1\n\n2"]),
+}
+
+
+@pytest.mark.parametrize(("stream", "events"), STREAM_CASES.values(), ids=STREAM_CASES)
+def test_a_stream_has_these_events(stream, events):
+    """
+    WHATWG HTML, 9.2.6, case by case.
+    """
+    for pieces in cuts(stream):
+        assert events_of(pieces) == events, pieces
+    assert events_by_the_standard(stream) == events
+
+
+class ShortReader(g.EventReader):
+    """A reader to whom 40 bytes are a long event."""
+
+    MAX_EVENT = 40
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from([b"", b"data: 1", b"data: " + b"x" * 30, b": y"]), EOLS), max_size=12))
+@example([(b"data: " + b"x" * 34, b"\n"), (b"", b"\n")])
+@example([(b"data: " + b"x" * 30, b"\n"), (b"data: " + b"x" * 30, b"\n"), (b"data: 1", b"\n"), (b"", b"\n")])
+def test_a_long_event_is_long_however_the_stream_is_cut(lines):
+    """
+    What is dropped for its length, and whether something was, does not depend on the size of the reads.
+    """
+    stream = b"".join(line + eol for line, eol in lines) + b"\n\n"
+    whole = ShortReader()
+    expected = (events_of([stream], whole), whole.overflowed)
+
+    for pieces in cuts(stream):
+        reader = ShortReader()
+        assert (events_of(pieces, reader), reader.overflowed) == expected, pieces
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
+def test_an_event_beyond_the_bound_is_dropped_as_a_whole(eol):
+    """
+    Nothing of it passes for an event of its own, and those before and behind it are read.
+    """
+    long = eol.join([b"data: " + b"x" * 100, b"data: y", b"event: z", b"data: " + b"x" * 100, b"data: tail"])
+    stream = (eol * 2).join([b"data: before", long, b"data: behind", b""])
+
+    for pieces in cuts(stream):
+        reader = ShortReader()
+        assert events_of(pieces, reader) == [b"before", b"behind"], pieces
+        assert reader.overflowed and reader.between_events
+
+
+def test_an_event_of_nine_megabytes_is_dropped_and_the_next_one_is_read():
+    """
+    Memory has a bound, whatever the upstream sends; an event of seven megabytes is still read.
+    """
+    reader, read = g.EventReader(), 256 << 10
+    stream = b"data: %b\n\ndata: %b\n\ndata: 1\n\n" % (b"x" * (7 << 20), b"y" * (9 << 20))
+
+    events = events_of((stream[i : i + read] for i in range(0, len(stream), read)), reader)
+
+    assert [len(event) for event in events] == [7 << 20, 1]
+    assert reader.overflowed
+
+
+PING = b"event: ping\ndata: ours\n\n"
+
+
+@settings(deadline=None, max_examples=200)
+@given(STREAMS)
+def test_a_ping_fits_where_the_reader_is_between_events(stream):
+    """
+    An event of our own, said there, is one event more and breaks none.
+    """
+    theirs = events_by_the_standard(stream)
+
+    for i in range(len(stream) + 1):
+        reader = g.EventReader()
+        before = events_of([stream[:i]], reader)
+        if reader.between_events:
+            with_ping = events_by_the_standard(stream[:i] + PING + stream[i:])
+            assert with_ping == [*before, b"ours", *theirs[len(before) :]], i
+
+
+@pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
+def test_the_reader_is_between_events_exactly_after_each(eol):
+    """
+    A client that waits can be kept alive: before the first event, and after every one.
+    """
+    event = eol.join([b": note", b"event: a", b"data: 1", b"", b""])
+
+    reader, between = g.EventReader(), []
+    for i in range(2 * len(event)):
+        between.append(reader.between_events)
+        reader.feed((event + event)[i : i + 1])
+    between.append(reader.between_events)
+
+    assert [i for i, is_between in enumerate(between) if is_between] == [0, len(event), 2 * len(event)]
+
+
+# Targets
+
+TARGETS = {
+    b"/v1/messages": ("/v1/messages", b""),
+    b"/v1/messages?beta=true": ("/v1/messages", b"beta=true"),
+    b"/v1/messages?a=%2F../b?c=//d&e=%00": ("/v1/messages", b"a=%2F../b?c=//d&e=%00"),
+    b"/v1/messages?": ("/v1/messages", b""),
+    b"/v1/v1/messages?beta=true": ("/v1/messages", b"beta=true"),
+    b"/v1/v1/v1/messages": ("/v1/v1/messages", b""),
+    b"/v1//v1/messages": ("/v1/messages", b""),
+    b"//v1///messages//": ("/v1/messages", b""),
+    b"/v1/messages/": ("/v1/messages", b""),
+    b"/v1/./messages/.": ("/v1/messages", b""),
+    b"/v1/models/../messages": ("/v1/messages", b""),
+    b"/../../v1/messages": ("/v1/messages", b""),
+    b"/v1/messages/..": ("/v1", b""),
+    b"/v1/x/%2e%2E/messages/%2e": ("/v1/messages", b""),
+    b"/v1%2Fmessages": ("/v1/messages", b""),
+    b"/v1/x%2f..%2fmessages": ("/v1/messages", b""),
+    b"/%76%31/messages": ("/v1/messages", b""),
+    b"/v1/%252e%252e/messages": ("/v1/%2e%2e/messages", b""),
+    b"/v1/messages%3Fbeta": ("/v1/messages?beta", b""),
+    b"/v1/messages#x": ("/v1/messages#x", b""),
+    b"/v1/messages;x": ("/v1/messages;x", b""),
+    b"/v1\\messages": ("/v1\\messages", b""),
+    b"/V1/Messages": ("/V1/Messages", b""),
+    b"/v1/messages%00": ("/v1/messages\0", b""),
+    b"/v1/mod%C3%A9": ("/v1/modé", b""),
+    b"/v1/%ff": ("/v1/\ufffd", b""),
+    b"/%zz": ("/%zz", b""),
+    b"/": ("/", b""),
+    b"": ("/*", b""),
+    b"?a": ("/*", b"a"),
+    b"*": ("/*", b""),
+    b"gateway.test:443": ("/*", b""),
+    b"v1/messages": ("/*", b""),
+    b"http://other.test/v1/messages?beta=true": ("/v1/messages", b"beta=true"),
+    b"HTTPS://user@other.test:8443/v1/v1/messages": ("/v1/messages", b""),
+    b"http://other.test": ("/", b""),
+    b"http://other.test?u=http://x/v1/messages": ("/", b"u=http://x/v1/messages"),
+}
+
+
+@pytest.mark.parametrize(("target", "split"), TARGETS.items(), ids=map(ascii, TARGETS))
+def test_a_target_is_split_into_the_path_of_the_table_and_its_query(target, split):
+    """
+    Whatever spelling a path has, the table of routes sees one; the query goes on as it came.
+    """
+    assert g.normalize_target(target) == split
+
+
+@given(st.lists(st.sampled_from([b"/", b"v1", b"..", b".", b"%2e", b"%2f", b"messages", b"x", b"://", b"%25"])))
+def test_a_path_has_no_dots_and_no_doubled_slashes_left(parts):
+    """
+    What was looked up is what is forwarded: a path that goes elsewhere on the way is none of the table's.
+    """
+    path, query = g.normalize_target(b"/" + b"".join(parts))
+
+    assert path == "/" or re.fullmatch(r"(/(?!\.\.?(/|$))[^/]+)+", path)
+    assert query == b""
+
+
+# Headers
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> g.Config:
+    """A plain snapshot."""
+    path = tmp_path_factory.mktemp("wire") / "config.yaml"
+    path.write_text(config_text("https://upstream.test:8443/base/v1/"))
+    return g.Config.load(path)
+
+
+def call_of(config: g.Config, body: object = b"", headers: g.Headers | None = None, path="/v1/messages", query=b""):
+    """A call as the front door makes it."""
+    call = g.Call(config, next(iter(config.keys)), g.ROUTES[path], query, headers or [], "127.0.0.1")
+    call.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return call
+
+
+def upstream_of(format="anthropic", api_key=UPSTREAM_KEY, url="https://upstream.test:8443/base/v1/"):
+    """An upstream, and where it is."""
+    upstream = g.UpstreamConfig("main", url, g.Secret(api_key), format)
+    return upstream, g.UpstreamTarget.of(url, None)
+
+
+CLAUDE_CODE = [
+    (b"Host", b"gateway.test"),
+    (b"Accept", b"application/json"),
+    (b"Authorization", f"Bearer {KEY}".encode()),
+    (b"X-API-Key", KEY.encode()),
+    (b"Content-Type", b"application/json"),
+    (b"Content-Length", b"2"),
+    (b"User-Agent", b"claude-cli/2.1.329 (external, cli)"),
+    (b"anthropic-version", b"2023-06-01"),
+    (b"anthropic-beta", b"claude-code-20250219,interleaved-thinking-2025-05-14"),
+    (b"anthropic-dangerous-direct-browser-access", b"true"),
+    (b"x-app", b"cli"),
+    (b"X-Stainless-Lang", b"js"),
+    (b"X-Claude-Code-Session-Id", UUID.encode()),
+    (b"Accept-Encoding", b"gzip, deflate, br, zstd"),
+    (b"Connection", b"keep-alive"),
+]
+
+
+def test_claude_codes_request_goes_up_with_our_key_and_all_that_it_says(config):
+    """
+    Host, length, coding and key are ours; every `anthropic-*` header and the query go on unchanged.
+    """
+    call = call_of(config, b"{}", CLAUDE_CODE, query=b"beta=true")
+
+    head = g.request_head(call, *upstream_of(), len(call.body))
+
+    assert head == (
+        b"POST /base/v1/messages?beta=true HTTP/1.1\r\n"
+        b"host: upstream.test:8443\r\n"
+        b"content-length: 2\r\n"
+        b"accept-encoding: identity\r\n"
+        b"x-api-key: sk-upstream-secret-0123456789\r\n"
+        b"Accept: application/json\r\n"
+        b"Content-Type: application/json\r\n"
+        b"User-Agent: claude-cli/2.1.329 (external, cli)\r\n"
+        b"anthropic-version: 2023-06-01\r\n"
+        b"anthropic-beta: claude-code-20250219,interleaved-thinking-2025-05-14\r\n"
+        b"anthropic-dangerous-direct-browser-access: true\r\n"
+        b"x-app: cli\r\n"
+        b"X-Stainless-Lang: js\r\n"
+        b"X-Claude-Code-Session-Id: 0f4c8a5e-1b2d-4e3f-9a6b-7c8d9e0f1a2b\r\n"
+        b"\r\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("format", "api_key", "line"),
+    [
+        ("anthropic", UPSTREAM_KEY, b"x-api-key: sk-upstream-secret-0123456789\r\n"),
+        ("openai", UPSTREAM_KEY, b"authorization: Bearer sk-upstream-secret-0123456789\r\n"),
+        ("anthropic", "", b""),
+        ("openai", "", b""),
+    ],
+)
+def test_the_credential_stands_where_the_upstreams_format_wants_it(config, format, api_key, line):
+    """
+    An upstream without a key gets none, least of all the user's.
+    """
+    head = g.request_head(call_of(config, b"{}", CLAUDE_CODE), *upstream_of(format, api_key), 2)
+
+    credentials = re.findall(rb"(?im)^(?:authorization|x-api-key): .*\n", head)
+    assert b"".join(credentials) == line
+
+
+KEPT_TO_OURSELVES = [
+    *("Host: x", "Content-Length: 9", "Transfer-Encoding: chunked", "TE: trailers", "Trailer: x", "Upgrade: h2c"),
+    *("Connection: close", "Keep-Alive: timeout=5", "Proxy-Connection: close", "Proxy-Authorization: Basic eDp5"),
+    *("Proxy-Authenticate: Basic", "Expect: 100-continue", "Accept-Encoding: gzip", "aCCept-encoding: br"),
+    *("AUTHORIZATION: Bearer x", "authorization: Basic eDp5", "X-Api-Key: x", "x-API-key: y", "Cookie: a=b"),
+    *("Forwarded: for=10.0.0.1", "Via: 1.1 x", "X-Forwarded-For: 10.0.0.1", "X-Forwarded-Host: x"),
+    *("X-Forwarded-Proto: https", "X-Forwarded-Port: 443", "X-Real-IP: 10.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("line", KEPT_TO_OURSELVES)
+def test_what_is_for_this_hop_goes_no_further_up(config, line):
+    """
+    Hop-by-hop headers, the user's credentials and addresses are not for the provider.
+    """
+    name, _, value = line.encode().partition(b": ")
+    call = call_of(config, b"{}", [(b"x-first", b"1"), (name, value), (b"x-last", b"2")])
+
+    head = g.request_head(call, *upstream_of(api_key=""), 2)
+
+    assert head == (
+        b"POST /base/v1/messages HTTP/1.1\r\nhost: upstream.test:8443\r\ncontent-length: 2\r\n"
+        b"accept-encoding: identity\r\nx-first: 1\r\nx-last: 2\r\n\r\n"
+    )
+
+
+def test_headers_that_connection_names_stay_on_their_hop(config):
+    """
+    RFC 9110, 7.6.1: in both directions, in any case, over several lines.
+    """
+    headers = [
+        *((b"CONNECTION", b"close, X-One ,x-two"), (b"connection", b"\tX-THREE,,")),
+        *((b"x-one", b"1"), (b"X-Two", b"2"), (b"x-three", b"3"), (b"x-four", b"4")),
+    ]
+
+    up = g.request_head(call_of(config, b"{}", headers), *upstream_of(api_key=""), 2)
+
+    assert up.endswith(b"\r\naccept-encoding: identity\r\nx-four: 4\r\n\r\n")
+    assert g.downstream_headers(headers) == [(b"x-four", b"4")]
+
+
+def test_an_answer_comes_down_without_what_describes_the_upstreams_side():
+    """
+    Rate limits of a shared key would mislead the client; `request-id`, `retry-after` and the rest are its own.
+    """
+    kept = [
+        *((b"Content-Type", b"text/event-stream"), (b"request-id", b"req_1"), (b"Retry-After", b"30")),
+        *((b"x-should-retry", b"false"), (b"Content-Encoding", b"identity"), (b"anthropic-organization-id", b"o")),
+        *((b"Access-Control-Allow-Origin", b""), (b"X-Two", b"1"), (b"x-two", b"2"), (b"Vary", b"Origin")),
+    ]
+    dropped = [
+        *((b"Connection", b"keep-alive"), (b"Keep-Alive", b"timeout=5"), (b"Transfer-Encoding", b"chunked")),
+        *((b"Content-Length", b"5"), (b"Set-Cookie", b"__cf_bm=x"), (b"set-cookie", b"a=b"), (b"Trailer", b"x")),
+        *((b"Upgrade", b"h2c"), (b"Alt-Svc", b"h3"), (b"Strict-Transport-Security", b"max-age=1")),
+        *((b"anthropic-ratelimit-requests-limit", b"50"), (b"Anthropic-RateLimit-Tokens-Reset", b"x")),
+        *((b"anthropic-ratelimit-unified-5h-utilization", b"0.5"), (b"Proxy-Authenticate", b"Basic")),
+    ]
+
+    mixed = [header for pair in zip(kept, dropped, strict=False) for header in pair] + dropped[len(kept) :]
+
+    assert g.downstream_headers(mixed) == kept
+
+
+def test_the_list_of_models_is_asked_for_in_the_upstreams_format():
+    """
+    Anthropic pages its list, and wants a version.
+    """
+    anthropic, openai = g.models_head(*upstream_of()), g.models_head(*upstream_of("openai", url="http://o.test/v1"))
+
+    assert anthropic == (
+        b"GET /base/v1/models?limit=1000 HTTP/1.1\r\nhost: upstream.test:8443\r\naccept-encoding: identity\r\n"
+        b"anthropic-version: 2023-06-01\r\nx-api-key: sk-upstream-secret-0123456789\r\n\r\n"
+    )
+    assert openai == (
+        b"GET /v1/models HTTP/1.1\r\nhost: o.test\r\naccept-encoding: identity\r\n"
+        b"anthropic-version: 2023-06-01\r\nauthorization: Bearer sk-upstream-secret-0123456789\r\n\r\n"
+    )
+
+
+# What a request's body says
+
+SESSIONS = {
+    "2.0.x": ({"user_id": f"user_{'a' * 64}_account__session_{UUID}"}, UUID),
+    "2.1.x": ({"user_id": json.dumps({"device_id": "d", "account_uuid": "", "session_id": UUID})}, UUID),
+    "a JSON string of its own": ({"user_id": '{"session_id": "' + "s" * 200 + '"}'}, "s" * 128),
+    "somebody else's id": ({"user_id": "u-1"}, ""),
+    "a session in the middle": ({"user_id": f"_session_{UUID}_x"}, ""),
+    "not a uuid": ({"user_id": "user_session_42"}, ""),
+    "JSON without a session": ({"user_id": "{}"}, ""),
+    "JSON with a number": ({"user_id": '{"session_id": 1}'}, ""),
+    "almost JSON": ({"user_id": "{session"}, ""),
+    "a list": ({"user_id": ["x"]}, ""),
+    "JSON too deep": ({"user_id": '{"session_id": ' + "[" * 20_000}, ""),
+    "no user": ({}, ""),
+    "no object": ("x", ""),
+    "nothing": (None, ""),
+}
+
+
+@pytest.mark.parametrize(("metadata", "session"), SESSIONS.values(), ids=SESSIONS)
+def test_the_session_is_found_in_the_metadata(metadata, session):
+    """
+    A session stays on its upstream, where its prompt cache lies; what names none is no error.
+    """
+    assert g.session_of(metadata) == session
+
+
+REQUEST = {"model": "claude-test", "stream": True, "metadata": {"user_id": f"user_x_account__session_{UUID}"}}
+
+
+def test_a_request_says_its_model_its_session_and_whether_it_streams(config):
+    """
+    Nothing else in a body is looked at; its bytes are a quarter of a token each.
+    """
+    call = call_of(config, REQUEST)
+
+    g.read_request(call)
+
+    assert (call.model, call.upstream_model, call.stream, call.session) == ("claude-test", "claude-test", True, UUID)
+    assert (call.bytes_up, call.input_estimate) == (129, 32)
+
+
+@pytest.mark.parametrize(
+    ("headers", "session"),
+    [
+        ([], UUID),
+        ([(b"X-Claude-Code-Session-Id", b"from-the-header")], "from-the-header"),
+        ([(b"x-claude-code-session-id", b"")], UUID),
+        ([(b"x-claude-code-session-id", b"x" * 200)], "x" * 128),
+    ],
+    ids=["none", "one", "an empty one", "a long one"],
+)
+def test_the_header_names_the_session_before_the_body_does(config, headers, session):
+    """
+    2.1.x sends both; the header is the cheaper and the newer of the two.
+    """
+    call = call_of(config, REQUEST, headers)
+
+    g.read_request(call)
+
+    assert call.session == session
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "m"}',
+        b'{"model": "m", "stream": null}',
+        b'{"model": "m", "stream": false, "metadata": null}',
+        b'{"model": "m", "metadata": "x", "max_tokens": "many", "messages": 5}',
+        b' \n{"messages": [{"role": "system"}], "unknown": {"model": "x", "stream": true}, "model": "m"} ',
+        b'{"model": "x", "model": "m"}',
+        b'{"model": "m", "messages": "\xff"}',
+    ],
+)
+def test_what_a_body_says_beside_the_model_is_the_upstreams_matter(config, body):
+    """
+    Unknown fields and wrong types go on byte for byte: the upstream's error is the one that the client knows.
+    """
+    call = call_of(config, body)
+
+    g.read_request(call)
+
+    assert (call.model, call.stream, call.session, call.body) == ("m", False, "", body)
+
+
+BAD_BODIES = {
+    "empty": (b"", "The request body is not JSON: "),
+    "cut": (b'{"model": "m"', "The request body is not JSON: "),
+    "two": (b'{"model": "m"}{}', "The request body is not JSON: "),
+    "a list": (b"[]", "The request body is not as expected: Expected `object`, got `array`"),
+    "no model": (b"{}", "model: field required"),
+    "an empty model": (b'{"model": ""}', "model: field required"),
+    "a model of numbers": (
+        b'{"model": 5}',
+        "The request body is not as expected: Expected `str`, got `int` - at `$.model`",
+    ),
+    "a stream of words": (
+        b'{"model": "m", "stream": "yes"}',
+        "The request body is not as expected: Expected `bool | null`, got `str` - at `$.stream`",
+    ),
+    "a long model": (b'{"model": "%b"}' % (b"m" * 257), "model: expected at most 256 printable characters"),
+    "a model with a line's end": (b'{"model": "a\\nb"}', "model: expected at most 256 printable characters"),
+    "a model with a right-to-left mark": (
+        b'{"model": "a\\u202eb"}',
+        "model: expected at most 256 printable characters",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), BAD_BODIES.values(), ids=BAD_BODIES)
+def test_a_body_that_cannot_be_routed_is_refused(config, body, message):
+    """
+    A message says what is wrong (the parser's words may change), and the model's name can stand in a log line.
+    """
+    with pytest.raises(g.BadRequest) as caught:
+        g.read_request(call_of(config, body))
+
+    assert caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "\xff"}',
+        b'{"model": "\\ud800"}',
+        b'\xef\xbb\xbf{"model": "m"}',
+        b'{"model": "m", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "m", "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
+        b"[" * 100_000,
+    ],
+    ids=["not UTF-8", "half a character", "a byte order mark", "deep messages", "deep metadata", "deep"],
+)
+def test_a_hostile_body_is_a_bad_request(config, body):
+    """
+    Whoever has a key can send anything; the answer is a 400 and never a bug of ours.
+    """
+    with pytest.raises(g.BadRequest):
+        g.read_request(call_of(config, body))
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: json.dumps({"model": text}).encode())))
+def test_no_body_is_too_strange(config, body):
+    """
+    Reading a request ends in a model or in BadRequest.
+    """
+    call = call_of(config, body)
+
+    try:
+        g.read_request(call)
+    except g.BadRequest:
+        return
+
+    assert call.model == json.loads(body)["model"]
+
+
+# Another name for the model
+
+
+def test_a_rename_keeps_the_bytes_of_every_other_value():
+    """
+    Prompt caches match on bytes: order, spaces within values, escapes and numbers stay as they were.
+    """
+    body = (
+        '{"max_tokens": 1e2, "messages" : [ {"role":"user", "content": "\\u00e9 é \\/ 1.0"} ],\n "model": "claude",'
+        ' "temperature": 1.0000000000000000001, "x": {"model": "y"},"big":12345678901234567890}'
+    )
+    expected = (
+        '{"max_tokens":1e2,"messages":[ {"role":"user", "content": "\\u00e9 é \\/ 1.0"} ],"model":"llama \\"8b\\"",'
+        '"temperature":1.0000000000000000001,"x":{"model": "y"},"big":12345678901234567890}'
+    )
+
+    renamed = g.rename_model(body.encode(), 'llama "8b"')
+
+    assert renamed == expected.encode()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.booleans())
+def test_a_rename_changes_the_model_alone(fields, ascii_only):
+    """
+    Whatever else a body holds, and however it was written, reads the same afterwards, in the same order.
+    """
+    body = json.dumps(fields | {"model": "a"}, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+
+    renamed = json.loads(g.rename_model(body, "b"))
+
+    assert list(renamed.items()) == list((fields | {"model": "b"}).items())
+
+
+# What an answer cost
+
+
+def sse(*events: object) -> bytes:
+    """Events of either API; bytes stand for themselves."""
+    lines = []
+    for event in events:
+        name = f"event: {event['type']}\n" if isinstance(event, dict) and "type" in event else ""
+        lines.append(event if isinstance(event, bytes) else f"{name}data: {json.dumps(event)}\n\n".encode())
+    return b"".join(lines)
+
+
+class Booked(g.msgspec.Struct):
+    """What a meter has to say after an answer."""
+
+    usage: g.Usage
+    model: str
+    error_type: str
+    finished: bool
+
+
+@pytest.fixture(scope="module")
+def meter(config):
+    """Feed an answer (a stream's bytes, or an object) to a meter: `meter("messages", data)` is what it says of it."""
+    bodies = {"chat": "/v1/chat/completions", "count_tokens": "/v1/messages/count_tokens"}
+
+    def read(kind: str, pieces: Iterable[bytes], streaming: bool, ended: bool, reached: bool) -> Booked:
+        call = call_of(config, path=bodies.get(kind, f"/v1/{kind}"))
+        call.input_estimate = 1000
+        meter = g.METERS[kind](call)
+        meter.start(streaming)
+        for piece in pieces:
+            meter.feed(piece)
+        if ended:
+            meter.end()
+        return Booked(meter.result(reached), meter.model, meter.error_type, meter.finished)
+
+    def metered(kind: str, answer: bytes | dict, streaming=True, ended=True, reached=True, every_cut=True) -> Booked:
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        streaming = streaming and isinstance(answer, bytes)
+        ways = cuts(data) if every_cut else [(data,)]
+        found = [read(kind, pieces, streaming, ended, reached) for pieces in ways]
+        assert all(booked == found[0] for booked in found)
+        return found[0]
+
+    return metered
+
+
+def message_start(**usage: object) -> dict:
+    """The first event of a Messages stream."""
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-served", "content": []}
+    return {"type": "message_start", "message": {**message, "stop_reason": None, "usage": usage}}
+
+
+def text_delta(text: str) -> dict:
+    """A piece of text."""
+    return {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": text}}
+
+
+def message_delta(**usage: object) -> dict:
+    """The usage so far."""
+    return {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage}
+
+
+STOP = {"type": "message_stop"}
+SPLIT = {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 200}
+START = message_start(
+    input_tokens=10,
+    cache_creation_input_tokens=300,
+    cache_read_input_tokens=4000,
+    cache_creation=SPLIT,
+    output_tokens=1,
+    service_tier="standard",
+)
+EXACT = {
+    "input_tokens": 10,
+    "cache_write_5m_tokens": 100,
+    "cache_write_1h_tokens": 200,
+    "cache_read_tokens": 4000,
+}
+
+MESSAGES = {
+    "a whole stream": (
+        [START, text_delta("Hello"), message_delta(output_tokens=50), STOP],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "cumulative, never added": (
+        [START, message_delta(output_tokens=20), message_delta(output_tokens=50, input_tokens=12), STOP],
+        {**EXACT, "input_tokens": 12, "output_tokens": 50},
+    ),
+    "the total again, without its split": (
+        [START, message_delta(output_tokens=50, cache_creation_input_tokens=300, cache_read_input_tokens=4000), STOP],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "a larger total later": (
+        [START, message_delta(output_tokens=50, cache_creation_input_tokens=450), STOP],
+        {**EXACT, "cache_write_5m_tokens": 250, "output_tokens": 50},
+    ),
+    "nulls say nothing": (
+        [START, message_delta(output_tokens=50, input_tokens=None, cache_read_input_tokens=None), STOP],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "zero says something": (
+        [START, message_delta(output_tokens=50, input_tokens=0, cache_read_input_tokens=0), STOP],
+        {**EXACT, "input_tokens": 0, "cache_read_tokens": 0, "output_tokens": 50},
+    ),
+    "writes without a split": (
+        [message_start(input_tokens=10, cache_creation_input_tokens=300), message_delta(output_tokens=50), STOP],
+        {"input_tokens": 10, "cache_write_5m_tokens": 300, "output_tokens": 50},
+    ),
+    "a split without a total": (
+        [message_start(input_tokens=10, cache_creation=SPLIT), message_delta(output_tokens=50), STOP],
+        {"input_tokens": 10, "cache_write_5m_tokens": 100, "cache_write_1h_tokens": 200, "output_tokens": 50},
+    ),
+    "half a split without a total": (
+        [
+            message_start(input_tokens=10, cache_creation={"ephemeral_5m_input_tokens": 100}),
+            message_delta(output_tokens=50),
+            STOP,
+        ],
+        {"input_tokens": 10, "cache_write_5m_tokens": 100, "output_tokens": 50},
+    ),
+    "only output at the end, as llama.cpp": (
+        [
+            message_start(input_tokens=7, cache_read_input_tokens=3, output_tokens=0),
+            message_delta(output_tokens=5),
+            STOP,
+        ],
+        {"input_tokens": 7, "cache_read_tokens": 3, "output_tokens": 5},
+    ),
+    "input only at the end": (
+        [message_start(), text_delta("x"), message_delta(input_tokens=9, output_tokens=5), STOP],
+        {"input_tokens": 9, "output_tokens": 5},
+    ),
+    "other events between": (
+        [
+            {"type": "ping"},
+            START,
+            {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+            {"type": "content_block_stop", "index": 0},
+            {"type": "something_new", "usage_hint": 1, "text": "x"},
+            b": ping\n\n",
+            message_delta(output_tokens=50, server_tool_use={"web_search_requests": 1}),
+            STOP,
+        ],
+        {**EXACT, "output_tokens": 50},
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "usage"), MESSAGES.values(), ids=MESSAGES)
+def test_a_messages_stream_is_booked_by_its_own_numbers(meter, events, usage):
+    """
+    Start from message_start, overwrite with each non-null value of every message_delta: the numbers are cumulative.
+    """
+    booked = meter("messages", sse(*events))
+
+    assert booked == Booked(g.Usage(**usage), "claude-served", "", True)
+
+
+def test_a_messages_answer_that_is_no_stream_is_booked_by_its_usage(meter):
+    """
+    The whole body is one message, with the split of its cache writes.
+    """
+    message = START["message"] | {"content": [{"type": "text", "text": "Hello"}]}
+
+    booked = meter("messages", message)
+
+    assert booked == Booked(g.Usage(**EXACT, output_tokens=1), "claude-served", "", True)
+
+
+THINKING = {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "t" * 80}}
+TOOL_INPUT = {
+    "type": "content_block_delta",
+    "index": 1,
+    "delta": {"type": "input_json_delta", "partial_json": "j" * 80},
+}
+SIGNATURE = {"type": "content_block_delta", "index": 0, "delta": {"type": "signature_delta", "signature": "s" * 80}}
+
+CUT_SHORT = {
+    "after the start": ([START], 1),
+    "in the text": ([START, text_delta("x" * 60), text_delta("y" * 22)], 20),
+    "in fewer characters than said": ([START, text_delta("x")], 1),
+    "in the thinking": ([START, THINKING, SIGNATURE], 20),
+    "in a tool's input": ([START, text_delta("x" * 40), TOOL_INPUT], 30),
+    "after a small delta": ([START, text_delta("x" * 400), message_delta(output_tokens=50)], 100),
+    "after a large delta": ([START, text_delta("x" * 40), message_delta(output_tokens=50)], 50),
+    "within the last event": ([START, text_delta("x" * 40), message_delta(output_tokens=50), sse(STOP)[:-1]], 50),
+    "in characters, not bytes": ([START, text_delta("é\u2028𝄞字" * 10)], 10),
+}
+
+
+@pytest.mark.parametrize(("events", "output"), CUT_SHORT.values(), ids=CUT_SHORT)
+def test_a_messages_stream_cut_short_is_booked_as_an_estimate(meter, events, output):
+    """
+    The input is exact; the output is the larger of what was said last and a quarter of the characters that were sent.
+    """
+    booked = meter("messages", sse(*events), ended=False)
+
+    assert booked == Booked(g.Usage(**EXACT, output_tokens=output, estimated=True), "claude-served", "", False)
+
+
+@pytest.mark.parametrize("kind", ["messages", "chat", "responses", "embeddings"])
+def test_an_answer_that_said_nothing_is_booked_by_the_requests_size(meter, kind):
+    """
+    An upstream that was asked has worked: no call is free for ending early.
+    """
+    unheard, unreached = meter(kind, b"", ended=False), meter(kind, b"", ended=False, reached=False)
+
+    assert unheard.usage == g.Usage(input_tokens=1000, estimated=True)
+    assert unreached.usage == g.Usage()
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        ("messages", START["message"] | {"content": [{"type": "text", "text": "x" * 4000}]}),
+        ("chat", {"model": "gpt", "choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 4000}}]}),
+    ],
+)
+def test_an_answer_that_is_no_stream_and_cut_short_is_not_free(meter, kind, answer):
+    """
+    Whoever hangs up just before the end has had the text all the same.
+    """
+    data = json.dumps(answer, indent=1).encode()
+    cut = meter(kind, data[: data.index(b"x" * 4000) + 4000], streaming=False, ended=False, every_cut=False)
+
+    assert cut.usage.estimated
+    assert cut.usage.input_tokens == 1000
+    assert 1000 <= cut.usage.output_tokens <= len(data) // 4
+
+
+def test_count_tokens_is_free(meter):
+    """
+    It is never booked as spend, whatever it says.
+    """
+    answers = [meter("count_tokens", {"input_tokens": 4321}), meter("count_tokens", sse(START, STOP))]
+
+    assert [answer.usage for answer in answers] == [g.Usage(), g.Usage()]
+
+
+def chunk(delta: dict | None = None, finish: str | None = None, **fields: object) -> dict:
+    """One chunk of a chat stream."""
+    choices = [] if delta is None else [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+    return {
+        "id": "c",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "gpt-served",
+        "choices": choices,
+    } | fields
+
+
+CHAT_USAGE = {
+    "prompt_tokens": 100,
+    "completion_tokens": 30,
+    "total_tokens": 130,
+    "prompt_tokens_details": {"cached_tokens": 80, "audio_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 10},
+}
+CALLS = {"tool_calls": [{"index": 0, "function": {"arguments": "a" * 40}}]}
+DONE = b"data: [DONE]\n\n"
+CHAT_EXACT = g.Usage(input_tokens=20, output_tokens=30, cache_read_tokens=80)
+
+CHAT = {
+    "usage in the last chunk": (
+        [chunk({"content": "Hello"}), chunk({}, "stop"), chunk(usage=CHAT_USAGE), DONE],
+        CHAT_EXACT,
+    ),
+    "usage null before it": (
+        [chunk({"content": "x"}, usage=None), chunk({}, "stop", usage=None), chunk(usage=CHAT_USAGE), DONE],
+        CHAT_EXACT,
+    ),
+    "usage with the last choice": ([chunk({"content": "x"}), chunk({}, "stop", usage=CHAT_USAGE), DONE], CHAT_EXACT),
+    "usage in every chunk": (
+        [
+            chunk({"content": "x"}, usage={"prompt_tokens": 100, "completion_tokens": 1}),
+            chunk({}, "stop", usage={"prompt_tokens": 100, "completion_tokens": 20}),
+            chunk(usage=CHAT_USAGE),
+            DONE,
+        ],
+        CHAT_EXACT,
+    ),
+    "no [DONE]": ([chunk({"content": "x"}), chunk({}, "stop"), chunk(usage=CHAT_USAGE)], CHAT_EXACT),
+    "no finish_reason": ([chunk({"content": "x"}), chunk(usage=CHAT_USAGE), DONE], CHAT_EXACT),
+    "no details": (
+        [chunk({}, "stop"), chunk(usage={"prompt_tokens": 100, "completion_tokens": 30}), DONE],
+        g.Usage(input_tokens=100, output_tokens=30),
+    ),
+    "null details": (
+        [chunk({}, "stop"), chunk(usage=CHAT_USAGE | {"prompt_tokens_details": None}), DONE],
+        g.Usage(input_tokens=100, output_tokens=30),
+    ),
+    "no usage, as without stream_options": (
+        [chunk({"role": "assistant", "content": ""}), chunk({"content": "x" * 82}), chunk({}, "stop"), DONE],
+        g.Usage(input_tokens=1000, output_tokens=20, estimated=True),
+    ),
+    "no usage, a refusal": (
+        [chunk({"refusal": "x" * 82}), chunk({}, "stop"), DONE],
+        g.Usage(input_tokens=1000, output_tokens=20, estimated=True),
+    ),
+    "no usage, a tool's arguments": (
+        [chunk({"content": "x" * 40}), chunk(CALLS), chunk(CALLS), chunk({}, "tool_calls"), DONE],
+        g.Usage(input_tokens=1000, output_tokens=30, estimated=True),
+    ),
+    "no usage, a server's reasoning": (
+        [chunk({"reasoning_content": "x" * 40}), chunk({"content": "x" * 40}), chunk({}, "stop"), DONE],
+        g.Usage(input_tokens=1000, output_tokens=20, estimated=True),
+    ),
+}
+
+
+@pytest.mark.parametrize(("events", "usage"), CHAT.values(), ids=CHAT)
+def test_a_chat_stream_is_booked_by_its_usage_or_as_an_estimate(meter, events, usage):
+    """
+    `prompt_tokens` includes what was cached; usage comes only where the client asked for it.
+    """
+    booked = meter("chat", sse(*events))
+
+    assert booked == Booked(usage, "gpt-served", "", True)
+
+
+def test_a_chat_stream_cut_short_is_not_finished(meter):
+    """
+    Neither a finish_reason nor [DONE]: what came is estimated.
+    """
+    booked = meter("chat", sse(chunk({"content": "x" * 82}), DONE[:-1]), ended=False)
+
+    assert booked == Booked(g.Usage(input_tokens=1000, output_tokens=20, estimated=True), "gpt-served", "", False)
+
+
+ANSWERS = {
+    "chat": ({"model": "gpt-served", "choices": [], "usage": CHAT_USAGE}, CHAT_EXACT),
+    "responses": (
+        {
+            "model": "gpt-served",
+            "error": None,
+            "usage": {"input_tokens": 100, "input_tokens_details": {"cached_tokens": 80}, "output_tokens": 30},
+        },
+        CHAT_EXACT,
+    ),
+    "embeddings": (
+        {"model": "gpt-served", "data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}},
+        g.Usage(input_tokens=8),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "answer", "usage"), [(kind, *case) for kind, case in ANSWERS.items()], ids=ANSWERS)
+def test_an_openai_answer_that_is_no_stream_is_booked_by_its_usage(meter, kind, answer, usage):
+    """
+    Cached tokens are part of OpenAI's input, and are priced apart.
+    """
+    assert meter(kind, answer) == Booked(usage, "gpt-served", "", True)
+
+
+def response(kind: str, **fields: object) -> dict:
+    """An event of the Responses API with the response in it."""
+    return {"type": f"response.{kind}", "sequence_number": 1, "response": {"id": "r", "model": "gpt-served"} | fields}
+
+
+RESPONSES_USAGE = {"input_tokens": 100, "input_tokens_details": {"cached_tokens": 80}, "output_tokens": 30}
+OUTPUT = {"type": "response.output_text.delta", "delta": "x" * 60}
+ARGUMENTS = {"type": "response.function_call_arguments.delta", "delta": "x" * 22}
+
+
+@pytest.mark.parametrize(
+    ("last", "error_type"),
+    [
+        (response("completed", usage=RESPONSES_USAGE, error=None), ""),
+        (response("incomplete", usage=RESPONSES_USAGE, incomplete_details={"reason": "max_output_tokens"}), ""),
+        (response("failed", usage=RESPONSES_USAGE, error={"code": "server_error", "message": "m"}), "server_error"),
+    ],
+    ids=["completed", "incomplete", "failed"],
+)
+def test_a_responses_stream_is_booked_by_its_terminal_event(meter, last, error_type):
+    """
+    completed, incomplete and failed end a stream, and have its usage.
+    """
+    booked = meter("responses", sse(response("created", usage=None), OUTPUT, ARGUMENTS, last))
+
+    assert booked == Booked(CHAT_EXACT, "gpt-served", error_type, True)
+
+
+def test_a_responses_stream_without_numbers_is_estimated(meter):
+    """
+    Cut short, or failed before there was usage: text and arguments count by their characters.
+    """
+    estimate = g.Usage(input_tokens=1000, output_tokens=20, estimated=True)
+    failed = response("failed", usage=None, error={"code": "server_error", "message": "m"})
+
+    cut = meter("responses", sse(response("created", usage=None), OUTPUT, ARGUMENTS), ended=False)
+    ended = meter("responses", sse(OUTPUT, ARGUMENTS, failed))
+
+    assert (cut.usage, cut.finished) == (estimate, False)
+    assert (ended.usage, ended.finished, ended.error_type) == (estimate, True, "server_error")
+
+
+# What does not belong into an answer
+
+TRAPS = [
+    "usage",
+    "message_stop",
+    "[DONE]",
+    'data: {"type": "message_stop"}',
+    '\n\ndata: {"type":"message_stop"}\n\n',
+    '\r\rdata: [DONE]\r\r\u2028\u2028data: {"type": "message_delta", "usage": {"output_tokens": 9999}}\n\n',
+    '"}}\n\nevent: message_delta\ndata: {"type":"message_delta","usage":{"input_tokens":0,"output_tokens":0}}',
+    '{"type": "response.completed", "response": {"usage": {"input_tokens": 1, "output_tokens": 1}}}',
+]
+TRAP_TEXTS = st.lists(st.sampled_from([*TRAPS, "x", '"', "\\", "\n", "\ud7ff"]), max_size=4).map("".join)
+
+
+@settings(deadline=None, max_examples=30)
+@given(TRAP_TEXTS | st.text(max_size=40))
+def test_what_a_model_says_changes_nothing_of_what_it_cost(meter, text):
+    """
+    A model that writes about usage, or is told to write it, is a model that writes text.
+    """
+    messages = sse(START, text_delta(text), message_delta(output_tokens=50), STOP)
+    chat = sse(chunk({"content": text}), chunk({}, "stop"), chunk(usage=CHAT_USAGE), DONE)
+    responses = sse({"type": "response.output_text.delta", "delta": text}, response("completed", usage=RESPONSES_USAGE))
+    cut = sse(START, text_delta(text))
+
+    booked = [meter("messages", messages), meter("chat", chat), meter("responses", responses)]
+    cut_short = meter("messages", cut, ended=False)
+
+    assert [b.usage for b in booked] == [g.Usage(**EXACT, output_tokens=50), CHAT_EXACT, CHAT_EXACT]
+    assert cut_short.usage == g.Usage(**EXACT, output_tokens=max(1, len(text) // 4), estimated=True)
+    assert not cut_short.finished
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_what_a_model_says_changes_nothing_of_a_whole_answer_either(meter, text):
+    """
+    Text in `content` and in a tool's input stays text.
+    """
+    tool = {
+        "type": "tool_use",
+        "id": "t",
+        "name": "n",
+        "input": {"usage": {"input_tokens": 1}, "model": "x", "t": text},
+    }
+    message = START["message"] | {"content": [{"type": "text", "text": text}, tool]}
+
+    booked = meter("messages", message, every_cut=False)
+
+    assert booked == Booked(g.Usage(**EXACT, output_tokens=1), "claude-served", "", True)
+
+
+UNREADABLE = {
+    "not JSON": b"data: <html>\n\n",
+    "cut JSON": b'data: {"type": "message_delta", "usage": {"output_tokens": 9\n\n',
+    "a list": b"data: [1, 2]\n\n",
+    "a number": b"data: 7\n\n",
+    "null": b"data: null\n\n",
+    "a string": b'data: "usage"\n\n',
+    "not UTF-8": b'data: {"type": "\xff", "model": "\xfe", "usage": {"output_tokens": 9, "completion_tokens": 9}}\n\n',
+    "half a character": b'data: {"type": "\\ud800", "usage": {"output_tokens": 9, "completion_tokens": 9}}\n\n',
+    "tokens in words": b'data: {"type": "message_delta", "usage": {"output_tokens": "9", "prompt_tokens": "9"}}\n\n',
+    "tokens in pieces": b'data: {"type": "message_delta", "usage": {"output_tokens": 0.5, "prompt_tokens": 0.5}}\n\n',
+    "tokens below zero": b'data: {"type": "message_delta", "usage": {"output_tokens": -9, "completion_tokens": -9, '
+    b'"input_tokens": -9, "prompt_tokens": -9}}\n\n',
+    "tokens beyond counting": b'data: {"usage": {"output_tokens": %b, "prompt_tokens": %b}}\n\n' % ((b"9" * 30,) * 2),
+    "usage as a list": b'data: {"type": "message_delta", "usage": [1]}\n\n',
+    "a message as a word": b'data: {"type": "message_start", "message": "usage", "response": "x", "choices": 1}\n\n',
+    "deep": b'data: {"type": "x", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n",
+}
+
+
+@pytest.mark.parametrize("event", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_event_changes_nothing(meter, event):
+    """
+    The client gets it all the same; what is no count of tokens is not booked.
+    """
+    messages = sse(START, text_delta("x" * 40), event, message_delta(output_tokens=50), event, STOP)
+    chat = sse(chunk({"content": "x"}), event, chunk({}, "stop"), chunk(usage=CHAT_USAGE), event, DONE)
+    responses = sse(OUTPUT, event, response("completed", usage=RESPONSES_USAGE), event)
+
+    booked = [
+        meter(k, d, every_cut=False) for k, d in (("messages", messages), ("chat", chat), ("responses", responses))
+    ]
+
+    assert booked == [
+        Booked(g.Usage(**EXACT, output_tokens=50), "claude-served", "", True),
+        Booked(CHAT_EXACT, "gpt-served", "", True),
+        Booked(CHAT_EXACT, "gpt-served", "", True),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", g.METERS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.one_of(st.binary(max_size=60), JSON.map(lambda v: f"data: {json.dumps(v)}\n\n".encode())))
+@example(data=b'data: {"type": "message_stop"}\n\n')
+@example(data=b"[" * 100_000)
+@example(data=b'{"deep": ' + b"[" * 100_000)
+@example(data=b"\xff")
+def test_no_meter_minds_what_it_reads(meter, kind, streaming, data):
+    """
+    An upstream may answer in events where nobody asked for them, or in noise: relaying goes on.
+    """
+    booked = meter(kind, data, streaming, every_cut=False)
+
+    assert min(booked.usage.total_input_tokens, booked.usage.output_tokens) >= 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "event", "error_type"),
+    [
+        ("messages", {"type": "error", "error": {"type": "overloaded_error", "message": "m"}}, "overloaded_error"),
+        ("messages", {"type": "error", "error": {"message": "m"}}, "error"),
+        ("chat", {"error": {"message": "m", "type": "server_error", "code": None}}, "server_error"),
+        ("chat", {"error": {"message": "m", "code": 500}}, "500"),
+        ("responses", {"type": "error", "code": "rate_limit_exceeded", "message": "m"}, "rate_limit_exceeded"),
+        ("responses", {"type": "error", "code": None, "message": "m"}, "error"),
+    ],
+)
+def test_an_error_within_a_stream_is_known_by_its_type(meter, kind, event, error_type):
+    """
+    The status was 200 long ago: the ledger has to learn it from the event.
+    """
+    booked = meter(kind, sse(event))
+
+    assert (booked.error_type, booked.finished) == (error_type, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "error_type"),
+    [
+        (
+            "messages",
+            {"type": "error", "error": {"type": "invalid_request_error", "message": "m"}},
+            "invalid_request_error",
+        ),
+        ("chat", {"error": {"message": "m", "type": "insufficient_quota", "code": "x"}}, "insufficient_quota"),
+        ("embeddings", {"error": {"message": "m", "type": None, "code": "x"}}, "x"),
+    ],
+)
+def test_the_error_in_a_whole_answer_is_known_by_its_type(meter, kind, body, error_type):
+    """
+    An error's body is short, and the same in every format.
+    """
+    assert meter(kind, body).error_type == error_type
+
+
+def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
+    """
+    Memory has a bound; the call is booked as an estimate.
+    """
+    meter = g.METERS["messages"](call_of(config))
+    meter.start(False)
+
+    for _ in range(20):
+        meter.feed(b" " * (1 << 20))
+    meter.feed(json.dumps(START["message"]).encode())
+    meter.end()
+
+    assert meter.finished and meter.result(True).estimated
