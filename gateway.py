@@ -82,6 +82,7 @@ log = logging.getLogger("gateway")
 
 # --- 1. Words: Call, Usage, the errors --------------------------------------------
 
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
 Api = Literal["anthropic", "openai"]
 
@@ -1368,11 +1369,13 @@ def utc_time(seconds: float) -> str:
 def set_torn_line_aside(fd: int, path: Path) -> None:
     """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
     size = os.fstat(fd).st_size
-    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+    torn = b""
+    while b"\n" not in torn and len(torn) < size:
+        step = min(size - len(torn), 1 << 16)
+        torn = os.pread(fd, step, size - len(torn) - step) + torn
+    torn = torn[torn.rfind(b"\n") + 1 :]
+    if not torn:
         return
-    tail_size = min(size, 1 << 16)
-    tail = os.pread(fd, tail_size, size - tail_size)
-    torn = tail[tail.rfind(b"\n") + 1 :]
     with open(path.with_suffix(".torn"), "ab") as aside:
         aside.write(torn + b"\n")
     os.ftruncate(fd, size - len(torn))
@@ -1397,7 +1400,8 @@ class Ledger:
     def __init__(self, directory: Path, fsync_s: float, clock: Clock) -> None:
         self.directory, self.fsync_s = directory, fsync_s
         self._clock = clock
-        self._waiting: deque[tuple[str, bytes]] = deque()  # month and line; the first may be the rest of a line
+        self._waiting: deque[tuple[str, bytes]] = deque()  # month and line
+        self._written = 0  # bytes of the first of them that are in its file already
         self._month = ""
         self._fd = -1
         self._dirty = False
@@ -1451,12 +1455,11 @@ class Ledger:
                 month, line = self._waiting[0]
                 if month != self._month:
                     self._open(month)
-                written = os.write(self._fd, line)
+                self._written += os.write(self._fd, line[self._written :])
                 self._dirty = True
-                if written == len(line):
+                if self._written == len(line):
                     self._waiting.popleft()
-                else:
-                    self._waiting[0] = (month, line[written:])
+                    self._written = 0
         except OSError as error:
             if not self.failure:
                 log.error("ledger: cannot write to %s: %s; entries wait", self.directory, error.strerror)
@@ -1470,25 +1473,32 @@ class Ledger:
         path = self.directory / f"usage-{month}.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        set_torn_line_aside(fd, path)
-        if self._fd >= 0:
-            self._disk.submit(sync_and_close, self._fd)
+        try:
+            set_torn_line_aside(fd, path)
+        except OSError:
+            os.close(fd)
+            raise
+        self._let_go()
         self._fd, self._month = fd, month
 
+    def _let_go(self) -> None:
+        if self._fd >= 0:
+            self._disk.submit(sync_and_close, self._fd)
+        self._fd, self._month, self._written = -1, "", 0
+
     def reopen_if_moved(self) -> None:
-        """Open the file again where it was moved or removed under us."""
-        if self._fd < 0 or (self._waiting and self.failure):
+        """Let go of a file that was moved or removed under us; a line of which a part went with it is written again."""
+        if self._fd < 0:
             return
-        path = self.directory / f"usage-{self._month}.jsonl"
         try:
-            moved = not os.path.samestat(os.stat(path), os.fstat(self._fd))
+            kept = os.path.samestat(os.stat(self.directory / f"usage-{self._month}.jsonl"), os.fstat(self._fd))
         except OSError:
-            moved = True
-        if moved:
-            self._month = ""
+            kept = False
+        if not kept:
+            self._let_go()
 
     def _sync(self) -> None:
-        if self._syncing and not self._syncing.done():
+        if self._fd < 0 or (self._syncing and not self._syncing.done()):
             return  # `tick` comes again; what is written by then is covered
         self._dirty = False
         self._synced_at = self._clock.monotonic()
@@ -1520,7 +1530,7 @@ class LedgerFiles:
                 for line in lines:
                     try:
                         entry = decoder.decode(line)
-                    except msgspec.MsgspecError:
+                    except UNREADABLE:
                         self.unreadable += 1
                         continue
                     if since <= entry.time < until:
@@ -1685,7 +1695,6 @@ class RequestPeek(msgspec.Struct):
     metadata: Any = None
 
 
-UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")

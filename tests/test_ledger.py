@@ -1,0 +1,882 @@
+"""The ledger: one line for each call, whatever the disk does; and the sums over its lines (section 4)."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import errno
+import math
+import os
+import resource
+import subprocess
+import threading
+import zoneinfo
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import FakeClock
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import gateway as g
+
+SEPTEMBER = "usage-2026-09.jsonl"
+OCTOBER = "usage-2026-10.jsonl"
+
+
+def entry(number: int = 1, time: str = "2026-09-21T13:33:20.000Z", **fields: object) -> g.Entry:
+    """An entry with a number to know it by."""
+    values = {
+        "time": time,
+        "request_id": f"req_{number}",
+        "key": "alice",
+        "upstream": "main",
+        "model": "claude-test",
+        "model_served": "claude-test-1",
+        "path": "/v1/messages",
+        "stream": True,
+        "status": 200,
+        "outcome": "completed",
+        "error_type": "",
+        "attempts": 1,
+        "input_tokens": 10,
+        "output_tokens": 20,
+        "cache_write_5m_tokens": 30,
+        "cache_write_1h_tokens": 40,
+        "cache_read_tokens": 120,
+        "estimated": False,
+        "cost_usd": 0.000798,
+        "price": g.Price(input=3.0, output=15.0),
+        "first_byte_ms": 1.5,
+        "duration_ms": 20.25,
+        "bytes_up": 100,
+        "bytes_down": 200,
+        "session": "s-1",
+        "client": "192.0.2.1",
+        "user_agent": "claude-cli/2.1.329",
+        "upstream_request_id": "req_up",
+    }
+    return g.Entry(**values | fields)
+
+
+def numbers(*paths: Path) -> list[str]:
+    """The requests in these files, line by line; every line must be a whole entry."""
+    lines = [line for path in paths for line in path.read_bytes().splitlines(keepends=True)]
+    assert all(line.endswith(b"\n") for line in lines)
+    return [msgspec.json.decode(line, type=g.Entry).request_id for line in lines]
+
+
+def requests(first: int, last: int) -> list[str]:
+    """`req_1` and so on."""
+    return [f"req_{number}" for number in range(first, last + 1)]
+
+
+def open_files() -> int:
+    """How many descriptors this process holds."""
+    return len(os.listdir("/dev/fd"))
+
+
+MakeLedger = Callable[..., g.Ledger]
+
+
+@pytest.fixture
+def make_ledger(tmp_path, clock: FakeClock) -> Iterator[MakeLedger]:
+    """Make ledgers in the test's folder, synced only at the end unless the test says otherwise."""
+    made: list[g.Ledger] = []
+
+    def make(directory: Path = tmp_path, fsync_s: float = math.inf) -> g.Ledger:
+        made.append(g.Ledger(directory, fsync_s, clock.clock))
+        return made[-1]
+
+    yield make
+    for ledger in made:
+        ledger.close()
+
+
+# Lines
+
+
+def test_an_entry_is_one_line_of_json(make_ledger, tmp_path):
+    """
+    The file can be read with any tool, now and in ten years: names, numbers and UTC.
+    """
+    ledger = make_ledger()
+
+    ledger.append(entry(1, user_agent="a\nb \u2028 é"))
+
+    assert (tmp_path / SEPTEMBER).read_text(encoding="utf-8") == (
+        '{"time":"2026-09-21T13:33:20.000Z","request_id":"req_1","key":"alice","upstream":"main",'
+        '"model":"claude-test","model_served":"claude-test-1","path":"/v1/messages","stream":true,"status":200,'
+        '"outcome":"completed","error_type":"","attempts":1,"input_tokens":10,"output_tokens":20,'
+        '"cache_write_5m_tokens":30,"cache_write_1h_tokens":40,"cache_read_tokens":120,"estimated":false,'
+        '"cost_usd":0.000798,"price":{"input":3.0,"output":15.0,"cache_write_5m":3.75,"cache_write_1h":6.0,'
+        '"cache_read":0.3},"first_byte_ms":1.5,"duration_ms":20.25,"bytes_up":100,"bytes_down":200,"session":"s-1",'
+        '"client":"192.0.2.1","user_agent":"a\\nb \u2028 é","upstream_request_id":"req_up"}\n'
+    )
+
+
+def test_each_entry_is_in_the_file_when_append_returns(make_ledger, tmp_path):
+    """
+    What a killed process has booked is booked: nothing waits in our memory while the disk takes it.
+    """
+    ledger, seen = make_ledger(), []
+
+    for number in (1, 2, 3):
+        ledger.append(entry(number))
+        seen.append((numbers(tmp_path / SEPTEMBER), ledger.waiting))
+
+    assert seen == [(requests(1, 1), 0), (requests(1, 2), 0), (requests(1, 3), 0)]
+
+
+def test_a_restart_goes_on_behind_the_last_line(make_ledger, tmp_path):
+    """
+    The ledger is the only memory: opening it changes nothing.
+    """
+    first = make_ledger()
+    first.append(entry(1))
+    first.close()
+
+    second = make_ledger()
+    second.check()
+    second.append(entry(2))
+
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 2)
+
+
+def test_a_missing_folder_is_made(make_ledger, tmp_path):
+    """
+    A first start needs no mkdir, and others on the host cannot read who asked for what.
+    """
+    directory = tmp_path / "var" / "lib" / "usage"
+    ledger = make_ledger(directory)
+
+    ledger.check()
+    made = [path.name for path in directory.iterdir()]
+    ledger.append(entry(1))
+
+    assert made == [SEPTEMBER]
+    assert numbers(directory / SEPTEMBER) == requests(1, 1)
+    assert (directory / SEPTEMBER).stat().st_mode & 0o007 == 0
+
+
+def test_a_folder_that_cannot_be_made_is_known_at_the_start(make_ledger, tmp_path):
+    """
+    A gateway that cannot book does not start.
+    """
+    (tmp_path / "file").touch()
+    ledger = make_ledger(tmp_path / "file" / "usage")
+
+    with pytest.raises(OSError) as caught:
+        ledger.check()
+
+    assert caught.value.errno == errno.ENOTDIR
+
+
+# Months
+
+
+def test_every_month_has_a_file_of_its_own(make_ledger, tmp_path):
+    """
+    A call belongs to the month in which it ended, by UTC; the order within a month is that of the calls.
+    """
+    ledger = make_ledger()
+    times = [
+        "2026-09-30T23:59:59.999Z",
+        "2026-10-01T00:00:00.000Z",
+        "2026-09-30T23:59:59.998Z",
+        "2026-10-02T00:00:00.000Z",
+    ]
+
+    for number, time in enumerate(times, 1):
+        ledger.append(entry(number, time))
+
+    assert numbers(tmp_path / SEPTEMBER) == ["req_1", "req_3"]
+    assert numbers(tmp_path / OCTOBER) == ["req_2", "req_4"]
+
+
+def test_a_month_that_is_over_is_synced_and_closed(make_ledger, tmp_path, syncs):
+    """
+    Nothing is left behind in the cache, and years of months take up no descriptors.
+    """
+    ledger, before = make_ledger(), open_files()
+
+    for number in range(1, 13):
+        ledger.append(entry(number, f"2026-{number:02}-01T00:00:00.000Z"))
+    settle(ledger)
+
+    assert syncs.files == [f"usage-2026-{number:02}.jsonl" for number in range(1, 12)]
+    assert open_files() <= before + 1
+
+
+# Torn lines
+
+TORN = '{"time":"2026-09-21T13:33:20.000Z","request_id":"req_'
+
+
+@pytest.mark.logs("ledger: a torn last line of usage-2026-09.jsonl was set aside in usage-2026-09.torn")
+@pytest.mark.parametrize("torn", [TORN, "{", "\0" * 4096, TORN + "x" * 200_000], ids=["cut", "a byte", "NULs", "long"])
+@pytest.mark.parametrize("whole", [0, 2], ids=["alone", "behind others"])
+def test_a_torn_last_line_is_set_aside_as_a_whole(make_ledger, tmp_path, torn, whole):
+    """
+    A crash in mid-write costs no other line, is never a reason not to start, and what is left of it is kept.
+    """
+    path = tmp_path / SEPTEMBER
+    path.write_bytes(b"".join(msgspec.json.encode(entry(number)) + b"\n" for number in range(1, whole + 1)))
+    with path.open("a") as file:
+        file.write(torn)
+
+    ledger = make_ledger()
+    ledger.check()
+    ledger.append(entry(whole + 1))
+
+    assert numbers(path) == requests(1, whole + 1)
+    assert (tmp_path / "usage-2026-09.torn").read_text() == torn + "\n"
+
+
+@pytest.mark.logs("ledger: a torn last line of usage-2026-09.jsonl was set aside in usage-2026-09.torn")
+def test_every_torn_line_is_kept(make_ledger, tmp_path):
+    """
+    A second crash does not wipe out what the first one left.
+    """
+    for torn in ("first", "second"):
+        with (tmp_path / SEPTEMBER).open("a") as file:
+            file.write(torn)
+        ledger = make_ledger()
+        ledger.check()
+        ledger.close()
+
+    assert (tmp_path / "usage-2026-09.torn").read_text() == "first\nsecond\n"
+    assert (tmp_path / SEPTEMBER).read_text() == ""
+
+
+@pytest.mark.logs("ledger: cannot write to", "ledger: a torn last line", "can be written again")
+def test_a_torn_line_that_cannot_be_set_aside_costs_no_descriptors(make_ledger, tmp_path):
+    """
+    A disk that stays full is asked again four times a second, for days.
+    """
+    (tmp_path / SEPTEMBER).write_text(TORN)
+    (tmp_path / "usage-2026-09.torn").mkdir()
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    before = open_files()
+
+    for _ in range(50):
+        ledger.tick()
+    after = open_files()
+    (tmp_path / "usage-2026-09.torn").rmdir()
+    ledger.tick()
+
+    assert after == before
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 1)
+    assert (tmp_path / "usage-2026-09.torn").read_text() == TORN + "\n"
+
+
+# Files that others move
+
+
+def test_a_removed_file_is_made_again(make_ledger, tmp_path):
+    """
+    Who deletes the file gives up what was in it, and nothing after that.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+
+    (tmp_path / SEPTEMBER).unlink()
+    ledger.reopen_if_moved()
+    ledger.append(entry(2))
+
+    assert numbers(tmp_path / SEPTEMBER) == ["req_2"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["moved", "moved, with an empty file in its place"])
+def test_a_moved_file_is_left_and_a_new_one_begun(make_ledger, tmp_path, is_replaced):
+    """
+    Log rotation may take the file at any time; no entry is in two files or in none.
+    """
+    ledger, before = make_ledger(), open_files()
+    ledger.append(entry(1))
+
+    (tmp_path / SEPTEMBER).rename(tmp_path / "old.jsonl")
+    if is_replaced:
+        (tmp_path / SEPTEMBER).touch()
+    ledger.append(entry(2))
+    ledger.reopen_if_moved()
+    ledger.reopen_if_moved()
+    ledger.append(entry(3))
+    settle(ledger)
+
+    assert numbers(tmp_path / "old.jsonl") == requests(1, 2)
+    assert numbers(tmp_path / SEPTEMBER) == ["req_3"]
+    assert open_files() <= before + 1
+
+
+def test_a_removed_folder_is_made_again(make_ledger, tmp_path):
+    """
+    The folder may be a volume that somebody has emptied.
+    """
+    ledger = make_ledger(tmp_path / "usage")
+    ledger.append(entry(1))
+
+    (tmp_path / "usage" / SEPTEMBER).unlink()
+    (tmp_path / "usage").rmdir()
+    ledger.reopen_if_moved()
+    ledger.append(entry(2))
+
+    assert numbers(tmp_path / "usage" / SEPTEMBER) == ["req_2"]
+
+
+def test_a_file_that_stayed_is_not_opened_again(make_ledger, tmp_path, syncs):
+    """
+    Looking costs a stat; a file that was cut to nothing under us is still the same one.
+    """
+    ledger = make_ledger()
+    ledger.reopen_if_moved()
+    ledger.append(entry(1))
+
+    os.truncate(tmp_path / SEPTEMBER, 0)
+    ledger.reopen_if_moved()
+    ledger.append(entry(2))
+    settle(ledger)
+
+    assert numbers(tmp_path / SEPTEMBER) == ["req_2"]
+    assert syncs.files == []
+
+
+# The disk that is asked to keep it
+
+
+class Syncs:
+    """Every fsync that reaches the system: the names of the files. `gate` holds them up, `fail` lets them fail."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+        self.fail = False
+        self._fsync = os.fsync
+
+    def fsync(self, fd: int) -> None:
+        self.files.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        assert self.gate.wait(5)
+        if self.fail:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        self._fsync(fd)
+
+
+@pytest.fixture
+def syncs(monkeypatch) -> Iterator[Syncs]:
+    """What the system is asked to sync."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to see which file is synced")
+    seen = Syncs()
+    monkeypatch.setattr(os, "fsync", seen.fsync)
+    yield seen
+    seen.gate.set()
+
+
+def settle(ledger: g.Ledger) -> None:
+    """Wait until the ledger's own thread has done what it was given."""
+    ledger._disk.submit(int).result(timeout=5)
+
+
+def test_fsync_never_leaves_it_to_the_system_until_the_end(make_ledger, clock, syncs):
+    """
+    The operator chose speed; a clean stop still loses nothing.
+    """
+    ledger = make_ledger(fsync_s=math.inf)
+
+    ledger.append(entry(1))
+    clock.advance(1e9)
+    ledger.tick()
+    settle(ledger)
+    before = list(syncs.files)
+    ledger.close()
+
+    assert (before, syncs.files) == ([], [SEPTEMBER])
+
+
+def test_fsync_always_syncs_each_entry(make_ledger, syncs):
+    """
+    What was answered is on the disk a moment later, without waiting for a tick.
+    """
+    ledger, counts = make_ledger(fsync_s=0), []
+
+    for number in (1, 2, 3):
+        ledger.append(entry(number))
+        settle(ledger)
+        counts.append(len(syncs.files))
+
+    assert counts == [1, 2, 3]
+
+
+def test_a_slow_disk_is_asked_once_for_all_that_came_meanwhile(make_ledger, tmp_path, syncs):
+    """
+    A sync never holds up a call, and never runs twice at a time; the last entry is covered all the same.
+    """
+    ledger = make_ledger(fsync_s=0)
+    syncs.gate.clear()
+
+    for number in range(1, 21):
+        ledger.append(entry(number))
+        ledger.tick()
+    written = numbers(tmp_path / SEPTEMBER)
+    syncs.gate.set()
+    settle(ledger)
+    first = len(syncs.files)
+    ledger.tick()
+    settle(ledger)
+    ledger.tick()
+    settle(ledger)
+
+    assert written == requests(1, 20)
+    assert (first, len(syncs.files)) == (1, 2)
+
+
+def test_fsync_of_one_second_syncs_once_a_second_and_only_what_is_new(make_ledger, clock, syncs):
+    """
+    A crash of the host costs a second of entries at most; an idle gateway lets the disk sleep.
+    """
+    ledger, counts = make_ledger(fsync_s=1.0), []
+
+    for number in range(20):
+        if number in (0, 1, 2, 9):
+            ledger.append(entry(number))
+        clock.advance(0.25)
+        ledger.tick()
+        settle(ledger)
+        counts.append(len(syncs.files))
+
+    assert counts == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+
+
+@pytest.mark.logs("ledger: fsync in")
+def test_a_failed_sync_is_told_and_tried_again(make_ledger, clock, syncs):
+    """
+    An error of the disk is seen in the log, not by the clients.
+    """
+    ledger = make_ledger(fsync_s=1.0)
+    ledger.append(entry(1))
+
+    syncs.fail = True
+    clock.advance(1)
+    ledger.tick()
+    settle(ledger)
+    syncs.fail = False
+    clock.advance(1)
+    ledger.tick()
+    settle(ledger)
+    clock.advance(1)
+    ledger.tick()
+    settle(ledger)
+
+    assert syncs.files == [SEPTEMBER, SEPTEMBER]
+
+
+# The disk that refuses
+
+REFUSED = ("ledger: cannot write to", "can be written again")
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: a disk that refuses, for everybody."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.logs(*REFUSED)
+def test_entries_wait_in_their_order_for_a_full_disk(small_disk, make_ledger, caplog):
+    """
+    The line that was cut in the middle is completed first; nothing is lost, doubled or out of order.
+    """
+    (small_disk / "other").write_bytes(b"x" * (56 << 10))
+    ledger = make_ledger(small_disk)
+
+    for number in range(1, 31):
+        ledger.append(entry(number))
+    size, failure, waiting = (small_disk / SEPTEMBER).stat().st_size, ledger.failure, ledger.waiting
+    (small_disk / "other").unlink()
+    ledger.tick()
+
+    assert (size, failure) == (8192, "No space left on device")
+    assert 0 < waiting < 30
+    assert numbers(small_disk / SEPTEMBER) == requests(1, 30)
+    assert (ledger.failure, ledger.waiting) == ("", 0)
+    assert [text for text in REFUSED for record in caplog.records if text in record.getMessage()] == list(REFUSED)
+
+
+@pytest.mark.logs("ledger: cannot write to", "ledger: 3 entries could not be written: No space left on device")
+def test_what_never_found_room_is_told_at_the_end(small_disk, make_ledger):
+    """
+    A stop does not wait for ever, and does not pretend.
+    """
+    (small_disk / "other").write_bytes(b"x" * (64 << 10))
+    ledger = make_ledger(small_disk)
+
+    for number in (1, 2, 3):
+        ledger.append(entry(number))
+    ledger.close()
+
+    assert ledger.waiting == 3
+
+
+@pytest.mark.logs(*REFUSED)
+def test_room_made_by_removing_the_ledgers_own_file_is_used(small_disk, make_ledger):
+    """
+    The largest file on a full disk is the first that goes; we must not be the ones who keep it from going.
+    """
+    ledger, number = make_ledger(small_disk), 0
+    while not ledger.failure:
+        number += 1
+        ledger.append(entry(number))
+    ledger.append(entry(number + 1))
+
+    (small_disk / SEPTEMBER).unlink()
+    for _ in range(2):
+        ledger.reopen_if_moved()
+        ledger.tick()
+        settle(ledger)
+
+    assert (ledger.failure, ledger.waiting) == ("", 0)
+    assert numbers(small_disk / SEPTEMBER) == requests(number, number + 1)
+
+
+@pytest.mark.logs(*REFUSED)
+def test_a_line_cut_by_a_refusal_is_completed_as_the_same_line(make_ledger, tmp_path):
+    """
+    A write may take only the beginning of a line; the rest goes where the beginning is.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    line = (tmp_path / SEPTEMBER).stat().st_size
+
+    with files_of_at_most(line * 2 - 100):
+        ledger.append(entry(2))
+        ledger.append(entry(3))
+        ledger.tick()
+        size, failure, waiting = (tmp_path / SEPTEMBER).stat().st_size, ledger.failure, ledger.waiting
+    ledger.append(entry(4))
+
+    assert (size, failure, waiting) == (line * 2 - 100, "File too large", 2)
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 4)
+    assert (ledger.failure, ledger.waiting) == ("", 0)
+
+
+@pytest.mark.logs(*REFUSED)
+def test_a_cut_line_whose_file_was_moved_is_written_again_as_a_whole(make_ledger, tmp_path):
+    """
+    Half a line in a file that others took away is worth nothing; the entry is still ours to book.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    line = (tmp_path / SEPTEMBER).stat().st_size
+
+    with files_of_at_most(line * 2 - 100):
+        ledger.append(entry(2))
+        (tmp_path / SEPTEMBER).rename(tmp_path / "old.jsonl")
+        ledger.reopen_if_moved()
+        ledger.tick()
+
+    assert (ledger.failure, ledger.waiting) == ("", 0)
+    assert numbers(tmp_path / SEPTEMBER) == ["req_2"]
+    assert (tmp_path / "old.jsonl").read_bytes()[:line] == msgspec.json.encode(entry(1)) + b"\n"
+
+
+@pytest.mark.logs(*REFUSED)
+def test_entries_wait_over_the_end_of_a_month(make_ledger, tmp_path):
+    """
+    September's line is completed in September's file, although it is October by then.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    line = (tmp_path / SEPTEMBER).stat().st_size
+
+    with files_of_at_most(line * 2 - 100):
+        ledger.append(entry(2))
+        ledger.append(entry(3, "2026-10-01T00:00:00.000Z"))
+        ledger.append(entry(4))
+    ledger.tick()
+
+    assert numbers(tmp_path / SEPTEMBER) == ["req_1", "req_2", "req_4"]
+    assert numbers(tmp_path / OCTOBER) == ["req_3"]
+
+
+@pytest.mark.logs(*REFUSED)
+def test_new_calls_are_refused_before_an_entry_would_not_fit(make_ledger, tmp_path):
+    """
+    The queue has a bound; every call that runs has a place in it.
+    """
+    (tmp_path / "usage").touch()
+    ledger = make_ledger(tmp_path / "usage")
+    empty = [ledger.has_room(running) for running in (0, 9_999, 10_000)]
+
+    for number in (1, 2, 3):
+        ledger.append(entry(number))
+    three = [ledger.has_room(running) for running in (0, 9_996, 9_997)]
+    failure = ledger.failure
+    (tmp_path / "usage").unlink()
+    ledger.tick()
+
+    assert (empty, three) == ([True, True, False], [True, True, False])
+    assert failure == "File exists"
+    assert ledger.has_room(9_999) and numbers(tmp_path / "usage" / SEPTEMBER) == requests(1, 3)
+
+
+# Reading
+
+
+def read(directory: Path, **bounds: str) -> tuple[list[str], int]:
+    """The requests that are found, and how many lines could not be read."""
+    files = g.LedgerFiles(directory)
+    return [entry.request_id for entry in files.entries(**bounds)], files.unreadable
+
+
+@pytest.fixture
+def written(make_ledger, tmp_path) -> Path:
+    """A ledger over the turn of a year."""
+    ledger = make_ledger()
+    times = [
+        *("2025-12-31T23:59:59.999Z", "2026-01-01T00:00:00.000Z", "2026-01-31T12:00:00.000Z"),
+        *("2026-02-01T00:00:00.000Z", "2026-02-01T08:30:00.000Z", "2026-02-02T00:00:00.000Z"),
+    ]
+    for number, time in enumerate(times, 1):
+        ledger.append(entry(number, time))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("bounds", "found"),
+    [
+        ({}, [1, 2, 3, 4, 5, 6]),
+        ({"since": "2026"}, [2, 3, 4, 5, 6]),
+        ({"until": "2026"}, [1]),
+        ({"since": "2026-01", "until": "2026-02"}, [2, 3]),
+        ({"since": "2026-02-01"}, [4, 5, 6]),
+        ({"until": "2026-02-01"}, [1, 2, 3]),
+        ({"since": "2026-02-01", "until": "2026-02-02"}, [4, 5]),
+        ({"since": "2026-02-01T08", "until": "2026-02-01T09"}, [5]),
+        ({"since": "2026-02-01T08:30:00.000Z", "until": "2026-02-02T00:00:00.000Z"}, [5]),
+        ({"since": "2026-02-01T08:30:00.001Z"}, [6]),
+        ({"since": "2026-03"}, []),
+        ({"until": "2025"}, []),
+        ({"since": "2026-02", "until": "2026-01"}, []),
+    ],
+)
+def test_entries_are_found_by_time(written, bounds, found):
+    """
+    A time may be given as far as one likes: a year, a month, a day, an hour. The end is not counted.
+    """
+    assert read(written, **bounds) == ([f"req_{number}" for number in found], 0)
+
+
+def test_no_folder_and_no_files_are_no_entries(tmp_path):
+    """
+    A report before the first call is empty, not an error.
+    """
+    assert read(tmp_path) == ([], 0)
+    assert read(tmp_path / "missing") == ([], 0)
+
+
+UNREADABLE = {
+    "a torn line": b'{"time":"2026-09-21T13:33:20.000Z","request',
+    "an empty line": b"",
+    "NULs": b"\0" * 100,
+    "not UTF-8": msgspec.json.encode(entry(9, key="bob")).replace(b"bob", b"b\xffb"),
+    "another shape": b"[1, 2]",
+    "a word for a number": msgspec.json.encode(entry(9)).replace(b'"status":200', b'"status":"200"'),
+    "a field too few": b'{"time":"2026-09-21T13:33:20.000Z","request_id":"req_9"}',
+}
+
+
+@pytest.mark.parametrize("line", UNREADABLE.values(), ids=UNREADABLE)
+def test_an_unreadable_line_is_counted_and_costs_no_other(tmp_path, line):
+    """
+    A report over a damaged ledger is still a report, and says that it is not all.
+    """
+    good = [msgspec.json.encode(entry(number)) for number in (1, 2)]
+    (tmp_path / SEPTEMBER).write_bytes(b"\n".join([good[0], line, good[1], line]) + b"\n")
+
+    assert read(tmp_path) == (["req_1", "req_2"], 2)
+
+
+def test_a_field_of_a_later_version_is_no_matter(tmp_path):
+    """
+    Going back to an older version keeps the reports.
+    """
+    line = msgspec.json.encode(entry(1)).replace(b'{"time"', b'{"new_field":{"a":[1]},"time"')
+    (tmp_path / SEPTEMBER).write_bytes(line + b"\n")
+
+    assert read(tmp_path) == (["req_1"], 0)
+
+
+def test_other_files_in_the_folder_are_no_ledger(written):
+    """
+    What was set aside, and what the operator keeps beside it, is not counted.
+    """
+    for name in ("usage-2026-01.torn", "usage-2026-01.jsonl.gz", "notes.jsonl", "usage-2026-01.jsonl~"):
+        (written / name).write_text("x\n")
+
+    assert read(written) == (requests(1, 6), 0)
+
+
+# Sums
+
+
+def test_totals_are_sums_per_group(tmp_path):
+    """
+    One pass over the entries gives every report; what did not complete is counted and paid for all the same.
+    """
+    entries = [
+        entry(1, model="b", cost_usd=0.1),
+        entry(2, model="a", cost_usd=0.2),
+        entry(3, model="b", cost_usd=0.2, outcome="client_gone"),
+        entry(4, model="b", key="bob", cost_usd=0.0000001, outcome="upstream_cut"),
+    ]
+
+    totals = g.summarize(entries, ["key", "model"], dt.UTC)
+
+    assert totals == [
+        g.Total({"key": "alice", "model": "a"}, 1, 0, 10, 20, 70, 120, 0.2, 0.6),
+        g.Total({"key": "alice", "model": "b"}, 2, 1, 20, 40, 140, 240, 0.3, 0.6),
+        g.Total({"key": "bob", "model": "b"}, 1, 1, 10, 20, 70, 120, 0.0000001, 0.6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rate"),
+    [
+        ((0, 0, 0, 0), None),
+        ((100, 0, 0, 0), 0.0),
+        ((0, 0, 0, 100), 1.0),
+        ((100, 50, 50, 200), 0.5),
+        ((1, 0, 0, 2), 0.6667),
+    ],
+)
+def test_the_cache_hit_rate_is_reads_over_all_input(tokens, rate):
+    """
+    Cache writes are input too; without input there is no rate.
+    """
+    names = ("input_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
+    fields = dict(zip(names, tokens, strict=True))
+
+    (total,) = g.summarize([entry(1, **fields)], ["key"], dt.UTC)
+
+    assert total.cache_hit_rate == rate
+
+
+def test_the_rate_of_a_group_is_that_of_its_sums():
+    """
+    A large call weighs more than a small one.
+    """
+    nothing = {"cache_write_5m_tokens": 0, "cache_write_1h_tokens": 0}
+    small = entry(1, input_tokens=10, cache_read_tokens=0, **nothing)
+    large = entry(2, input_tokens=0, cache_read_tokens=90, **nothing)
+
+    (total,) = g.summarize([small, large], ["key"], dt.UTC)
+
+    assert total.cache_hit_rate == 0.9
+
+
+@pytest.mark.parametrize(
+    ("timezone", "days"),
+    [
+        ("UTC", {"2026-10-31": 2, "2026-11-01": 2}),
+        ("Asia/Shanghai", {"2026-11-01": 3, "2026-11-02": 1}),
+        ("America/New_York", {"2026-10-31": 3, "2026-11-01": 1}),
+        ("Pacific/Kiritimati", {"2026-11-01": 3, "2026-11-02": 1}),
+    ],
+)
+def test_days_turn_over_where_the_operator_lives(timezone, days):
+    """
+    The ledger keeps UTC; a report's day is the calendar's of `server.timezone`, summer time included.
+    """
+    times = [
+        "2026-10-31T16:00:00.000Z",
+        "2026-10-31T23:59:59.999Z",
+        "2026-11-01T03:59:59.999Z",
+        "2026-11-01T16:00:00.000Z",
+    ]
+
+    totals = g.summarize([entry(1, time) for time in times], ["day"], zoneinfo.ZoneInfo(timezone))
+
+    assert {total.group["day"]: total.calls for total in totals} == days
+
+
+def test_months_turn_over_with_their_days():
+    """
+    The last evening of a month in UTC is the next month's morning elsewhere.
+    """
+    times = ["2026-12-31T15:59:59.999Z", "2026-12-31T16:00:00.000Z"]
+
+    totals = g.summarize([entry(1, time) for time in times], ["month", "day"], zoneinfo.ZoneInfo("Asia/Shanghai"))
+
+    assert [total.group for total in totals] == [
+        {"month": "2026-12", "day": "2026-12-31"},
+        {"month": "2027-01", "day": "2027-01-01"},
+    ]
+
+
+def test_no_entries_are_no_totals():
+    """
+    An empty report has no rows, not one of zeros.
+    """
+    assert g.summarize([], ["key"], dt.UTC) == []
+
+
+# Times
+
+EPOCH = dt.datetime(1970, 1, 1)
+LAST_DAY = int((dt.datetime(9999, 12, 31, 23, 59, 59) - EPOCH).total_seconds())
+
+
+@given(st.integers(0, LAST_DAY * 1000))
+@example(0)
+@example(1_790_000_000_000)
+@example(int((dt.datetime(2027, 1, 1) - EPOCH).total_seconds() * 1000) - 1)
+@example(int((dt.datetime(2028, 3, 1) - EPOCH).total_seconds() * 1000) - 1)
+def test_a_time_is_written_as_the_calendar_has_it(milliseconds):
+    """
+    Over the ends of months, years and leap years.
+    """
+    expected = EPOCH + dt.timedelta(milliseconds=milliseconds)
+
+    assert g.utc_time(milliseconds / 1000) == expected.isoformat(timespec="milliseconds") + "Z"
+
+
+@given(st.floats(0, 4e9))
+@example(1798761599.9996)
+def test_a_time_is_rounded_to_the_nearest_millisecond(seconds):
+    """
+    Rounding up may turn over a second, a day and a year, all at once.
+    """
+    written = dt.datetime.fromisoformat(g.utc_time(seconds))
+
+    assert abs((written - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)).total_seconds() - seconds) <= 0.000501
+
+
+@given(st.lists(st.floats(0, 4e9), min_size=2, max_size=2))
+def test_times_sort_as_text(seconds):
+    """
+    The ledger is searched by comparing text.
+    """
+    earlier, later = sorted(seconds)
+
+    assert g.utc_time(earlier) <= g.utc_time(later)
