@@ -2477,17 +2477,47 @@ JSON_TYPE: Headers = [(b"content-type", b"application/json")]
 SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
+class DemoSchema(msgspec.Struct):
+    """What the demo reads of a tool's schema."""
+
+    properties: dict[str, dict[str, Any]] = {}
+    required: list[str] = []
+
+
+class DemoTool(msgspec.Struct):
+    """A tool of either API: OpenAI's stands inside `function`."""
+
+    name: str = ""
+    input_schema: DemoSchema | None = None
+    parameters: DemoSchema | None = None
+    function: DemoTool | None = None
+
+
+class DemoMessage(msgspec.Struct):
+    """One message of a conversation."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
 class DemoRequest(msgspec.Struct):
     """What the demo reads of a request of either API."""
 
     model: str
-    messages: list[dict[str, Any]]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    stream: bool = False
-    tools: list[dict[str, Any]] = []
-    system: Any = None
+    messages: list[DemoMessage]
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    stream: bool | None = None
+    tools: list[DemoTool] | None = None
     stream_options: dict[str, Any] | None = None
+
+
+class DemoInput(msgspec.Struct):
+    """The parts of a request that are input, as bytes."""
+
+    messages: msgspec.Raw
+    system: msgspec.Raw = msgspec.Raw(b"")
+    tools: msgspec.Raw = msgspec.Raw(b"")
 
 
 class DemoReply(NamedTuple):
@@ -2512,62 +2542,43 @@ def sse(event: str, data: object) -> bytes:
 def last_user_text(request: DemoRequest) -> str:
     """The last text of the last user's message, "" where that brings a tool's result."""
     # Claude Code appends a message of the role "system".
-    last: dict[str, Any] = next((m for m in reversed(request.messages) if m.get("role") in ("user", "tool")), {})
-    content = last.get("content") if last.get("role") == "user" else ""
-    if isinstance(content, str):
-        return content
-    blocks = [block for block in content or [] if isinstance(block, dict)]
+    last = next((message for message in reversed(request.messages) if message.role in ("user", "tool")), None)
+    if last is None or last.role == "tool":
+        return ""
+    if isinstance(last.content, str):
+        return last.content
+    blocks = last.content or []
     if any(block.get("type") == "tool_result" for block in blocks):
         return ""
-    return next(
-        (str(block["text"]) for block in reversed(blocks) if block.get("type") == "text" and "text" in block), ""
-    )
+    return next((str(block.get("text", "")) for block in reversed(blocks) if block.get("type") == "text"), "")
 
 
 def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:
     """The tool that the text asks for ("use the Bash tool") and a value for each of its required fields."""
-    samples = {
-        "string": "echo hello from the demo",
-        "integer": 1,
-        "number": 1.5,
-        "boolean": True,
-        "array": [],
-        "object": {},
-    }
-    for tool in request.tools:
-        inner: dict[str, Any] = tool.get("function") or tool
-        name = str(inner.get("name", ""))
-        if name and re.search(rf"\b(use|call|run)\b.{{0,40}}\b{re.escape(name)}\b", text, re.IGNORECASE):
-            schema = inner.get("input_schema") or inner.get("parameters") or {}
-            fields = schema.get("properties") or {}
-            return name, {
-                f: samples.get(str((fields.get(f) or {}).get("type")), "") for f in schema.get("required") or []
-            }
+    samples: dict[str, Any] = {"string": "echo hello from the demo", "integer": 1, "number": 1.5, "boolean": True}
+    samples |= {"array": [], "object": {}}
+    for outer in request.tools or []:
+        tool = outer.function or outer
+        if tool.name and re.search(rf"\b(use|call|run)\b.{{0,40}}\b{re.escape(tool.name)}\b", text, re.IGNORECASE):
+            schema = tool.input_schema or tool.parameters or DemoSchema()
+            types = {name: str(schema.properties.get(name, {}).get("type")) for name in schema.required}
+            return tool.name, {name: samples.get(kind, "") for name, kind in types.items()}
     return "", {}
 
 
-def demo_reply(body: bytes) -> DemoReply:
+def demo_reply(body: bytes, request: DemoRequest) -> DemoReply:
     """Decide what to say. Numbers follow from the request: bytes ÷ 4 in, a token a word out."""
-    request = msgspec.json.decode(body, type=DemoRequest)
     text = last_user_text(request)
     tool, tool_input = wanted_tool(request, text)
     quote = " ".join(text.split())[:80]
     said = f"You said: “{quote}”." if quote else "I have read the tool's result."
     sentence = f"Hello from the demo upstream. {said} Put a real upstream into config.yaml to talk to a model."
     words = re.findall(r"\S+\s*", f"I will use {tool}." if tool else sentence)
-    limit = request.max_tokens or request.max_completion_tokens or len(words)
-    cached = len(msgspec.json.encode([request.system, request.tools])) // 4 if b'"cache_control"' in body else 0
-    whole = max(1, len(body) // 4)
-    return DemoReply(
-        request.model,
-        words[:limit],
-        tool,
-        tool_input,
-        limit < len(words),
-        whole - cached,
-        cached,
-        min(limit, len(words)),
-    )
+    limit = min(request.max_tokens or request.max_completion_tokens or len(words), len(words))
+    parts = msgspec.json.decode(body, type=DemoInput)
+    prefix = len(parts.system) + len(parts.tools)
+    whole, cached = max(1, (prefix + len(parts.messages)) // 4), prefix // 4 if b'"cache_control"' in body else 0
+    return DemoReply(request.model, words[:limit], tool, tool_input, limit < len(words), whole - cached, cached, limit)
 
 
 def demo_messages(reply: DemoReply) -> tuple[dict[str, Any], list[bytes]]:
@@ -2653,9 +2664,9 @@ def demo_chat(reply: DemoReply, include_usage: bool) -> tuple[dict[str, Any], li
 def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
     """What the demo answers: status, a JSON body, and the events where a stream was asked for."""
     try:
-        reply = demo_reply(body)
         asked = msgspec.json.decode(body, type=DemoRequest)
-    except msgspec.MsgspecError as error:
+        reply = demo_reply(body, asked)
+    except UNREADABLE as error:
         problem = {"type": "invalid_request_error", "message": str(error)}
         return 400, {"type": "error", "error": problem}, []
     if path == "/v1/messages":
@@ -2677,35 +2688,35 @@ class DemoLine:
 
     def __init__(self, word_s: float) -> None:
         self._word_s = word_s
-        self._events: deque[bytes] = deque()
+        self._head: tuple[int, Headers] | None = None
+        self._pieces: deque[bytes] = deque()
         self._timer: asyncio.Handle | None = None
         self._answer: Answer | None = None
+        self._paused = False
         self.heard = False
 
     def send(self, head: bytes, body: bytes, answer: Answer) -> None:
         """Start an exchange."""
         path = head.split(b" ", 2)[1].partition(b"?")[0].decode()
         status, whole, events = demo_answer(path, body)
-        self._answer, self._events = answer, deque(events)
-        self._whole = b"" if events else msgspec.json.encode(whole)
+        self._answer = answer
         self._head = (status, SSE_TYPE if events else JSON_TYPE)
-        self._timer = asyncio.get_running_loop().call_soon(self._begin)
-
-    def _begin(self) -> None:
-        if self._answer:
-            self.heard = True
-            self._answer.head(*self._head)
-            if self._events:
-                self._next()
-            else:
-                self._answer.received(self._whole, True)
+        self._pieces = deque(events or [msgspec.json.encode(whole)])
+        self._timer = asyncio.get_running_loop().call_soon(self._next)
 
     def _next(self) -> None:
-        if self._answer:
-            event = self._events.popleft()
-            if self._events:
-                self._timer = asyncio.get_running_loop().call_later(self._word_s, self._next)
-            self._answer.received(event, not self._events)
+        answer = self._answer
+        if answer and self._head:
+            head, self._head, self.heard = self._head, None, True
+            answer.head(*head)
+        if self._answer is None or answer is None or self._paused:
+            return
+        piece = self._pieces.popleft()
+        if self._pieces:
+            self._timer = asyncio.get_running_loop().call_later(self._word_s, self._next)
+        else:
+            self._answer = None
+        answer.received(piece, not self._pieces)
 
     def abort(self) -> None:
         """End the exchange."""
@@ -2714,12 +2725,14 @@ class DemoLine:
 
     def pause(self) -> None:
         """Say no more until `resume`."""
+        self._paused = True
         if self._timer:
             self._timer.cancel()
 
     def resume(self) -> None:
         """Go on."""
-        if self._answer and self._events:
+        if self._paused:
+            self._paused = False
             self._next()
 
 

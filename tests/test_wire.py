@@ -848,6 +848,18 @@ def test_an_answer_that_is_no_stream_and_cut_short_is_not_free(meter, kind, answ
     assert 1000 <= cut.usage.output_tokens <= len(data) // 4
 
 
+@pytest.mark.parametrize("end", [b"", b"]}]}"], ids=["cut short", "whole"])
+def test_embeddings_have_no_output_to_estimate(meter, end):
+    """
+    Their answer is long in bytes and holds no token.
+    """
+    data = b'{"model": "gpt-served", "data": [{"embedding": [' + b"-0.0123456789, " * 1000 + b"0.0" + end
+
+    booked = meter("embeddings", data, streaming=False, ended=bool(end), every_cut=False)
+
+    assert booked.usage == g.Usage(input_tokens=1000, estimated=True)
+
+
 def test_count_tokens_is_free(meter):
     """
     It is never booked as spend, whatever it says.

@@ -1,0 +1,638 @@
+"""The demo: an upstream that needs no API key and speaks like a real one (section 7)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import anthropic.types as claude
+import openai.types.chat as gpt
+import pytest
+from conftest import config_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gateway as g
+
+MESSAGES, CHAT, COUNT = "/v1/messages", "/v1/chat/completions", "/v1/messages/count_tokens"
+SENTENCE = (
+    "Hello from the demo upstream. You said: “say hello”. Put a real upstream into config.yaml to talk to a model."
+)
+TOOL_SAID = "I will use Bash."
+
+
+def ask(path: str, request: object) -> tuple[int, dict, list[bytes]]:
+    """What the demo answers."""
+    return g.demo_answer(path, request if isinstance(request, bytes) else json.dumps(request).encode())
+
+
+def user(content: object, **fields: object) -> dict:
+    """A request with one message of the user's."""
+    return {"model": "claude-demo", "max_tokens": 100, "messages": [{"role": "user", "content": content}]} | fields
+
+
+CLAUDE_EVENTS = {
+    "message_start": claude.RawMessageStartEvent,
+    "content_block_start": claude.RawContentBlockStartEvent,
+    "content_block_delta": claude.RawContentBlockDeltaEvent,
+    "content_block_stop": claude.RawContentBlockStopEvent,
+    "message_delta": claude.RawMessageDeltaEvent,
+    "message_stop": claude.RawMessageStopEvent,
+}
+
+
+def claude_events(events: list[bytes]) -> list:
+    """A Messages stream as the official SDK reads it; pings stay words."""
+    read = []
+    for event in events:
+        name, data, *rest = event.decode().split("\n")
+        kind = name.removeprefix("event: ")
+        assert data.startswith("data: ") and rest == ["", ""]
+        fields = json.loads(data.removeprefix("data: "))
+        assert fields["type"] == kind
+        read.append("ping" if kind == "ping" else CLAUDE_EVENTS[kind].model_validate(fields))
+    return read
+
+
+def gpt_chunks(events: list[bytes]) -> list[gpt.ChatCompletionChunk]:
+    """A chat stream as the official SDK reads it."""
+    assert events[-1] == b"data: [DONE]\n\n"
+    assert all(event.startswith(b"data: ") and event.endswith(b"\n\n") for event in events)
+    return [gpt.ChatCompletionChunk.model_validate_json(event.removeprefix(b"data: ")) for event in events[:-1]]
+
+
+# Words
+
+
+def test_a_message_has_all_that_the_official_sdk_expects():
+    """
+    The first answer that a newcomer sees goes through the same client as the real ones later.
+    """
+    status, answer, events = ask(MESSAGES, user("say hello"))
+
+    message = claude.Message.model_validate(answer)
+    assert (status, events) == (200, [])
+    assert message.usage.input_tokens > 0
+    assert message.model_dump(exclude_unset=True, exclude={"usage": {"input_tokens"}}) == {
+        "id": "msg_demo",
+        "type": "message",
+        "role": "assistant",
+        "model": "claude-demo",
+        "content": [{"type": "text", "text": SENTENCE}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "output_tokens": 20,
+        },
+    }
+
+
+def test_a_messages_stream_tells_the_same_word_by_word():
+    """
+    In the order of the API: start, block, words, end of the block, usage, stop.
+    """
+    _, whole, _ = ask(MESSAGES, user("say hello"))
+
+    events = claude_events(ask(MESSAGES, user("say hello", stream=True))[2])
+
+    kinds = [event if event == "ping" else event.type for event in events]
+    words = [event.delta.text for event in events[3:-3]]
+    start, delta = events[0].message, events[-2]
+    assert kinds[:3] == ["message_start", "content_block_start", "ping"]
+    assert kinds[3:-3] == ["content_block_delta"] * 20
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert (words[:3], "".join(words)) == (["Hello ", "from ", "the "], SENTENCE)
+    assert (start.id, start.model, start.content, start.stop_reason) == ("msg_demo", "claude-demo", [], None)
+    assert (start.usage.input_tokens, start.usage.output_tokens) == (delta.usage.input_tokens, 1)
+    assert (delta.delta.stop_reason, delta.usage.output_tokens) == ("end_turn", whole["usage"]["output_tokens"])
+
+
+def test_a_chat_completion_has_all_that_the_official_sdk_expects():
+    """
+    The same words in the other format.
+    """
+    status, answer, events = ask(CHAT, user("say hello"))
+
+    completion = gpt.ChatCompletion.model_validate(answer)
+    (choice,) = completion.choices
+    usage = completion.usage
+    assert (status, events) == (200, [])
+    assert (completion.id, completion.object, completion.model) == ("chatcmpl-demo", "chat.completion", "claude-demo")
+    assert (choice.index, choice.message.role, choice.message.content) == (0, "assistant", SENTENCE)
+    assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
+    assert (usage.completion_tokens, usage.total_tokens) == (20, usage.prompt_tokens + 20)
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_chat_stream_tells_the_same_word_by_word(include_usage):
+    """
+    Usage comes where the client asked for it, in a last chunk without choices.
+    """
+    options = {"stream_options": {"include_usage": True}} if include_usage else {}
+
+    chunks = gpt_chunks(ask(CHAT, user("say hello", stream=True, **options))[2])
+
+    usage = [chunk.usage for chunk in chunks if chunk.usage]
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert {(chunk.id, chunk.object, chunk.model) for chunk in chunks} == {
+        ("chatcmpl-demo", "chat.completion.chunk", "claude-demo")
+    }
+    assert (choices[0].delta.role, "".join(choice.delta.content or "" for choice in choices)) == ("assistant", SENTENCE)
+    assert [choice.finish_reason for choice in choices] == [None] * 21 + ["stop"]
+    assert [each.completion_tokens for each in usage] == [20] * include_usage
+    assert bool(chunks[-1].choices) != include_usage
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": " a \n b "}], "You said: “a b”."),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "text", "text": "last"}]}],
+            "“last”",
+        ),
+        ([{"role": "user", "content": "x" * 100}], "“" + "x" * 80 + "”"),
+        ([{"role": "user", "content": "é 𝄞 \u2028 字"}], "“é 𝄞 字”"),
+        (
+            [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
+            "“3”",
+        ),
+        ([{"role": "user", "content": "1"}, {"role": "system", "content": "2"}], "“1”"),
+        ([{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}], "I have read the tool's result."),
+        ([{"role": "user", "content": "1"}, {"role": "tool", "content": "x"}], "I have read the tool's result."),
+    ],
+)
+def test_the_last_words_of_the_user_are_said_again(messages, said):
+    """
+    Whoever tries it sees that the request arrived, and which one.
+    """
+    _, answer, _ = ask(MESSAGES, {"model": "claude-demo", "messages": messages})
+
+    assert said in answer["content"][0]["text"]
+
+
+@pytest.mark.parametrize("path", [MESSAGES, CHAT])
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(max_size=60), stream=st.booleans())
+def test_the_same_request_has_the_same_answer(path, text, stream):
+    """
+    Tests and benchmarks can rely on it; nothing in the answer is a clock or a dice.
+    """
+    request = json.dumps(user(text, stream=stream)).encode()
+
+    assert ask(path, request) == ask(path, request)
+
+
+# Tools
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "command": {"type": "string"},
+        "timeout": {"type": "integer"},
+        "ratio": {"type": "number"},
+        "dry": {"type": "boolean"},
+        "args": {"type": "array"},
+        "env": {"type": "object"},
+        "optional": {"type": "string"},
+    },
+    "required": ["command", "timeout", "ratio", "dry", "args", "env"],
+}
+INPUT = {
+    "command": "echo hello from the demo",
+    "timeout": 1,
+    "ratio": 1.5,
+    "dry": True,
+    "args": [],
+    "env": {},
+}
+CLAUDE_TOOLS = {"tools": [{"name": "Read", "input_schema": {}}, {"name": "Bash", "input_schema": SCHEMA}]}
+GPT_TOOLS = {
+    "tools": [
+        {"type": "function", "function": {"name": "Read"}},
+        {"type": "function", "function": {"name": "Bash", "parameters": SCHEMA}},
+    ]
+}
+ASKED = ["use the Bash tool", "Please call Bash.", "RUN bash now", "use, if you like, the tool named Bash!"]
+NOT_ASKED = [
+    "what is Bash?",
+    "use the tool",
+    "use Bashful",
+    "reuse Bash",
+    "Bash is of no use",
+    "use " + "x" * 50 + " Bash",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", ASKED)
+def test_a_tool_is_used_when_the_user_asks_for_it(text):
+    """
+    "use the Bash tool" is a whole tool turn, with a value for each required field.
+    """
+    _, answer, _ = ask(MESSAGES, user(text, **CLAUDE_TOOLS))
+
+    message = claude.Message.model_validate(answer)
+    assert message.stop_reason == "tool_use"
+    assert [block.model_dump(exclude_unset=True) for block in message.content] == [
+        {"type": "text", "text": TOOL_SAID},
+        {"type": "tool_use", "id": "toolu_demo", "name": "Bash", "input": INPUT},
+    ]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"required": ["x"]},
+        {"properties": {}, "required": ["x"]},
+        {"properties": {"x": {}}, "required": ["x"]},
+        {"properties": {"x": {"type": ["string", "null"]}}, "required": ["x"]},
+        {"properties": {"x": True, "y": False}, "required": ["x"]},
+        {
+            "properties": {"x": {"type": "string"}},
+            "required": ["x"],
+            "additionalProperties": False,
+            "$defs": {"z": True},
+        },
+    ],
+)
+def test_any_json_schema_will_do_for_a_tool(schema):
+    """
+    Tools come from everywhere: a field may have no type, several types, or `true` for a schema.
+    """
+    request = user("use the Bash tool", tools=[{"name": "Bash", "input_schema": schema}])
+
+    status, answer, _ = ask(MESSAGES, request)
+
+    assert (status, list(answer["content"][1]["input"])) == (200, ["x"])
+
+
+def test_a_streamed_tool_comes_as_a_block_of_its_own():
+    """
+    Its input begins empty and comes as pieces of JSON, as the API sends it.
+    """
+    events = claude_events(ask(MESSAGES, user("use the Bash tool", stream=True, **CLAUDE_TOOLS))[2])
+
+    start, delta, stop, end, _ = events[-5:]
+    assert start.content_block.model_dump(exclude_unset=True) == {
+        "type": "tool_use",
+        "id": "toolu_demo",
+        "name": "Bash",
+        "input": {},
+    }
+    assert (start.index, delta.index, stop.index, stop.type) == (1, 1, 1, "content_block_stop")
+    assert (delta.delta.type, json.loads(delta.delta.partial_json)) == ("input_json_delta", INPUT)
+    assert (end.delta.stop_reason, events[-6].type) == ("tool_use", "content_block_stop")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_used_in_the_chat_format_too(stream):
+    """
+    Arguments are a string of JSON there, and the turn ends in `tool_calls`.
+    """
+    _, answer, events = ask(CHAT, user("use the Bash tool", stream=stream, **GPT_TOOLS))
+
+    if stream:
+        choices = [chunk.choices[0] for chunk in gpt_chunks(events)]
+        (call,) = [call for choice in choices for call in choice.delta.tool_calls or []]
+        finish, said = choices[-1].finish_reason, "".join(choice.delta.content or "" for choice in choices)
+    else:
+        (choice,) = gpt.ChatCompletion.model_validate(answer).choices
+        (call,), finish, said = choice.message.tool_calls, choice.finish_reason, choice.message.content
+    assert (call.id, call.type, call.function.name) == ("call_demo", "function", "Bash")
+    assert (json.loads(call.function.arguments), finish, said) == (INPUT, "tool_calls", TOOL_SAID)
+
+
+@pytest.mark.parametrize("text", NOT_ASKED)
+def test_no_tool_is_used_unasked(text):
+    """
+    A demo that runs commands by itself would be remembered.
+    """
+    _, message, _ = ask(MESSAGES, user(text, **CLAUDE_TOOLS))
+    _, completion, _ = ask(CHAT, user(text, **GPT_TOOLS))
+
+    assert ([block["type"] for block in message["content"]], message["stop_reason"]) == (["text"], "end_turn")
+    assert ("tool_calls" in completion["choices"][0]["message"], completion["choices"][0]["finish_reason"]) == (
+        False,
+        "stop",
+    )
+
+
+def test_a_tools_result_ends_the_turn():
+    """
+    The request for the tool still stands in the history; asking for it again and again would never end.
+    """
+    history = [
+        {"role": "user", "content": "use the Bash tool"},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_demo", "name": "Bash", "input": INPUT}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_demo", "content": "use Bash"}]},
+    ]
+
+    _, answer, _ = ask(MESSAGES, {"model": "claude-demo", "max_tokens": 100, "messages": history, **CLAUDE_TOOLS})
+
+    assert answer["stop_reason"] == "end_turn"
+    assert [block["type"] for block in answer["content"]] == ["text"]
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("limit", "said", "stop", "finish", "tokens"),
+    [
+        (1, "Hello ", "max_tokens", "length", 1),
+        (3, "Hello from the ", "max_tokens", "length", 3),
+        (20, SENTENCE, "end_turn", "stop", 20),
+        (21, SENTENCE, "end_turn", "stop", 20),
+    ],
+)
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_max_tokens_cuts_the_answer(name, limit, said, stop, finish, tokens):
+    """
+    A word is a token; the answer says that it was cut.
+    """
+    request = user("say hello") | {"max_tokens": None, name: limit}
+    streamed = [event for event in claude_events(ask(MESSAGES, request | {"stream": True})[2]) if event != "ping"]
+
+    _, message, _ = ask(MESSAGES, request)
+    _, completion, _ = ask(CHAT, request)
+
+    choice = completion["choices"][0]
+    words = [event.delta.text for event in streamed if event.type == "content_block_delta"]
+    assert (message["content"][0]["text"], message["stop_reason"]) == (said, stop)
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, finish)
+    assert ("".join(words), streamed[-2].delta.stop_reason) == (said, stop)
+    assert message["usage"]["output_tokens"] == completion["usage"]["completion_tokens"] == tokens
+    assert streamed[-2].usage.output_tokens == tokens
+
+
+ASKS = {
+    "a line": user("say hello"),
+    "a system message": user("say hello", system="Be brief."),
+    "tools": user("use the Bash tool", **CLAUDE_TOOLS),
+    "a cache": user(
+        [{"type": "text", "text": "say hello"}],
+        system=[{"type": "text", "text": "x" * 400, "cache_control": {"type": "ephemeral"}}],
+    ),
+}
+
+
+@pytest.mark.parametrize("request_", ASKS.values(), ids=ASKS)
+def test_count_tokens_says_what_the_call_will_say(request_):
+    """
+    The count is asked for without max_tokens and stream, which are no input.
+    """
+    counted = {name: value for name, value in request_.items() if name != "max_tokens"}
+
+    _, count, _ = ask(COUNT, counted)
+    usages = [ask(MESSAGES, request_)[1]["usage"], ask(MESSAGES, request_ | {"stream": True})[1]["usage"]]
+
+    totals = [usage["input_tokens"] + usage["cache_read_input_tokens"] for usage in usages]
+    claude.MessageTokensCount.model_validate(count)
+    assert totals == [count["input_tokens"]] * 2
+
+
+def test_what_may_be_cached_is_read_from_the_cache():
+    """
+    The dashboard has a hit rate to show: tools and system count as cached where the request marks something so.
+    """
+    plain = ask(MESSAGES, ASKS["tools"])[1]["usage"]
+    cached = ask(MESSAGES, ASKS["a cache"])[1]["usage"]
+
+    assert plain["cache_read_input_tokens"] == 0
+    assert 100 <= cached["cache_read_input_tokens"] < 130
+    assert cached["input_tokens"] > 0
+
+
+@pytest.mark.parametrize("request_", ASKS.values(), ids=ASKS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_meter_books_what_the_demo_says(tmp_path, request_, stream):
+    """
+    Both ends are ours: what one says, the other understands, exactly and without an estimate.
+    """
+    (tmp_path / "config.yaml").write_text(config_text("http://upstream.test"))
+    config = g.Config.load(tmp_path / "config.yaml")
+    request = request_ | {"stream": stream, "stream_options": {"include_usage": True}}
+
+    booked = []
+    for path in (MESSAGES, CHAT):
+        meter = g.METERS[g.ROUTES[path].kind](g.Call(config, next(iter(config.keys)), g.ROUTES[path], b"", [], ""))
+        _, answer, events = ask(path, request)
+        meter.start(stream)
+        meter.feed(b"".join(events) if stream else json.dumps(answer).encode())
+        meter.end()
+        booked.append(meter.result(True))
+
+    usage = ask(MESSAGES, request)[1]["usage"]
+    assert (
+        booked
+        == [
+            g.Usage(
+                input_tokens=usage["input_tokens"],
+                output_tokens=usage["output_tokens"],
+                cache_read_tokens=usage["cache_read_input_tokens"],
+            )
+        ]
+        * 2
+    )
+
+
+# Bad requests
+
+BASH = {"messages": [{"role": "user", "content": "use the Bash tool"}]}
+BAD_REQUESTS = {
+    "not JSON": b"{",
+    "not UTF-8": b'{"model": "m", "messages": [{"role": "user", "content": "\xff"}]}',
+    "too deep": b'{"model": "m", "messages": [{"role": ' + b"[" * 100_000,
+    "a list": [],
+    "no model": {"messages": []},
+    "no messages": {"model": "m"},
+    "messages of words": {"model": "m", "messages": ["x"]},
+    "content of numbers": user(5),
+    "max_tokens in words": user("x", max_tokens="many"),
+    "max_tokens below one": user("x", max_tokens=-3),
+    "tools of words": user("x", tools=["Bash"]),
+    "a function of words": user("x", tools=[{"function": "Bash"}]),
+    "properties as a list": user("x", tools=[{"name": "Bash", "input_schema": {"properties": [1], "required": ["a"]}}])
+    | BASH,
+    "required as a number": user("x", tools=[{"name": "Bash", "input_schema": {"required": 5}}]) | BASH,
+    "stream in words": user("x", stream="yes"),
+}
+
+
+@pytest.mark.parametrize("path", [MESSAGES, CHAT, COUNT])
+@pytest.mark.parametrize("request_", BAD_REQUESTS.values(), ids=BAD_REQUESTS)
+def test_a_bad_request_is_a_400(path, request_):
+    """
+    As a real API would say it: whoever tries the demo has probably made a mistake, not found a bug.
+    """
+    status, answer, events = ask(path, request_)
+
+    assert (status, events) == (400, [])
+    assert (answer["type"], answer["error"]["type"]) == ("error", "invalid_request_error")
+    assert answer["error"]["message"]
+
+
+@pytest.mark.parametrize("fields", [{"stream": None}, {"stream_options": None}, {"max_tokens": None}, {"system": None}])
+def test_null_is_as_good_as_nothing(fields):
+    """
+    OpenAI's reference allows null where a field may be left out.
+    """
+    status, answer, events = ask(CHAT, user("say hello") | fields)
+
+    assert (status, answer["choices"][0]["message"]["content"], events) == (200, SENTENCE, [])
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/files", "/"])
+def test_what_the_demo_does_not_know_is_a_404(path):
+    """
+    It says so instead of pretending.
+    """
+    status, answer, events = ask(path, user("say hello"))
+
+    assert (status, events) == (404, [])
+    assert answer == {
+        "type": "error",
+        "error": {"type": "not_found_error", "message": f"the demo upstream has no {path}"},
+    }
+
+
+# The line
+
+
+@dataclass
+class Heard:
+    """What the listener of a line was told; `hook` is called with each piece."""
+
+    hook: Callable[[bytes], None] = lambda piece: None
+    head_: tuple[int, g.Headers] | None = None
+    pieces: list[bytes] = field(default_factory=list)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def head(self, status: int, headers: g.Headers) -> None:
+        assert self.head_ is None and not self.pieces
+        self.head_ = (status, headers)
+
+    def received(self, body: bytes, last: bool) -> None:
+        assert self.head_ is not None and not self.ended.is_set()
+        self.pieces.append(body)
+        self.hook(body)
+        if last:
+            self.ended.set()
+
+    def lost(self, failure: g.Failure) -> None:
+        raise AssertionError(failure)
+
+    async def whole(self) -> bytes:
+        """The body, when it is all there."""
+        async with asyncio.timeout(5):
+            await self.ended.wait()
+        return b"".join(self.pieces)
+
+
+HEAD = b"POST /v1/messages?beta=true HTTP/1.1\r\nhost: demo\r\n\r\n"
+STREAM = json.dumps(user("say hello", stream=True)).encode()
+WHOLE = json.dumps(user("say hello")).encode()
+
+
+async def turns(count: int = 100) -> None:
+    """Let the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_line_of_the_demo_streams_event_by_event():
+    """
+    The relay sees no difference to a connection: a head, pieces, an end, and never before `send` has returned.
+    """
+    line, heard = g.DemoLine(0.0), Heard()
+
+    line.send(HEAD, STREAM, heard)
+    at_once = (heard.head_, line.heard)
+    body = await heard.whole()
+
+    assert at_once == (None, False)
+    assert heard.head_ == (
+        200,
+        [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")],
+    )
+    assert heard.pieces == ask(MESSAGES, STREAM)[2]
+    assert body.endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n') and line.heard
+
+
+@pytest.mark.parametrize(("body", "status"), [(WHOLE, 200), (b"{", 400)], ids=["a good one", "a bad one"])
+async def test_a_line_of_the_demo_answers_at_once_where_no_stream_is_wanted(body, status):
+    """
+    One JSON body; errors too, whatever was asked for.
+    """
+    line, heard = g.DemoLine(0.0), Heard()
+
+    line.send(HEAD, body, heard)
+    answer = await heard.whole()
+
+    assert heard.head_ == (status, [(b"content-type", b"application/json")])
+    assert json.loads(answer) == ask(MESSAGES, body)[1]
+
+
+async def test_a_paused_line_says_nothing_and_goes_on_from_there():
+    """
+    A slow client slows the demo too, again after each piece.
+    """
+    line = g.DemoLine(0.0)
+    heard = Heard(hook=lambda piece: line.pause())
+
+    line.send(HEAD, STREAM, heard)
+    counts = []
+    while not heard.ended.is_set() and len(counts) < 100:
+        await turns()
+        counts.append(len(heard.pieces))
+        line.resume()
+
+    events = ask(MESSAGES, STREAM)[2]
+    assert heard.pieces == events
+    assert counts == list(range(1, len(events)))
+
+
+@pytest.mark.parametrize("body", [STREAM, WHOLE], ids=["stream", "whole"])
+async def test_a_line_paused_before_its_head_begins_with_it_when_it_goes_on(body):
+    """
+    The client may still be reading the answer before this one.
+    """
+    line, heard = g.DemoLine(0.0), Heard()
+
+    line.send(HEAD, body, heard)
+    line.pause()
+    await turns()
+    silence = (heard.head_, list(heard.pieces))
+    line.resume()
+    await turns(1000)
+
+    assert silence == (None, [])
+    assert heard.head_ is not None and heard.head_[0] == 200
+    assert heard.ended.is_set()
+
+
+@pytest.mark.parametrize("when", ["before the head", "in the middle", "while paused"])
+async def test_an_aborted_line_says_nothing_more(when):
+    """
+    A client that left is not told the rest, and no timer is left behind.
+    """
+    line = g.DemoLine(0.0)
+    heard = Heard(hook=lambda piece: line.pause() if when == "while paused" else line.abort())
+
+    line.send(HEAD, STREAM, heard)
+    if when == "before the head":
+        line.abort()
+    await turns()
+    line.abort()
+    line.resume()
+    await turns()
+
+    assert len(heard.pieces) == (0 if when == "before the head" else 1)
+    assert not heard.ended.is_set()
