@@ -1947,6 +1947,7 @@ class Meter:
     decode_event: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicEvent).decode
     decode_answer: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicMessage).decode
     charged = True
+    speaks = True  # an answer without counts has output all the same
 
     def __init__(self, call: Call) -> None:
         self._estimate = call.input_estimate
@@ -2020,7 +2021,7 @@ class Meter:
         if not self._seen_input:
             usage.input_tokens, usage.estimated = self._estimate, True
         if not (self._seen_output and self.finished):
-            guess = (self._characters or self._body_size) // 4
+            guess = (self._characters or self._body_size) // 4 if self.speaks else 0
             usage.output_tokens = max(usage.output_tokens, guess)
             usage.estimated = True
         return usage
@@ -2126,12 +2127,18 @@ class ResponsesMeter(OpenAIMeter):
             self.error_type = event.code or "error"
 
 
+class EmbeddingsMeter(OpenAIMeter):
+    """Embeddings: numbers come back, no tokens."""
+
+    speaks = False
+
+
 METERS: dict[str, type[Meter]] = {
     "messages": MessagesMeter,
     "count_tokens": CountTokensMeter,
     "chat": ChatMeter,
     "responses": ResponsesMeter,
-    "embeddings": OpenAIMeter,
+    "embeddings": EmbeddingsMeter,
 }
 
 
@@ -2480,7 +2487,7 @@ SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"
 class DemoSchema(msgspec.Struct):
     """What the demo reads of a tool's schema."""
 
-    properties: dict[str, dict[str, Any]] = {}
+    properties: dict[str, dict[str, Any] | bool] = {}
     required: list[str] = []
 
 
@@ -2561,8 +2568,9 @@ def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:
         tool = outer.function or outer
         if tool.name and re.search(rf"\b(use|call|run)\b.{{0,40}}\b{re.escape(tool.name)}\b", text, re.IGNORECASE):
             schema = tool.input_schema or tool.parameters or DemoSchema()
-            types = {name: str(schema.properties.get(name, {}).get("type")) for name in schema.required}
-            return tool.name, {name: samples.get(kind, "") for name, kind in types.items()}
+            fields = {name: schema.properties.get(name) for name in schema.required}
+            kinds = {name: str(field.get("type")) if isinstance(field, dict) else "" for name, field in fields.items()}
+            return tool.name, {name: samples.get(kind, "") for name, kind in kinds.items()}
     return "", {}
 
 

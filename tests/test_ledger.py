@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import resource
+import shutil
 import subprocess
 import threading
 import zoneinfo
@@ -495,9 +496,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 64 KB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: that needs root")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 
