@@ -1733,8 +1733,14 @@ def read_request(call: Call) -> None:
 
 
 def rename_model(body: bytes, model: str) -> bytes:
-    """The body with another `model`; every other value keeps its bytes. Opt-in: only where a rename map says so."""
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    """The body with another `model`; every other value keeps its bytes. Raises BadRequest.
+
+    Opt-in: only where a rename map says so.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
     fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
 
@@ -3006,8 +3012,6 @@ class Relay:
     async def run(self, exchange: Exchange) -> Outcome:
         """Carry one call to its end. Never raises what an upstream did: the outcome says it."""
         call, upstream = exchange.call, exchange.upstream
-        if call.upstream_model != call.model:
-            call.body = rename_model(call.body, call.upstream_model)
         target = UpstreamTarget.of(upstream.url, upstream.proxy)
         head = request_head(call, upstream, target, len(call.body))
         self.running.add(exchange)
@@ -3198,6 +3202,8 @@ class Gateway:
         try:
             read_request(call)
             upstream = call.config.route(call)
+            if call.upstream_model != call.model:
+                call.body = rename_model(call.body, call.upstream_model)
             self.admit()
         except GatewayError as error:
             return self.refuse(call, sink, error)
@@ -3592,7 +3598,7 @@ class ClientConnection(asyncio.Protocol):
         config = gateway.config
         for name, value in self._headers:
             lower = name.lower()
-            if lower == b"content-encoding" and value.lower() not in (b"", b"identity"):
+            if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                 raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
             if lower == b"content-length" and int(value) > config.server.max_body:
                 raise too_large(config.server.max_body)
