@@ -3977,7 +3977,8 @@ def base_url(config: Config, port: int) -> str:
 def greeting(config: Config, port: int, key: str) -> str:
     """What the terminal shows once the gateway listens."""
     url = base_url(config, port)
-    lines = [f"claude-gateway {VERSION} listens on {url} ({config.path})", ""]
+    path = config.path.name if config.path.parent == Path.cwd() else config.path
+    lines = [f"claude-gateway {VERSION} listens on {url} ({path})", ""]
     lines += ["Point Claude Code at it:", "", EXPORTS % (url, key or "sk-proxy-...")]
     if key:
         lines.append(
@@ -3986,7 +3987,7 @@ def greeting(config: Config, port: int, key: str) -> str:
     else:
         lines.append("Make a key: gateway.py key add NAME")
     if all(upstream.format == "demo" for upstream in config.upstreams):
-        lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {config.path},")
+        lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {path},")
         lines.append("save (it is live within a second), and run: gateway.py seal")
     return "\n".join(lines)
 
