@@ -2892,10 +2892,10 @@ class Exchange:
             self.done.set_exception(AttemptFailed(failure))
 
     def retry(self) -> None:
-        """Forget a failed attempt."""
-        if self.done.done() and not self.done.cancelled():
-            self.done.exception()
+        """Forget a failed attempt; but a client that went away meanwhile wants no other."""
         self.done = asyncio.get_running_loop().create_future()
+        if self._sink is None:
+            self._finish(Outcome("client_gone", self.status))
 
     # What the client says
 
@@ -3498,7 +3498,9 @@ class ClientConnection(asyncio.Protocol):
             self._keep_alive = False  # Tornado's matter; the parser reads no further here
         except httptools.HttpParserError as error:
             self._unreadable(error)
-        if self._state is State.FOREIGN:
+        if self._state is State.FOREIGN and self.transport.get_write_buffer_size():
+            self._close()  # an answer of ours is still on its way out
+        elif self._state is State.FOREIGN:
             self._door.hand_over(self, b"".join(self._head_parts))
         elif self._state is State.HEAD and sum(map(len, self._head_parts)) > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes."))

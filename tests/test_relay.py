@@ -653,6 +653,24 @@ async def test_invariant_5_a_failed_attempt_is_retried_unseen_while_no_byte_has_
     assert [entry["attempts"] for entry in gateway.entries()] == [1, 2]
 
 
+async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gateway):
+    """
+    Between a connection's death and the next attempt the client may go away: then there is none.
+    """
+    config = gateway.gateway.config
+    call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+    sink = g.ClientConnection(gateway.door)
+    exchange = sink.exchange = g.Exchange(call, config.upstreams[0], sink, gateway.gateway.relay)
+
+    exchange.lost(g.CUT)
+    exchange.client_gone()
+    with pytest.raises(g.AttemptFailed):
+        await exchange.done
+    exchange.retry()
+
+    assert await exchange.done == g.Outcome("client_gone", 0)
+
+
 @pytest.mark.logs("closed the connection before its answer was whole")
 async def test_a_fresh_connection_that_dies_is_not_tried_again(gateway, upstream):
     """
