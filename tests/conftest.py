@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 from collections.abc import Awaitable, Callable, Iterator
@@ -129,6 +130,13 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--event-loop", choices=["uvloop", "asyncio"], default="uvloop", help="which loop the tests run on"
     )
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Every async test has the loop, whether or not one of its fixtures asks for it."""
+    for item in items:
+        if inspect.iscoroutinefunction(item.function) and "io_loop" not in item.fixturenames:
+            item.fixturenames.insert(0, "io_loop")
 
 
 @pytest.fixture
