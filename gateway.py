@@ -829,66 +829,149 @@ def join(at: str, name: str | int) -> str:
 
 
 YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+Event = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
+
+
+def join_steps(steps: Sequence[str | int]) -> str:
+    """("keys", 0, "name") makes `keys[0].name`."""
+    return functools.reduce(lambda at, step: f"{at}[{step}]" if isinstance(step, int) else join(at, step), steps, "")
+
+
+def rest_of(event: Event, events: Iterator[Event]) -> list[Event]:
+    """The events of a node that follow its first."""
+    rest: list[Event] = []
+    depth = int(isinstance(event, yaml.CollectionStartEvent))
+    while depth:
+        rest.append(next(events))
+        depth += isinstance(rest[-1], yaml.CollectionStartEvent) - isinstance(rest[-1], yaml.CollectionEndEvent)
+    return rest
+
+
+class PlainReader:
+    """Makes dicts, lists and scalars of YAML's events, with `${NAME}` and `${NAME:-default}` filled in.
+
+    At 10,000 keys the tree of nodes, which nobody needs to read them, takes 60 MB and half the time.
+    """
+
+    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
+        self._document, self._environ = document, environ
+        self._anchors: dict[str, tuple[Event, list[Event]]] = {}
+        self._scalars: Any = yaml.SafeLoader("")
+        self._typed = functools.lru_cache(maxsize=256)(self._construct)
+
+    def read(self, events: Iterator[Event]) -> dict[str, Any]:
+        """The one document of a stream. Raises ConfigError, and YAMLError where composing would raise, too."""
+        _, _, first = next(events), next(events), next(events, None)
+        if not isinstance(first, yaml.MappingStartEvent):
+            raise yaml.YAMLError("no mapping")
+        plain = self._value(first, events, "", 0)
+        _, last = next(events), next(events)
+        if not isinstance(last, yaml.StreamEndEvent):
+            raise yaml.YAMLError("another document")
+        return cast(dict[str, Any], plain)
+
+    def _value(self, event: Event, events: Iterator[Event], at: str, depth: int) -> Any:
+        event, events = self._follow(event, events)
+        if depth > 20:
+            raise self._document.error(event, at, "nested too deep (an alias of itself?)")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event, at)
+        if isinstance(event, yaml.MappingStartEvent):
+            return self._mapping(events, at, depth)
+        return self._sequence(events, at, depth)
+
+    def _follow(self, event: Event, events: Iterator[Event]) -> tuple[Event, Iterator[Event]]:
+        """A node's first event and where the others come from: an anchor keeps its events for its aliases."""
+        if event.anchor is None:
+            return event, events
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if not is_alias:
+            self._anchors.setdefault(event.anchor, (event, rest_of(event, events)))
+        if event.anchor not in self._anchors:
+            raise yaml.YAMLError("an alias without an anchor")
+        first, rest = self._anchors[event.anchor]
+        if not is_alias and first is not event:
+            raise yaml.YAMLError("an anchor given twice")
+        return first, iter(rest)
+
+    def _mapping(self, events: Iterator[Event], at: str, depth: int) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
+            key, _ = self._follow(event, events)
+            if not isinstance(key, yaml.ScalarEvent) or key.value == "<<":
+                raise self._document.error(key, at, "expected a plain name")
+            name = sys.intern(key.value)  # 10,000 keys have the same few
+            inner = join(at, name)
+            if name in out:
+                raise self._document.error(key, inner, "given twice")
+            out[name] = self._value(next(events), events, inner, depth + 1)
+        return out
+
+    def _sequence(self, events: Iterator[Event], at: str, depth: int) -> list[Any]:
+        out: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            out.append(self._value(event, events, f"{at}[{len(out)}]", depth + 1))
+        return out
+
+    def _scalar(self, event: yaml.ScalarEvent, at: str) -> Any:
+        text, tag, is_bare = event.value, event.tag, event.implicit[0]
+        if "${" in text:
+            self._document.filled.add(at)
+            text, tag, is_bare = self._fill(event, at), None, not event.style  # quoted: stays text
+        try:
+            return self._typed(text, tag, is_bare)
+        except (yaml.YAMLError, ValueError) as error:
+            raise self._document.error(event, at, getattr(error, "problem", None) or str(error)) from None
+
+    def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
+        if tag is None or tag == "!":
+            tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
+        return self._scalars.construct_document(yaml.ScalarNode(tag, text))
+
+    def _fill(self, event: yaml.ScalarEvent, at: str) -> str:
+        def fill(found: re.Match[str]) -> str:
+            value = self._environ.get(found[1]) or found[2]
+            if value is None:
+                problem = f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})"
+                raise self._document.error(event, at, problem)
+            return value
+
+        pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
+        if "${" in re.sub(pattern, "", event.value):
+            raise self._document.error(event, at, "expected ${NAME} or ${NAME:-default}")
+        return re.sub(pattern, fill, event.value)
 
 
 class Document:
-    """The text of a config.yaml with its YAML nodes: values to read, places to name and to edit."""
+    """The text of a config.yaml: values to read; and its YAML nodes, places to name and to edit."""
 
     def __init__(self, text: str, path: Path) -> None:
         self.text, self.path = text, path
-        self._scalars: Any = yaml.SafeLoader("")
+        self.filled: set[str] = set()  # the places, as `keys[0].key`, where `${…}` stood when it was read
+
+    @functools.cached_property
+    def root(self) -> yaml.MappingNode:
+        """The tree of nodes, made when it is asked for. Raises ConfigError."""
         try:
-            self.root = yaml.compose(text, Loader=YAML_LOADER)
+            root = yaml.compose(self.text, Loader=YAML_LOADER)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise ConfigError(f"{path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}") from None
+            raise ConfigError(f"{self.path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}") from None
         except yaml.reader.ReaderError as error:
-            line = text.count("\n", 0, error.position) + 1
-            raise ConfigError(f"{path}:{line}: not YAML: {error.reason}") from None
-        if not isinstance(self.root, yaml.MappingNode):
-            found = "nothing" if self.root is None else "no mapping"
-            raise ConfigError(f"{path}:1: expected settings such as `upstreams:`, found {found}")
+            line = self.text.count("\n", 0, error.position) + 1
+            raise ConfigError(f"{self.path}:{line}: not YAML: {error.reason}") from None
+        if not isinstance(root, yaml.MappingNode):
+            found = "nothing" if root is None else "no mapping"
+            raise ConfigError(f"{self.path}:1: expected settings such as `upstreams:`, found {found}")
+        return root
 
     def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The document as dicts, lists and scalars, with `${NAME}` and `${NAME:-default}` filled in."""
-        return cast(dict[str, Any], self._plain(cast(yaml.Node, self.root), "", environ, 0))
-
-    def _plain(self, node: yaml.Node, at: str, environ: Mapping[str, str], depth: int) -> Any:
-        if depth > 20:
-            raise self.error(node, at, "nested too deep (an alias of itself?)")
-        if isinstance(node, yaml.MappingNode):
-            out: dict[Any, Any] = {}
-            for key, value in node.value:
-                name = key.value
-                if not isinstance(name, str) or name == "<<":
-                    raise self.error(key, at, "expected a plain name")
-                if name in out:
-                    raise self.error(key, join(at, name), "given twice")
-                out[name] = self._plain(value, join(at, name), environ, depth + 1)
-            return out
-        if isinstance(node, yaml.SequenceNode):
-            return [self._plain(item, f"{at}[{i}]", environ, depth + 1) for i, item in enumerate(node.value)]
-        return self._scalar(cast(yaml.ScalarNode, node), at, environ)
-
-    def _scalar(self, node: yaml.ScalarNode, at: str, environ: Mapping[str, str]) -> Any:
-        if "${" in node.value:
-
-            def fill(found: re.Match[str]) -> str:
-                value = environ.get(found[1]) or found[2]
-                if value is None:
-                    raise self.error(node, at, f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
-                return value
-
-            pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
-            if "${" in re.sub(pattern, "", node.value):
-                raise self.error(node, at, "expected ${NAME} or ${NAME:-default}")
-            text = re.sub(pattern, fill, node.value)
-            tag = self._scalars.resolve(yaml.ScalarNode, text, (not node.style, False))  # quoted: stays text
-            node = yaml.ScalarNode(tag, text, node.start_mark, node.end_mark)
+        """The document as dicts, lists and scalars. Raises ConfigError."""
         try:
-            return self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError) as error:
-            raise self.error(node, at, getattr(error, "problem", None) or str(error)) from None
+            return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
+        except yaml.YAMLError as error:
+            _ = self.root  # composing meets the same, and says where
+            raise AssertionError("YAML that composes but does not parse") from error
 
     def find(self, *steps: str | int) -> yaml.Node | None:
         """The node at a path such as ("keys", 0, "name"), or None."""
@@ -916,23 +999,23 @@ class Document:
                 line = node.start_mark.line + 1
         return line
 
-    def error(self, node: yaml.Node, at: str, problem: str) -> ConfigError:
-        """A ConfigError at a node."""
-        return ConfigError(f"{self.path}:{node.start_mark.line + 1}: {at}{': ' if at else ''}{problem}")
+    def error(self, event: Event, at: str, problem: str) -> ConfigError:
+        """A ConfigError at an event."""
+        return ConfigError(f"{self.path}:{event.start_mark.line + 1}: {at}{': ' if at else ''}{problem}")
 
     def problem(self, steps: Sequence[str | int], problem: str) -> ConfigError:
         """A ConfigError at a path such as ("keys", 0, "expires")."""
-        at = functools.reduce(
-            lambda left, step: f"{left}[{step}]" if isinstance(step, int) else join(left, step), steps, ""
-        )
-        return ConfigError(f"{self.path}:{self.locate(steps)}: {at}: {problem}")
+        return ConfigError(f"{self.path}:{self.locate(steps)}: {join_steps(steps)}: {problem}")
 
 
 def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
     """Type and check a document. Raises ConfigError with line, path and what would be right."""
 
+    shared: dict[LimitSet, LimitSet] = {}
+
     def decode(kind: type, value: object) -> object:
-        return CUSTOM_TYPES[kind](value)
+        out = CUSTOM_TYPES[kind](value)
+        return shared.setdefault(out, out) if kind is LimitSet else out  # 10,000 keys have a few sets
 
     # A section whose settings are all commented out is null: its defaults hold.
     optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
@@ -1013,8 +1096,9 @@ class ConfigBuilder:
         proxy = self._unseal((*at, "proxy"), upstream.proxy) if upstream.proxy else None
         if proxy:
             self._check_url((*at, "proxy"), proxy, ("http",))
-        for field, secret in (("api_key", key), ("proxy", proxy if proxy and "@" in proxy else None)):
-            if secret and self._is_plain((*at, field)):
+        in_proxy = upstream.proxy if proxy and "@" in proxy else None
+        for field, written in (("api_key", upstream.api_key), ("proxy", in_proxy)):
+            if written and self._is_plain((*at, field), written):
                 self.warnings.append(
                     f"upstreams[{i}].{field} ({upstream.name}) is in clear text: run `gateway.py seal`"
                 )
@@ -1027,9 +1111,8 @@ class ConfigBuilder:
         except SealError as error:
             raise self._document.problem(steps, str(error)) from None
 
-    def _is_plain(self, steps: tuple[str | int, ...]) -> bool:
-        node = self._document.find(*steps)
-        return isinstance(node, yaml.ScalarNode) and not SEALED_OR_ELSEWHERE.search(node.value)
+    def _is_plain(self, steps: tuple[str | int, ...], written: Secret) -> bool:
+        return not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled
 
     def _beside(self, name: str) -> Path:
         return self._document.path.parent / name
@@ -1088,7 +1171,7 @@ class ConfigBuilder:
             raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
         if len(entry.key) < 20:
             raise self._document.problem(steps, "too short to be safe (20 characters); `gateway.py key add` makes one")
-        if self._is_plain(steps):
+        if self._is_plain(steps, entry.key):
             self.warnings.append(f"keys[{i}].key ({entry.name}) is in clear text: run `gateway.py seal`")
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
