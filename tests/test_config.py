@@ -446,6 +446,89 @@ keys:
     assert not keys_of(config)["12"].enabled
 
 
+# What YAML means
+
+
+def plain(text: str) -> dict[str, Any]:
+    """A document's values, in an empty environment."""
+    return g.Document(text, Path("config.yaml")).plain({})
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a: &x {b: [1, 2]}\nc: *x\n", {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}),
+        ("a: &x 5\nb: [*x, *x]\n", {"a": 5, "b": [5, 5]}),
+        ("a: &x {b: &y [1]}\nc: [*y, *x]\n", {"a": {"b": [1]}, "c": [[1], {"b": [1]}]}),
+        ("&x a: 1\nb: *x\nc: {*x : 2}\n", {"a": 1, "b": "a", "c": {"a": 2}}),
+        ("&x\na: 1\n", {"a": 1}),
+        (
+            "a:\n  - b: 1\n    c: {d: [x, {e: y}], f: }\n  - [g]\n",
+            {"a": [{"b": 1, "c": {"d": ["x", {"e": "y"}], "f": None}}, ["g"]]},
+        ),
+        ("a: '1'\nb: \"2027-01-31\"\nc: 'yes'\nd: |\n  3\n", {"a": "1", "b": "2027-01-31", "c": "yes", "d": "3\n"}),
+        ("a: 1\nb: 2027-01-31\nc: yes\nd: 0x10\n", {"a": 1, "b": dt.date(2027, 1, 31), "c": True, "d": 16}),
+        ("a: '1'\nb: 1\nc: !!str 1\nd: !!int '1'\ne: ! 1\n", {"a": "1", "b": 1, "c": "1", "d": 1, "e": 1}),
+        ("1: a\nyes: b\n", {"1": "a", "yes": "b"}),
+        ("--- {a: 1}\n...\n", {"a": 1}),
+    ],
+)
+def test_a_document_is_read_as_yaml_says(text, values):
+    """
+    Anchors, block and flow, quotes and tags; only names are always text.
+    """
+    assert plain(text) == values
+
+
+def test_an_alias_is_a_copy_that_nobody_shares():
+    """
+    Who changes one place changes no other.
+    """
+    values = plain("a: &x {b: 1}\nc: *x\n")
+
+    values["a"]["b"] = 2
+
+    assert values["c"] == {"b": 1}
+
+
+def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_it_too():
+    """
+    It is the place that counts, and an alias of `${…}` is as good as that.
+    """
+    config = load(
+        f"""upstreams:
+  - {{name: a, url: "http://a.test", api_key: &key "${{K}}"}}
+  - {{name: b, url: "http://b.test", api_key: *key}}
+  - {{name: c, url: "http://c.test", api_key: {KEY}}}
+""",
+        K=KEY,
+    )
+
+    assert config.warnings == ["upstreams[2].api_key (c) is in clear text: run `gateway.py seal`"]
+
+
+YAML_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=12)
+YAML_NAMES = YAML_TEXT.filter(lambda name: name != "<<")
+YAML_SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | YAML_TEXT | st.dates() | st.datetimes()
+)
+YAML_VALUES = st.recursive(
+    YAML_SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(YAML_NAMES, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(YAML_NAMES, YAML_VALUES, max_size=5), st.sampled_from([True, False, None]))
+def test_every_document_is_read_as_pyyaml_reads_it(values, flow):
+    """
+    Reading events instead of composing nodes is faster, and nothing else.
+    """
+    text = yaml.safe_dump(values, default_flow_style=flow, allow_unicode=True)
+
+    assert plain(text) == yaml.safe_load(text)
+
+
 # Every error names file, line, path and what would be right
 
 KEYS = DEMO + "keys:\n"
@@ -474,6 +557,18 @@ BAD = {
     "itself": (
         DEMO + "server: &a\n  host: *a\n",
         "2: server" + ".host" * 20 + ": nested too deep (an alias of itself?)",
+    ),
+    "itself, anchored above": (
+        DEMO + "server: &a\n  host:\n    - *a\n",
+        "2: server" + ".host[0]" * 10 + ": nested too deep (an alias of itself?)",
+    ),
+    "given twice, by an alias": (DEMO + "&a server: {}\n*a : {}\n", "2: server: given twice"),
+    "a name that is a list": (DEMO + "? [server]\n: {}\n", "2: expected a plain name"),
+    "alias of nothing": (DEMO + "server: {host: *a}\n", "2: not YAML: found undefined alias"),
+    "anchor twice": (DEMO + "server: {host: &a x}\nusage: {directory: &a y}\n", "3: not YAML: second occurrence"),
+    "environment by an alias": (
+        "upstreams: &all\n  - &a\n    name: ${NAME:-a}\n    format: demo\n    api_key: ${K}\nkeys: *all\n",
+        "5: upstreams[0].api_key: the environment has no K (a default: ${K:-…})",
     ),
     "unknown section": (
         DEMO + "sever: {}\n",
