@@ -4400,6 +4400,216 @@ def command_usage(options: argparse.Namespace) -> None:
         print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
 
 
+EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
+    "day": ("usage_date_utc", "start_time_iso", "start_time", "date"),
+    "model": ("model_version", "model"),
+    "input_tokens": ("usage_input_tokens_no_cache", "input_uncached_tokens", "input_tokens"),
+    "cache_write_5m_tokens": ("usage_input_tokens_cache_write_5m", "usage_input_tokens_cache_write"),
+    "cache_write_1h_tokens": ("usage_input_tokens_cache_write_1h",),
+    "cache_read_tokens": ("usage_input_tokens_cache_read", "input_cached_tokens"),
+    "output_tokens": ("usage_output_tokens", "output_tokens"),
+    "cost_usd": ("cost_usd",),
+}
+MEASURES = {  # what is compared: the columns that add up to it
+    "input": ("input_tokens",),
+    "cache write": ("cache_write_5m_tokens", "cache_write_1h_tokens"),
+    "cache read": ("cache_read_tokens",),
+    "output": ("output_tokens",),
+    "USD": ("cost_usd",),
+}
+Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
+
+
+class Pair(msgspec.Struct):
+    """A day and model on which ledger and export differ; a side that has nothing is None."""
+
+    day: str
+    model: str
+    ours: dict[str, float] | None
+    theirs: dict[str, float] | None
+    difference: dict[str, float]
+
+
+def export_columns(path: Path, found: Sequence[str]) -> dict[str, str]:
+    """Our fields and the columns that they stand in. Raises CommandError."""
+    columns = {ours: next((name for name in names if name in found), "") for ours, names in EXPORT_COLUMNS.items()}
+    there = {ours: name for ours, name in columns.items() if name}
+    if {"day", "model"} <= there.keys() and (there.keys() >= {"input_tokens", "output_tokens"} or "cost_usd" in there):
+        return there
+    needed = "; ".join(f"{ours}: {' or '.join(names)}" for ours, names in EXPORT_COLUMNS.items())
+    raise CommandError(
+        f"{path} is no export that is known. Its columns: {', '.join(found) or 'none'}. Needed are day and model, and "
+        f"input_tokens and output_tokens or cost_usd, under these names: {needed}"
+    )
+
+
+def export_day(cell: str) -> str:
+    """The UTC day of a date, a time (UTC where it names no zone) or seconds since 1970. Raises ValueError."""
+    if re.fullmatch(r"\d{9,10}", cell):
+        return utc_time(int(cell))[:10]
+    try:
+        when = dt.datetime.fromisoformat(cell)
+    except ValueError:
+        raise ValueError(f"expected a date such as 2026-11-21, got {cell!r}") from None
+    return (when.astimezone(dt.UTC) if when.tzinfo else when).date().isoformat()
+
+
+def export_number(column: str, cell: str) -> float:
+    """`1,234` as 1234; an empty cell is 0. Raises ValueError."""
+    if not re.fullmatch(r"(-?\$?[\d,]*\.?\d+(e-?\d+)?)?", cell, re.IGNORECASE | re.ASCII):
+        raise ValueError(f"{column}: expected a number, got {cell!r}")
+    return float(cell.replace(",", "").replace("$", "") or 0)
+
+
+def plain_model(name: str) -> tuple[str, ...]:
+    """The same for `Claude Haiku 4.5`, as cost exports say, and `claude-haiku-4-5-20251001`, as calls do."""
+    undated = re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", name.lower())
+    return tuple(sorted(re.findall(r"[a-z0-9]+", undated)))
+
+
+def add_sums(sums: Sums, pair: tuple[str, str], numbers: Mapping[str, float], measures: Sequence[str]) -> None:
+    """Count numbers per column into the measures of a day and model; nothing where all are 0."""
+    if any(numbers.values()):
+        measured = sums.setdefault(pair, dict.fromkeys(measures, 0))
+        for measure in measures:
+            measured[measure] = round(measured[measure] + sum(numbers.get(f, 0) for f in MEASURES[measure]), 9)
+
+
+class Export:
+    """A provider's usage or cost export, summed: a CSV of Anthropic's Console or OpenAI's dashboard.
+
+    It covers the days from `first` to `last`; `measures` are those of MEASURES that it has. Raises CommandError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.sums = path, cast(Sums, {})
+        days = set()
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+                self._columns = export_columns(path, reader.fieldnames)
+                self.measures = [m for m, fields in MEASURES.items() if any(f in self._columns for f in fields)]
+                for row in reader:
+                    try:
+                        days.add(self._add(row))
+                    except (ValueError, OverflowError, OSError) as error:
+                        raise CommandError(f"{path}:{reader.line_num}: {error}") from None
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise CommandError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        days.discard("")
+        if not days:
+            raise CommandError(f"{path} has no row with a date")
+        self.first, self.last = min(days), max(days)
+        self._names = {plain_model(model): model for _, model in sorted(self.sums)}
+
+    def _add(self, row: Mapping[str, str | None]) -> str:
+        """Count a row in; its day, "" for rows of totals. Raises ValueError."""
+        cells = {ours: (row.get(theirs) or "").strip() for ours, theirs in self._columns.items()}
+        if not cells["day"] or "total" in cells["day"].lower():
+            return ""
+        day = export_day(cells.pop("day"))
+        model = cells.pop("model") or "(no model)"
+        numbers = {ours: export_number(self._columns[ours], cell) for ours, cell in cells.items()}
+        if self._columns.get("input_tokens") == "input_tokens":  # OpenAI's, which include what came from the cache
+            numbers["input_tokens"] -= numbers.get("cache_read_tokens", 0)
+        add_sums(self.sums, (day, model), numbers, self.measures)
+        return day
+
+    def name_of(self, model: str) -> str:
+        """The export's name for a model of ours; our own where it has none."""
+        exact = any(model == name for _, name in self.sums)
+        return model if exact else self._names.get(plain_model(model), model)
+
+
+def ledger_sums(entries: Iterable[Entry], export: Export) -> Sums:
+    """What the ledger has of the export's measures, under the export's names of models."""
+    sums: Sums = {}
+    fields = [field for measure in export.measures for field in MEASURES[measure]]
+    for entry in entries:
+        if not entry.path.endswith("/count_tokens"):  # they are free, and in no export
+            pair = entry.time[:10], export.name_of(entry.model_served or entry.model)
+            add_sums(sums, pair, {field: getattr(entry, field) for field in fields}, export.measures)
+    return sums
+
+
+def differing(ours: Sums, theirs: Sums) -> list[Pair]:
+    """The days and models on which the two differ: by a token, or by half a cent."""
+    pairs = []
+    for day, model in sorted(ours.keys() | theirs.keys()):
+        mine, yours = ours.get((day, model)), theirs.get((day, model))
+        difference = {m: round((mine or {}).get(m, 0) - (yours or {}).get(m, 0), 9) for m in mine or yours or {}}
+        difference = {m: d for m, d in difference.items() if abs(d) >= (0.005 if m == "USD" else 0.5)}
+        if difference:
+            pairs.append(Pair(day, model, mine, yours, difference))
+    return pairs
+
+
+def difference_table(pairs: Sequence[Pair]) -> str:
+    """The differences for a terminal, a line each."""
+    rows = [["day", "model", "", "ours", "theirs", "difference", "%"]]
+    for pair in pairs:
+        for measure, difference in pair.difference.items():
+            shape = ",.4f" if measure == "USD" else ",.0f"
+            theirs = (pair.theirs or {}).get(measure, 0)
+            share = f"{difference / theirs:+.1%}" if theirs else "-"
+            note = "only ours" if pair.theirs is None else "only theirs" if pair.ours is None else share
+            numbers = (pair.ours or {}).get(measure, 0), theirs
+            cells = [format(number, shape) for number in numbers]
+            rows.append([pair.day, pair.model, measure, *cells, format(difference, "+" + shape), note])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def command_reconcile(options: argparse.Namespace) -> int:
+    """Compare the ledger with a provider's own usage or cost export (CSV); exit code 1 where they differ."""
+    config, export = Config.load(options.config), Export(options.file)
+    files = LedgerFiles(config.usage_directory)
+    entries = files.entries(export.first, export.last + "T9")  # the last day's times all begin with T0, T1 or T2
+    ours = ledger_sums((e for e in entries if options.upstream in ("", e.upstream)), export)
+    pairs = differing(ours, export.sums)
+    counts = {
+        "agree": len(ours.keys() | export.sums.keys()) - len(pairs),
+        "differ": sum(pair.ours is not None and pair.theirs is not None for pair in pairs),
+        "only_ours": sum(pair.theirs is None for pair in pairs),
+        "only_theirs": sum(pair.ours is None for pair in pairs),
+    }
+    if options.json:
+        report = {"first_day": export.first, "last_day": export.last, **counts, "pairs": msgspec.to_builtins(pairs)}
+        print(json.dumps(report, indent=2))
+    else:
+        if pairs:
+            print(difference_table(pairs) + "\n")
+        print(f"{export.first} to {export.last} (UTC), {sum(counts.values())} pairs of day and model:", end=" ")
+        print("{agree} agree, {differ} differ, {only_ours} only ours, {only_theirs} only theirs.".format(**counts))
+    if files.unreadable:
+        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
+    return 1 if pairs else 0
+
+
+def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """`usage`: its options, and the commands that it has besides summing up."""
+    usage.add_argument(
+        "--by",
+        default="day,key,model",
+        help="groups, of key, model, day, month, upstream, session, … (default: %(default)s)",
+    )
+    usage.add_argument("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)")
+    usage.add_argument("--until", default="9", metavar="TIME", help="first time no longer counted")
+    shape = usage.add_mutually_exclusive_group()
+    shape.add_argument("--json", action="store_true")
+    shape.add_argument("--csv", action="store_true")
+    commands = usage.add_subparsers(title="commands", metavar="COMMAND")
+    reconcile = add(commands, "reconcile", command_reconcile)
+    reconcile.add_argument("file", type=Path, metavar="FILE", help="CSV from Anthropic's Console or OpenAI's dashboard")
+    reconcile.add_argument("--upstream", default="", metavar="NAME", help="only our calls to this upstream")
+    reconcile.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -4422,7 +4632,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.set_defaults(run=command_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
-    def add(to: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(to: Any, name: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = to.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__)
         made.set_defaults(run=run)
         return made
@@ -4443,17 +4653,7 @@ def arguments() -> argparse.ArgumentParser:
         made.add_argument("name", metavar="NAME")
     seal = add(commands, "seal", command_seal)
     seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
-    usage = add(commands, "usage", command_usage)
-    usage.add_argument(
-        "--by",
-        default="day,key,model",
-        help="groups, of key, model, day, month, upstream, session, … (default: %(default)s)",
-    )
-    usage.add_argument("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)")
-    usage.add_argument("--until", default="9", metavar="TIME", help="first time no longer counted")
-    shape = usage.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true")
-    shape.add_argument("--csv", action="store_true")
+    usage_arguments(add(commands, "usage", command_usage), add)
     return parser
 
 
@@ -4467,13 +4667,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     try:
-        options.run(options)
+        code: int | None = options.run(options)
     except (ConfigError, CommandError, SealError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         sys.stderr.close()
-    return 0
+        return 0
+    return code or 0
 
 
 if __name__ == "__main__":
