@@ -17,7 +17,7 @@ The file is read from top to bottom; each section uses what stands above it:
      8. Relay         one call, one upstream, bytes through
      9. Gateway       owns all state, tells the story
     10. HTTP          the front door, no policy
-    11. Command line  serve, init, check, key, seal, usage
+    11. Command line  serve, init, check, key, seal, usage; status, whose code stands first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -28,6 +28,88 @@ Run `gateway.py --help` for the commands; README.md tells the rest.
 """
 
 from __future__ import annotations
+
+import http.client
+import json
+import os
+import sys
+import urllib.parse
+from collections.abc import Mapping
+
+# --- First of all: `status`, which must not wait for the imports below -------------
+
+# Claude Code runs it for its status line after every answer, on hosts that have Python (3.9 and up) and nothing else.
+STATUS_WINDOWS = {
+    "minute": "this minute",
+    "hour": "this hour",
+    "5h": "in 5 hours",
+    "day": "today",
+    "week": "this week",
+    "month": "this month",
+    "": "in all",
+}
+STATUS_LIMITS = 2  # are shown, those nearest to their end
+
+
+def short_number(number: float) -> str:
+    """`12.3M`, `50k`, `7`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + letter
+    return f"{number:g}"
+
+
+def status_limit(limit: Mapping[str, object]) -> str:
+    """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`."""
+    unit, _, window = str(limit["limit"]).partition("/")
+    numbers = float(str(limit["used"])), float(str(limit["allowed"]))
+    used, allowed = (f"${n:,.2f}" if unit == "usd" else short_number(n) for n in numbers)
+    words = [used, "of", allowed, "" if unit == "usd" else unit, STATUS_WINDOWS.get(window, window)]
+    words.append("" if limit["scope"] == "key" else f"({limit['scope']})")
+    return " ".join(word for word in words if word)
+
+
+def status_text(answer: Mapping[str, object]) -> str:
+    """The line for an answer of `/v1/usage`. Raises LookupError, TypeError or ValueError where it is none."""
+    all_limits, today, month = answer["limits"], answer["today"], answer["month"]
+    if not (isinstance(all_limits, list) and isinstance(today, dict) and isinstance(month, dict)):
+        raise TypeError("not an answer of /v1/usage")
+    limits = [x for x in all_limits if x["limit"] != "concurrent"]
+    limits.sort(key=lambda x: x["used"] / x["allowed"] if x["allowed"] else 1.0, reverse=True)
+    texts = [status_limit(limit) for limit in limits[:STATUS_LIMITS]]
+    if limits and limits[0]["resets"]:
+        texts[0] += f", {limits[0]['resets']}"
+    costs = f"${today['cost_usd']:,.2f} today, ${month['cost_usd']:,.2f} this month"
+    line = f"{answer['key']}: {' · '.join(texts) or costs}"
+    return "".join(c for c in line if c.isprintable())  # it goes to a terminal
+
+
+def status_line(environ: Mapping[str, str]) -> str:
+    """What the key has spent, or why that is not known, in a line; never raises, waits 2 s at most for each byte."""
+    base = environ.get("ANTHROPIC_BASE_URL", "").rstrip("/").removesuffix("/v1")
+    key = environ.get("ANTHROPIC_AUTH_TOKEN") or environ.get("ANTHROPIC_API_KEY")
+    if not (base and key):
+        return f"gateway: set {'ANTHROPIC_AUTH_TOKEN' if base else 'ANTHROPIC_BASE_URL'}"
+    try:
+        url = urllib.parse.urlsplit(base)
+        connect = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[url.scheme]
+        connection = connect(url.hostname or "", url.port, timeout=2)
+        connection.request("GET", f"{url.path}/v1/usage", headers={"x-api-key": key, "connection": "close"})
+        response = connection.getresponse()
+        if response.status != 200:
+            return "gateway: key refused" if response.status in (401, 403) else f"gateway: answers {response.status}"
+        return status_text(json.loads(response.read(1 << 20)))
+    except (OSError, http.client.HTTPException):
+        return "gateway: not reached"
+    except (LookupError, TypeError, ValueError):
+        return "gateway: not understood; is ANTHROPIC_BASE_URL the gateway's?"
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["status"]:
+    print(status_line(os.environ))
+    sys.exit(0)  # always: of a command that fails Claude Code shows nothing, and the line says what is wrong
+
+# --- The imports of everything else -------------------------------------------------
 
 import argparse
 import asyncio
@@ -41,12 +123,9 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import http.client
 import ipaddress
-import json
 import logging
 import math
-import os
 import re
 import secrets
 import shutil
@@ -55,13 +134,11 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import tempfile
 import time
-import urllib.parse
 import zoneinfo
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -3994,7 +4071,7 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 11. Command line: serve, init, check, key, seal, usage ------------------------
+# --- 11. Command line: serve, init, check, key, seal, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
@@ -4400,6 +4477,11 @@ def command_usage(options: argparse.Namespace) -> None:
         print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
 
 
+def command_status(options: argparse.Namespace) -> None:
+    """Print a line for Claude Code's status line: what the key of ANTHROPIC_AUTH_TOKEN has spent, of which limits."""
+    print(status_line(os.environ))
+
+
 EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
     "day": ("usage_date_utc", "start_time_iso", "start_time", "date"),
     "model": ("model_version", "model"),
@@ -4654,6 +4736,7 @@ def arguments() -> argparse.ArgumentParser:
     seal = add(commands, "seal", command_seal)
     seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
     usage_arguments(add(commands, "usage", command_usage), add)
+    add(commands, "status", command_status)
     return parser
 
 
