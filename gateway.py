@@ -11,13 +11,14 @@ The file is read from top to bottom; each section uses what stands above it:
      2. Keys          secrets sealed, keys found
      3. Config        YAML in, frozen values out; edits that keep comments
      4. Ledger        what was spent, line by line
-     5. Wire          bytes to events and heads, no I/O
-     6. Upstreams     connections, kept alive
-     7. Demo          an upstream that needs no API key
-     8. Relay         one call, one upstream, bytes through
-     9. Gateway       owns all state, tells the story
-    10. HTTP          the front door, no policy
-    11. Command line  serve, init, check, key, seal, usage; status, whose code stands first
+     5. Limits        may this key spend now?
+     6. Wire          bytes to events and heads, no I/O
+     7. Upstreams     connections, kept alive
+     8. Demo          an upstream that needs no API key
+     9. Relay         one call, one upstream, bytes through
+    10. Gateway       owns all state, tells the story
+    11. HTTP          the front door, no policy
+    12. Command line  serve, init, check, key, seal, usage; status, whose code stands first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -120,8 +121,11 @@ import datetime as dt
 import difflib
 import enum
 import errno
+import fcntl
 import fnmatch
 import functools
+import gc
+import gzip
 import hashlib
 import ipaddress
 import logging
@@ -136,13 +140,14 @@ import stat
 import struct
 import tempfile
 import time
+import zlib
 import zoneinfo
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 
 import httptools
 import msgspec
@@ -150,7 +155,14 @@ import tornado.httpserver
 import tornado.iostream
 import tornado.web
 import yaml
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 from watchdog.observers import Observer
 
 VERSION = "0.1.0"
@@ -162,6 +174,7 @@ log = logging.getLogger("gateway")
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
 Api = Literal["anthropic", "openai"]
+ScopeKind = Literal["key", "team", "gateway"]  # whose limits
 
 
 class Clock(NamedTuple):
@@ -181,6 +194,7 @@ class Pace(NamedTuple):
     drain_s: float = 60.0  # an answer read on for nobody, at most this long …
     drain_idle_s: float = 10.0  # … at most so long in silence …
     drain_calls: int = 64  # … and so many at once
+    queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
@@ -214,6 +228,27 @@ class Limit(NamedTuple):
     window: str
     amount: float
 
+    @property
+    def name(self) -> str:
+        """`usd/day`, or `usd` for ever."""
+        return f"{self.unit}/{self.window}" if self.window else self.unit
+
+
+class Budget(NamedTuple):
+    """The limits of a key, of a team, or of the whole gateway; `concurrent` is infinite where it has none."""
+
+    scope: ScopeKind
+    name: str
+    limits: tuple[Limit, ...]
+    concurrent: float
+
+    def __str__(self) -> str:
+        return f"the {self.scope} {self.name}" if self.name else "this gateway"
+
+    def is_of(self, other: Budget) -> bool:
+        """Whether both are of the same key, team or gateway; a reload may lie between them."""
+        return self[:2] == other[:2]
+
 
 class Route(NamedTuple):
     """One row of the table of forwardable requests: the upstream's path and how its answer is read."""
@@ -235,6 +270,7 @@ class Call:
         "id",
         "input_estimate",
         "key",
+        "max_output",
         "model",
         "query",
         "route",
@@ -257,7 +293,8 @@ class Call:
         self.started_wall = config.clock.wall()
         self.body = b""
         self.bytes_up = 0
-        self.input_estimate = 0
+        self.input_estimate = 0  # tokens
+        self.max_output: float = math.inf  # tokens that the client allows
         self.model = self.upstream_model = self.session = ""
         self.stream = False
 
@@ -344,6 +381,24 @@ class HeadTooLarge(GatewayError):
     """The request's head has more bytes than any honest one."""
 
     status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
+class LimitSpent(GatewayError):
+    """A limit is used up: asking again before its reset changes nothing."""
+
+    status, type, code, should_retry = 429, "billing_error", "insufficient_quota", False
+
+
+class LimitFull(GatewayError):
+    """Too much at once: in a moment there may be room."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class ClientLeft(GatewayError):
+    """Nobody is there any more to read this."""
+
+    status, type, code = 499, "client_left", "client_left"
 
 
 class UpstreamFailed(GatewayError):
@@ -525,7 +580,8 @@ class Key(msgspec.Struct, frozen=True):
     expires_at: float
     networks: tuple[Network, ...]
     enabled: bool
-    limits: tuple[Limit, ...]
+    team: str
+    budgets: tuple[Budget, ...]  # its own, its team's, the gateway's
 
     def __str__(self) -> str:
         return f"{self.name} (…{self.last4})" if self.last4 else self.name
@@ -615,6 +671,10 @@ class Size(int):
     """Bytes: `32MB`."""
 
 
+class Amount(int):
+    """A count: `8192`, `200k`."""
+
+
 class Duration(float):
     """Seconds: `10s`, `6m`, `500ms`."""
 
@@ -642,8 +702,13 @@ class Expiry:
 class LimitSet(tuple[Limit, ...]):
     """`{usd/day: 20, tokens/month: 50M, concurrent: 16}`."""
 
+    def budget(self, scope: ScopeKind, name: str = "") -> Budget:
+        """These limits as those of a key, a team or the gateway."""
+        concurrent = next((limit.amount for limit in self if limit.unit == "concurrent"), math.inf)
+        return Budget(scope, name, tuple(limit for limit in self if limit.unit != "concurrent"), concurrent)
 
-class PriceTable(tuple[tuple[str, "Price"], ...]):
+
+class PriceTable(tuple[tuple[str, "ModelPrice"], ...]):
     """Globs and prices in the file's order; the first match wins."""
 
 
@@ -667,6 +732,10 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def _cache(self) -> tuple[float, float, float]:
         return cast(tuple[float, float, float], (self.cache_write_5m, self.cache_write_1h, self.cache_read))
 
+    def plain(self) -> Price:
+        """Only the prices."""
+        return Price(self.input, self.output, *self._cache)
+
     def cost_usd(self, usage: Usage) -> float:
         """What `usage` costs, in USD, rounded to a billionth."""
         write_5m, write_1h, read = self._cache
@@ -680,30 +749,67 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return round(micro_usd / 1e6, 9)
 
 
+class Tier(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The price of a call whose whole input, cached or not, is larger than `above` tokens."""
+
+    above: Amount
+
+
+class ModelPrice(NamedTuple):
+    """What a model costs: `tiers` are for larger inputs, by the tokens above which they hold, ascending."""
+
+    base: Price
+    tiers: tuple[tuple[int, Price], ...] = ()
+
+    def at(self, input_tokens: int) -> Price:
+        """The price of a call with so much input."""
+        found = self.base
+        for above, price in self.tiers:
+            if input_tokens > above:
+                found = price
+        return found
+
+
+class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A row of the price table as the file has it."""
+
+    tiers: tuple[Tier, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len({tier.above for tier in self.tiers}) < len(self.tiers):
+            raise ValueError("two tiers hold above the same number of tokens")
+
+    def flat(self) -> ModelPrice:
+        """The same without names: what is looked up and booked."""
+        tiers = sorted(self.tiers, key=lambda tier: tier.above)
+        return ModelPrice(self.plain(), tuple((tier.above, tier.plain()) for tier in tiers))
+
+
 # USD per million tokens: input, output, cache write 5 m, cache write 1 h, cache read.
 # Claude: platform.claude.com/docs/en/about-claude/pricing as of October 2026; GPT: developers.openai.com
-# /api/docs/pricing as of September 2026. Where a price has a long-context tier, the dearer tier stands here.
+# /api/docs/pricing as of September 2026.
 BUILT_IN_PRICES = {
-    "claude-fable-5-1*": Price(10, 50, 12.5, 20, 0.25),
-    "claude-mythos-5-1*": Price(10, 50, 12.5, 20, 0.25),
-    "claude-fable-*": Price(10, 50, 12.5, 20, 1),
-    "claude-mythos-*": Price(10, 50, 12.5, 20, 1),
-    "claude-opus-5-5*": Price(4, 20, 5, 8, 0.2),
-    "claude-opus-4-[01]*": Price(15, 75, 18.75, 30, 1.5),
-    "claude-opus-4-2025*": Price(15, 75, 18.75, 30, 1.5),
-    "claude-3-opus*": Price(15, 75, 18.75, 30, 1.5),
-    "claude-opus-*": Price(5, 25, 6.25, 10, 0.5),
-    "claude-sonnet-5-5*": Price(2, 10, 2.5, 4, 0.1),
-    "claude-sonnet-5*": Price(2, 10, 2.5, 4, 0.2),
-    "claude-*sonnet*": Price(3, 15, 3.75, 6, 0.3),
-    "claude-haiku-5-5*": Price(0.5, 2.5, 0.625, 1, 0.05),
-    "claude-haiku-*": Price(1, 5, 1.25, 2, 0.1),
-    "claude-3-5-haiku*": Price(0.8, 4, 1, 1.6, 0.08),
-    "claude-3-haiku*": Price(0.25, 1.25, 0.3, 0.5, 0.03),
-    "gpt-6-sol*": Price(2, 10, 2.5, 2.5, 0.2),
-    "gpt-6-luna*": Price(0.1, 0.5, 0.125, 0.125, 0.01),
-    "gpt-5*": Price(1.25, 10, 1.25, 1.25, 0.125),
-    "*": Price(10, 50, 12.5, 20, 1),
+    "claude-fable-5-1*": ModelPrice(Price(10, 50, 12.5, 20, 0.25)),
+    "claude-mythos-5-1*": ModelPrice(Price(10, 50, 12.5, 20, 0.25)),
+    "claude-fable-*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
+    "claude-mythos-*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
+    "claude-opus-5-5*": ModelPrice(Price(4, 20, 5, 8, 0.2)),
+    "claude-opus-4-[01]*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
+    "claude-opus-4-2025*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
+    "claude-3-opus*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
+    "claude-opus-*": ModelPrice(Price(5, 25, 6.25, 10, 0.5)),
+    "claude-sonnet-5-5*": ModelPrice(Price(2, 10, 2.5, 4, 0.1)),
+    "claude-sonnet-5*": ModelPrice(Price(2, 10, 2.5, 4, 0.2)),
+    "claude-*sonnet*": ModelPrice(Price(3, 15, 3.75, 6, 0.3)),
+    "claude-haiku-5-5*": ModelPrice(Price(0.1, 0.5, 0.125, 0.2, 0.01), ((100_000, Price(0.5, 2.5, 0.625, 1, 0.05)),)),
+    "claude-haiku-*": ModelPrice(Price(1, 5, 1.25, 2, 0.1)),
+    "claude-3-5-haiku*": ModelPrice(Price(0.8, 4, 1, 1.6, 0.08)),
+    "claude-3-haiku*": ModelPrice(Price(0.25, 1.25, 0.3, 0.5, 0.03)),
+    "gpt-6-sol*": ModelPrice(Price(2, 10, 2.5, 2.5, 0.2), ((272_000, Price(4, 15, 5, 5, 0.4)),)),
+    "gpt-6-luna*": ModelPrice(Price(0.1, 0.5, 0.125, 0.125, 0.01), ((272_000, Price(0.2, 0.75, 0.25, 0.25, 0.02)),)),
+    "gpt-5*": ModelPrice(Price(1.25, 10, 1.25, 1.25, 0.125)),
+    "*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
 }
 
 
@@ -716,6 +822,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_proxies: tuple[str, ...] = ("127.0.0.1/32",)
     max_body: Size = Size(32 * 2**20)
     drain: Duration = Duration(600)
+    contact: str = ""
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -756,6 +863,7 @@ class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     key: Secret
+    team: str = ""
     limits: LimitSet | None = None
     models: tuple[str, ...] = ("*",)
     expires: Expiry | None = None
@@ -767,6 +875,34 @@ class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What keys have that do not say."""
 
     limits: LimitSet = LimitSet()
+
+
+class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits that several keys share."""
+
+    name: str
+    limits: LimitSet = LimitSet()
+
+
+Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
+
+
+class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How much a token of each class counts in limits of tokens."""
+
+    input: Weight = 1.0
+    output: Weight = 1.0
+    cache_write: Weight = 1.0
+    cache_read: Weight = 0.1
+
+
+class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of the whole gateway, and how all limits work. `queue` is how long a call may wait for a slot."""
+
+    gateway: LimitSet = LimitSet()
+    reserve_output: Amount = Amount(8192)
+    queue: Duration = Duration(10)
+    weights: Weights = Weights()
 
 
 class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -782,7 +918,9 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     upstreams: tuple[UpstreamConfig, ...]
     server: ServerConfig = ServerConfig()
     keys: tuple[KeyConfig, ...] = ()
+    teams: tuple[TeamConfig, ...] = ()
     defaults: Defaults = Defaults()
+    limits: LimitsConfig = LimitsConfig()
     prices: PriceTable = PriceTable(BUILT_IN_PRICES.items())
     usage: UsageConfig = UsageConfig()
 
@@ -841,6 +979,11 @@ def parse_limits(value: object) -> LimitSet:
     return LimitSet(limits)
 
 
+def parse_amount(value: object) -> Amount:
+    """A count of tokens."""
+    return Amount(parse_scaled(value, COUNT_UNITS, "200k"))
+
+
 def parse_prices(value: object) -> PriceTable:
     """Read the price table; `"*"` must be in it, because no model is free."""
     if not isinstance(value, dict):
@@ -848,9 +991,10 @@ def parse_prices(value: object) -> PriceTable:
     prices = []
     for pattern, price in value.items():
         try:
-            prices.append((str(pattern), msgspec.convert(price, Price)))
+            found = msgspec.convert(price, PriceConfig, dec_hook=lambda kind, value: parse_amount(value))
+            prices.append((str(pattern), found.flat()))
         except msgspec.ValidationError as error:
-            steps, message = explain(error, Price)
+            steps, message = explain(error, PriceConfig)
             raise Misplaced([str(pattern), *steps], message) from None
     if "*" not in value:
         raise ValueError('"*" must be in the table: no model is free')
@@ -891,6 +1035,7 @@ def parse_secret(value: object) -> Secret:
 
 CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
     Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, "32MB")),
+    Amount: parse_amount,
     Duration: lambda value: Duration(parse_scaled(value, TIME_UNITS, "10s")),
     Fsync: parse_fsync,
     Expiry: parse_expiry,
@@ -1119,8 +1264,6 @@ def config_digest(text: str) -> str:
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals."""
 
-    _limits_warning = "limits are read and checked, but this version does not enforce them yet"
-
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
         self.warnings: list[str] = []
@@ -1214,6 +1357,7 @@ class ConfigBuilder:
         """The users' keys, hashed."""
         names: set[str] = set()
         digests: set[bytes] = set()
+        teams, gateway = self.teams(), self._file.limits.gateway.budget("gateway")
         for i, entry in enumerate(self._file.keys):
             self._unique(("keys", i, "name"), entry.name, names)
             digest, last4 = self._digest(i, entry)
@@ -1221,8 +1365,9 @@ class ConfigBuilder:
                 raise self._document.problem(("keys", i, "key"), "the same key stands here twice")
             digests.add(digest)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
-            if limits and self._limits_warning not in self.warnings:
-                self.warnings.append(self._limits_warning)
+            budgets = [limits.budget("key", entry.name)]
+            if entry.team:
+                budgets.append(self._team(i, entry.team, teams))
             networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
             yield Key(
                 entry.name,
@@ -1232,8 +1377,22 @@ class ConfigBuilder:
                 entry.expires.at(timezone) if entry.expires else math.inf,
                 networks,
                 entry.enabled,
-                limits,
+                entry.team,
+                (*budgets, gateway),
             )
+
+    def _team(self, i: int, name: str, teams: Mapping[str, Budget]) -> Budget:
+        if name in teams:
+            return teams[name]
+        known = f"there are: {', '.join(teams)}" if teams else "there are none; see `teams:`"
+        raise self._document.problem(("keys", i, "team"), f"there is no team {name!r} ({known})")
+
+    def teams(self) -> dict[str, Budget]:
+        """The limits of each team."""
+        names: set[str] = set()
+        for i, team in enumerate(self._file.teams):
+            self._unique(("teams", i, "name"), team.name, names)
+        return {team.name: team.limits.budget("team", team.name) for team in self._file.teams}
 
     def _digest(self, i: int, entry: KeyConfig) -> tuple[bytes, str]:
         steps = ("keys", i, "key")
@@ -1283,6 +1442,8 @@ class Config:
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
         self.usage_directory = self.path.parent / self.file.usage.directory
+        self.limits = self.file.limits
+        self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
         self.price = functools.lru_cache(maxsize=1024)(self._price)
 
     @classmethod
@@ -1298,7 +1459,7 @@ class Config:
         except SealError as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    def _price(self, model: str) -> Price:
+    def _price(self, model: str) -> ModelPrice:
         return next(price for pattern, price in self.file.prices if matches(pattern, model))
 
     def route(self, call: Call) -> UpstreamConfig:
@@ -1483,13 +1644,23 @@ class ConfigEditor:
 
 # --- 4. Ledger: what was spent, line by line ---------------------------------------
 
+FIRST_CHAIN = b"0" * 32
+SPANS = {"hour": 3600.0, "5h": 18000.0}  # seconds; these windows open with the first call
+STEP_S = 5  # seconds: the last minute slides in steps of so many …
+LAST_STEPS = 12  # … of which it has so many besides the present one, so that no 60 seconds ever hold more
+COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
 
-class Entry(msgspec.Struct):
-    """One call as the ledger keeps it: one line of JSON. Times are UTC; `price` is in USD per million tokens."""
+
+class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
+    """One call as the ledger keeps it: one line of JSON. Times are UTC; `price` is in USD per million tokens.
+
+    `time` is when the call ended. `chain` is a hash over this line and the `chain` of the line before.
+    """
 
     time: str
     request_id: str
     key: str
+    team: str
     upstream: str
     model: str
     model_served: str
@@ -1515,15 +1686,646 @@ class Entry(msgspec.Struct):
     client: str
     user_agent: str
     upstream_request_id: str
+    chain: str = ""
 
 
-ENTRY_ENCODER = msgspec.json.Encoder()
+class Adjustment(msgspec.Struct, kw_only=True, tag_field="type", tag="adjust"):
+    """A correction by hand: counts with the key, its team and the gateway; amounts may be negative."""
+
+    time: str
+    key: str = ""
+    team: str = ""
+    model: str = "(adjusted)"  # where reports show it
+    requests: int = 0
+    input_tokens: int = 0
+    cost_usd: float = 0.0
+    note: str = ""
+    chain: str = ""
+
+
+class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
+    """From here on a limit counts from zero; `limit` is such as usd/day, or "" for all. Reports stay as they are."""
+
+    time: str
+    scope: ScopeKind
+    name: str = ""
+    limit: str = ""
+    note: str = ""
+    chain: str = ""
+
+
+LedgerLine = Entry | Adjustment | Reset
+
+
+class Posting(msgspec.Struct, gc=False):
+    """What counters read of a line; a third of the time that decoding all of it takes."""
+
+    time: dt.datetime
+    type: Literal["call", "adjust", "reset"] = "call"
+    key: str = ""
+    team: str = ""
+    model: str = ""
+    path: str = ""
+    outcome: str = "completed"
+    requests: int = 1
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+    cost_usd: float = 0.0
+    duration_ms: float = 0.0
+    scope: str = ""
+    name: str = ""
+    limit: str = ""
+
+
+FIELD_BIAS, FIELD_MASK = 1 << 63, (1 << 64) - 1
+ALL_BIAS = sum(FIELD_BIAS << 64 * i for i in range(8))  # makes every field positive, so that none borrows
+EIGHT_FIELDS = struct.Struct("<8Q")
+
+
+def tally_fields(packed: int) -> tuple[int, ...]:
+    """The fields of a packed tally, each too large by `FIELD_BIAS`."""
+    return EIGHT_FIELDS.unpack((packed + ALL_BIAS).to_bytes(64, "little"))
+
+
+class Tally(NamedTuple):
+    """Sums over entries, as people read them; money in nano-USD, so that sums and differences are exact.
+
+    Counters keep a tally as one integer, `packed`: a signed field of 64 bits for each sum. To count an entry, or to
+    find what was added since, is then one addition or subtraction: a third of the time that eight of them take.
+    """
+
+    nano_usd: int = 0
+    calls: int = 0
+    failed: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+
+    @property
+    def packed(self) -> int:
+        """As one integer."""
+        return sum(value << 64 * i for i, value in enumerate(self))
+
+    @classmethod
+    def of(cls, packed: int) -> Tally:
+        """The sums in an integer."""
+        return cls(*(field - FIELD_BIAS for field in tally_fields(packed)))
+
+
+Packed = int  # a Tally in one integer
+UNIT_FIELDS = {
+    "tokens": tuple(name for name in Tally._fields if name.endswith("_tokens")),
+    "usd": ("nano_usd",),
+    "requests": ("calls",),
+}
+
+
+def pack(posting: Posting) -> Packed:
+    """What one line adds (`Tally.packed`)."""
+    tally = (
+        round(posting.cost_usd * 1e9),
+        posting.requests,
+        posting.outcome != "completed",
+        posting.input_tokens,
+        posting.output_tokens,
+        posting.cache_write_5m_tokens,
+        posting.cache_write_1h_tokens,
+        posting.cache_read_tokens,
+    )
+    try:
+        return int.from_bytes(EIGHT_FIELDS.pack(*tally), "little")
+    except struct.error:  # something is negative: an adjustment
+        return Tally(*tally).packed
+
+
+def in_unit(packed: Packed, unit: str, weights: Weights) -> float:
+    """A tally in the unit of a limit: nano-USD, requests or weighted tokens."""
+    if unit == "usd":
+        return (packed + FIELD_BIAS & FIELD_MASK) - FIELD_BIAS
+    _, calls, _, read, written, write_5m, write_1h, cached = tally_fields(packed)
+    if unit == "requests":
+        return calls - FIELD_BIAS
+    return (
+        (read - FIELD_BIAS) * weights.input
+        + (written - FIELD_BIAS) * weights.output
+        + (write_5m + write_1h - 2 * FIELD_BIAS) * weights.cache_write
+        + (cached - FIELD_BIAS) * weights.cache_read
+    )
+
+
+class Span(NamedTuple):
+    """From `start` until before `end`, in seconds since 1970."""
+
+    start: float
+    end: float
+
+
+class Calendar:
+    """Days, weeks (from Monday) and months of a time zone, through daylight saving and leap days."""
+
+    def __init__(self, timezone: dt.tzinfo) -> None:
+        self.timezone = timezone
+        # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
+        self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
+        self._of_day = functools.lru_cache(maxsize=64)(self._day_spans)
+        self.label = functools.lru_cache(maxsize=4096)(self._label)
+
+    def spans(self, at: float) -> dict[str, Span]:
+        """The day, week and month, and the hour of the clock (as `clock_hour`), that `at` lies in."""
+        return self._of_quarter(at // 900)
+
+    def _spans(self, quarter: float) -> dict[str, Span]:
+        local = dt.datetime.fromtimestamp(quarter * 900, self.timezone)
+        hour = quarter * 900 - local.minute * 60 - local.second
+        return self._of_day(local.date()) | {"clock_hour": Span(hour, hour + 3600)}
+
+    def _day_spans(self, day: dt.date) -> dict[str, Span]:
+        monday, first = day - dt.timedelta(days=day.weekday()), day.replace(day=1)
+        return {
+            "day": self._between(day, day + dt.timedelta(days=1)),
+            "week": self._between(monday, monday + dt.timedelta(days=7)),
+            "month": self._between(first, (first + dt.timedelta(days=31)).replace(day=1)),
+        }
+
+    def _between(self, first: dt.date, after: dt.date) -> Span:
+        return Span(self._midnight(first), self._midnight(after))
+
+    def _midnight(self, day: dt.date) -> float:
+        # Where a change of the clock skips midnight, this is the moment of the change (PEP 495: fold 0 in a gap).
+        return dt.datetime.combine(day, dt.time(), self.timezone).timestamp()
+
+    def _label(self, at: float, by: str) -> str:
+        """The hour (ISO, with its offset), day or month of a time."""
+        local = dt.datetime.fromtimestamp(at, self.timezone).isoformat(timespec="minutes")
+        return local if by == "hour" else local[: len("2026-01-31" if by == "day" else "2026-01")]
+
+
+class Window(msgspec.Struct, array_like=True):
+    """A window of limits: from `start` until before `end`. `mark` is the total at its start."""
+
+    start: float
+    end: float
+    mark: Packed
+
+
+class Counters(msgspec.Struct, array_like=True):
+    """What one key, one team or the gateway has spent: a total that only grows, and where each window began in it.
+
+    So an entry costs one addition, whatever windows there are, and every limit that a reload brings has been
+    counted all along. A clock that is set back finds the calendar windows it had left.
+    """
+
+    LEFT = 8  # windows left behind that are remembered
+
+    total: Packed = 0
+    windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, 0)})
+    left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
+    minute: dict[int, Packed] = msgspec.field(default_factory=dict)  # the last one, by steps; calls where they began
+    since: float = 0.0  # between these two no window turns over
+    turn: float = 0.0
+
+    def turn_to(self, at: float, began: float, calendar: Calendar) -> None:
+        """Let the windows be those of a call that began and ended at these times; it may be the one that opens them."""
+        day = self.windows.get("day")
+        if day is None or not day.start <= at < day.end:
+            self.turn_calendar_to(at, calendar)
+        self.since, self.turn = self.windows["day"].start, self.windows["day"].end
+        for name, span_s in SPANS.items():
+            window = self.windows.get(name)
+            # What is ahead by more than its own length comes from a clock that was wrong.
+            if window is None or not window.start - span_s <= at < window.end:
+                start = max(began, window.end) if window and at >= window.end else began
+                start = start if at < start + span_s else at
+                window = self.windows[name] = Window(start, start + span_s, self.total)
+            self.since, self.turn = max(self.since, window.start - span_s), min(self.turn, window.end)
+
+    def turn_calendar_to(self, at: float, calendar: Calendar) -> None:
+        """Let the day, the week and the month be those of a time."""
+        spans = calendar.spans(at)
+        for name in ("day", "week", "month"):
+            window = self.windows.get(name)
+            if window is None or window.start != spans[name].start:
+                self.windows[name] = self._enter(name, spans[name], window)
+        self.since = self.turn = 0.0  # `turn_to` says between which times this is so
+
+    def _enter(self, name: str, span: Span, before: Window | None) -> Window:
+        left = self.left.setdefault(name, [])
+        if before:
+            left.append(Window(before.start, before.end, self.total - before.mark))
+        again = next((window for window in left if window.start == span.start), None)
+        if again:
+            left.remove(again)
+        del left[: -self.LEFT]
+        return Window(span.start, span.end, self.total - (again.mark if again else 0))
+
+    def post_minute(self, at: float, began: float, packed: Packed, requests: int) -> None:
+        """Count into the last minute: the tokens where the call ended, the call itself where it began."""
+        if len(self.minute) > 8 * LAST_STEPS:
+            self.minute = {step: spent for step, spent in self.minute.items() if abs(at // STEP_S - step) <= LAST_STEPS}
+        for step, spent in ((at // STEP_S, packed - (requests << 64)), (began // STEP_S, requests << 64)):
+            self.minute[int(step)] = self.minute.get(int(step), 0) + spent
+
+    def reset(self, unit: str, window: str) -> None:
+        """Let a limit count from zero."""
+
+        def of_unit(packed: Packed) -> Packed:
+            tally = Tally.of(packed)
+            return Tally(**{name: getattr(tally, name) for name in UNIT_FIELDS[unit]}).packed
+
+        if window == "minute":
+            self.minute = {step: spent - of_unit(spent) for step, spent in self.minute.items()}
+        elif window in self.windows:
+            self.windows[window].mark += of_unit(self.total - self.windows[window].mark)
+
+    def spent(self, unit: str, window: str, now: float, weights: Weights) -> float:
+        """What counts in the window of `now`, in the limit's unit (`in_unit`)."""
+        if window == "minute":
+            return sum(self.recent(unit, now, weights).values())
+        current = self.windows.get(window)
+        if current is None:
+            return 0
+        if current.start - SPANS.get(window, 0.0) <= now < current.end:
+            return in_unit(self.total - current.mark, unit, weights)
+        for left in self.left.get(window, ()):
+            if left.start <= now < left.end:
+                return in_unit(left.mark, unit, weights)
+        return 0
+
+    def recent(self, unit: str, now: float, weights: Weights) -> dict[int, float]:
+        """What counts in the last minute, by steps; what a clock that was ahead has left does not last."""
+        step_now = now // STEP_S
+        return {
+            step: in_unit(spent, unit, weights)
+            for step, spent in self.minute.items()
+            if abs(step_now - step) <= LAST_STEPS
+        }
+
+    def resets_at(self, window: str, now: float, calendar: Calendar) -> float | None:
+        """When the window of `now` ends; None where it does not, or has not been opened."""
+        if window in SPANS:
+            current = self.windows.get(window)
+            is_open = current is not None and current.start - SPANS[window] <= now < current.end
+            return current.end if current and is_open else None
+        span = calendar.spans(now).get(window)
+        return span.end if span else None
+
+
+Cells = dict[str, Packed]  # by model
+
+
+class History(msgspec.Struct, array_like=True):
+    """What one key has spent over time, by model: hour by hour, then day by day, then month by month."""
+
+    HOURS, DAYS = 1000, 400  # with calls in them; older ones are summed up into the next
+    MODELS = 100  # in an hour
+
+    hours: dict[int, Cells] = msgspec.field(default_factory=dict)  # by their start, in seconds since 1970
+    days: dict[str, Cells] = msgspec.field(default_factory=dict)
+    months: dict[str, Cells] = msgspec.field(default_factory=dict)
+    start: int = 0  # the hour of the clock that the last entry lay in
+    end: int = 0
+
+    def post(self, at: float, model: str, packed: Packed, calendar: Calendar) -> None:
+        """Count one line of the ledger in."""
+        if not self.start <= at < self.end:
+            self._turn_to(at, calendar)
+        cells = self.hours[self.start]
+        if model not in cells and len(cells) >= self.MODELS:
+            model = "(others)"  # names come from clients, who may think up new ones all day
+        cells[model] = cells.get(model, 0) + packed
+
+    def _turn_to(self, at: float, calendar: Calendar) -> None:
+        span = calendar.spans(at)["clock_hour"]
+        self.start, self.end = int(span.start), int(span.end)
+        if self.start not in self.hours:
+            self.hours[self.start] = {}
+            self._sum_up_oldest(calendar)
+
+    def _sum_up_oldest(self, calendar: Calendar) -> None:
+        if len(self.hours) > self.HOURS:
+            oldest = next(hour for hour in self.hours if hour != self.start)  # as they came: quicker than the least
+            self._sum_up(self.hours.pop(oldest), self.days, calendar.label(oldest, "day"))
+        if len(self.days) > self.DAYS:
+            day = min(self.days)
+            self._sum_up(self.days.pop(day), self.months, day[:7])
+
+    @staticmethod
+    def _sum_up(cells: Cells, to: dict[str, Cells], label: str) -> None:
+        sums = to.setdefault(label, {})
+        for model, packed in cells.items():
+            sums[model] = sums.get(model, 0) + packed
+
+    def since(self, start: float) -> Packed:
+        """What was spent from an hour on; of the last weeks."""
+        return sum(sum(cells.values()) for hour, cells in self.hours.items() if hour >= start)
+
+    def rows(self, calendar: Calendar) -> Iterator[tuple[dict[str, str], Packed]]:
+        """Every sum with what it can be grouped by; what is too old for hours or days has "" there."""
+        for month, cells in self.months.items():
+            for model, packed in cells.items():
+                yield {"hour": "", "day": "", "month": month, "model": model}, packed
+        for day, cells in self.days.items():
+            for model, packed in cells.items():
+                yield {"hour": "", "day": day, "month": day[:7], "model": model}, packed
+        for start, cells in self.hours.items():
+            labels = {by: calendar.label(start, by) for by in ("hour", "day", "month")}
+            for model, packed in cells.items():
+                yield labels | {"model": model}, packed
+
+
+class Books(msgspec.Struct, array_like=True):
+    """All counters: what a checkpoint keeps."""
+
+    keys: dict[str, Counters] = msgspec.field(default_factory=dict)
+    teams: dict[str, Counters] = msgspec.field(default_factory=dict)
+    gateway: Counters = msgspec.field(default_factory=Counters)
+    histories: dict[str, History] = msgspec.field(default_factory=dict)
+    entries: int = 0
+
+
+class Fold:
+    """The counters as a fold over the ledger's lines. Nothing else changes them, so a restart finds them again."""
+
+    def __init__(self, calendar: Calendar, fresh_since: float) -> None:
+        self.calendar = calendar
+        self.books = Books()
+        self._known: dict[tuple[str, str], tuple[list[Counters], History]] = {}  # by key and team
+        self._fresh_since = fresh_since  # what ended before is in nobody's last minute
+
+    def restore(self, books: Books) -> None:
+        """Go on from a checkpoint."""
+        self.books = books
+        self._known.clear()
+
+    def scope(self, kind: ScopeKind, name: str) -> Counters:
+        """The counters of a key, a team or the gateway."""
+        if kind == "gateway":
+            return self.books.gateway
+        return {"key": self.books.keys, "team": self.books.teams}[kind].setdefault(name, Counters())
+
+    def post(self, posting: Posting) -> None:
+        """Take one line in."""
+        self.books.entries += 1
+        if posting.path == COUNT_TOKENS:
+            return
+        at = posting.time.timestamp()
+        if posting.type == "reset":
+            self._reset(posting, at)
+            return
+        packed = pack(posting)
+        scopes, history = self._known.get((posting.key, posting.team)) or self._learn(posting.key, posting.team)
+        for counters in scopes:
+            if not counters.since <= at < counters.turn:
+                counters.turn_to(at, at - posting.duration_ms / 1000, self.calendar)
+            counters.total += packed
+        if at > self._fresh_since:
+            for counters in scopes:
+                counters.post_minute(at, at - posting.duration_ms / 1000, packed, posting.requests)
+        history.post(at, posting.model, packed, self.calendar)
+
+    def _learn(self, key: str, team: str) -> tuple[list[Counters], History]:
+        """Everything that an entry of this key and team counts in."""
+        both: tuple[tuple[ScopeKind, str], ...] = (("team", team), ("key", key))
+        named = [self.scope(kind, name) for kind, name in both if name]
+        history = self.books.histories.setdefault(key, History()) if key else History()
+        self._known[key, team] = [self.books.gateway, *named], history
+        return self._known[key, team]
+
+    def _reset(self, posting: Posting, at: float) -> None:
+        counters = self.scope(cast(ScopeKind, posting.scope), posting.name)
+        counters.turn_calendar_to(at, self.calendar)
+        unit, _, window = posting.limit.partition("/")
+        for each in (unit,) if unit else LIMIT_UNITS:
+            for name in (window,) if unit else ("", *LIMIT_WINDOWS):
+                counters.reset(each, name)
+
+
+# Files
+
+
+def is_time(text: str) -> bool:
+    """Whether a text is a time as entries have it, or the beginning of one."""
+    return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T[\d:.]*Z?)?)?)?", text) is not None
 
 
 def utc_time(seconds: float) -> str:
     """`2026-01-31T12:34:56.789Z`."""
     whole, milliseconds = divmod(round(seconds * 1000), 1000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+
+
+ENTRY_ENCODER = msgspec.json.Encoder()
+POSTING_DECODER = msgspec.json.Decoder(Posting)
+UNCOUNTABLE = (*UNREADABLE, ValueError, LookupError, ArithmeticError)  # and what counting a line made by hand raises
+LINE_END = len('0123456789abcdef0123456789abcdef"}\n')  # of every line: its chain value, a quote, a brace, a newline
+
+
+def chain_value(before: bytes, line: bytes) -> bytes:
+    """The chain value (32 hex digits) of a line that ends in `"chain":""}`, over that of the line before."""
+    return hashlib.blake2b(before + line, digest_size=16).hexdigest().encode()
+
+
+def chain_of(line: bytes) -> bytes:
+    """The chain value that a whole line carries; b"" where it carries none."""
+    value = line[-LINE_END:-3]
+    return value if line.endswith(b'"}\n') and line[-LINE_END - 9 : -LINE_END] == b'"chain":"' else b""
+
+
+def unchained(line: bytes) -> bytes:
+    """A whole line as it was before it was given its chain value."""
+    return line[:-LINE_END] + b'"}'
+
+
+def month_of(path: Path) -> str:
+    """`2026-09` of usage-2026-09.jsonl and of usage-2026-09.jsonl.gz."""
+    return path.name.removeprefix("usage-")[:7]
+
+
+class Page(NamedTuple):
+    """Entries, newest first, and the place before which the next page begins; None at the end."""
+
+    entries: list[Entry]
+    next: tuple[str, int] | None
+
+
+class BrokenChain(Exception):
+    """A line of the ledger was changed, removed or inserted; the message names the first that does not follow."""
+
+
+def reversed_lines(file: IO[bytes], end: int | None) -> Iterator[tuple[int, bytes]]:
+    """The whole lines of a file before a place, last first, with where each begins."""
+    place = os.fstat(file.fileno()).st_size if end is None else end
+    rest = b""
+    while place > 0:
+        step = min(place, 1 << 18)
+        place -= step
+        file.seek(place)
+        lines = (file.read(step) + rest).splitlines(keepends=True)
+        rest = lines[0] if place else b""
+        at = place + sum(map(len, lines))
+        for line in reversed(lines[1:] if place else lines):
+            at -= len(line)
+            yield at, line
+
+
+def reversed_gzip(file: IO[bytes], end: int | None, mark: bytes, keep: int = 5000) -> Iterator[tuple[int, bytes]]:
+    """The same of a gzipped file, which can only be read forwards; only lines with `mark` in them."""
+    while True:
+        kept: deque[tuple[int, bytes]] = deque(maxlen=keep)
+        file.seek(0)
+        place = 0
+        for line in file:
+            if end is not None and place >= end:
+                break
+            if mark in line:
+                kept.append((place, line))
+            place += len(line)
+        yield from reversed(kept)
+        if len(kept) < keep:
+            return
+        end = kept[0][0]
+
+
+def chunks(file: IO[bytes], offset: int) -> Iterator[bytes]:
+    """A file's bytes from a place on; of a damaged archive as many as can be had."""
+    try:
+        file.seek(offset)
+        while chunk := file.read(1 << 20):
+            yield chunk
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        log.error("ledger: %s is damaged and counts only up to there: %s", os.path.basename(file.name), error)
+
+
+class LedgerFiles:
+    """The ledger as it is read: its lines in the order in which they were written, gzipped months included."""
+
+    WHY = (
+        "carries no chain value: it was changed, or did not come from the gateway",
+        "does not follow from the line before: it was changed, or lines before it were removed or inserted",
+    )
+    PAGE_LINES = 500_000  # that are looked at for one page
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.unreadable = 0
+
+    def paths(self) -> list[Path]:
+        """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts."""
+        found = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl.gz")}
+        found |= {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl")}
+        return [found[month] for month in sorted(found)]
+
+    @staticmethod
+    def open(path: Path) -> IO[bytes]:
+        """A file's lines, whether gzipped or not."""
+        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+
+    @staticmethod
+    def size(path: Path) -> int:
+        """Bytes of a file's lines; of a gzipped one modulo 4 GB (RFC 1952, ISIZE)."""
+        if path.suffix != ".gz":
+            return path.stat().st_size
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return int.from_bytes(file.read(4), "little")
+
+    @classmethod
+    def last_line(cls, path: Path) -> bytes:
+        """A file's last line, or as much of its end as holds the chain value."""
+        with cls.open(path) as file:
+            if path.suffix != ".gz":
+                file.seek(max(0, cls.size(path) - 4096))
+            return next(iter(deque(file, 1)), b"")
+
+    def lines(self, since: str = "", until: str = "9") -> Iterator[LedgerLine]:
+        """Lines with since <= time < until (ISO times, or beginnings of them); what is no such line is counted."""
+        decoder = msgspec.json.Decoder(LedgerLine)
+        for path in self.paths():
+            if month_of(path) < since[:7]:  # a file may hold older times than its name says, never newer ones
+                continue
+            with self.open(path) as lines:
+                for line in lines:
+                    try:
+                        found = decoder.decode(line)
+                    except UNREADABLE:
+                        self.unreadable += 1
+                        continue
+                    if since <= found.time < until:
+                        yield found
+
+    def backwards(self, before: tuple[str, int], mark: bytes) -> Iterator[tuple[str, int, bytes]]:
+        """Month, place and bytes of the lines before a place, newest first; those with `mark`, and maybe others."""
+        for path in reversed(self.paths()):
+            month = month_of(path)
+            if month > before[0]:
+                continue
+            end = before[1] if month == before[0] else None
+            with self.open(path) as file:
+                lines = reversed_gzip(file, end, mark) if path.suffix == ".gz" else reversed_lines(file, end)
+                for place, line in lines:
+                    yield month, place, line
+
+    def page(self, key: str, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
+        """The newest `count` entries of a key before a place that are wanted; at most so many lines are looked at."""
+        decoder, mark = msgspec.json.Decoder(Entry), b'"key":' + msgspec.json.encode(key) + b","
+        found: list[Entry] = []
+        for looked_at, (month, place, line) in enumerate(self.backwards(before, mark)):
+            if looked_at == self.PAGE_LINES or len(found) == count:
+                return Page(found, before)
+            before = (month, place)
+            if mark not in line:
+                continue
+            with contextlib.suppress(*UNREADABLE):
+                entry = decoder.decode(line)
+                if entry.key == key and wanted(entry):
+                    found.append(entry)
+        return Page(found, None)
+
+    def verify(self, seen: str, tell: Callable[[str], None]) -> str:
+        """Follow the chain from the first line to the last; the last chain value. Tells how many lines each file has.
+
+        Raises BrokenChain at the first line that does not follow; or where no line has the value `seen`, because lines
+        that are removed at the end break no chain.
+        """
+        chain, wanted = FIRST_CHAIN, seen.encode()
+        for path in self.paths():
+            number = 0
+            with self.open(path) as file:
+                for number, line in enumerate(file, 1):
+                    value = chain_of(line)
+                    if not value or value != chain_value(chain, unchained(line)):
+                        raise BrokenChain(f"{path.name}:{number}: {self.WHY[bool(value)]}")
+                    chain = value
+                    wanted = b"" if wanted == value else wanted
+            tell(f"{path.name}: {number:,} lines")
+        if wanted:
+            raise BrokenChain(f"no line has the chain value {seen}: what it stood for was rewritten or removed")
+        return chain.decode()
+
+    def archive(self, tell: Callable[[str], None]) -> None:
+        """Gzip every month but the newest; they go on counting. Raises OSError."""
+        for path in self.paths()[:-1]:
+            if path.suffix == ".gz":
+                continue
+            packed, temporary = path.with_name(path.name + ".gz"), path.with_name(f".{path.name}.gz")
+            before = path.stat().st_size
+            with open(path, "rb") as plain, gzip.open(temporary, "wb", 6) as file:
+                shutil.copyfileobj(plain, file, 1 << 20)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            shutil.copystat(path, temporary)
+            temporary.replace(packed)
+            path.unlink()
+            tell(f"{packed.name}: {packed.stat().st_size:,} bytes, {before:,} before")
+
+    def entries(self, since: str = "", until: str = "9") -> Iterator[Entry]:
+        """The calls among the lines."""
+        return (line for line in self.lines(since, until) if isinstance(line, Entry))
 
 
 def set_torn_line_aside(fd: int, path: Path) -> None:
@@ -1549,26 +2351,239 @@ def sync_and_close(fd: int) -> None:
     os.close(fd)
 
 
-class Ledger:
-    """Appends entries to `usage-YYYY-MM.jsonl`, one write each; what the disk refuses waits in a bounded queue.
+def lock(fd: int) -> None:
+    """Be the only one who writes, until `unlock`. Raises BlockingIOError where somebody else is.
 
-    `tick` is to be called often: it writes what waits, and has the file synced off the event loop.
+    The gateway and `usage adjust` may append at the same time: each line chains over the one before.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # no locks here (some network mounts): do without
+        log.debug("ledger: the file system has no locks")
+
+
+def unlock(fd: int) -> None:
+    """Let others write."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+class Checkpoint(msgspec.Struct):
+    """The counters as they were when the ledger had so many bytes, so that a start need not read them again."""
+
+    FILE = "counters.checkpoint"
+    VERSION = 1
+
+    version: int
+    timezone: str
+    sizes: dict[str, int]  # bytes that are counted, by month
+    chain: str  # of the last line that is counted
+    books: Books
+
+    @classmethod
+    def write(cls, directory: Path, data: bytes) -> None:
+        """Put an encoded one beside the ledger; a digest in front of it tells a whole one."""
+        temporary = directory / f".{cls.FILE}"
+        temporary.write_bytes(hashlib.blake2b(data).digest() + data)
+        temporary.replace(directory / cls.FILE)
+
+    @classmethod
+    def read(cls, files: LedgerFiles, timezone: str) -> Checkpoint | None:
+        """The checkpoint, where there is one and it fits the files."""
+        try:
+            raw = (files.directory / cls.FILE).read_bytes()
+            if hashlib.blake2b(raw[64:]).digest() != raw[:64]:
+                raise ValueError("it is damaged")
+            found = msgspec.json.decode(raw[64:], type=cls)
+            if (found.version, found.timezone) != (cls.VERSION, timezone):
+                raise ValueError("it was made by another version, or in another time zone")
+            found._check(files)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, msgspec.MsgspecError) as error:
+            log.warning("ledger: the checkpoint does not fit (%s): all entries are read again", error)
+            return None
+        return found
+
+    def _check(self, files: LedgerFiles) -> None:
+        paths = {month_of(path): path for path in files.paths()}
+        last = max(self.sizes, default="")
+        for month, size in self.sizes.items():
+            if month not in paths:
+                raise ValueError(f"usage-{month}.jsonl is gone")
+            there = files.size(paths[month])
+            kept = size % (1 << 32) if paths[month].suffix == ".gz" else size
+            if there < kept or (there != kept and month != last):
+                raise ValueError(f"{paths[month].name} has another size")
+        if any(month < last and month not in self.sizes for month in paths):
+            raise ValueError("there is a file that it does not know")
+        if last and paths[last].suffix != ".gz" and self.sizes[last]:
+            with open(paths[last], "rb") as file:
+                file.seek(max(0, self.sizes[last] - LINE_END))
+                if file.read(LINE_END)[:-3].decode("latin-1") != self.chain:
+                    raise ValueError(f"{paths[last].name} was changed")
+
+
+class Ledger:
+    """Appends lines to `usage-YYYY-MM.jsonl`, one write each, and keeps the counters.
+
+    What the disk refuses waits in a bounded queue. `tick` is to be called often: it writes what waits, takes in what
+    the command line has appended, and has the file synced off the event loop.
     """
 
     QUEUE = 10_000  # entries; new calls are refused before one more would not fit
+    CHECKPOINT_EVERY = 50_000  # lines
 
-    def __init__(self, directory: Path, fsync_s: float, clock: Clock) -> None:
+    def __init__(self, directory: Path, fsync_s: float, clock: Clock, timezone: dt.tzinfo = dt.UTC) -> None:
         self.directory, self.fsync_s = directory, fsync_s
         self._clock = clock
-        self._waiting: deque[tuple[str, bytes]] = deque()  # month and line
-        self._written = 0  # bytes of the first of them that are in its file already
+        self.fold = Fold(Calendar(timezone), clock.wall() - 61)
+        self._waiting: deque[tuple[str, bytes]] = deque()  # month and line, not chained yet
+        self._sizes: dict[str, int] = {}  # bytes that are counted, by month
+        self._chain = FIRST_CHAIN
         self._month = ""
         self._fd = -1
         self._dirty = False
+        self._is_claimed = False  # nobody else writes, until the next tick
+        self._was_moved = False
+        self._is_loaded = False  # only then are the counters worth a checkpoint
+        self._since_checkpoint = 0
         self._synced_at = clock.monotonic()
         self._syncing: ThreadFuture[None] | None = None
         self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
         self.failure = ""  # why the disk refused, "" while it does not
+
+    @classmethod
+    def correct(cls, directory: Path, line: LedgerLine, clock: Clock) -> None:
+        """Append one line from outside; a running gateway takes it in within a second. Raises OSError."""
+        ledger = cls(directory, 0, clock)
+        newest = max([line.time[:7], *map(month_of, LedgerFiles(directory).paths())])
+        ledger._waiting.append((newest, ENTRY_ENCODER.encode(line)))
+        for _ in range(3000):
+            ledger._write()
+            if not ledger._waiting:
+                break
+            time.sleep(0.001)  # the gateway writes, until its next tick
+        failure = ledger.failure or "somebody else is writing"
+        waiting = ledger.waiting
+        ledger._waiting.clear()
+        ledger.failure = ""  # it is told once, and nothing is written again
+        ledger.close()
+        if waiting:
+            raise OSError(errno.EAGAIN, failure)
+
+    # Reading
+
+    def load(self) -> None:
+        """Count what is there, and open the newest file, so that a folder that cannot be written is known at the start.
+
+        Raises OSError.
+        """
+        files, started = LedgerFiles(self.directory), time.monotonic()
+        checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
+        if checkpoint:
+            self.fold.restore(checkpoint.books)
+            self._sizes, self._chain = checkpoint.sizes, checkpoint.chain.encode()
+        before, present = self.fold.books.entries, files.paths()
+        if present and present[-1].suffix != ".gz":
+            self._attach(month_of(present[-1]))  # a torn line may be in it
+        gc.disable()  # it would look at all counters again and again, and none of this is garbage
+        try:
+            for path in present:
+                if month_of(path) >= max(self._sizes, default=""):
+                    self._read(path, started)
+        finally:
+            gc.enable()
+        self._is_loaded = True
+        self._turn_month()
+        read = self.fold.books.entries - before
+        if read:
+            log.info("ledger: %s entries read in %.1f s", f"{read:,}", time.monotonic() - started)
+        if read >= self.CHECKPOINT_EVERY:
+            self._write_checkpoint()
+
+    def _read(self, path: Path, started: float) -> None:
+        """Count a file's lines from where it was left."""
+        month, rest, last, unreadable, told_at = month_of(path), b"", b"", 0, started
+        offset = self._sizes.setdefault(month, 0)
+        decode, post = POSTING_DECODER.decode, self.fold.post
+        with LedgerFiles.open(path) as file:
+            for chunk in chunks(file, offset):
+                *lines, rest = (rest + chunk).split(b"\n")  # what has no end is torn, or being written
+                offset += len(chunk)
+                for line in lines:
+                    try:
+                        post(decode(line))
+                    except UNCOUNTABLE:
+                        unreadable += 1
+                last = lines[-1] + b"\n" if lines else last
+                if time.monotonic() - told_at > 2:
+                    told_at = time.monotonic()
+                    log.info("ledger: %s entries read, now in %s", f"{self.fold.books.entries:,}", path.name)
+        self._sizes[month], self._chain = offset - len(rest), chain_of(last) or self._chain
+        if unreadable:
+            log.warning(
+                "ledger: %d lines of %s cannot be read and count nothing; `usage verify` names them",
+                unreadable,
+                path.name,
+            )
+
+    def _look(self) -> None:
+        """Have this month's file open; take in what others have appended, if nobody is writing just now."""
+        with contextlib.suppress(OSError):
+            self._turn_month()
+            self._claim()
+
+    def _claim(self) -> None:
+        """Be the only one who writes, until the next tick, and know what others have written. Raises OSError.
+
+        Not for each line: two system calls more would cost as much as the line.
+        """
+        if not self._is_claimed:
+            lock(self._fd)
+            self._is_claimed = True
+            self._catch_up()
+
+    def _release(self) -> None:
+        if self._is_claimed and self._fd >= 0:
+            unlock(self._fd)
+        self._is_claimed = False
+
+    def _turn_month(self) -> None:
+        """Have this month's file open, where a command may have appended already. Raises OSError."""
+        month = max(utc_time(self._clock.wall())[:7], self._month, *self._sizes)
+        if self._fd < 0 or month != self._month:
+            self._open(month)
+
+    def _catch_up(self) -> None:
+        """Take in what others have appended to the open file: a reset, a correction."""
+        size, known = os.fstat(self._fd).st_size, self._sizes[self._month]
+        if size == known:
+            return
+        if size < known:
+            log.error("ledger: usage-%s.jsonl was cut from outside; `usage verify` tells where", self._month)
+            self._sizes[self._month] = size
+            return
+        new = os.pread(self._fd, size - known, known)
+        for line in new[: new.rfind(b"\n") + 1].splitlines(keepends=True):
+            self._take_in(line)
+        if not new.endswith(b"\n"):  # a command was killed in mid-write
+            set_torn_line_aside(self._fd, self.directory / f"usage-{self._month}.jsonl")
+
+    def _take_in(self, line: bytes) -> None:
+        self._sizes[self._month] += len(line)
+        self._chain = chain_of(line) or self._chain
+        try:
+            posting = POSTING_DECODER.decode(line)
+            self.fold.post(posting)
+        except UNCOUNTABLE:
+            return log.warning("ledger: somebody appended a line that cannot be read to usage-%s.jsonl", self._month)
+        if posting.type != "call":
+            log.info("ledger: %s of %s taken in", posting.type, posting.name or posting.key or posting.team or "all")
+
+    # Writing
 
     def has_room(self, running: int) -> bool:
         """Whether the entries of `running` calls and one more would fit into the queue."""
@@ -1579,47 +2594,54 @@ class Ledger:
         """Entries that are not in a file yet."""
         return len(self._waiting)
 
-    def append(self, entry: Entry) -> None:
-        """Write one entry; never raises. Where the disk refuses, it waits."""
-        self._waiting.append((entry.time[:7], ENTRY_ENCODER.encode(entry) + b"\n"))
-        self._write()
+    def append(self, line: LedgerLine) -> None:
+        """Count and write one line; never raises. Where the disk refuses, it waits."""
+        text = ENTRY_ENCODER.encode(line)
+        self._waiting.append((line.time[:7], text))
+        self._write()  # first, because it takes in what stands before this line in the file: a reset, say
+        self.fold.post(POSTING_DECODER.decode(text))
         if self.fsync_s == 0:
             self._sync()
+        self._since_checkpoint += 1
+        if self._since_checkpoint >= self.CHECKPOINT_EVERY:
+            self._write_checkpoint()
 
     def tick(self) -> None:
-        """Try again what waits; sync when it is due."""
+        """Try again what waits; see what others have written; sync when it is due."""
         if self._waiting:
             self._write()
+        else:
+            self._look()
+        self._release()
         if self._dirty and self._clock.monotonic() - self._synced_at >= self.fsync_s:
             self._sync()
 
     def close(self) -> None:
         """Write and sync what can be, and say what cannot."""
         self._write()
+        if self._is_loaded:
+            self._write_checkpoint()
+            self._is_loaded = False
         self._disk.shutdown(wait=True)
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.fsync(self._fd)
-            os.close(self._fd)
-            self._fd = -1
+            os.close(self._fd)  # and with it the lock
+            self._fd, self._is_claimed = -1, False
         if self._waiting:
             log.error("ledger: %d entries could not be written: %s", len(self._waiting), self.failure)
-
-    def check(self) -> None:
-        """Open this month's file, so that a folder that cannot be written is known at the start. Raises OSError."""
-        self._open(utc_time(self._clock.wall())[:7])
 
     def _write(self) -> None:
         try:
             while self._waiting:
-                month, line = self._waiting[0]
-                if month != self._month:
-                    self._open(month)
-                self._written += os.write(self._fd, line[self._written :])
-                self._dirty = True
-                if self._written == len(line):
-                    self._waiting.popleft()
-                    self._written = 0
+                month, text = self._waiting[0]
+                if self._fd < 0 or month > self._month:  # never back into an older file: the order is the chain's
+                    self._open(max(month, self._month))
+                self._claim()
+                self._write_line(text)
+                self._waiting.popleft()
+        except BlockingIOError:
+            return  # a command writes a line of its own; `tick` comes again
         except OSError as error:
             if not self.failure:
                 log.error("ledger: cannot write to %s: %s; entries wait", self.directory, error.strerror)
@@ -1629,25 +2651,81 @@ class Ledger:
                 log.warning("ledger: %s can be written again", self.directory)
             self.failure = ""
 
-    def _open(self, month: str) -> None:
+    def _write_line(self, text: bytes) -> None:
+        """A line is in the file as a whole or not at all. Raises OSError."""
+        chain = chain_value(self._chain, text)
+        line = text[:-2] + chain + b'"}\n'
+        size, written = self._sizes[self._month], 0
+        try:
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            if written:
+                os.ftruncate(self._fd, size)
+            raise
+        self._sizes[self._month], self._chain, self._dirty = size + len(line), chain, True
+
+    def _attach(self, month: str) -> None:
+        """Have a month's file open, without what a crash may have left of its last line. Raises OSError."""
         path = self.directory / f"usage-{month}.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         try:
-            set_torn_line_aside(fd, path)
+            with contextlib.suppress(BlockingIOError):  # somebody is writing: nothing is torn
+                lock(fd)
+                set_torn_line_aside(fd, path)
+                unlock(fd)
         except OSError:
             os.close(fd)
             raise
         self._let_go()
         self._fd, self._month = fd, month
 
+    def _open(self, month: str) -> None:
+        """Go on in a month's file. Raises OSError."""
+        if self._fd >= 0:
+            self._claim()  # the last line of a month may be another's
+        turned = self._is_loaded and bool(self._month) and month != self._month
+        self._attach(month)
+        if self._is_loaded and not self._was_moved:
+            self._sizes.setdefault(month, 0)  # what another process wrote there is taken in
+        else:
+            self._sizes[month] = os.fstat(self._fd).st_size
+            self._chain = self._last_chain() or self._chain
+        self._was_moved = False
+        if turned:
+            self._write_checkpoint()
+
+    def _last_chain(self) -> bytes:
+        """The chain value of the newest line."""
+        for file in reversed(LedgerFiles(self.directory).paths()):
+            if last := LedgerFiles.last_line(file):
+                return chain_of(last)
+        return b""
+
+    def _write_checkpoint(self) -> None:
+        """Keep the counters as they are now; what is appended later is read at the next start."""
+        if self._waiting:
+            return
+        self._since_checkpoint = 0
+        timezone = str(self.fold.calendar.timezone)
+        made = Checkpoint(Checkpoint.VERSION, timezone, dict(self._sizes), self._chain.decode(), self.fold.books)
+        self._disk.submit(self._keep, msgspec.json.encode(made))
+
+    def _keep(self, data: bytes) -> None:
+        try:
+            Checkpoint.write(self.directory, data)
+        except OSError as error:
+            log.warning("ledger: no checkpoint: %s; the next start reads all entries", error.strerror)
+
     def _let_go(self) -> None:
+        self._release()
         if self._fd >= 0:
             self._disk.submit(sync_and_close, self._fd)
-        self._fd, self._month, self._written = -1, "", 0
+        self._fd, self._month = -1, ""
 
     def reopen_if_moved(self) -> None:
-        """Let go of a file that was moved or removed under us; a line of which a part went with it is written again."""
+        """Let go of a file that was moved or removed under us."""
         if self._fd < 0:
             return
         try:
@@ -1655,7 +2733,10 @@ class Ledger:
         except OSError:
             kept = False
         if not kept:
-            self._let_go()
+            self._was_moved = True
+            self._release()
+            self._disk.submit(sync_and_close, self._fd)
+            self._fd = -1  # the month stays: the next line goes into a new file of its name
 
     def _sync(self) -> None:
         if self._fd < 0 or (self._syncing and not self._syncing.done()):
@@ -1672,31 +2753,6 @@ class Ledger:
             log.error("ledger: fsync in %s: %s", self.directory, error.strerror)
 
 
-class LedgerFiles:
-    """The ledger as it is read: entries in the order of their files."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.unreadable = 0
-
-    def entries(self, since: str = "", until: str = "9") -> Iterator[Entry]:
-        """Entries with since <= time < until (ISO times, or beginnings of them); other lines are counted."""
-        decoder = msgspec.json.Decoder(Entry)
-        for path in sorted(self.directory.glob("usage-*.jsonl")):
-            month = path.stem.removeprefix("usage-")
-            if month < since[:7] or month > until:
-                continue
-            with open(path, "rb") as lines:
-                for line in lines:
-                    try:
-                        entry = decoder.decode(line)
-                    except UNREADABLE:
-                        self.unreadable += 1
-                        continue
-                    if since <= entry.time < until:
-                        yield entry
-
-
 class Total(msgspec.Struct):
     """Sums over a group of entries. `cache_hit_rate` is cache reads over all input, None without input."""
 
@@ -1710,31 +2766,374 @@ class Total(msgspec.Struct):
     cost_usd: float = 0.0
     cache_hit_rate: float | None = None
 
-    def add(self, entry: Entry) -> None:
-        """Count one entry in."""
-        self.calls += 1
-        self.failed += entry.outcome != "completed"
-        self.input_tokens += entry.input_tokens
-        self.output_tokens += entry.output_tokens
-        self.cache_write_tokens += entry.cache_write_5m_tokens + entry.cache_write_1h_tokens
-        self.cache_read_tokens += entry.cache_read_tokens
-        self.cost_usd = round(self.cost_usd + entry.cost_usd, 9)
-        all_input = self.input_tokens + self.cache_write_tokens + self.cache_read_tokens
-        self.cache_hit_rate = round(self.cache_read_tokens / all_input, 4) if all_input else None
+    @classmethod
+    def of(cls, group: dict[str, str], packed: Packed) -> Total:
+        """A tally as people read it."""
+        tally = Tally.of(packed)
+        writes = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
+        all_input = tally.input_tokens + writes + tally.cache_read_tokens
+        return cls(
+            group,
+            tally.calls,
+            tally.failed,
+            tally.input_tokens,
+            tally.output_tokens,
+            writes,
+            tally.cache_read_tokens,
+            tally.nano_usd / 1e9,
+            round(tally.cache_read_tokens / all_input, 4) if all_input > 0 else None,
+        )
 
 
-def summarize(entries: Iterable[Entry], by: Sequence[str], timezone: dt.tzinfo) -> list[Total]:
-    """Totals per group of `by` (key, upstream, model, day, month, session), sorted by group."""
-    totals: dict[tuple[str, ...], Total] = {}
-    for entry in entries:
-        day = dt.datetime.fromisoformat(entry.time).astimezone(timezone).date().isoformat()
-        values = {"day": day, "month": day[:7]}
-        group = {name: values.get(name) or getattr(entry, name, "") for name in by}
-        totals.setdefault(tuple(group.values()), Total(group)).add(entry)
-    return [totals[name] for name in sorted(totals)]
+def grouped(rows: Iterable[tuple[dict[str, str], Packed]], by: Sequence[str]) -> list[Total]:
+    """Totals per group of `by`, sorted by group; rows are tallies with everything they could be grouped by."""
+    sums: dict[tuple[str, ...], Packed] = {}
+    for labels, packed in rows:
+        group = tuple(labels[name] for name in by)
+        sums[group] = sums.get(group, 0) + packed
+    return [Total.of(dict(zip(by, group, strict=True)), sums[group]) for group in sorted(sums)]
 
 
-# --- 5. Wire: bytes to events and heads, no I/O ------------------------------------
+def summarize(lines: Iterable[LedgerLine], by: Sequence[str], timezone: dt.tzinfo) -> list[Total]:
+    """Totals per group of `by` (key, team, upstream, model, day, month, session …), sorted by group."""
+
+    def rows() -> Iterator[tuple[dict[str, str], Packed]]:
+        for line in lines:
+            if isinstance(line, Reset) or getattr(line, "path", "") == COUNT_TOKENS:
+                continue
+            day = dt.datetime.fromisoformat(line.time).astimezone(timezone).date().isoformat()
+            values = {"day": day, "month": day[:7]}
+            labels = {name: values.get(name) or getattr(line, name, "") for name in by}
+            yield labels, pack(msgspec.convert(line, Posting, from_attributes=True))
+
+    return grouped(rows(), by)
+
+
+# --- 5. Limits: may this key spend now? --------------------------------------------
+
+NANO = {"tokens": 1.0, "requests": 1.0, "usd": 1e9}  # money is counted in nano-USD
+
+
+def amount_text(unit: str, *amounts: float) -> str:
+    """Amounts of a limit as people read them: `$3.20 of $20.00`, `12,000 of 50,000 tokens`."""
+    if unit == "usd":
+        return " of ".join(
+            f"${usd:,.2f}" if usd >= 0.1 or usd <= 0 else f"${usd:.4f}" for usd in (x / 1e9 for x in amounts)
+        )
+    return " of ".join(f"{amount:,.0f}" for amount in amounts) + f" {unit}"
+
+
+def reset_text(at: float | None, now: float, timezone: dt.tzinfo) -> str:
+    """`resets Mon 00:00 UTC`; with the date where that is more than six days ahead; "" where nothing resets."""
+    if at is None:
+        return ""
+    local = dt.datetime.fromtimestamp(at, timezone)
+    day = f"{local:%a}" if at - now < 6 * 86400 else f"{local.day} {local:%b}"
+    return f"resets {day} {local:%H:%M} {local.tzname()}"
+
+
+class Scope:
+    """What runs right now on a key, a team or the gateway. Survives reloads; what was spent is in its counters."""
+
+    __slots__ = ("began", "counters", "reserved", "running")
+
+    def __init__(self, counters: Counters) -> None:
+        self.counters = counters
+        self.running = 0
+        self.reserved = {"tokens": 0, "usd": 0, "requests": 0}  # usd in nano-USD
+        self.began: dict[int, int] = {}  # running calls by the step in which they began
+
+    def held(self, limit: Limit, now: float) -> float:
+        """What running calls hold of a limit. A call counts into requests/minute when it begins, not while it runs."""
+        if limit.unit == "requests" and limit.window == "minute":
+            return sum(calls for step, calls in self.began.items() if abs(now // STEP_S - step) <= LAST_STEPS)
+        return self.reserved[limit.unit]
+
+    def wait_s(self, limit: Limit, excess: float, now: float, weights: Weights) -> int:
+        """In how many seconds so much of a limit per minute will have left the last minute; 1 to 60."""
+        amounts = dict(self.counters.recent(limit.unit, now, weights))
+        if limit.unit == "requests":
+            for step, calls in self.began.items():
+                amounts[step] = amounts.get(step, 0) + calls
+        for step in sorted(amounts):
+            excess -= amounts[step]
+            if excess <= 0:
+                return max(1, min(60, math.ceil((step + LAST_STEPS + 1) * STEP_S - now)))
+        return 60
+
+
+class Standing(NamedTuple):
+    """How a limit stands before a call that needs so much of it; amounts in the limit's unit."""
+
+    budget: Budget
+    limit: Limit
+    used: float
+    held: float
+    allowed: float
+    need: float
+
+    def text(self) -> str:
+        """What is in the way, in words."""
+        unit, whose = self.limit.unit, f"The limit {self.limit.name} of {self.budget}"
+        spent = amount_text(unit, self.used, self.allowed)
+        if self.used >= self.allowed:
+            return f"{whose} is used up: {spent}"
+        if self.used + self.need > self.allowed:
+            return (
+                f"{whose} has too little left: {spent} used, and this call needs about {amount_text(unit, self.need)}"
+            )
+        return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
+
+
+class Reservation:
+    """What one call holds, from its admission until it is booked: a slot, a request, tokens and money.
+
+    A context manager: leaving it gives everything back, whatever happened.
+    """
+
+    __slots__ = ("_began", "_held", "_limits", "has_slot", "key", "scopes")
+
+    def __init__(self, limits: Limits, call: Call) -> None:
+        self._limits = limits
+        self.key = call.key
+        self.scopes = limits.scopes(call.key)
+        self.has_slot = False
+        self._began = int(call.started_wall // STEP_S)
+        self._held: dict[str, int] = {}
+
+    def take_slot(self) -> None:
+        """Count as running."""
+        self.has_slot = True
+        for _, scope in self.scopes:
+            scope.running += 1
+
+    def hold(self, amounts: dict[str, int]) -> None:
+        """Hold amounts, by unit, of every limit."""
+        self._held = amounts
+        for _, scope in self.scopes:
+            for unit, amount in amounts.items():
+                scope.reserved[unit] += amount
+            scope.began[self._began] = scope.began.get(self._began, 0) + 1
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for _, scope in self.scopes:
+            scope.running -= self.has_slot
+            for unit, amount in self._held.items():
+                scope.reserved[unit] -= amount
+            if self._held:
+                scope.began[self._began] -= 1
+                if not scope.began[self._began]:
+                    del scope.began[self._began]
+        if self.has_slot:
+            self.has_slot, self._held = False, {}
+            self._limits.wake()
+
+
+class Waiter(NamedTuple):
+    """A call that waits for a slot. `turn` is resolved: True with the slot taken, False when the wait is over."""
+
+    reservation: Reservation
+    turn: asyncio.Future[bool]
+    until: float
+
+    def leave(self, _: object = None) -> None:
+        """End the wait without a slot."""
+        if not self.turn.done():
+            self.turn.set_result(False)
+
+
+class Limits:
+    """Admits calls: every limit of the key, its team and the gateway is checked and reserved together or not at all.
+
+    How far a limit can be passed: by what the calls that run at that moment cost beyond their reservations. A
+    reservation is the input (bytes ÷ 4) and the output that the client allows, but at most `limits.reserve_output`
+    and what is left.
+    """
+
+    def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
+        self._fold, self._clock, self._pace = fold, clock, pace
+        self._scopes: dict[tuple[str, str], Scope] = {}
+        self._queue: list[Waiter] = []  # oldest first
+
+    def scopes(self, key: Key) -> list[tuple[Budget, Scope]]:
+        """Each budget that a key's calls count in, with what runs on it."""
+        return [(budget, self._scope(budget)) for budget in key.budgets]
+
+    def _scope(self, budget: Budget) -> Scope:
+        name = (budget.scope, budget.name)
+        found = self._scopes.get(name)
+        if found is None:
+            found = self._scopes[name] = Scope(self._fold.scope(*name))
+        return found
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a slot."""
+        return len(self._queue)
+
+    def refuse_spent(self, config: Config, key: Key) -> None:
+        """Refuse a key of which some limit is used up. Raises LimitSpent or LimitFull."""
+        now = self._clock.wall()
+        for budget, scope in self.scopes(key):
+            for limit in budget.limits:
+                self._left(config, budget, scope, limit, 0, now)
+
+    async def admit(self, call: Call, reservation: Reservation, gone: asyncio.Future[Any]) -> None:
+        """Take a slot, wait for one if need be, and reserve; `gone` is resolved when the client has left.
+
+        Raises LimitSpent, LimitFull or ClientLeft. What is held by then, the reservation gives back.
+        """
+        if call.route.kind == "count_tokens":
+            return  # free, and never refused
+        full = self._full(reservation)
+        if full is None:
+            reservation.take_slot()
+        else:
+            self.refuse_spent(call.config, call.key)
+            await self._wait(call, reservation, full, gone)
+        self._reserve(call, reservation)
+
+    def _full(self, reservation: Reservation) -> Budget | None:
+        """The first budget that has no slot left."""
+        for budget, scope in reservation.scopes:
+            if scope.running >= budget.concurrent:
+                return budget
+        return None
+
+    async def _wait(self, call: Call, reservation: Reservation, full: Budget, gone: asyncio.Future[Any]) -> None:
+        wait_s = call.config.limits.queue
+        ahead = sum(budget.is_of(full) for waiter in self._queue for budget, _ in waiter.reservation.scopes)
+        if wait_s > 0 and ahead < self._pace.queue_calls:
+            until = self._clock.monotonic() + wait_s
+            waiter = Waiter(reservation, asyncio.get_running_loop().create_future(), until)
+            self._queue.append(waiter)
+            gone.add_done_callback(waiter.leave)
+            try:
+                await waiter.turn
+            finally:
+                gone.remove_done_callback(waiter.leave)
+                if waiter in self._queue:
+                    self._queue.remove(waiter)
+        if gone.done():
+            raise ClientLeft("The client left while its call waited for its turn.")
+        if not reservation.has_slot:
+            what = f"{full.concurrent:,.0f} calls at once, the limit of {full}"
+            raise LimitFull(f"More than {what}. Try again in a moment.{call.config.contact}", retry_after_s=5)
+
+    def wake(self) -> None:
+        """Let those in whose way nothing stands any more have their turn, oldest first."""
+        for waiter in tuple(self._queue):
+            if not waiter.turn.done() and self._full(waiter.reservation) is None:
+                waiter.reservation.take_slot()
+                waiter.turn.set_result(True)
+                self._queue.remove(waiter)
+
+    def reload(self, config: Config) -> None:
+        """Let those who wait see a new config's limits; whose key is gone keeps those that it came with."""
+        keys = {key.name: key for key in config.keys} if self._queue else {}
+        for waiter in self._queue:
+            key = keys.get(waiter.reservation.key.name)
+            if key and not waiter.reservation.has_slot:
+                waiter.reservation.scopes = self.scopes(key)
+        self.wake()
+
+    def check(self) -> None:
+        """End the waits that have lasted long enough."""
+        now = self._clock.monotonic()
+        for waiter in self._queue:
+            if now >= waiter.until:
+                waiter.leave()
+
+    def close(self) -> None:
+        """End every wait."""
+        for waiter in self._queue:
+            waiter.leave()
+
+    def _reserve(self, call: Call, reservation: Reservation) -> None:
+        """Hold the estimated input and the expected output in every window at once. Raises LimitSpent, LimitFull."""
+        config, now = call.config, self._clock.wall()
+        weights, price = config.limits.weights, config.price(call.upstream_model).at(call.input_estimate)
+        each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
+        need = {
+            "tokens": math.ceil(call.input_estimate * weights.input),
+            "usd": math.ceil(call.input_estimate * price.input * 1e3),
+            "requests": 1,
+        }
+        output: float = min(call.max_output, config.limits.reserve_output)
+        for budget, scope in reservation.scopes:
+            for limit in budget.limits:
+                left = self._left(config, budget, scope, limit, need[limit.unit], now)
+                if each.get(limit.unit):
+                    output = min(output, left / each[limit.unit])
+        for unit, per_token in each.items():
+            need[unit] += math.floor(output * per_token)
+        reservation.hold(need)
+
+    def _left(self, config: Config, budget: Budget, scope: Scope, limit: Limit, need: float, now: float) -> float:
+        """What a limit has left after `need`, in its unit. Raises LimitSpent where that is no question of time."""
+        weights, allowed = config.limits.weights, limit.amount * NANO[limit.unit]
+        used = scope.counters.spent(limit.unit, limit.window, now, weights)
+        held = scope.held(limit, now)
+        if used < allowed and used + held + need <= allowed:
+            return allowed - used - held - need
+        raise self._refusal(config, Standing(budget, limit, used, held, allowed, need), scope, now)
+
+    def _refusal(self, config: Config, standing: Standing, scope: Scope, now: float) -> GatewayError:
+        limit, contact = standing.limit, config.contact
+        if limit.window == "minute" and standing.need <= standing.allowed:
+            excess = standing.used + standing.held + max(standing.need, 1) - standing.allowed
+            wait_s = scope.wait_s(limit, excess, now, config.limits.weights)
+            return LimitFull(f"{standing.text()}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)
+        if standing.used < standing.allowed and standing.used + standing.need <= standing.allowed:
+            return LimitFull(f"{standing.text()}. Try again in a moment.{contact}", retry_after_s=5)
+        resets_at = scope.counters.resets_at(limit.window, now, self._fold.calendar)
+        reset = reset_text(resets_at, now, self._fold.calendar.timezone)
+        return LimitSpent(
+            f"{standing.text()}{'; ' * bool(reset)}{reset}.{contact}",
+            retry_after_s=None if resets_at is None else max(1, math.ceil(resets_at - now)),
+        )
+
+    def standings(self, config: Config, key: Key) -> list[dict[str, Any]]:
+        """How each limit of a key stands; money in USD."""
+        now, calendar = self._clock.wall(), self._fold.calendar
+        found: list[dict[str, Any]] = []
+        for budget, scope in self.scopes(key):
+            for limit in budget.limits:
+                scale = NANO[limit.unit]
+                used = scope.counters.spent(limit.unit, limit.window, now, config.limits.weights) / scale
+                resets_at = scope.counters.resets_at(limit.window, now, calendar)
+                found.append(
+                    {
+                        "limit": limit.name,
+                        "scope": budget.scope,
+                        "used": round(used, 9),
+                        "reserved": round(scope.held(limit, now) / scale, 9),
+                        "allowed": limit.amount,
+                        "remaining": round(max(0.0, limit.amount - used), 9),
+                        "resets_at": None if resets_at is None else utc_time(resets_at),
+                        "resets": reset_text(resets_at, now, calendar.timezone) or None,
+                    }
+                )
+            if math.isfinite(budget.concurrent):
+                found.append(
+                    {
+                        "limit": "concurrent",
+                        "scope": budget.scope,
+                        "used": scope.running,
+                        "reserved": 0,
+                        "allowed": budget.concurrent,
+                        "remaining": max(0, budget.concurrent - scope.running),
+                        "resets_at": None,
+                        "resets": None,
+                    }
+                )
+        return found
+
+
+# --- 6. Wire: bytes to events and heads, no I/O ------------------------------------
 
 ROUTES = {
     "/v1/messages": Route("/v1/messages", "anthropic", "messages"),
@@ -1853,6 +3252,9 @@ class RequestPeek(msgspec.Struct):
     model: str = ""
     stream: bool | None = None
     metadata: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
 
 
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
@@ -1873,6 +3275,72 @@ def session_of(metadata: Any) -> str:
     return found[1] if found else ""
 
 
+IMAGE_TOKENS = 1600  # of the largest image, scaled down (platform.claude.com/docs, "Vision")
+
+
+def image_size(start: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels of a PNG, GIF, WebP or JPEG, of which `start` is the beginning; None if unknown."""
+    if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) >= 24:
+        return struct.unpack(">II", start[16:24])
+    if start[:4] == b"GIF8" and len(start) >= 10:
+        return struct.unpack("<HH", start[6:10])
+    if start[:4] == b"RIFF" and start[12:16] == b"VP8X" and len(start) >= 30:
+        width, height = (int.from_bytes(start[i : i + 3], "little") + 1 for i in (24, 27))
+        return width, height
+    if start[:2] != b"\xff\xd8":
+        return None
+    frame = re.search(rb"\xff[\xc0-\xc3]\x00\x11\x08(..)(..)", start, re.DOTALL)  # ISO 10918-1, B.2.2
+    return (int.from_bytes(frame[2], "big"), int.from_bytes(frame[1], "big")) if frame else None
+
+
+def attachments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Where base64 may stand in a body: after `"data":` (Anthropic), or after `;base64,` (OpenAI)."""
+    for marker, opening in ((b'"data"', b'"'), (b";base64,", b"")):
+        at = body.find(marker)
+        while at >= 0:
+            start = body.find(opening, at + len(marker)) + len(opening)
+            end = body.find(b'"', start)
+            if end - start > 1024:
+                yield start, end
+            at = body.find(marker, max(at + 1, end))
+
+
+def estimate_attachment(head: bytes, length: int) -> int:
+    """The tokens of an image or a document whose base64 begins with `head` and has `length` bytes."""
+    head = head.replace(b"\\/", b"/")
+    try:
+        start = base64.b64decode(head[: len(head) // 4 * 4])
+    except ValueError:  # no base64: text
+        return length // 4
+    size = image_size(start)
+    if size:  # 750 pixels a token
+        return min(IMAGE_TOKENS, size[0] * size[1] // 750 + 1)
+    if start.startswith((b"\xff\xd8", b"RIFF")):
+        return IMAGE_TOKENS
+    # A page of a PDF, 1,500 to 3,000 tokens, rarely has less than 40 KB of base64.
+    return length // 16 if start.startswith(b"%PDF-") else length // 4
+
+
+def estimate_input(body: bytes) -> int:
+    """The tokens of a request: bytes ÷ 4, but images by their size."""
+    if b"base64" not in body:
+        return len(body) // 4
+    # By their ends, because `"data": "data:image/png;base64,…"` is found twice and must be counted once.
+    found = {end: start for start, end in attachments(body)}
+    rest = len(body) - sum(end - start for end, start in found.items())
+    return rest // 4 + sum(
+        estimate_attachment(body[start : min(end, start + (64 << 10))], end - start) for end, start in found.items()
+    )
+
+
+def max_output(route: Route, peek: RequestPeek) -> float:
+    """The output tokens that a request allows; infinite where it does not say."""
+    if route.kind == "embeddings":
+        return 0
+    said = (peek.max_tokens, peek.max_completion_tokens, peek.max_output_tokens)
+    return min((value for value in said if isinstance(value, int) and value >= 0), default=math.inf)
+
+
 def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest."""
     try:
@@ -1888,7 +3356,8 @@ def read_request(call: Call) -> None:
     call.model = call.upstream_model = peek.model
     call.stream = bool(peek.stream)
     call.bytes_up = len(call.body)
-    call.input_estimate = len(call.body) // 4
+    call.input_estimate = estimate_input(call.body)
+    call.max_output = max_output(call.route, peek)
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
@@ -2308,7 +3777,7 @@ METERS: dict[str, type[Meter]] = {
 }
 
 
-# --- 6. Upstreams: connections, kept alive -----------------------------------------
+# --- 7. Upstreams: connections, kept alive -----------------------------------------
 
 
 class UpstreamTarget(NamedTuple):
@@ -2608,13 +4077,13 @@ class Pool:
             transport.write(f"CONNECT {at} HTTP/1.1\r\nhost: {at}\r\n{authorization}\r\n".encode())
             await opening.done
             connection = UpstreamConnection(self.release)
+            connection.connection_made(transport)  # it may be lost before TLS stands
             transport.set_protocol(connection)
             if self._ssl:
                 secured = await loop.start_tls(transport, connection, self._ssl, server_hostname=self.target.host)
                 if secured is None:
                     raise ConnectionError("TLS through the proxy failed")
-                transport = secured
-            connection.connection_made(transport)
+                connection.connection_made(secured)
             return connection
         except BaseException:
             transport.abort()
@@ -2643,7 +4112,7 @@ class Pool:
             self._idle.pop().abort()
 
 
-# --- 7. Demo: an upstream that needs no API key ------------------------------------
+# --- 8. Demo: an upstream that needs no API key ------------------------------------
 
 DEMO_MODEL = "claude-demo"
 JSON_TYPE: Headers = [(b"content-type", b"application/json")]
@@ -2910,7 +4379,7 @@ class DemoLine:
             self._next()
 
 
-# --- 8. Relay: one call, one upstream, bytes through -------------------------------
+# --- 9. Relay: one call, one upstream, bytes through -------------------------------
 
 
 class Sink(Protocol):
@@ -2950,12 +4419,14 @@ class Exchange:
         "_streaming",
         "_told_at",
         "attempts",
+        "book",
         "bytes_down",
         "call",
         "done",
         "error_type",
         "first_byte_at",
         "heard_at",
+        "is_booked",
         "line",
         "meter",
         "paused_at",
@@ -2970,6 +4441,8 @@ class Exchange:
         self._sink: Sink | None = sink
         self._relay, self._clock, self._pace = relay, relay.clock.monotonic, relay.pace
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
+        self.is_booked = False
         self.meter = METERS[call.route.kind](call)
         self.line: Line | None = None
         self.attempts = 0
@@ -3022,20 +4495,24 @@ class Exchange:
 
     def _settle(self, body: bytes) -> None:
         """The upstream's last bytes: is the answer whole? A cut stream must look cut."""
-        meter, sink = self.meter, self._sink
+        meter = self.meter
         self.line = None
         whole = not self._streaming or self.status != 200 or meter.finished or meter.error_type
-        if sink:
-            sink.write(body, bool(whole))
-            if not whole:
-                sink.cut()
         if self.status >= 400:
             name = "refused"
         elif not whole:
             name = "upstream_cut"
         else:
             name = "upstream_error" if meter.error_type else "completed"
-        self._finish(Outcome("client_gone" if sink is None else name, self.status))
+        outcome = Outcome("client_gone" if self._sink is None else name, self.status)
+        self._finish(outcome)
+        # First the ledger, then the client: whoever has seen the end finds it booked, even if we are killed just now.
+        if self.book:
+            self.book(self, outcome)
+        if self._sink:
+            self._sink.write(body, bool(whole))
+            if not whole:
+                self._sink.cut()
 
     def lost(self, failure: Failure) -> None:
         """The line is lost. What the client has so far must look cut; before its head there is another chance."""
@@ -3179,6 +4656,10 @@ class Relay:
             return await self._attempt(exchange, head)
         except AttemptFailed as failed:
             return self._failed(exchange, failed)
+        except asyncio.CancelledError:
+            if not exchange.done.done():
+                raise
+            return exchange.done.result()  # it had ended, and still waited for a connection
         finally:
             self.running.discard(exchange)
             if exchange.line:
@@ -3225,7 +4706,7 @@ class Relay:
         self.keep_only(())
 
 
-# --- 9. Gateway: owns all state, tells the story -----------------------------------
+# --- 10. Gateway: owns all state, tells the story -----------------------------------
 
 
 class Collected:
@@ -3321,7 +4802,8 @@ class Gateway:
     def __init__(self, config: Config, pace: Pace = Pace(), environ: Mapping[str, str] = os.environ) -> None:
         self.config, self.pace, self.clock = config, pace, config.clock
         self._environ = environ
-        self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock)
+        self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock, config.timezone)
+        self.limits = Limits(self.ledger.fold, config.clock, pace)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
         self.loaded_at = config.clock.wall()
@@ -3329,6 +4811,7 @@ class Gateway:
         self.reload_error = ""
         self.stopping = False
         self._reloading = asyncio.Lock()
+        self._reading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
@@ -3364,27 +4847,34 @@ class Gateway:
             upstream = call.config.route(call)
             if call.upstream_model != call.model:
                 call.body = rename_model(call.body, call.upstream_model)
-            self.admit()
+            self.check_open()
+            exchange = sink.exchange = Exchange(call, upstream, sink, self.relay)
+            exchange.book = self.book
+            if sink.is_gone:
+                exchange.client_gone()
+            with Reservation(self.limits, call) as reservation:
+                await self.limits.admit(call, reservation, exchange.done)
+                await self._carry(exchange)  # and settle, by its entry
         except GatewayError as error:
-            return self.refuse(call, sink, error)
-        exchange = sink.exchange = Exchange(call, upstream, sink, self.relay)
-        if sink.is_gone:
-            exchange.client_gone()
+            self.refuse(call, sink, error)
+
+    async def _carry(self, exchange: Exchange) -> None:
+        """Relay an admitted call, and book it however it ends."""
         outcome = Outcome("internal_error", error=GatewayError("The gateway failed; its log says how."))
         try:
             outcome = await self.relay.run(exchange)
         except Exception:  # the one edge: a bug of ours, or a refusal that nobody foresaw
-            log.exception("%s: failed", call.id)
+            log.exception("%s: failed", exchange.call.id)
         finally:
             self.book(exchange, outcome)
             if outcome.error:
                 exchange.refuse(outcome.error)
 
-    def admit(self) -> None:
+    def check_open(self) -> None:
         """Refuse what could not be booked. Raises Unavailable."""
         if self.stopping:
             raise Unavailable("The gateway is stopping.", retry_after_s=5)
-        if not self.ledger.has_room(len(self.relay.running)):
+        if not self.ledger.has_room(len(self.relay.running) + self.limits.waiting):
             raise Unavailable("The gateway cannot write its ledger and takes no more calls.", retry_after_s=30)
 
     def refuse(self, call: Call, sink: Sink, error: GatewayError) -> None:
@@ -3395,7 +4885,10 @@ class Gateway:
         sink.refuse(error, call.route.api, call.id)
 
     def book(self, exchange: Exchange, outcome: Outcome) -> None:
-        """Write the call's entry and its line in the log."""
+        """Write the call's entry and its line in the log, once."""
+        if exchange.is_booked:
+            return
+        exchange.is_booked = True
         entry = self._entry(exchange, outcome)
         self.ledger.append(entry)
         log.info(
@@ -3414,12 +4907,13 @@ class Gateway:
 
     def _entry(self, exchange: Exchange, outcome: Outcome) -> Entry:
         call, usage = exchange.call, exchange.usage()
-        price = call.config.price(call.upstream_model)
+        price = call.config.price(call.upstream_model).at(usage.total_input_tokens)
         first = exchange.first_byte_at
         return Entry(
             time=utc_time(self.clock.wall()),
             request_id=call.id,
             key=call.key.name,
+            team=call.key.team,
             upstream=exchange.upstream.name,
             model=call.model,
             model_served=exchange.meter.model[:MAX_NAME],
@@ -3446,6 +4940,37 @@ class Gateway:
             user_agent=call.header(b"user-agent").partition(" ")[0][:64],
             upstream_request_id=exchange.upstream_request_id,
         )
+
+    # What a key's holder can ask
+
+    def usage_of(self, key: Key) -> dict[str, Any]:
+        """How the limits of a key stand, and what it spent today and this month."""
+        config, calendar, now = self.config, self.ledger.fold.calendar, self.clock.wall()
+        history, spans = self.ledger.fold.books.histories.get(key.name, History()), calendar.spans(now)
+        return {
+            "key": key.name,
+            "team": key.team,
+            "timezone": config.server.timezone,
+            "limits": self.limits.standings(config, key),
+            "today": Total.of({}, history.since(spans["day"].start)),
+            "month": Total.of({}, history.since(spans["month"].start)),
+        }
+
+    def stats_of(self, key: Key, by: Sequence[str], since: str, until: str) -> list[Total]:
+        """What a key has spent by hour, day, month or model; times are of the gateway's time zone."""
+        history, calendar = self.ledger.fold.books.histories.get(key.name, History()), self.ledger.fold.calendar
+        rows = (
+            (labels, tally)
+            for labels, tally in history.rows(calendar)
+            if since <= (labels["hour"] or labels["day"] or labels["month"]) < until
+        )
+        return grouped(rows, by)
+
+    async def page_of(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
+        """A page of a key's entries, newest first; the files are read in a thread, one page at a time."""
+        async with self._reading:
+            files = LedgerFiles(self.ledger.directory)
+            return await asyncio.to_thread(files.page, key.name, before, wanted, count)
 
     # Reload, health, time, end
 
@@ -3478,11 +5003,13 @@ class Gateway:
         self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
         self.relay.keep_only(config.upstreams)
         self.ledger.fsync_s = config.file.usage.fsync
+        self.limits.reload(config)  # a higher limit lets those in that wait
         for warning in config.warnings:
             log.warning("config: %s", warning)
         for name, old, new in (
             ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
             ("usage.directory", before.usage_directory, config.usage_directory),
+            ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
         ):
             if old != new:
                 log.warning("config: %s changed; that takes a restart", name)
@@ -3509,6 +5036,7 @@ class Gateway:
     def tick(self) -> None:
         """Look at deadlines and at the ledger; to be called often."""
         self.relay.check()
+        self.limits.check()
         self.ledger.tick()
 
     async def drain(self, within_s: float) -> None:
@@ -3520,9 +5048,13 @@ class Gateway:
     async def close(self) -> None:
         """Cut what still runs, book it, and close the ledger."""
         self.stopping = True
+        self.limits.close()
         self.relay.close()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
+            _, late = await asyncio.wait(self._tasks, timeout=1)
+            for task in late:  # they wait for a connection, which may take longer than a stop does
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         self.ledger.close()
 
 
@@ -3533,7 +5065,14 @@ class ConfigWatch(FileSystemEventHandler):
     Events do not cross every mount, so `poll`, called every second, compares as well.
     """
 
-    EVENTS = frozenset(("created", "modified", "moved", "deleted", "closed"))
+    # Not FileModifiedEvent: a log or a ledger in the same folder would wake the watcher's threads with every line, and
+    # whoever writes config.yaml closes it afterwards.
+    EVENTS: ClassVar[list[type[FileSystemEvent]]] = [
+        FileCreatedEvent,
+        FileMovedEvent,
+        FileDeletedEvent,
+        FileClosedEvent,
+    ]
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -3548,7 +5087,7 @@ class ConfigWatch(FileSystemEventHandler):
     def start(self) -> None:
         """Begin to watch; without inotify (too few watches, say) the poll has to do."""
         try:
-            self._observer.schedule(self, str(self._path.parent))
+            self._observer.schedule(self, str(self._path.parent), event_filter=self.EVENTS)
             self._observer.start()
         except OSError as error:
             log.warning("cannot watch %s (%s): its config is looked at every second instead", self._path.parent, error)
@@ -3562,7 +5101,7 @@ class ConfigWatch(FileSystemEventHandler):
     def on_any_event(self, event: FileSystemEvent) -> None:
         # Called in the watcher's thread. The ledger may be written to the same directory all the time.
         name = os.path.basename(os.fsdecode(event.src_path))
-        if event.event_type in self.EVENTS and not name.startswith("usage-"):
+        if not name.startswith("usage-"):
             with contextlib.suppress(RuntimeError):  # the loop has just ended
                 self._loop.call_soon_threadsafe(self._changed)
 
@@ -3590,7 +5129,7 @@ class ConfigWatch(FileSystemEventHandler):
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-# --- 10. HTTP: the front door, no policy -------------------------------------------
+# --- 11. HTTP: the front door, no policy -------------------------------------------
 
 
 class State(enum.Enum):
@@ -3636,6 +5175,7 @@ class ClientConnection(asyncio.Protocol):
         self._pipelined = False  # a request came ahead of the answer before it
         self._pending = b""  # the head of an answer, until the first bytes of its body
         self._chunked = False
+        self._is_slow = False  # the transport says so once, perhaps at the end of the answer before
         self._active_at = door.now()
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self._peer = ""
@@ -3666,6 +5206,8 @@ class ClientConnection(asyncio.Protocol):
             self._reject(HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes."))
         elif self._pipelined and self._state is State.IDLE:
             self._close()
+        elif self._state is State.IDLE:
+            self._head_parts.clear()  # blank lines ahead of a request, without end perhaps
 
     def _unreadable(self, error: httptools.HttpParserError) -> None:
         if isinstance(error, httptools.HttpParserCallbackError):
@@ -3684,10 +5226,12 @@ class ClientConnection(asyncio.Protocol):
             self.exchange.client_gone()
 
     def pause_writing(self) -> None:
+        self._is_slow = True
         if self.exchange:
             self.exchange.client_slow()
 
     def resume_writing(self) -> None:
+        self._is_slow = False
         if self.exchange:
             self.exchange.client_ready()
 
@@ -3695,7 +5239,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         # `_head_parts` of a request that follows in the same read are not known; no client sends ahead.
-        if self._state is State.IDLE and not self._pipelined:
+        if self._state is State.IDLE and self._head_parts and not self._pipelined:
             self._state = State.HEAD
             self._target, self._headers, self._body, self._body_size = b"", [], [], 0
         else:
@@ -3756,8 +5300,10 @@ class ClientConnection(asyncio.Protocol):
         """Check what the head suffices for; only then is the body wanted."""
         gateway = self._door.gateway
         key, address = gateway.authenticate(self._headers, self._peer)
-        gateway.admit()
+        gateway.check_open()
         config = gateway.config
+        if route.kind != "count_tokens":
+            gateway.limits.refuse_spent(config, key)
         for name, value in self._headers:
             lower = name.lower()
             if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
@@ -3799,6 +5345,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _close(self) -> None:
         self._state = State.LEAVING
+        self._active_at = self._door.now()
         self.transport.close()
 
     def _linger(self) -> None:
@@ -3822,6 +5369,8 @@ class ClientConnection(asyncio.Protocol):
         lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
         lines += [b"%b: %b" % header for header in downstream_headers(headers)]
         length = next((value for name, value in headers if name.lower() == b"content-length"), None)
+        if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
+            length = None
         bodiless = status in (204, 304)
         self._chunked = length is None and not bodiless and self._parser.get_http_version() == "1.1"
         if self._chunked:
@@ -3849,6 +5398,8 @@ class ClientConnection(asyncio.Protocol):
             self.transport.write(data)
         if last:
             self._answered()
+        elif self._is_slow and self.exchange:
+            self.exchange.client_slow()
 
     def cut(self) -> None:
         """End the answer so that it looks cut: never with a proper end."""
@@ -3930,7 +5481,11 @@ class GatewayHandler(tornado.web.RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         if not isinstance(error, GatewayError):
-            known = {404: NotFound("Nothing is served here."), 405: MethodNotAllowed("Not with this method.")}
+            known = {
+                400: BadRequest("The query cannot be read: expected UTF-8, percent-encoded."),
+                404: NotFound("Nothing is served here."),
+                405: MethodNotAllowed("Not with this method."),
+            }
             error = known.get(status_code, GatewayError("The gateway failed; its log says how."))
         request_id = "req_" + secrets.token_hex(12)
         self.set_status(error.status)
@@ -3941,6 +5496,13 @@ class GatewayHandler(tornado.web.RequestHandler):
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, (GatewayError, tornado.web.HTTPError)):
             log.error("%s %s failed", self.request.method, self.path, exc_info=(typ, value, tb))
+
+    def time(self, name: str, default: str) -> str:
+        """A time in the query, or the beginning of one. Raises BadRequest."""
+        text = self.get_query_argument(name, default)
+        if text != default and not is_time(text):
+            raise BadRequest(f"{name}: expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00")
+        return text
 
     def authenticate(self) -> Key:
         """The key of this request. Raises GatewayError."""
@@ -3990,6 +5552,62 @@ class ModelsHandler(GatewayHandler):
         }
 
 
+class UsageHandler(GatewayHandler):
+    """GET /v1/usage, /api/usage: how the limits of the key stand, and what it spent today and this month."""
+
+    def get(self) -> None:
+        self.reply(200, self.gateway.usage_of(self.authenticate()))
+
+
+class StatsHandler(GatewayHandler):
+    """GET /api/usage/stats?by=day,model&since=2026-11&until=…: what the key spent, in groups."""
+
+    GROUPS = ("hour", "day", "month", "model")
+
+    def get(self) -> None:
+        key = self.authenticate()
+        by = list(dict.fromkeys(self.get_query_argument("by", "day").split(",")))
+        if not set(by) <= set(self.GROUPS):
+            raise BadRequest(f"by: expected some of {', '.join(self.GROUPS)}, separated by commas")
+        totals = self.gateway.stats_of(key, by, self.time("since", ""), self.time("until", "9"))
+        self.reply(200, {"key": key.name, "by": by, "timezone": self.gateway.config.server.timezone, "data": totals})
+
+
+class LogsHandler(GatewayHandler):
+    """GET /api/usage/logs?limit=50&model=…: the key's entries, newest first; `next` is the next page's `before`."""
+
+    FILTERS = ("model", "outcome", "session", "upstream", "path")
+    MAX_COUNT = 1000
+
+    async def get(self) -> None:
+        key = self.authenticate()
+        since, until = self.time("since", ""), self.time("until", "9")
+        filters = {name: self.get_query_argument(name) for name in self.FILTERS if self.get_query_argument(name, "")}
+
+        def wanted(entry: Entry) -> bool:
+            matching = all(getattr(entry, name) == value for name, value in filters.items())
+            return matching and since <= entry.time < until
+
+        page = await self.gateway.page_of(key, self.before(), wanted, self.count())
+        next_page = f"{page.next[0]}:{page.next[1]}" if page.next else None
+        self.reply(200, {"key": key.name, "data": page.entries, "next": next_page})
+
+    def count(self) -> int:
+        """How many entries are asked for."""
+        text = self.get_query_argument("limit", "50")
+        if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= self.MAX_COUNT:
+            raise BadRequest(f"limit: expected 1 to {self.MAX_COUNT}, got {text[:20]!r}")
+        return int(text)
+
+    def before(self) -> tuple[str, int]:
+        """Where the page before this one ended."""
+        text = self.get_query_argument("before", "")
+        found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", text)
+        if text and not found:
+            raise BadRequest("before: expected what the page before this one gave as `next`")
+        return (found[1], int(found[2])) if found else ("9", 0)
+
+
 class OtherHandler(GatewayHandler):
     """Everything else is refused; where a table knows more, with the reason."""
 
@@ -4014,6 +5632,9 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     return tornado.web.Application(
         [
             (r"/health/?", HealthHandler, own),
+            (r"(?:/v1)?/(?:v1|api)/usage/?", UsageHandler, own),
+            (r"/api/usage/stats/?", StatsHandler, own),
+            (r"/api/usage/logs/?", LogsHandler, own),
             (r"(?:/v1)?/v1/models/?", ModelsHandler, own),
             (r"(?:/v1)?/v1/models/(.+)", ModelsHandler, own),
         ],
@@ -4064,14 +5685,18 @@ class Door:
             self._server.close()
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Close every connection; what was said already is still given the time of a goodbye to go out."""
         self.stop_listening()
         for connection in tuple(self.connections):
             connection.transport.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.gateway.pace.linger_s):
+                while self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
+                    await asyncio.sleep(0.01)
         await self._tornado.close_all_connections()
 
 
-# --- 11. Command line: serve, init, check, key, seal, usage; status, whose code stands first ---
+# --- 12. Command line: serve, init, check, key, seal, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
@@ -4175,7 +5800,7 @@ class Server:
                 "set server.port, or GATEWAY_PORT where the config reads it"
             ) from None
         try:
-            self.gateway.ledger.check()
+            self.gateway.ledger.load()
         except OSError as error:
             raise CommandError(
                 f"cannot write the ledger in {self.gateway.ledger.directory}: {error.strerror}"
@@ -4264,9 +5889,11 @@ def command_init(options: argparse.Namespace) -> None:
     print("It is shown once. Start the gateway with: gateway.py serve")
 
 
-def limits_text(limits: Sequence[Limit]) -> str:
+def limits_text(budget: Budget) -> str:
     """Limits as the config writes them."""
-    texts = [f"{x.unit}{'/' if x.window else ''}{x.window} {x.amount:,.10g}" for x in limits]
+    texts = [f"{limit.name} {limit.amount:,.10g}" for limit in budget.limits]
+    if math.isfinite(budget.concurrent):
+        texts.append(f"concurrent {budget.concurrent:,.10g}")
     return ", ".join(texts) or "none"
 
 
@@ -4284,9 +5911,9 @@ def key_table(config: Config) -> str:
         )
         from_ = f", from {', '.join(map(str, key.networks))}" if key.networks else ""
         state = key_state(key, config.clock.wall())
-        lines.append(
-            f"  {key}: {state}{expires}{from_}, models {', '.join(key.models)}, limits {limits_text(key.limits)}"
-        )
+        team = f"team {key.team}, " if key.team else ""
+        models, limits = ", ".join(key.models), limits_text(key.budgets[0])
+        lines.append(f"  {key}: {state}{expires}{from_}, models {models}, {team}limits {limits}")
     return "\n".join(lines)
 
 
@@ -4458,15 +6085,26 @@ def command_usage(options: argparse.Namespace) -> None:
     config = Config.load(options.config)
     files = LedgerFiles(config.usage_directory)
     by = list(dict.fromkeys(name.strip() for name in options.by.split(",")))
-    unknown = set(by) - {"key", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"}
+    unknown = set(by) - {
+        "key",
+        "team",
+        "model",
+        "model_served",
+        "day",
+        "month",
+        "upstream",
+        "session",
+        "outcome",
+        "client",
+    }
     if unknown:
         raise CommandError(
             f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
         )
     for name, text in (("--since", options.since), ("--until", options.until)):
-        if not re.fullmatch(r"|9|\d{4}(-\d\d(-\d\d(T[\d:.]*Z?)?)?)?", text):
+        if text not in ("", "9") and not is_time(text):
             raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
-    totals = summarize(files.entries(options.since, options.until), by, config.timezone)
+    totals = summarize(files.lines(options.since, options.until), by, config.timezone)
     if options.json:
         print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
     elif options.csv:
@@ -4673,6 +6311,114 @@ def command_reconcile(options: argparse.Namespace) -> int:
     return 1 if pairs else 0
 
 
+def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, str]:
+    """The scope and the name of whom a correction is for. Raises CommandError."""
+    chosen: list[tuple[ScopeKind, str | None]] = [
+        ("key", options.key),
+        ("team", options.team),
+        ("gateway", "-" if options.gateway else None),
+    ]
+    named = [(scope, name) for scope, name in chosen if name]
+    if len(named) != 1:
+        raise CommandError("name one: a KEY, --team TEAM, or --gateway")
+    scope, name = named[0]
+    known = {"key": [key.name for key in config.keys], "team": [team.name for team in config.file.teams]}
+    if name not in known.get(scope, [name]):
+        close = difflib.get_close_matches(name, known[scope], 1)
+        meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known[scope]) or 'none'}"
+        raise CommandError(f"there is no {scope} named {name!r}{meant}")
+    return scope, "" if scope == "gateway" else name
+
+
+def append_correction(config: Config, line: LedgerLine) -> None:
+    """Append a line to the ledger. Raises CommandError."""
+    try:
+        Ledger.correct(config.usage_directory, line, config.clock)
+    except OSError as error:
+        raise CommandError(f"nothing was written to {config.usage_directory}: {error.strerror}") from None
+
+
+def command_usage_reset(options: argparse.Namespace) -> None:
+    """Let limits count from zero again, from now on; reports stay as they are."""
+    config = Config.load(options.config)
+    scope, name = corrected(config, options)
+    if options.limit == "concurrent":
+        raise CommandError("--limit concurrent: counts what runs, there is nothing to reset")
+    try:
+        parse_limits({options.limit: 0} if options.limit else {})
+    except ValueError as error:
+        raise CommandError(f"--limit: {error}") from None
+    now = utc_time(config.clock.wall())
+    append_correction(config, Reset(time=now, scope=scope, name=name, limit=options.limit, note=options.note))
+    print(f"{options.limit or 'All limits'} of {scope}{' ' if name else ''}{name}: from zero, within a second.")
+
+
+def command_usage_adjust(options: argparse.Namespace) -> None:
+    """Add to what was spent, or take away from it (negative amounts)."""
+    config = Config.load(options.config)
+    scope, name = corrected(config, options)
+    if not (options.usd or options.tokens or options.requests):
+        raise CommandError("say what to adjust: --usd, --tokens or --requests")
+    team = name if scope == "team" else next((key.team for key in config.keys if key.name == name), "")
+    line = Adjustment(
+        time=utc_time(config.clock.wall()),
+        key=name if scope == "key" else "",
+        team=team if scope != "gateway" else "",
+        requests=options.requests,
+        input_tokens=options.tokens,
+        cost_usd=options.usd,
+        note=options.note,
+    )
+    append_correction(config, line)
+    shared = f", and with it team {team} and the gateway" if line.key and line.team else ", and with it the gateway"
+    print(f"Adjusted: {scope}{' ' if name else ''}{name}{shared if name else ''}.")
+
+
+def command_usage_verify(options: argparse.Namespace) -> None:
+    """Find the first line of the ledger that was changed, removed or inserted."""
+    config = Config.load(options.config)
+    files = LedgerFiles(config.usage_directory)
+    try:
+        last = files.verify(options.seen, print)
+    except BrokenChain as error:
+        raise CommandError(str(error)) from None
+    print(f"Every line follows from the one before. The last chain value is {last}")
+    print("Keep it elsewhere: `usage verify --seen VALUE` proves later that nothing before it was rewritten.")
+
+
+def command_usage_archive(options: argparse.Namespace) -> None:
+    """Gzip the months that are over; they go on counting in limits and reports."""
+    config = Config.load(options.config)
+    packed: list[str] = []
+
+    def tell(text: str) -> None:
+        packed.append(text)
+        print(text, flush=True)
+
+    try:
+        LedgerFiles(config.usage_directory).archive(tell)
+    except OSError as error:
+        raise CommandError(f"cannot archive in {config.usage_directory}: {error.strerror}") from None
+    if not packed:
+        print("Nothing to archive: no month is over that is not gzipped.")
+
+
+def bounded_usd(text: str) -> float:
+    """Dollars for the command line: an amount that sums and counters can take."""
+    value = float(text)
+    if not abs(value) <= 1e9:
+        raise ValueError(text)
+    return value
+
+
+def bounded_count(text: str) -> int:
+    """A count for the command line, likewise."""
+    value = int(text)
+    if abs(value) > 10**15:
+        raise ValueError(text)
+    return value
+
+
 def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
     """`usage`: its options, and the commands that it has besides summing up."""
     usage.add_argument(
@@ -4690,6 +6436,20 @@ def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.
     reconcile.add_argument("file", type=Path, metavar="FILE", help="CSV from Anthropic's Console or OpenAI's dashboard")
     reconcile.add_argument("--upstream", default="", metavar="NAME", help="only our calls to this upstream")
     reconcile.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
+    reset = add(commands, "reset", command_usage_reset)
+    reset.add_argument("--limit", default="", metavar="UNIT/WINDOW", help="such as usd/day; default: all")
+    adjust = add(commands, "adjust", command_usage_adjust)
+    adjust.add_argument("--usd", type=bounded_usd, default=0.0, metavar="N", help="such as -3.50")
+    adjust.add_argument("--tokens", type=bounded_count, default=0, metavar="N", help="counted as input")
+    adjust.add_argument("--requests", type=bounded_count, default=0, metavar="N")
+    for made in (reset, adjust):
+        made.add_argument("key", nargs="?", metavar="KEY")
+        made.add_argument("--team", metavar="TEAM", help="the limits of a team")
+        made.add_argument("--gateway", action="store_true", help="the limits of the whole gateway")
+        made.add_argument("--note", default="", metavar="TEXT", help="why; stands in the ledger")
+    verify = add(commands, "verify", command_usage_verify)
+    verify.add_argument("--seen", default="", metavar="VALUE", help="a chain value that an earlier verify printed")
+    add(commands, "archive", command_usage_archive)
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -225,7 +225,6 @@ limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
 warnings:
   upstreams[0].api_key (anthropic) is in clear text: run `gateway.py seal`
   keys[0].key (alice) is in clear text: run `gateway.py seal`
-  limits are read and checked, but this version does not enforce them yet
 """
     )
     assert shell.err == ""
@@ -347,10 +346,8 @@ def test_key_add_writes_limits_models_and_the_last_day(shell):
     )
     bob = shell.keys()["bob"]
     assert bob.models == ("claude-*", "gpt-6-sol")
-    assert bob.limits == (
-        g.Limit("usd", "day", 20.0),
-        g.Limit("tokens", "month", 50e6),
-        g.Limit("concurrent", "", 16.0),
+    assert bob.budgets[0] == g.Budget(
+        "key", "bob", (g.Limit("usd", "day", 20.0), g.Limit("tokens", "month", 50e6)), 16.0
     )
 
 
@@ -706,6 +703,7 @@ ENTRY = g.Entry(
     time="2026-09-21T13:33:20.000Z",
     request_id="req_1",
     key="alice",
+    team="",
     upstream="anthropic",
     model="claude-opus-5-5",
     model_served="claude-opus-5-5",
@@ -963,3 +961,152 @@ def test_the_commands_exit_code_is_the_programs(shell):
     assert run_as_a_program("--version").stdout == f"claude-gateway {g.VERSION}\n".encode()
     assert run_as_a_program("check", cwd=shell.folder).returncode == 1
     assert run_as_a_program("chekc", cwd=shell.folder).returncode == 2
+
+
+# Corrections, the chain, the archive
+
+UNITS = (
+    "a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
+    "or concurrent"
+)
+LEDGER_CONFIG = f"""
+upstreams: [{{name: demo, format: demo}}]
+teams: [{{name: red}}]
+keys: [{{name: alice, team: red, key: {KEY}}}, {{name: bob, key: sk-proxy-bob0123456789abcdefghijklmnopqrs}}]
+"""
+
+
+def ledger_lines(shell) -> list[dict]:
+    """The ledger's lines, oldest first, without what differs from run to run."""
+    files = sorted((shell.folder / "usage").glob("usage-*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [{name: line[name] for name in line if name not in ("time", "chain")} for line in lines]
+
+
+def test_a_reset_is_a_line_of_the_ledger(shell):
+    """
+    For a key, a team or the gateway; for one limit or all.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run("usage", "reset", "alice", "--limit", "usd/day", "--note", "holiday") == 0
+    assert shell.out == "usd/day of key alice: from zero, within a second.\n"
+    assert shell.run("usage", "reset", "--team", "red") == 0
+    assert shell.out == "All limits of team red: from zero, within a second.\n"
+    assert shell.run("usage", "reset", "--gateway") == 0
+
+    assert ledger_lines(shell) == [
+        {"type": "reset", "scope": "key", "name": "alice", "limit": "usd/day", "note": "holiday"},
+        {"type": "reset", "scope": "team", "name": "red", "limit": "", "note": ""},
+        {"type": "reset", "scope": "gateway", "name": "", "limit": "", "note": ""},
+    ]
+
+
+def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
+    """
+    It stands in the ledger and in reports, as what it is.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run("usage", "adjust", "alice", "--usd", "-3.5", "--tokens", "1000", "--note", "refund") == 0
+    assert shell.out == "Adjusted: key alice, and with it team red and the gateway.\n"
+    assert shell.run("usage", "adjust", "bob", "--requests", "2") == 0
+    assert shell.run("usage", "--by", "key,team,model", "--csv") == 0
+
+    assert shell.out.splitlines()[1:] == [
+        "alice,red,(adjusted),0,0,1000,0,0,0,-3.500000,0.0",
+        "bob,,(adjusted),2,0,0,0,0,0,0.000000,",
+    ]
+    assert ledger_lines(shell)[0] == {
+        "type": "adjust",
+        "key": "alice",
+        "team": "red",
+        "model": "(adjusted)",
+        "requests": 0,
+        "input_tokens": 1000,
+        "cost_usd": -3.5,
+        "note": "refund",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("reset",), "name one: a KEY, --team TEAM, or --gateway"),
+        (("reset", "alice", "--team", "red"), "name one: a KEY, --team TEAM, or --gateway"),
+        (("reset", "alise"), "there is no key named 'alise', did you mean alice?"),
+        (("reset", "--team", "blue"), "there is no team named 'blue'; there are: red"),
+        (
+            ("reset", "alice", "--limit", "concurrent"),
+            "--limit concurrent: counts what runs, there is nothing to reset",
+        ),
+        (("reset", "alice", "--limit", "usd/year"), f"--limit: unknown limit 'usd/year': {UNITS}"),
+        (("adjust", "alice"), "say what to adjust: --usd, --tokens or --requests"),
+        (("adjust", "--usd", "1"), "name one: a KEY, --team TEAM, or --gateway"),
+    ],
+)
+def test_a_correction_that_cannot_be_meant_writes_nothing(shell, arguments, error):
+    """
+    What is wrong, and what there is.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run("usage", *arguments) == 1
+
+    assert shell.err == f"error: {error}\n"
+    assert not (shell.folder / "usage").exists()
+
+
+def test_verify_finds_the_line_that_was_changed(shell):
+    """
+    Exit code 0 and the last value of the chain, or 1 and the line.
+    """
+    shell.write(LEDGER_CONFIG)
+    for usd in ("1", "2", "3"):
+        shell.run("usage", "adjust", "alice", "--usd", usd)
+    (file,) = (shell.folder / "usage").glob("usage-*.jsonl")
+
+    good = shell.run("usage", "verify")
+    last = re.search(r"last chain value is ([0-9a-f]{32})\n", shell.out)[1]
+    seen = shell.run("usage", "verify", "--seen", last)
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]))
+    cut = shell.run("usage", "verify", "--seen", last)
+    cut_error = shell.err
+    file.write_text("".join([lines[0], lines[1].replace('"cost_usd":2', '"cost_usd":1'), lines[2]]))
+    changed = shell.run("usage", "verify")
+
+    assert (good, seen, cut, changed) == (0, 0, 1, 1)
+    assert cut_error == f"error: no line has the chain value {last}: what it stood for was rewritten or removed\n"
+    assert shell.err == (
+        f"error: {file.name}:2: does not follow from the line before: "
+        "it was changed, or lines before it were removed or inserted\n"
+    )
+
+
+def test_archived_months_go_on_counting(shell):
+    """
+    The months that are over are gzipped; reports and the chain are as before.
+    """
+    shell.write(LEDGER_CONFIG)
+    ledger = g.Ledger(shell.folder / "usage", 0, g.Clock())
+    for month in ("2026-08", "2026-09"):
+        ledger.append(msgspec.structs.replace(ENTRY, time=f"{month}-21T13:33:20.000Z"))
+    ledger.append(msgspec.structs.replace(ENTRY, time="2026-10-01T00:00:00.000Z"))
+    ledger.close()
+    shell.run("usage")
+    before = shell.out
+
+    packed = shell.run("usage", "archive")
+    told = shell.out
+    again = shell.run("usage", "archive")
+    nothing = shell.out
+    shell.run("usage")
+
+    assert (packed, again) == (0, 0)
+    assert re.sub(r"[\d,]+ bytes", "N bytes", re.sub(r"[\d,]+ before", "N before", told)) == (
+        "usage-2026-08.jsonl.gz: N bytes, N before\nusage-2026-09.jsonl.gz: N bytes, N before\n"
+    )
+    assert nothing == "Nothing to archive: no month is over that is not gzipped.\n"
+    assert shell.out == before
+    assert shell.run("usage", "verify") == 0

@@ -26,6 +26,7 @@ import gateway as g
 
 DEMO = "upstreams: [{name: demo, format: demo}]\n"
 HASH, HASH2, HASH3 = ("sha256:" + digit * 64 + ":last" for digit in "123")
+KEYS = DEMO + "keys:\n"
 DIGEST, DIGEST2, DIGEST3 = (bytes.fromhex(digit * 64) for digit in "123")
 EXAMPLE = Path(g.__file__).with_name("config.example.yaml")
 
@@ -56,6 +57,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         "trusted_proxies": ("127.0.0.1/32",),
         "max_body": 33554432,
         "drain": 600.0,
+        "contact": "",
     }
     assert [msgspec.structs.asdict(upstream) for upstream in config.upstreams] == [
         {
@@ -71,6 +73,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         }
     ]
     assert (list(config.keys), config.file.usage, config.warnings) == ([], g.UsageConfig("usage", 1.0), [])
+    assert (config.file.teams, config.limits) == ((), g.LimitsConfig((), 8192, 10.0, g.Weights(1.0, 1.0, 1.0, 0.1)))
     assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
 
 
@@ -80,7 +83,8 @@ def test_a_key_has_a_default_for_everything_but_its_name_and_itself():
     """
     config = load(f"{DEMO}keys: [{{name: alice, key: {HASH}}}]")
 
-    assert keys_of(config) == {"alice": g.Key("alice", DIGEST, "last", ("*",), math.inf, (), True, ())}
+    budgets = (g.Budget("key", "alice", (), math.inf), g.Budget("gateway", "", (), math.inf))
+    assert keys_of(config) == {"alice": g.Key("alice", DIGEST, "last", ("*",), math.inf, (), True, "", budgets)}
 
 
 def test_every_setting_of_a_key_reaches_the_key():
@@ -91,15 +95,25 @@ def test_every_setting_of_a_key_reaches_the_key():
 keys:
   - name: alice
     key: {HASH}
+    team: research
     limits: {{usd/day: 20, concurrent: 16}}
     models: ["claude-*", gpt-6-sol]
     expires: 2027-01-31
     allow_ips: [10.0.0.0/8, "2001:db8::1"]
     enabled: false
+teams: [{{name: research, limits: {{tokens/month: 50M, concurrent: 32}}}}]
+limits: {{gateway: {{usd/month: 5k}}}}
 """)
 
     alice = keys_of(config)["alice"]
-    assert alice.limits == (g.Limit("usd", "day", 20.0), g.Limit("concurrent", "", 16.0))
+    assert (alice.team, alice.budgets) == (
+        "research",
+        (
+            g.Budget("key", "alice", (g.Limit("usd", "day", 20.0),), 16.0),
+            g.Budget("team", "research", (g.Limit("tokens", "month", 50e6),), 32.0),
+            g.Budget("gateway", "", (g.Limit("usd", "month", 5000.0),), math.inf),
+        ),
+    )
     assert alice.models == ("claude-*", "gpt-6-sol")
     assert alice.expires_at == dt.datetime(2027, 2, 1, tzinfo=dt.UTC).timestamp()
     assert [str(network) for network in alice.networks] == ["10.0.0.0/8", "2001:db8::1/128"]
@@ -115,10 +129,10 @@ defaults: {{limits: {{concurrent: 16}}}}
 keys: [{{name: a, key: {HASH}}}, {{name: b, key: {HASH2}, limits: {{usd: 5}}}}, {{name: c, key: {HASH3}, limits: {{}}}}]
 """)
 
-    assert [key.limits for key in config.keys] == [
-        (g.Limit("concurrent", "", 16.0),),
-        (g.Limit("usd", "", 5.0),),
-        (),
+    assert [key.budgets[0] for key in config.keys] == [
+        g.Budget("key", "a", (), 16.0),
+        g.Budget("key", "b", (g.Limit("usd", "", 5.0),), math.inf),
+        g.Budget("key", "c", (), math.inf),
     ]
 
 
@@ -344,8 +358,8 @@ def test_cache_prices_follow_from_the_input_price():
     """
     config = load(DEMO + 'prices: {"claude-*": {input: 3, output: 15, cache_read: 0.25}, "*": {input: 0, output: 0}}')
 
-    assert config.price("claude-x") == g.Price(3.0, 15.0, 3.75, 6.0, 0.25)
-    assert config.price("gpt-x") == g.Price(0.0, 0.0, 0.0, 0.0, 0.0)
+    assert config.price("claude-x") == g.ModelPrice(g.Price(3.0, 15.0, 3.75, 6.0, 0.25))
+    assert config.price("gpt-x") == g.ModelPrice(g.Price(0.0, 0.0, 0.0, 0.0, 0.0))
 
 
 def test_the_first_price_that_matches_counts():
@@ -359,7 +373,7 @@ prices:
   "*": {{input: 3, output: 3}}
 """)
 
-    assert [config.price(model).input for model in ("claude-opus-5-5", "claude-", "Claude-x")] == [1, 1, 3]
+    assert [config.price(model).base.input for model in ("claude-opus-5-5", "claude-", "Claude-x")] == [1, 1, 3]
 
 
 def test_a_call_costs_what_its_tokens_cost():
@@ -396,7 +410,89 @@ def test_without_prices_a_built_in_table_holds(model, output):
     """
     The more special glob stands first, and an unknown model is dear rather than free.
     """
-    assert load(DEMO).price(model).output == output
+    assert load(DEMO).price(model).at(10_000).output == output
+
+
+TIERED = """
+prices:
+  "*":
+    input: 3
+    output: 15
+    tiers:
+      - {above: 1M, input: 12, output: 45, cache_read: 1}
+      - {above: 200k, input: 6, output: 22.5}
+"""
+BASE, LARGE, HUGE = g.Price(3, 15, 3.75, 6, 0.3), g.Price(6, 22.5, 7.5, 12, 0.6), g.Price(12, 45, 15, 24, 1)
+
+
+def test_tiers_are_sorted_whatever_their_order_in_the_file():
+    """
+    Nobody pays the wrong price for writing the dearer tier first.
+    """
+    first, second = re.findall(r"      - .*\n", TIERED)
+    turned = TIERED.replace(first + second, second + first)
+
+    assert load(DEMO + TIERED).price("claude-x") == load(DEMO + turned).price("claude-x")
+    assert load(DEMO + TIERED).price("claude-x") == g.ModelPrice(BASE, ((200_000, LARGE), (1_000_000, HUGE)))
+
+
+@pytest.mark.parametrize(
+    ("input_tokens", "price"),
+    [(0, BASE), (200_000, BASE), (200_001, LARGE), (1_000_000, LARGE), (1_000_001, HUGE), (10**9, HUGE)],
+)
+def test_a_tier_holds_above_its_threshold_and_not_at_it(input_tokens, price):
+    """
+    As the providers write it: more than 200k tokens of input.
+    """
+    assert load(DEMO + TIERED).price("claude-x").at(input_tokens) == price
+
+
+# Teams, and the limits of the gateway
+
+
+def test_a_team_without_limits_is_one_for_the_reports():
+    """
+    Its keys have its name, and nothing stands in their way.
+    """
+    config = load(f"{KEYS}  - {{name: a, key: {HASH}, team: sales}}\nteams: [{{name: sales}}, {{name: nobodys}}]\n")
+
+    a = keys_of(config)["a"]
+    assert (a.team, a.budgets[1]) == ("sales", g.Budget("team", "sales", (), math.inf))
+
+
+def test_keys_of_a_team_share_its_budget_and_all_share_the_gateways():
+    """
+    What is shared is the same in each of them; a key may be named like a team.
+    """
+    config = load(f"""{DEMO}
+teams: [{{name: sales, limits: {{usd/month: 5}}}}]
+keys: [{{name: sales, key: {HASH}, team: sales}}, {{name: b, key: {HASH2}, team: sales}}, {{name: c, key: {HASH3}}}]
+limits: {{gateway: {{requests/minute: 600, concurrent: 100}}}}
+""")
+
+    team = g.Budget("team", "sales", (g.Limit("usd", "month", 5.0),), math.inf)
+    gateway = g.Budget("gateway", "", (g.Limit("requests", "minute", 600.0),), 100.0)
+    assert {name: key.budgets for name, key in keys_of(config).items()} == {
+        "sales": (g.Budget("key", "sales", (), math.inf), team, gateway),
+        "b": (g.Budget("key", "b", (), math.inf), team, gateway),
+        "c": (g.Budget("key", "c", (), math.inf), gateway),
+    }
+
+
+def test_how_limits_work_can_be_set():
+    """
+    Units as everywhere; what is not given keeps its default.
+    """
+    config = load(DEMO + "limits: {reserve_output: 8k, queue: 500ms, weights: {output: 5, cache_read: 0}}\n")
+
+    assert config.limits == g.LimitsConfig((), 8000, 0.5, g.Weights(1.0, 5.0, 1.0, 0.0))
+
+
+def test_whom_to_ask_is_said_in_a_sentence():
+    """
+    It ends what a limit says when it refuses.
+    """
+    assert load(DEMO + 'server: {contact: "Ann (ann@example.org)"}').contact == " Ask Ann (ann@example.org)."
 
 
 # The environment
@@ -531,13 +627,14 @@ def test_every_document_is_read_as_pyyaml_reads_it(values, flow):
 
 # Every error names file, line, path and what would be right
 
-KEYS = DEMO + "keys:\n"
 UNITS_AND_WINDOWS = (
     "a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
     "or concurrent"
 )
+TIERS = DEMO + 'prices:\n  "*":\n    input: 1\n    output: 2\n    tiers:\n'
 UPSTREAM_SETTINGS = "name, url, api_key, format, models, timeouts, on_disconnect, ca_file, proxy"
-PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read"
+PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, tiers"
+TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
 A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
 BAD = {
     "nothing": ("", "1: expected settings such as `upstreams:`, found nothing"),
@@ -572,12 +669,13 @@ BAD = {
     ),
     "unknown section": (
         DEMO + "sever: {}\n",
-        "2: sever: unknown setting, did you mean server? (there are: upstreams, server, keys, defaults, prices, usage)",
+        "2: sever: unknown setting, did you mean server? "
+        "(there are: upstreams, server, keys, teams, defaults, limits, prices, usage)",
     ),
     "unknown setting": (
         DEMO + "server:\n  port: 1\n  prot: 1\n",
         "4: server.prot: unknown setting, did you mean port? "
-        "(there are: host, port, timezone, trusted_proxies, max_body, drain)",
+        "(there are: host, port, timezone, trusted_proxies, max_body, drain, contact)",
     ),
     "unknown setting of a list's item": (
         DEMO.replace("}", ", colour: red}"),
@@ -760,6 +858,85 @@ BAD = {
         DEMO + 'prices: {"*": {input: .inf, output: 1}}',
         "2: prices.*: a price is a number and not negative",
     ),
+    "tier without above": (
+        TIERS + "      - {input: 1, output: 1}\n",
+        "7: prices.*.tiers[0].above: is required, and missing",
+    ),
+    "tier above words": (
+        TIERS + "      - input: 1\n        output: 1\n        above: much\n",
+        "9: prices.*.tiers[0].above: expected something like 200k, got 'much'",
+    ),
+    "half a tier": (
+        TIERS + "      - {above: 1k, input: 1, output: 1}\n      - above: 2k\n        input: 1\n",
+        "8: prices.*.tiers[1].output: is required, and missing",
+    ),
+    "negative tier": (
+        TIERS + "      - {above: 1k, input: 1, output: -1}\n",
+        "7: prices.*.tiers[0]: a price is a number and not negative",
+    ),
+    "tier in words": (
+        TIERS + "      - above: 1k\n        input: cheap\n        output: 1\n",
+        "8: prices.*.tiers[0].input: Expected `float`, got `str`",
+    ),
+    "misspelt tier": (
+        TIERS + "      - {abvoe: 1k, input: 1, output: 1}\n",
+        f"7: prices.*.tiers[0].abvoe: unknown setting, did you mean above? (there are: {TIER_SETTINGS})",
+    ),
+    "two tiers above the same": (
+        TIERS + "      - {above: 1k, input: 1, output: 1}\n      - {above: 1000, input: 2, output: 2}\n",
+        "3: prices.*: two tiers hold above the same number of tokens",
+    ),
+    "no list of tiers": (
+        TIERS + "      above: 1k\n",
+        "6: prices.*.tiers: Expected `array`, got `object`",
+    ),
+    "unknown team": (
+        KEYS + f"  - name: a\n    key: {HASH}\n    team: reserch\nteams: [{{name: research}}, {{name: sales}}]\n",
+        "5: keys[0].team: there is no team 'reserch' (there are: research, sales)",
+    ),
+    "team without teams": (
+        KEYS + f"  - {{name: a, key: {HASH}, team: sales}}\n",
+        "3: keys[0].team: there is no team 'sales' (there are none; see `teams:`)",
+    ),
+    "team name taken": (
+        DEMO + "teams:\n  - name: a\n  - name: b\n  - name: a\n",
+        "5: teams[2].name: 'a' is taken: names tell entries apart in the ledger",
+    ),
+    "team without a name": (DEMO + "teams:\n  - limits: {}\n", "3: teams[0].name: is required, and missing"),
+    "limit of a team": (
+        DEMO + "teams:\n  - name: a\n    limits:\n      usd/year: 1\n",
+        f"5: teams[0].limits.usd/year: unknown limit 'usd/year': {UNITS_AND_WINDOWS}",
+    ),
+    "limit of the gateway": (
+        DEMO + "limits:\n  gateway:\n    usd/day: lots\n",
+        "4: limits.gateway.usd/day: expected something like 50M, got 'lots'",
+    ),
+    "limits of nobody": (
+        DEMO + "limits:\n  usd/day: 5\n",
+        "3: limits.usd/day: unknown setting (there are: gateway, reserve_output, queue, weights)",
+    ),
+    "negative weight": (
+        DEMO + "limits:\n  weights:\n    cache_read: -0.1\n",
+        "4: limits.weights.cache_read: Expected `float` >= 0.0",
+    ),
+    "endless weight": (
+        DEMO + "limits:\n  weights:\n    cache_read: .inf\n",
+        "4: limits.weights.cache_read: Expected `float` <= 1000.0",
+    ),
+    "misspelt weight": (
+        DEMO + "limits:\n  weights: {cache_red: 1}\n",
+        "3: limits.weights.cache_red: unknown setting, did you mean cache_read? "
+        "(there are: input, output, cache_write, cache_read)",
+    ),
+    "negative reserve": (
+        DEMO + "limits:\n  reserve_output: -1\n",
+        "3: limits.reserve_output: expected something like 200k, got -1",
+    ),
+    "queue without a unit": (DEMO + "limits:\n  queue: 10\n", "3: limits.queue: expected something like 10s, got 10"),
+    "contact": (
+        DEMO + "server:\n  contact: 5\n",
+        "3: server.contact: Expected `str`, got `int`: YAML reads it so; put it in quotes",
+    ),
     "key name taken": (
         KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: a, key: {HASH2}}}\n",
         "4: keys[1].name: 'a' is taken: names tell entries apart in the ledger",
@@ -908,7 +1085,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 def uncommented() -> str:
     """config.example.yaml with the settings that stand in comments."""
     text = re.sub(r"^#(?= (- name:|(  |    )[a-z_]+:))", " ", EXAMPLE.read_text(), flags=re.MULTILINE)
-    return re.sub(r'^# (?=prices:|  "[^"]+":)', "", text, flags=re.MULTILINE)
+    return re.sub(r'^# (?=prices:|  "[^"]+":| +tiers:)', "", text, flags=re.MULTILINE)
 
 
 def test_the_example_starts_unedited():
@@ -927,10 +1104,11 @@ def test_the_example_names_every_setting():
     """
     plain = g.Document(uncommented(), EXAMPLE).plain({"ANTHROPIC_API_KEY": "sk-ant"})
     plain["upstreams"] = [plain["upstreams"][0] | plain["upstreams"][1]]
-    prices = list(plain.pop("prices").values())
+    price = next(iter(plain.pop("prices").values()))
+    tiers = [price | tier for tier in price["tiers"]]  # which take what a price takes
 
     assert missing_settings(g.ConfigFile, plain) == ["prices"]
-    assert missing_settings(g.Price, prices[0]) == []
+    assert missing_settings(g.PriceConfig, price | {"tiers": tiers}) == []
 
 
 def missing_settings(kind: type, plain: dict[str, Any], at: str = "") -> list[str]:
@@ -957,6 +1135,7 @@ def test_the_example_shows_the_defaults():
 
     real = config.upstreams[1]
     assert (config.server, config.file.usage, config.file.defaults) == (g.ServerConfig(), g.UsageConfig(), g.Defaults())
+    assert (config.limits, config.contact) == (g.LimitsConfig(), "")
     assert (real.format, real.timeouts, real.on_disconnect) == ("anthropic", g.Timeouts(), "cancel")
     assert (real.ca_file, real.proxy) == (None, None)
 
@@ -1497,7 +1676,7 @@ def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(bu
     assert backup.read_text() == ALICE
 
 
-@pytest.mark.parametrize("section", ["server", "keys", "defaults", "prices", "usage"])
+@pytest.mark.parametrize("section", ["server", "keys", "teams", "defaults", "limits", "prices", "usage"])
 def test_a_section_with_everything_commented_out_has_its_defaults(section):
     """
     Who comments out the last key or setting of a section has not made a mistake.

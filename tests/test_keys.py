@@ -266,7 +266,8 @@ def key(**changes: object) -> g.Key:
         "expires_at": math.inf,
         "networks": (),
         "enabled": True,
-        "limits": (),
+        "team": "",
+        "budgets": (),
     }
     return g.Key(**fields | changes)
 

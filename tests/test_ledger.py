@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import errno
+import fcntl
+import gzip
+import hashlib
 import math
 import os
 import resource
@@ -18,8 +21,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from conftest import FakeClock
-from hypothesis import example, given
+from conftest import START, FakeClock
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import gateway as g
@@ -34,6 +37,7 @@ def entry(number: int = 1, time: str = "2026-09-21T13:33:20.000Z", **fields: obj
         "time": time,
         "request_id": f"req_{number}",
         "key": "alice",
+        "team": "",
         "upstream": "main",
         "model": "claude-test",
         "model_served": "claude-test-1",
@@ -109,13 +113,14 @@ def test_an_entry_is_one_line_of_json(make_ledger, tmp_path):
     ledger.append(entry(1, user_agent="a\nb \u2028 é"))
 
     assert (tmp_path / SEPTEMBER).read_text(encoding="utf-8") == (
-        '{"time":"2026-09-21T13:33:20.000Z","request_id":"req_1","key":"alice","upstream":"main",'
-        '"model":"claude-test","model_served":"claude-test-1","path":"/v1/messages","stream":true,"status":200,'
+        '{"type":"call","time":"2026-09-21T13:33:20.000Z","request_id":"req_1","key":"alice","team":"",'
+        '"upstream":"main","model":"claude-test","model_served":"claude-test-1","path":"/v1/messages","stream":true,"status":200,'
         '"outcome":"completed","error_type":"","attempts":1,"input_tokens":10,"output_tokens":20,'
         '"cache_write_5m_tokens":30,"cache_write_1h_tokens":40,"cache_read_tokens":120,"estimated":false,'
         '"cost_usd":0.000798,"price":{"input":3.0,"output":15.0,"cache_write_5m":3.75,"cache_write_1h":6.0,'
         '"cache_read":0.3},"first_byte_ms":1.5,"duration_ms":20.25,"bytes_up":100,"bytes_down":200,"session":"s-1",'
-        '"client":"192.0.2.1","user_agent":"a\\nb \u2028 é","upstream_request_id":"req_up"}\n'
+        '"client":"192.0.2.1","user_agent":"a\\nb \u2028 é","upstream_request_id":"req_up",'
+        '"chain":"f561844602ccaf5aea0582409e83cb20"}\n'
     )
 
 
@@ -141,7 +146,7 @@ def test_a_restart_goes_on_behind_the_last_line(make_ledger, tmp_path):
     first.close()
 
     second = make_ledger()
-    second.check()
+    second.load()
     second.append(entry(2))
 
     assert numbers(tmp_path / SEPTEMBER) == requests(1, 2)
@@ -154,7 +159,7 @@ def test_a_missing_folder_is_made(make_ledger, tmp_path):
     directory = tmp_path / "var" / "lib" / "usage"
     ledger = make_ledger(directory)
 
-    ledger.check()
+    ledger.load()
     made = [path.name for path in directory.iterdir()]
     ledger.append(entry(1))
 
@@ -171,7 +176,7 @@ def test_a_folder_that_cannot_be_made_is_known_at_the_start(make_ledger, tmp_pat
     ledger = make_ledger(tmp_path / "file" / "usage")
 
     with pytest.raises(OSError) as caught:
-        ledger.check()
+        ledger.load()
 
     assert caught.value.errno == errno.ENOTDIR
 
@@ -181,7 +186,8 @@ def test_a_folder_that_cannot_be_made_is_known_at_the_start(make_ledger, tmp_pat
 
 def test_every_month_has_a_file_of_its_own(make_ledger, tmp_path):
     """
-    A call belongs to the month in which it ended, by UTC; the order within a month is that of the calls.
+    A call belongs to the month in which it ended, by UTC; but the order of the files is that of the chain, so that a
+    call of September that is booked after the first one of October stands in October's file.
     """
     ledger = make_ledger()
     times = [
@@ -194,8 +200,8 @@ def test_every_month_has_a_file_of_its_own(make_ledger, tmp_path):
     for number, time in enumerate(times, 1):
         ledger.append(entry(number, time))
 
-    assert numbers(tmp_path / SEPTEMBER) == ["req_1", "req_3"]
-    assert numbers(tmp_path / OCTOBER) == ["req_2", "req_4"]
+    assert numbers(tmp_path / SEPTEMBER) == ["req_1"]
+    assert numbers(tmp_path / OCTOBER) == ["req_2", "req_3", "req_4"]
 
 
 def test_a_month_that_is_over_is_synced_and_closed(make_ledger, tmp_path, syncs):
@@ -230,7 +236,7 @@ def test_a_torn_last_line_is_set_aside_as_a_whole(make_ledger, tmp_path, torn, w
         file.write(torn)
 
     ledger = make_ledger()
-    ledger.check()
+    ledger.load()
     ledger.append(entry(whole + 1))
 
     assert numbers(path) == requests(1, whole + 1)
@@ -246,7 +252,7 @@ def test_every_torn_line_is_kept(make_ledger, tmp_path):
         with (tmp_path / SEPTEMBER).open("a") as file:
             file.write(torn)
         ledger = make_ledger()
-        ledger.check()
+        ledger.load()
         ledger.close()
 
     assert (tmp_path / "usage-2026-09.torn").read_text() == "first\nsecond\n"
@@ -329,6 +335,7 @@ def test_a_removed_folder_is_made_again(make_ledger, tmp_path):
     assert numbers(tmp_path / "usage" / SEPTEMBER) == ["req_2"]
 
 
+@pytest.mark.logs("ledger: usage-2026-09.jsonl was cut from outside")
 def test_a_file_that_stayed_is_not_opened_again(make_ledger, tmp_path, syncs):
     """
     Looking costs a stat; a file that was cut to nothing under us is still the same one.
@@ -337,6 +344,7 @@ def test_a_file_that_stayed_is_not_opened_again(make_ledger, tmp_path, syncs):
     ledger.reopen_if_moved()
     ledger.append(entry(1))
 
+    ledger.tick()
     os.truncate(tmp_path / SEPTEMBER, 0)
     ledger.reopen_if_moved()
     ledger.append(entry(2))
@@ -390,7 +398,7 @@ def test_fsync_never_leaves_it_to_the_system_until_the_end(make_ledger, clock, s
     ledger = make_ledger(fsync_s=math.inf)
 
     ledger.append(entry(1))
-    clock.advance(1e9)
+    clock.advance(600_000)
     ledger.tick()
     settle(ledger)
     before = list(syncs.files)
@@ -524,7 +532,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 @pytest.mark.logs(*REFUSED)
 def test_entries_wait_in_their_order_for_a_full_disk(small_disk, make_ledger, caplog):
     """
-    The line that was cut in the middle is completed first; nothing is lost, doubled or out of order.
+    The line that was cut in the middle is taken back; nothing is lost, doubled or out of order.
     """
     (small_disk / "other").write_bytes(b"x" * (56 << 10))
     ledger = make_ledger(small_disk)
@@ -532,11 +540,12 @@ def test_entries_wait_in_their_order_for_a_full_disk(small_disk, make_ledger, ca
     for number in range(1, 31):
         ledger.append(entry(number))
     size, failure, waiting = (small_disk / SEPTEMBER).stat().st_size, ledger.failure, ledger.waiting
+    half = numbers(small_disk / SEPTEMBER)
     (small_disk / "other").unlink()
     ledger.tick()
 
-    assert (size, failure) == (8192, "No space left on device")
-    assert 0 < waiting < 30
+    assert failure == "No space left on device"
+    assert 0 < waiting < 30 and len(half) == 30 - waiting and size <= 8192
     assert numbers(small_disk / SEPTEMBER) == requests(1, 30)
     assert (ledger.failure, ledger.waiting) == ("", 0)
     assert [text for text in REFUSED for record in caplog.records if text in record.getMessage()] == list(REFUSED)
@@ -581,9 +590,9 @@ def test_room_made_by_removing_the_ledgers_own_file_is_used(small_disk, make_led
 
 
 @pytest.mark.logs(*REFUSED)
-def test_a_line_cut_by_a_refusal_is_completed_as_the_same_line(make_ledger, tmp_path):
+def test_a_line_cut_by_a_refusal_is_taken_back_and_written_as_a_whole(make_ledger, tmp_path):
     """
-    A write may take only the beginning of a line; the rest goes where the beginning is.
+    A write may take only the beginning of a line; who reads the file meanwhile sees whole lines only.
     """
     ledger = make_ledger()
     ledger.append(entry(1))
@@ -596,7 +605,7 @@ def test_a_line_cut_by_a_refusal_is_completed_as_the_same_line(make_ledger, tmp_
         size, failure, waiting = (tmp_path / SEPTEMBER).stat().st_size, ledger.failure, ledger.waiting
     ledger.append(entry(4))
 
-    assert (size, failure, waiting) == (line * 2 - 100, "File too large", 2)
+    assert (size, failure, waiting) == (line, "File too large", 2)
     assert numbers(tmp_path / SEPTEMBER) == requests(1, 4)
     assert (ledger.failure, ledger.waiting) == ("", 0)
 
@@ -618,13 +627,13 @@ def test_a_cut_line_whose_file_was_moved_is_written_again_as_a_whole(make_ledger
 
     assert (ledger.failure, ledger.waiting) == ("", 0)
     assert numbers(tmp_path / SEPTEMBER) == ["req_2"]
-    assert (tmp_path / "old.jsonl").read_bytes()[:line] == msgspec.json.encode(entry(1)) + b"\n"
+    assert numbers(tmp_path / "old.jsonl") == ["req_1"]
 
 
 @pytest.mark.logs(*REFUSED)
 def test_entries_wait_over_the_end_of_a_month(make_ledger, tmp_path):
     """
-    September's line is completed in September's file, although it is October by then.
+    They are written in their order; who comes after October's first line goes into October's file.
     """
     ledger = make_ledger()
     ledger.append(entry(1))
@@ -636,8 +645,8 @@ def test_entries_wait_over_the_end_of_a_month(make_ledger, tmp_path):
         ledger.append(entry(4))
     ledger.tick()
 
-    assert numbers(tmp_path / SEPTEMBER) == ["req_1", "req_2", "req_4"]
-    assert numbers(tmp_path / OCTOBER) == ["req_3"]
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 2)
+    assert numbers(tmp_path / OCTOBER) == requests(3, 4)
 
 
 @pytest.mark.logs(*REFUSED)
@@ -659,6 +668,713 @@ def test_new_calls_are_refused_before_an_entry_would_not_fit(make_ledger, tmp_pa
     assert (empty, three) == ([True, True, False], [True, True, False])
     assert failure == "File exists"
     assert ledger.has_room(9_999) and numbers(tmp_path / "usage" / SEPTEMBER) == requests(1, 3)
+
+
+# Chain
+
+
+def chained(directory: Path, seen: str = "") -> str:
+    """What `verify` says: the last value of the chain, or where it breaks."""
+    try:
+        return g.LedgerFiles(directory).verify(seen, lambda text: None)
+    except g.BrokenChain as error:
+        return str(error).partition(": ")[0]
+
+
+@pytest.fixture
+def three_months(make_ledger, tmp_path, clock) -> Path:
+    """Three lines in each of three months, one of them a correction; closed."""
+    clock.advance(-82 * 86400)
+    ledger = make_ledger()
+    ledger.load()
+    for number in range(1, 9):
+        ledger.append(entry(number, f"2026-{7 + (number - 1) // 3:02}-0{number}T10:00:00.000Z"))
+    ledger.append(g.Adjustment(time="2026-09-09T10:00:00.000Z", key="alice", cost_usd=-1.0, note="refund"))
+    ledger.close()
+    clock.advance(82 * 86400)
+    return tmp_path
+
+
+def test_each_line_carries_a_hash_over_itself_and_the_line_before(three_months):
+    """
+    Anybody can check the ledger with a few lines of his own: BLAKE2b, 16 bytes, over the value before and the line
+    with an empty value; the first line follows 32 zeros.
+    """
+    before, values = "0" * 32, []
+    for path in sorted(three_months.glob("usage-*.jsonl")):
+        for line in path.read_text().splitlines():
+            head, value = line[: -len("0" * 32 + '"}')], line[-34:-2]
+            before = hashlib.blake2b((before + head + '"}').encode(), digest_size=16).hexdigest()
+            values.append((before, value))
+
+    told: list[str] = []
+    last = g.LedgerFiles(three_months).verify("", told.append)
+
+    assert len(values) == 9 and all(expected == found for expected, found in values)
+    assert last == before
+    assert told == [f"usage-2026-0{month}.jsonl: 3 lines" for month in (7, 8, 9)]
+
+
+def test_the_chain_goes_on_over_restarts_and_kills(make_ledger, tmp_path):
+    """
+    Whoever opens the file goes on where the last one stopped, whether he was stopped or killed.
+    """
+    for number in range(1, 5):
+        ledger = make_ledger()
+        ledger.load()
+        ledger.append(entry(number, f"2026-{8 + number:02}-01T00:00:00.000Z"))
+        if number % 2:
+            ledger.close()
+        else:
+            os.close(ledger._fd)  # what a kill does: the lock goes, too
+            ledger._fd = -1
+
+    assert len(chained(tmp_path)) == 32
+
+
+def rewrite(path: Path, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Change a file's lines."""
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+
+
+TAMPERED = {
+    "a digit changed": (
+        lambda a: [a[0], a[1].replace(b'"status":200', b'"status":201'), a[2]],
+        "usage-2026-08.jsonl:2",
+    ),
+    "a cost changed": (lambda a: [a[0].replace(b"0.000798", b"0.0"), *a[1:]], "usage-2026-08.jsonl:1"),
+    "a chain value changed": (lambda a: [a[0], a[1][:-4] + b'x"}\n', a[2]], "usage-2026-08.jsonl:2"),
+    "the first removed": (lambda a: a[1:], "usage-2026-08.jsonl:1"),
+    "the middle removed": (lambda a: [a[0], a[2]], "usage-2026-08.jsonl:2"),
+    "the last removed": (lambda a: a[:2], "usage-2026-09.jsonl:1"),
+    "all removed": (lambda a: [], "usage-2026-09.jsonl:1"),
+    "one inserted": (lambda a: [a[0], msgspec.json.encode(entry(7)) + b"\n", *a[1:]], "usage-2026-08.jsonl:2"),
+    "one doubled": (lambda a: [a[0], a[1], a[1], a[2]], "usage-2026-08.jsonl:3"),
+    "two swapped": (lambda a: [a[0], a[2], a[1]], "usage-2026-08.jsonl:2"),
+    "an empty line": (lambda a: [a[0], b"\n", *a[1:]], "usage-2026-08.jsonl:2"),
+    "no newline": (lambda a: [a[0], a[1][:-1], a[2]], "usage-2026-08.jsonl:2"),
+}
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "gzipped"])
+@pytest.mark.parametrize(("change", "place"), TAMPERED.values(), ids=TAMPERED)
+def test_verify_names_the_first_line_that_does_not_follow(three_months, change, place, is_packed):
+    """
+    What was spent cannot be made to look less without being seen, and the place is told.
+    """
+    rewrite(three_months / "usage-2026-08.jsonl", change)
+    if is_packed:
+        g.LedgerFiles(three_months).archive(lambda text: None)
+        place = place.replace("08.jsonl", "08.jsonl.gz")
+
+    assert chained(three_months) == place
+
+
+def test_a_line_that_came_from_elsewhere_is_told_from_one_that_was_changed(three_months):
+    """
+    "Changed" and "not ours" send the operator to different places.
+    """
+    path = three_months / SEPTEMBER
+    rewrite(path, lambda lines: [*lines[:2], lines[2].replace(b"refund", b"REFUND")])
+    with pytest.raises(g.BrokenChain, match="does not follow from the line before"):
+        g.LedgerFiles(three_months).verify("", lambda text: None)
+
+    rewrite(path, lambda lines: [*lines[:2], b'{"hello":1}\n'])
+    with pytest.raises(g.BrokenChain, match="carries no chain value"):
+        g.LedgerFiles(three_months).verify("", lambda text: None)
+
+
+def test_lines_cut_off_at_the_end_are_missed_by_who_kept_a_value(three_months):
+    """
+    An unbroken chain says nothing about its end; a value that was written down elsewhere does.
+    """
+    last = chained(three_months)
+    kept = [chained(three_months, seen=value) for value in (last, "0" * 31 + "1")]
+    rewrite(three_months / SEPTEMBER, lambda lines: lines[:-1])
+
+    assert kept == [last, f"no line has the chain value {'0' * 31}1"]
+    assert len(chained(three_months)) == 32
+    assert chained(three_months, seen=last) == f"no line has the chain value {last}"
+
+
+@pytest.mark.logs("ledger: a torn last line of usage-2026-09.jsonl was set aside")
+def test_a_torn_line_breaks_the_chain_only_until_the_next_start(three_months, make_ledger):
+    """
+    Half a line was never booked; the chain goes on behind the last whole one.
+    """
+    with (three_months / SEPTEMBER).open("a") as file:
+        file.write(TORN)
+    torn = chained(three_months)
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(9))
+
+    assert torn == "usage-2026-09.jsonl:4"
+    assert len(chained(three_months)) == 32
+
+
+# Counters over restarts
+
+
+def counted(ledger: g.Ledger, timezone: dt.tzinfo = dt.UTC, now: float = START) -> object:
+    """What the counters say, in every unit and window, and the history."""
+    books, weights = ledger.fold.books, g.Weights()
+    scopes = [("gateway", books.gateway), *sorted(books.keys.items()), *sorted(books.teams.items())]
+    spent = {
+        (name, unit, window): counters.spent(unit, window, now, weights)
+        for name, counters in scopes
+        for unit in g.LIMIT_UNITS
+        for window in ("", *g.LIMIT_WINDOWS)
+    }
+    rows = [
+        (key, row, g.Tally.of(tally))
+        for key, history in sorted(books.histories.items())
+        for row, tally in history.rows(g.Calendar(timezone))
+    ]
+    return books.entries, spent, rows
+
+
+def reloaded(directory: Path, clock: FakeClock, timezone: dt.tzinfo = dt.UTC) -> g.Ledger:
+    """A ledger that was loaded and forgotten: nothing is written."""
+    ledger = g.Ledger(directory, math.inf, clock.clock, timezone)
+    ledger.load()
+    os.close(ledger._fd)
+    ledger._disk.shutdown()
+    return ledger
+
+
+def without_checkpoint(directory: Path, clock: FakeClock) -> g.Ledger:
+    """The same, from the lines alone."""
+    (directory / g.Checkpoint.FILE).unlink(missing_ok=True)
+    return reloaded(directory, clock)
+
+
+def near(number: int, seconds: float, **fields: object) -> g.Entry:
+    """An entry of a time around START."""
+    return entry(number, g.utc_time(START + seconds), **fields)
+
+
+def test_a_killed_gateway_finds_its_counters_again(make_ledger, tmp_path, clock):
+    """
+    Limits hold over a crash: what was spent is what the lines say, corrections and resets included.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    for number, seconds in enumerate((-2e6, -90_000, -20_000, -4000, -3000, -50, -20, -1)):
+        ledger.append(
+            near(number, seconds, key="ab"[number % 2], team="x" if number % 3 else "", cost_usd=0.1 * number)
+        )
+    ledger.append(g.Reset(time=g.utc_time(START - 0.5), scope="key", name="a", limit="usd/day"))
+    ledger.append(g.Adjustment(time=g.utc_time(START - 0.4), team="x", requests=-1, input_tokens=7, cost_usd=-0.25))
+    ledger.append(near(9, 0, key="a", team="x"))
+    live = counted(ledger)
+
+    assert counted(reloaded(tmp_path, clock)) == live
+    ledger.close()
+    assert counted(reloaded(tmp_path, clock)) == live
+    assert counted(without_checkpoint(tmp_path, clock)) == live
+
+
+# Corrections from another process
+
+
+def correction(cost_usd: float = -1.0, time: str = "2026-09-21T14:00:00.000Z") -> g.Adjustment:
+    return g.Adjustment(time=time, key="alice", team="", cost_usd=cost_usd, note="by hand")
+
+
+RESET = g.Reset(time="2026-09-21T14:00:00.000Z", scope="key", name="alice")
+
+
+def usd(ledger: g.Ledger, window: str = "", now: float = START) -> float:
+    """What alice has spent."""
+    return ledger.fold.scope("key", "alice").spent("usd", window, now, g.Weights()) / 1e9
+
+
+def test_a_correction_is_taken_in_at_the_next_tick(make_ledger, tmp_path, clock):
+    """
+    `usage adjust` and `usage reset` work on a running gateway, within a tick.
+    """
+    ledger, seen = make_ledger(), []
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+
+    for line in (correction(-1.0), RESET, correction(0.5)):
+        ledger.tick()  # a command waits for it
+        g.Ledger.correct(tmp_path, line, clock.clock)
+        before = usd(ledger)
+        ledger.tick()
+        ledger.tick()
+        seen.append((before, usd(ledger), usd(ledger, "day")))
+
+    assert seen == [(3.0, 2.0, 2.0), (2.0, 0.0, 0.0), (0.0, 0.5, 0.5)]
+    assert ledger.fold.books.entries == 4
+    assert len(chained(tmp_path)) == 32
+
+
+def test_a_correction_is_counted_before_the_call_that_is_written_behind_it(make_ledger, tmp_path, clock):
+    """
+    The counters see the lines in the order of the file: a restart in between changes nothing.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+
+    ledger.tick()  # a command waits for it
+    g.Ledger.correct(tmp_path, RESET, clock.clock)
+    ledger.append(entry(2, "2026-09-21T14:00:01.000Z", cost_usd=0.25))
+    ledger.tick()
+
+    assert (usd(ledger), ledger.fold.books.entries) == (0.25, 3)
+    assert counted(without_checkpoint(tmp_path, clock)) == counted(ledger)
+    assert len(chained(tmp_path)) == 32
+
+
+@given(st.lists(st.sampled_from(["call", "adjust", "reset", "tick", "restart", "kill", "month"]), max_size=25))
+@settings(max_examples=60, deadline=None)
+def test_calls_and_corrections_in_any_order_count_once(steps):
+    """
+    Whoever writes, and whenever the gateway is stopped or killed: the counters are those of the lines, one chain.
+    """
+    clock = FakeClock()
+    with tempfile.TemporaryDirectory() as folder:
+        directory, written = Path(folder), 0
+        ledger = g.Ledger(directory, math.inf, clock.clock)
+        ledger.load()
+        for number, step in enumerate(steps):
+            clock.advance(32 * 86400 if step == "month" else 700)
+            now = g.utc_time(clock.clock.wall())
+            written += step in ("call", "adjust", "reset")
+            if step == "call":
+                ledger.append(entry(number, now, cost_usd=0.5))
+            elif step == "adjust":
+                ledger.tick()  # a command waits for it
+                g.Ledger.correct(directory, correction(0.125, now), clock.clock)
+            elif step == "reset":
+                ledger.tick()  # a command waits for it
+                g.Ledger.correct(directory, g.Reset(time=now, scope="key", name="alice"), clock.clock)
+            elif step in ("tick", "month"):
+                ledger.tick()
+            elif step in ("restart", "kill"):
+                if step == "restart":
+                    ledger.close()
+                else:
+                    os.close(ledger._fd)
+                    ledger._disk.shutdown()
+                ledger = g.Ledger(directory, math.inf, clock.clock)
+                ledger.load()
+        for _ in range(3):
+            ledger.tick()
+        now_s = clock.clock.wall()
+        live = counted(ledger, now=now_s)
+        ledger.close()
+
+        assert ledger.fold.books.entries == written
+        assert counted(reloaded(directory, clock), now=now_s) == live
+        assert counted(without_checkpoint(directory, clock), now=now_s) == live
+        assert len(chained(directory)) == 32
+
+
+def test_a_correction_in_a_new_month_is_seen_before_its_first_call(make_ledger, tmp_path, clock):
+    """
+    A key that its limit keeps from calling makes no first call of the month; the reset helps it all the same.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(near(1, 0, cost_usd=3.0))
+    clock.advance(15 * 86400)
+
+    ledger.tick()  # a command waits for it
+    g.Ledger.correct(tmp_path, correction(-1.0, g.utc_time(clock.clock.wall())), clock.clock)
+    ledger.tick()
+    ledger.tick()
+    ledger.append(near(2, 15 * 86400, cost_usd=0.5))
+
+    assert (usd(ledger), ledger.fold.books.entries) == (2.5, 3)
+    assert [len(path.read_bytes().splitlines()) for path in sorted(tmp_path.glob("usage*"))] == [1, 2]
+    assert len(chained(tmp_path)) == 32
+
+
+@pytest.mark.logs(*REFUSED)
+def test_a_correction_while_entries_wait_is_neither_lost_nor_doubled(make_ledger, tmp_path, clock):
+    """
+    The disk refuses the gateway, then somebody corrects, then the disk takes all again.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+    line = (tmp_path / SEPTEMBER).stat().st_size
+
+    with files_of_at_most(line * 2 - 100):
+        ledger.append(entry(2, cost_usd=0.5))
+        ledger.append(entry(3, cost_usd=0.25))
+        waiting = (ledger.waiting, usd(ledger))
+        ledger.tick()  # a command waits for it
+    g.Ledger.correct(tmp_path, correction(-1.0), clock.clock)
+    ledger.tick()
+    ledger.tick()
+
+    assert waiting == (2, 3.75)
+    assert (ledger.waiting, usd(ledger), ledger.fold.books.entries) == (0, 2.75, 4)
+    assert [line["type"] for line in lines_of(tmp_path / SEPTEMBER)] == ["call", "adjust", "call", "call"]
+    assert counted(without_checkpoint(tmp_path, clock)) == counted(ledger)
+    assert len(chained(tmp_path)) == 32
+
+
+def lines_of(path: Path) -> list[dict]:
+    """A file's lines."""
+    return [msgspec.json.decode(line) for line in path.read_bytes().splitlines()]
+
+
+def test_who_finds_somebody_writing_waits_for_his_turn(make_ledger, tmp_path):
+    """
+    The gateway never stands still for a lock: its entry waits, and is no failure.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    fd = os.open(tmp_path / SEPTEMBER, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+    ledger.append(entry(1))
+    held = (ledger.waiting, ledger.failure, ledger.fold.books.entries)
+    os.close(fd)
+    ledger.tick()
+
+    assert held == (1, "", 1)
+    assert (ledger.waiting, numbers(tmp_path / SEPTEMBER)) == (0, ["req_1"])
+
+
+def test_a_correction_that_cannot_be_written_says_so(tmp_path, clock):
+    """
+    The command fails with the reason instead of pretending.
+    """
+    (tmp_path / SEPTEMBER).touch()
+    fd = os.open(tmp_path / SEPTEMBER, os.O_RDWR)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+    with pytest.raises(OSError, match="somebody else is writing"):
+        g.Ledger.correct(tmp_path, correction(), clock.clock)
+    os.close(fd)
+
+    assert (tmp_path / SEPTEMBER).read_bytes() == b""
+
+
+@pytest.mark.logs("ledger: a torn last line of usage-2026-09.jsonl was set aside")
+def test_a_command_killed_in_mid_write_spoils_no_line_of_the_gateway(make_ledger, tmp_path, clock):
+    """
+    Half a line of somebody else's is set aside before the next line is written.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+    with (tmp_path / SEPTEMBER).open("a") as file:
+        file.write(TORN)
+
+    ledger.tick()
+    ledger.append(entry(2, cost_usd=0.5))
+    ledger.append(entry(3, cost_usd=0.25))
+
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 3)
+    assert (usd(ledger), ledger.fold.books.entries) == (3.75, 3)
+    assert len(chained(tmp_path)) == 32
+
+
+BROKEN_LINES = [
+    '{"type":"reset","time":"2026-09-21T14:00:00.000Z"}',
+    '{"type":"reset","time":"2026-09-21T14:00:00.000Z","scope":"planet"}',
+    '{"type":"reset","time":"2026-09-21T14:00:00.000Z","scope":"key","name":"alice","limit":"apples/day"}',
+    '{"type":"adjust","time":"2026-09-21T14:00:00.000Z","key":"alice","cost_usd":1e306}',
+    '{"type":"coffee","time":"2026-09-21T14:00:00.000Z","key":"alice"}',
+    "not JSON at all",
+]
+
+
+@pytest.mark.logs("cannot be read")
+@pytest.mark.parametrize("line", BROKEN_LINES)
+def test_a_line_made_by_hand_is_no_reason_not_to_start(make_ledger, tmp_path, clock, line):
+    """
+    Nothing in the file stops the gateway, neither at the start nor while it runs.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+    with (tmp_path / SEPTEMBER).open("a") as file:
+        file.write(line + "\n")
+    ledger.tick()
+    ledger.append(entry(2, cost_usd=0.5))
+
+    assert usd(ledger) == 3.5
+    assert usd(without_checkpoint(tmp_path, clock)) == 3.5
+
+
+# Checkpoints
+
+UNFIT = "ledger: the checkpoint does not fit"
+
+
+def make_poorer(path: Path) -> None:
+    """Change an early line without changing its length: only who reads it again notices."""
+    rewrite(
+        path,
+        lambda lines: [
+            lines[0].replace(b'"requests":1', b'"requests":9').replace(b"0.000798", b"9.000798"),
+            *lines[1:],
+        ],
+    )
+
+
+def is_read_again(directory: Path, clock: FakeClock, timezone: dt.tzinfo = dt.UTC) -> bool:
+    """Whether a start reads the first line again."""
+    return usd(reloaded(directory, clock, timezone)) > 5
+
+
+def test_a_start_reads_only_what_came_after_the_checkpoint(three_months, make_ledger, clock, caplog):
+    """
+    Years of entries cost a start nothing; what a killed gateway wrote after its checkpoint is counted.
+    """
+    make_poorer(three_months / "usage-2026-07.jsonl")
+    caplog.set_level("INFO")
+    kept = is_read_again(three_months, clock)
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(10, cost_usd=0.5))
+    ledger.append(entry(11, "2026-10-01T00:00:00.000Z", cost_usd=0.25))
+    caplog.clear()
+
+    second = reloaded(three_months, clock)
+
+    assert not kept
+    assert usd(second) == pytest.approx(8 * 0.000798 - 1.0 + 0.75)
+    assert [record.getMessage()[:25] for record in caplog.records] == ["ledger: 2 entries read in"]
+    assert counted(second) == counted(ledger)
+
+
+UNFITTING: dict[str, Callable[[Path], object]] = {
+    "an old file shorter": lambda d: rewrite(d / "usage-2026-08.jsonl", lambda lines: lines[:-1]),
+    "an old file longer": lambda d: rewrite(d / "usage-2026-08.jsonl", lambda lines: lines + lines[-1:]),
+    "the last file shorter": lambda d: rewrite(d / SEPTEMBER, lambda lines: lines[:-1]),
+    "the last file changed at its end": lambda d: rewrite(
+        d / SEPTEMBER, lambda lines: [*lines[:2], lines[2][:-4] + b'x"}\n']
+    ),
+    "a file gone": lambda d: (d / "usage-2026-08.jsonl").unlink(),
+    "the last file gone": lambda d: (d / SEPTEMBER).unlink(),
+    "an older file that is new": lambda d: shutil.copy(d / "usage-2026-08.jsonl", d / "usage-2026-06.jsonl"),
+    "a damaged checkpoint": lambda d: rewrite(d / g.Checkpoint.FILE, lambda lines: [*lines[:-1], b"\0" + lines[-1]]),
+    "a cut checkpoint": lambda d: os.truncate(d / g.Checkpoint.FILE, 100),
+    "an empty checkpoint": lambda d: os.truncate(d / g.Checkpoint.FILE, 0),
+}
+
+
+@pytest.mark.logs(UNFIT)
+@pytest.mark.parametrize("change", UNFITTING.values(), ids=UNFITTING)
+def test_a_checkpoint_that_does_not_fit_is_thrown_away(three_months, clock, change):
+    """
+    The lines are the truth; a checkpoint only saves reading them.
+    """
+    make_poorer(three_months / "usage-2026-07.jsonl")
+    change(three_months)
+
+    assert is_read_again(three_months, clock)
+
+
+@pytest.mark.logs(UNFIT)
+def test_a_checkpoint_of_another_time_zone_is_thrown_away(three_months, clock):
+    """
+    Its days and months are others.
+    """
+    make_poorer(three_months / "usage-2026-07.jsonl")
+
+    assert is_read_again(three_months, clock, zoneinfo.ZoneInfo("Asia/Kolkata"))
+
+
+def test_no_checkpoint_is_no_matter(three_months, clock):
+    """
+    It may be removed at any time, and nobody is warned.
+    """
+    make_poorer(three_months / "usage-2026-07.jsonl")
+    (three_months / g.Checkpoint.FILE).unlink()
+
+    assert is_read_again(three_months, clock)
+
+
+def test_a_checkpoint_still_fits_when_months_were_gzipped(three_months, clock):
+    """
+    Archiving changes no entry, so nothing is read again.
+    """
+    make_poorer(three_months / "usage-2026-07.jsonl")
+    g.LedgerFiles(three_months).archive(lambda text: None)
+
+    assert not is_read_again(three_months, clock)
+    (three_months / g.Checkpoint.FILE).unlink()
+    assert is_read_again(three_months, clock)
+
+
+def test_a_checkpoint_is_kept_while_the_gateway_runs(make_ledger, tmp_path, clock, monkeypatch):
+    """
+    Who never stops cleanly need not read everything either.
+    """
+    monkeypatch.setattr(g.Ledger, "CHECKPOINT_EVERY", 5)
+    ledger = make_ledger()
+    ledger.load()
+    for number in range(1, 8):
+        ledger.append(entry(number, cost_usd=0.5))
+    settle(ledger)
+    rewrite(tmp_path / SEPTEMBER, lambda lines: [lines[0].replace(b"0.5", b"7.5"), *lines[1:]])
+
+    assert usd(reloaded(tmp_path, clock)) == 3.5
+
+
+@pytest.mark.logs(*REFUSED, "ledger: 1 entries could not be written")
+def test_what_waits_is_in_no_checkpoint(make_ledger, tmp_path, clock):
+    """
+    An entry that never reached the file would otherwise be counted for ever.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(1, cost_usd=3.0))
+    with files_of_at_most((tmp_path / SEPTEMBER).stat().st_size + 10):
+        ledger.append(entry(2, cost_usd=0.5))
+        ledger.close()
+        assert usd(reloaded(tmp_path, clock)) == 3.0
+    ledger._waiting.clear()
+    ledger._write()
+
+
+# Archive
+
+
+def everything(directory: Path, clock: FakeClock) -> object:
+    """What counters, chain and pages say."""
+    return counted(without_checkpoint(directory, clock)), chained(directory), pages(directory, 2)
+
+
+def pages(directory: Path, size: int, key: str = "alice", wanted: Callable[[g.Entry], bool] = lambda e: True) -> list:
+    """The requests page by page, newest first."""
+    found, before = [], ("9", 0)
+    while before:
+        entries, before = g.LedgerFiles(directory).page(key, before, wanted, size)
+        found.append([each.request_id for each in entries])
+    return found
+
+
+def test_archiving_changes_nothing_that_can_be_asked(three_months, clock):
+    """
+    Old months become a fraction as large, and count, verify and show as before; the newest stays as it is.
+    """
+    before = everything(three_months, clock)
+    told: list[str] = []
+
+    for _ in range(2):
+        g.LedgerFiles(three_months).archive(told.append)
+
+    assert everything(three_months, clock) == before
+    assert sorted(path.name for path in three_months.glob("*usage*")) == [
+        *("usage-2026-07.jsonl.gz", "usage-2026-08.jsonl.gz", "usage-2026-09.jsonl"),
+    ]
+    assert [line.partition(":")[0] for line in told] == ["usage-2026-07.jsonl.gz", "usage-2026-08.jsonl.gz"]
+
+
+def test_a_month_that_is_there_twice_counts_once(three_months, clock):
+    """
+    A crash in archiving leaves both; the plain file is the whole one. The next run finishes the work.
+    """
+    before = everything(three_months, clock)
+    (three_months / "usage-2026-08.jsonl.gz").write_bytes(b"half a gzip")
+
+    twice = everything(three_months, clock)
+    g.LedgerFiles(three_months).archive(lambda text: None)
+
+    assert twice == before
+    assert everything(three_months, clock) == before
+    assert not (three_months / "usage-2026-08.jsonl").exists()
+
+
+def test_the_chain_goes_on_behind_a_gzipped_month(make_ledger, three_months):
+    """
+    A gateway that starts on the first of a month finds only archives before it.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    ledger.append(entry(10, "2026-10-01T00:00:00.000Z"))
+    g.LedgerFiles(three_months).archive(lambda text: None)
+    (three_months / OCTOBER).unlink()
+
+    ledger.tick()  # a command waits for it
+    g.Ledger.correct(three_months, correction(time="2026-10-02T00:00:00.000Z"), FakeClock().clock)
+
+    assert len(chained(three_months)) == 32
+
+
+# Pages
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """300 entries of three keys over five months, three of them gzipped; long ones, corrections and a torn line."""
+    directory = tmp_path_factory.mktemp("many")
+    ledger = g.Ledger(directory, math.inf, FakeClock().clock)
+    for number in range(1, 301):
+        time = f"2026-{4 + number // 61:02}-{1 + number % 28:02}T10:00:00.000Z"
+        agent = "x" * (200_000 if number % 40 == 0 else 10) + ' "key":"alice", '
+        ledger.append(
+            entry(number, time, key=("alice", "bob", "al")[number % 3], user_agent=agent, status=200 + number % 2)
+        )
+        if number % 50 == 0:
+            ledger.append(correction(time=time))
+    ledger.close()
+    files = g.LedgerFiles(directory)
+    files.archive(lambda text: None)
+    newest = files.paths()[-2]
+    newest.with_suffix("").write_bytes(gzip.decompress(newest.read_bytes()))
+    newest.unlink()
+    with files.paths()[-1].open("a") as file:
+        file.write(TORN)
+    return directory
+
+
+@given(st.integers(1, 350), st.sampled_from(["alice", "bob", "al", "nobody"]), st.booleans())
+@example(100, "bob", False)
+@example(1, "alice", True)
+@settings(max_examples=25, deadline=None)
+def test_pages_show_every_entry_once_newest_first(many, size, key, only_odd):
+    """
+    Whatever the size of a page, across months and archives; a filter leaves out and disturbs nothing.
+    """
+    which = {"alice": 0, "bob": 1, "al": 2}.get(key, 9)
+    expected = [n for n in range(300, 0, -1) if n % 3 == which and (n % 2 or not only_odd)]
+
+    found = pages(many, size, key, lambda each: each.status == 201 or not only_odd)
+
+    assert [name for page in found for name in page] == [f"req_{number}" for number in expected]
+    assert all(len(page) == size for page in found[:-1])
+
+
+@pytest.mark.parametrize("keep", [1, 3, 8, 60, 61])
+def test_an_archive_is_read_backwards_with_little_memory(many, keep):
+    """
+    A month of a million lines is not held as a whole: it is read again for each few thousand.
+    """
+    path = g.LedgerFiles(many).paths()[0]
+    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
+    places = [sum(map(len, lines[:number])) for number in range(len(lines))]
+
+    with g.LedgerFiles.open(path) as file:
+        all_lines = list(g.reversed_gzip(file, None, b"", keep))
+        some = list(g.reversed_gzip(file, places[10], b"", keep))
+
+    assert all_lines == list(zip(places, lines, strict=True))[::-1]
+    assert some == all_lines[-10:]
+
+
+def test_a_page_looks_at_so_many_lines_and_no_more(three_months, monkeypatch):
+    """
+    A filter that finds nothing in years of entries gives an empty page and a place to go on from.
+    """
+    monkeypatch.setattr(g.LedgerFiles, "PAGE_LINES", 4)
+
+    found = pages(three_months, 2, wanted=lambda each: each.request_id in ("req_1", "req_8"))
+
+    assert [name for page in found for name in page] == ["req_8", "req_1"]
+    assert [] in found
 
 
 # Reading
@@ -752,7 +1468,7 @@ def test_other_files_in_the_folder_are_no_ledger(written):
     """
     What was set aside, and what the operator keeps beside it, is not counted.
     """
-    for name in ("usage-2026-01.torn", "usage-2026-01.jsonl.gz", "notes.jsonl", "usage-2026-01.jsonl~"):
+    for name in ("usage-2026-01.torn", "notes.jsonl", "usage-2026-01.jsonl~", ".usage-2026-01.jsonl.gz", "usage.gz"):
         (written / name).write_text("x\n")
 
     assert read(written) == (requests(1, 6), 0)

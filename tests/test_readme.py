@@ -31,13 +31,14 @@ def test_the_ledger_line_that_is_shown_is_one():
     """
     The README's entry has the fields of an entry, in their order, and its cost follows from its price.
     """
-    shown = re.search(r"^\{\"time\".*\}$", README, re.MULTILINE)[0]
+    shown = re.search(r"^\{\"type\".*\}$", README, re.MULTILINE)[0]
 
     entry = msgspec.json.decode(shown, type=g.Entry)
 
-    assert list(json.loads(shown)) == [field.name for field in msgspec.structs.fields(g.Entry)]
+    assert list(json.loads(shown)) == ["type"] + [field.name for field in msgspec.structs.fields(g.Entry)]
     usage = g.Usage(entry.input_tokens, entry.output_tokens, 0, 0, entry.cache_read_tokens)
     assert entry.price.cost_usd(usage) == entry.cost_usd
+    assert re.fullmatch("[0-9a-f]{32}", entry.chain)
 
 
 def test_every_command_stands_in_the_readme(capsys):
@@ -55,7 +56,16 @@ def test_every_path_that_is_served_stands_in_the_readme():
     """
     The table of requests has all routes.
     """
-    paths = [*g.ROUTES, "/v1/models", "/health", *(path for _, path in g.LOCAL_ROUTES)]
+    paths = [
+        *g.ROUTES,
+        "/v1/models",
+        "/health",
+        "/v1/usage",
+        "/api/usage",
+        "/api/usage/stats",
+        "/api/usage/logs",
+        *(path for _, path in g.LOCAL_ROUTES),
+    ]
 
     assert [path for path in paths if f"{path}`" not in README and f"{path} " not in README] == []
 

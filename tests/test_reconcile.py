@@ -45,7 +45,7 @@ class Books:
         counts = (*tokens, 0, 0, 0, 0, 0)
         names = [field.name for field in msgspec.structs.fields(g.Entry)]
         entry = dict.fromkeys(names, "") | dict.fromkeys([n for n in names if n.endswith(("_ms", "attempts"))], 1)
-        entry |= {"time": time, "model": "asked", "model_served": model, "stream": True, "status": 200}
+        entry |= {"type": "call", "time": time, "model": "asked", "model_served": model, "stream": True, "status": 200}
         entry |= {"path": "/v1/messages", "input_tokens": counts[0], "cache_write_5m_tokens": counts[1]}
         entry |= {"cache_write_1h_tokens": counts[2], "cache_read_tokens": counts[3], "output_tokens": counts[4]}
         entry |= {"estimated": False, "cost_usd": cost, "price": msgspec.to_builtins(g.Price(1, 1, 1, 1, 1))}

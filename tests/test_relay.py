@@ -107,9 +107,11 @@ async def test_invariant_4_bytes_are_relayed_as_they_came(gateway, upstream):
     assert reply.headers["x-accel-buffering"] == "no"
     (entry,) = gateway.entries()
     assert entry == {
+        "type": "call",
         "time": "2026-09-21T14:13:20.000Z",
         "request_id": entry["request_id"],
         "key": "alice",
+        "team": "",
         "upstream": "main",
         "model": "claude-test",
         "model_served": entry["model_served"],
@@ -135,7 +137,46 @@ async def test_invariant_4_bytes_are_relayed_as_they_came(gateway, upstream):
         "client": "127.0.0.1",
         "user_agent": "claude-cli/2.1.329",
         "upstream_request_id": entry["upstream_request_id"],
+        "chain": entry["chain"],
     }
+
+
+async def test_the_price_of_a_call_is_that_of_its_tier_and_of_the_config_it_began_with(gateway, upstream):
+    """
+    The whole input decides, cached or not; the entry has that one price; a new price is for later calls only.
+    """
+    prices = """
+prices:
+  "*": {input: 2, output: 10, tiers: [{above: 100, input: 4, output: 20, cache_read: 1}]}
+"""
+    text = gateway.path.read_text()
+    await gateway.write(text + prices)
+    go_on = asyncio.Event()
+    answers = [
+        [head(200, "text/event-stream"), message_start(count, cache_read=60), wait_for(go_on), *HELLO_SCRIPT[2:]]
+        for count in (40, 41)
+    ]
+    upstream.scripts = [*answers, HELLO_SCRIPT]
+
+    calls = [asyncio.create_task(gateway.post("/v1/messages", HELLO_STREAM)) for _ in answers]
+    await until(lambda: len(upstream.requests) == 2)
+    assert await gateway.write(text + prices.replace("input: 2", "input: 200"))
+    go_on.set()
+    await asyncio.gather(*calls)
+    await gateway.post("/v1/messages", HELLO_STREAM)
+
+    entries = sorted(gateway.entries(), key=lambda entry: (entry["price"]["input"], entry["input_tokens"]))
+    prices_found = [
+        (entry["input_tokens"], entry["cache_read_tokens"], entry["price"], entry["cost_usd"]) for entry in entries
+    ]
+    base = {"input": 2.0, "output": 10.0, "cache_write_5m": 2.5, "cache_write_1h": 4.0, "cache_read": 0.2}
+    tier = {"input": 4.0, "output": 20.0, "cache_write_5m": 5.0, "cache_write_1h": 8.0, "cache_read": 1.0}
+    dear = {"input": 200.0, "output": 10.0, "cache_write_5m": 250.0, "cache_write_1h": 400.0, "cache_read": 20.0}
+    assert prices_found == [
+        (40, 60, base, 0.000142),  # 40 x 2 + 60 x 0.2 + 5 x 10
+        (41, 60, tier, 0.000324),  # 41 x 4 + 60 x 1 + 5 x 20
+        (12, 0, dear, 0.00245),  # 12 x 200 + 5 x 10
+    ]
 
 
 async def test_a_stream_cut_into_single_bytes_is_the_same_stream(gateway, upstream):
@@ -298,6 +339,38 @@ async def test_a_stream_that_ends_without_its_terminal_event_looks_cut(gateway, 
 
     assert reply.was_cut and reply.texts == ["Hel"]
     assert gateway.entries()[-1]["outcome"] == "upstream_cut"
+
+
+async def test_a_stream_with_a_length_that_lacks_its_terminal_event_looks_cut(gateway, upstream):
+    """
+    Invariant 6: an upstream that gives its stream a content-length ends no message with it either.
+    """
+    start = b'event: ping\ndata: {"type": "ping"}\n\n'
+    upstream.script = [head(200, SSE, content_length=str(len(start))), body(start)]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert reply.was_cut and reply.body == start
+    assert gateway.entries()[-1]["outcome"] == "upstream_cut"
+
+
+async def test_what_came_before_a_cut_reaches_a_slow_client(gateway, upstream):
+    """
+    A cut ends the answer, however old its request is; what was said before it may still be read.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [head(200, SSE), message_start(input_tokens=1), text("Hel"), wait_for(go_on), close()]
+    client = await start_stream(gateway)
+    (ours,) = gateway.door.connections
+    ours.transport.set_write_buffer_limits(high=32 << 20)  # a slow client, not one that is waited for
+    ours.transport.write(b"x" * (16 << 20))
+
+    gateway.clock.advance(100)
+    go_on.set()
+    await gateway.settled()
+    gateway.tick()
+
+    assert (await client.rest()).endswith(b"x" * (16 << 20))
 
 
 async def test_an_error_event_passes_and_is_booked_as_one(gateway, upstream):
@@ -534,6 +607,23 @@ async def test_a_ping_is_said_into_a_silence_between_events(gateway, upstream):
     await client.close()
 
 
+async def test_a_ping_fits_into_a_stream_whose_upstream_gave_its_length(gateway, upstream):
+    """
+    Our own framing: the upstream's content-length knows nothing of our pings.
+    """
+    go_on = asyncio.Event()
+    ping, stop = b'event: ping\ndata: {"type": "ping"}\n\n', b'event: message_stop\ndata: {"type": "message_stop"}\n\n'
+    upstream.script = [head(200, SSE, content_length=str(len(ping + stop))), body(ping), wait_for(go_on), body(stop)]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", HELLO_STREAM))
+    await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
+
+    gateway.tick(seconds=16)
+    go_on.set()
+    reply = await asking
+
+    assert reply.body == ping + ping + stop and not reply.was_cut
+
+
 async def test_no_ping_breaks_an_event(gateway, upstream):
     """
     While half an event has passed, a ping would end it: there is none.
@@ -735,6 +825,28 @@ async def test_a_proxy_is_asked_to_connect(start_gateway, tls):
     await proxy.close()
 
 
+@pytest.mark.logs("upstream main could not be reached")
+async def test_a_tunnel_that_ends_before_tls_stands_is_unreachable(start_gateway):
+    """
+    A proxy may say yes and hang up in the middle of the handshake: an answer for the client, no traceback.
+    """
+
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        await reader.read(1)
+        writer.close()
+
+    proxy = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    gateway = await start_gateway(config_text("https://localhost:1", f', proxy: "http://127.0.0.1:{port}"'))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.status == 502
+    proxy.close()
+
+
 @pytest.mark.logs("the proxy answered 'HTTP/1.1 403")
 async def test_a_proxy_that_refuses_is_said_so(start_gateway, upstream):
     """
@@ -768,6 +880,24 @@ async def test_invariant_7_slow_readers_slow_the_upstream_not_our_memory(gateway
     await client.close()
 
 
+async def test_invariant_7_a_client_that_has_not_read_the_answer_before_is_slow_from_the_start(gateway, upstream):
+    """
+    The transport says "pause" once, which may be at the end of the answer before, when no upstream listens.
+    """
+    megabytes = [body(b": " + b"x" * (1 << 20) + b"\n\n") for _ in range(64)]
+    upstream.script = [head(200, SSE), message_start(input_tokens=1), *megabytes, message_stop(), end()]
+    client = await gateway.connect()
+    await until(lambda: gateway.door.connections)
+    (ours,) = gateway.door.connections
+    ours.transport.write(b"x" * (16 << 20))  # an answer that nobody has read
+
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: any(exchange.paused_at is not None for exchange in gateway.gateway.relay.running))
+
+    assert ours.transport.get_write_buffer_size() < 32 << 20
+    assert await client.read_on(b"0\r\n\r\n") > 80 << 20
+
+
 async def test_a_client_that_never_reads_again_is_let_go(gateway, upstream):
     """
     Invariant 8: waiting for a client has a deadline as well.
@@ -782,6 +912,29 @@ async def test_a_client_that_never_reads_again_is_let_go(gateway, upstream):
     await gateway.settled()
 
     assert gateway.entries()[0]["outcome"] == "client_gone"
+
+
+async def test_invariant_1_a_call_that_still_connects_at_the_stop_is_booked(start_gateway, upstream):
+    """
+    A stop does not wait for a connect timeout, and the ledger is closed after the last entry.
+    """
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    proxy = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    port = proxy.sockets[0].getsockname()[1]
+    gateway = await start_gateway(config_text(upstream.url, f', proxy: "http://127.0.0.1:{port}"'))
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", HELLO))
+    await until(lambda: gateway.gateway.relay.running)
+
+    await gateway.gateway.close()
+    await gateway.door.close()
+    await asking
+
+    assert [entry["outcome"] for entry in gateway.entries()] == ["gateway_stopped"]
+    proxy.close()
 
 
 async def test_a_bug_of_ours_is_booked_and_told_without_its_details(gateway, upstream, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -308,6 +309,23 @@ async def test_an_endless_head_is_refused(gateway):
     await connection.close()
 
 
+async def test_blank_lines_ahead_of_a_request_are_not_kept(gateway):
+    """
+    Invariant 7: they are no head yet (RFC 9112, 2.2), however many there are, and the request after them is served.
+    """
+    connection = await gateway.connect()
+    ours = await connection_of(gateway)
+
+    for _ in range(20):
+        gateway.tick(seconds=1)
+        await connection.send(b"\r\n" * 4000)
+        await until(lambda: ours._active_at == gateway.clock.now)
+    kept = sum(map(len, ours._head_parts))
+    reply = await connection.request("GET", "/health", {})
+
+    assert kept == 0 and reply.status == 200
+
+
 @pytest.mark.parametrize(
     ("sent", "seconds"),
     [
@@ -388,6 +406,34 @@ async def test_a_request_sent_ahead_ends_the_connection_after_the_answer(gateway
     assert first.status == 200
     assert await connection.is_closed()
     assert len(upstream.requests) == 1
+
+
+async def test_a_request_sent_ahead_of_an_answer_made_here_ends_the_connection_too(gateway):
+    """
+    Its head was not kept for Tornado: better an end at once than a wait for bytes that have been read already.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(request_bytes("HEAD", "/", {}) + request_bytes("GET", "/health", {}))
+    first = await connection.answer(head_only=True)
+
+    assert first.status == 200
+    assert await asyncio.wait_for(connection.is_closed(), 2)
+
+
+async def test_the_end_of_an_answer_goes_out_before_the_process_ends(gateway):
+    """
+    A call is over when its last bytes are written; a stop right then does not take them from a slow client.
+    """
+    connection = await gateway.connect()
+    ours = await connection_of(gateway)
+    ours.transport.write(b"x" * (16 << 20))
+    reading = asyncio.ensure_future(connection.rest())
+
+    await gateway.door.close()
+
+    assert not gateway.door.connections  # closed, not merely told to close
+    assert len(await reading) == 16 << 20
 
 
 async def test_a_clients_address_is_what_a_trusted_proxy_says(start_gateway, upstream):

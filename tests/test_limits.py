@@ -1,0 +1,780 @@
+"""Limits: what is spent is refused, what runs is held, who waits has a turn, and nothing leaks (section 5)."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+
+import pytest
+from client import Reply, request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, GatewayUnderTest, until
+from hypothesis import given
+from hypothesis import strategies as st
+from upstream import close, head, json_body, message_json, message_start, reset_peer, stall, text, wait_for
+
+import gateway as g
+
+BOB = "sk-proxy-bob-456789abcdefghijklmnopqrstuvw"
+PLAIN = {"tokens": 0, "usd": 0, "requests": 0}
+SPENDS = message_json("hi", input_tokens=500, output_tokens=100)  # 600 tokens, $0.01 at 10 and 50 per million
+USAGE = {"prompt_tokens": 500, "completion_tokens": 100, "total_tokens": 600}
+CHOICES = [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]
+CHAT_SPENDS = json_body({"id": "c1", "object": "chat.completion", "model": "m", "choices": CHOICES, "usage": USAGE})
+INPUT = len(json.dumps(HELLO).encode()) // 4  # what HELLO is estimated at
+
+
+def config(
+    url: str, limits: str = "", *, bob: str = "", team: str = "", whole: str = "", upstream: str = "", contact: str = ""
+) -> str:
+    """A config with alice, and with bob where he has limits or both a team; `whole` is the section limits."""
+    of_team = ", team: crew" if team else ""
+    lines = [
+        f"server: {{host: 127.0.0.1, port: 0, contact: '{contact}'}}",
+        f"upstreams: [{{name: main, url: '{url}', api_key: {UPSTREAM_KEY}{upstream}}}]",
+        f"keys:\n  - {{name: alice, key: {KEY}{of_team}{f', limits: {{{limits}}}' if limits else ''}}}",
+        f"  - {{name: bob, key: {BOB}{of_team}{f', limits: {{{bob}}}' if bob else ''}}}",
+        f"teams: [{{name: crew, limits: {{{team}}}}}]" if team else "",
+        f"limits: {{{whole}}}" if whole else "",
+        "usage: {directory: usage, fsync: never}",
+    ]
+    return "\n".join(filter(None, lines)) + "\n"
+
+
+def refusal(reply: Reply) -> tuple[int, str, str | None, str | None]:
+    """What Claude Code's table of answers looks at."""
+    return reply.status, reply.error["type"], reply.headers.get("x-should-retry"), reply.headers.get("retry-after")
+
+
+async def standing(gateway: GatewayUnderTest, limit: str, token: str = KEY) -> dict:
+    """How one limit stands, as its key's holder is told."""
+    usage = (await gateway.get("/v1/usage", token)).json
+    return next(row for row in usage["limits"] if row["limit"] == limit)
+
+
+async def idle(gateway: GatewayUnderTest) -> None:
+    """Wait for every call's end; then nobody holds anything."""
+    await gateway.settled()
+    limits = gateway.gateway.limits
+    held = {name: (s.running, s.reserved, s.began) for name, s in limits._scopes.items()}
+    assert held and held == dict.fromkeys(held, (0, PLAIN, {}))
+    assert limits.waiting == 0
+
+
+def post(gateway: GatewayUnderTest, token: str = KEY) -> asyncio.Task[Reply]:
+    """A call on its way."""
+    return asyncio.ensure_future(gateway.post("/v1/messages", HELLO, token))
+
+
+async def stop(gateway: GatewayUnderTest) -> None:
+    """What a stopping server does; who waited has read its answer by then."""
+    await gateway.gateway.close()
+    await gateway.door.close()
+
+
+# --- spent ------------------------------------------------------------------------------
+
+AMOUNTS = {
+    "tokens": ("600", "600 of 600 tokens"),
+    "usd": ("0.01", "$0.0100 of $0.0100"),
+    "requests": ("1", "1 of 1 requests"),
+}
+RESETS = {  # it is Monday 2026-09-21, 14:13:20
+    "hour": ("3600", "; resets Mon 15:13 UTC"),
+    "5h": ("18000", "; resets Mon 19:13 UTC"),
+    "day": ("35200", "; resets Tue 00:00 UTC"),
+    "week": ("553600", "; resets 28 Sep 00:00 UTC"),
+    "month": ("812800", "; resets 1 Oct 00:00 UTC"),
+    "": (None, ""),
+}
+PATHS = {
+    "/v1/messages": ("", SPENDS),
+    "/v1/chat/completions": (", format: openai", CHAT_SPENDS),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("window", ["minute", *RESETS])
+@pytest.mark.parametrize("unit", AMOUNTS)
+async def test_a_spent_limit_says_what_how_much_and_until_when(start_gateway, upstream, unit, window, path):
+    """
+    A window that is over soon is waited for; any other ends the call at the first refusal, with words for a person.
+    """
+    fields, upstream.script = PATHS[path]
+    amount, used = AMOUNTS[unit]
+    name = f"{unit}/{window}" if window else unit
+    gateway = await start_gateway(config(upstream.url, f"{name}: {amount}", upstream=fields, contact="ops@example.org"))
+
+    served = await gateway.post(path, HELLO)
+    reply = await gateway.post(path, HELLO)
+
+    assert served.status == 200
+    words = f"The limit {name} of the key alice is used up: {used}"
+    if window == "minute":
+        assert refusal(reply) == (429, "rate_limit_error", None, "60")
+        assert reply.error["message"] == f"{words}. Try again in 60 s. Ask ops@example.org."
+    else:
+        after, resets = RESETS[window]
+        assert refusal(reply) == (429, "billing_error", "false", after)
+        assert reply.error["message"] == f"{words}{resets}. Ask ops@example.org."
+    if path != "/v1/messages":
+        code = "rate_limit_exceeded" if window == "minute" else "insufficient_quota"
+        assert (reply.error["code"], reply.error["param"]) == (code, None)
+    assert len(upstream.requests) == len(gateway.entries()) == 1
+    await idle(gateway)
+
+
+@pytest.mark.parametrize(("window", "opens_s"), [("minute", 65), *((w, int(RESETS[w][0] or 0)) for w in RESETS if w)])
+async def test_a_window_that_is_over_lets_calls_in_again(start_gateway, upstream, clock, window, opens_s):
+    """
+    retry-after is kept: a second before it the key is refused, then served.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, f"requests/{window}: 1"))
+    await gateway.post("/v1/messages", HELLO)
+
+    clock.advance(opens_s - 1)
+    before = await gateway.post("/v1/messages", HELLO)
+    clock.advance(1)
+    after = await gateway.post("/v1/messages", HELLO)
+
+    assert (before.status, before.headers["retry-after"], after.status) == (429, "1", 200)
+
+
+async def test_a_week_ends_on_monday(start_gateway, upstream, clock):
+    """
+    Less than six days ahead a weekday says more than a date.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "usd/week: 0.01"))
+    clock.advance(86400)
+    await gateway.post("/v1/messages", HELLO)
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.error["message"] == (
+        "The limit usd/week of the key alice is used up: $0.0100 of $0.0100; resets Mon 00:00 UTC."
+    )
+
+
+SCOPES = {
+    "team": ({"team": "requests/day: 1"}, "the team crew", 429),
+    "gateway": ({"whole": "gateway: {requests/day: 1}"}, "this gateway", 429),
+    "key": ({"limits": "requests/day: 1"}, "the key alice", 200),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+async def test_whose_limit_it_is_decides_who_is_refused(start_gateway, upstream, scope):
+    """
+    A key's limit is its own; a team's is shared by its keys; the gateway's by everybody.
+    """
+    settings, whose, bobs = SCOPES[scope]
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, **settings))
+    await gateway.post("/v1/messages", HELLO)
+
+    reply, of_bob = await gateway.post("/v1/messages", HELLO), await gateway.post("/v1/messages", HELLO, BOB)
+
+    assert reply.error["message"].startswith(f"The limit requests/day of {whose} is used up: 1 of 1 requests")
+    assert of_bob.status == bobs
+    assert (await standing(gateway, "requests/day"))["scope"] == scope
+    await idle(gateway)
+
+
+async def test_a_key_without_limits_has_the_defaults(start_gateway, upstream):
+    """
+    What a key says itself counts instead of the defaults.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(
+        config(upstream.url, bob="requests/day: 2") + "defaults: {limits: {requests/day: 1}}\n"
+    )
+
+    found = [(await gateway.post("/v1/messages", HELLO, token)).status for token in (KEY, KEY, BOB, BOB, BOB)]
+
+    assert found == [200, 429, 200, 200, 429]
+
+
+async def test_a_refusal_comes_before_the_body(start_gateway, upstream):
+    """
+    A spent key does not upload 30 MB to be told so.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "requests/day: 1"))
+    await gateway.post("/v1/messages", HELLO)
+    connection = await gateway.connect()
+
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "30000000"}))
+    reply = await connection.answer()
+
+    assert refusal(reply) == (429, "billing_error", "false", "35200")
+
+
+async def test_count_tokens_is_free(start_gateway, upstream):
+    """
+    /context asks 28 times at once, whether or not the key is spent and its slot taken; none of it counts.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "requests/day: 2, concurrent: 1", whole="queue: 0s"))
+    await gateway.post("/v1/messages", HELLO)
+    upstream.script = [stall()]
+    running = post(gateway)
+    await upstream.request_came(2)
+    upstream.script = json_body({"input_tokens": 9})
+
+    replies = await asyncio.gather(*(gateway.post("/v1/messages/count_tokens", HELLO) for _ in range(28)))
+
+    assert [reply.status for reply in replies] == [200] * 28
+    row = await standing(gateway, "requests/day")
+    assert (row["used"], row["reserved"]) == (1, 1)
+    running.cancel()
+
+
+# --- reserved ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "settings", "tokens"),
+    [
+        (100, "reserve_output: 8k", INPUT + 100),
+        (100, "reserve_output: 40", INPUT + 40),
+        (None, "reserve_output: 300", 300),
+        (100_000, "reserve_output: 8k", 1000),
+        (100, "reserve_output: 8k, weights: {input: 2, output: 3}", INPUT * 2 + 300),
+    ],
+    ids=["what the client allows", "reserve_output", "nothing said", "what is left", "weighted"],
+)
+async def test_what_a_running_call_holds(start_gateway, upstream, max_tokens, settings, tokens):
+    """
+    Bytes ÷ 4, and of the output the least of max_tokens, reserve_output and what is left; at the end none of it.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 1000, usd/day: 5", whole=settings))
+    request = HELLO | {"max_tokens": max_tokens}
+    if max_tokens is None:
+        tokens += len(json.dumps(request).encode()) // 4
+    running = asyncio.ensure_future(gateway.post("/v1/messages", request))
+    await upstream.request_came()
+
+    during = await standing(gateway, "tokens/day")
+    money = await standing(gateway, "usd/day")
+    go.set()
+    await running
+    await gateway.settled()
+    after = await standing(gateway, "tokens/day")
+
+    assert (during["reserved"], during["used"], after["reserved"]) == (tokens, 0, 0)
+    if "weights" not in settings:
+        estimate = len(json.dumps(request).encode()) // 4
+        assert money["reserved"] == pytest.approx((estimate * 10 + (tokens - estimate) * 50) / 1e6)
+    await idle(gateway)
+
+
+async def test_what_running_calls_hold_is_waited_for(start_gateway, upstream):
+    """
+    Nothing is spent yet: the client asks again in a moment, and is served when the other call took less.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *message_json("hi", input_tokens=1, output_tokens=1)]
+    gateway = await start_gateway(config(upstream.url, f"tokens/day: {INPUT + 110}"))
+    running = post(gateway)
+    await upstream.request_came()
+
+    reply = await gateway.post("/v1/messages", HELLO)
+    go.set()
+    await running
+    await gateway.settled()
+
+    assert refusal(reply) == (429, "rate_limit_error", None, "5")
+    assert reply.error["message"] == (
+        "The limit tokens/day of the key alice is held by running calls: "
+        f"0 of {INPUT + 110} tokens used, {INPUT + 100} tokens reserved. Try again in a moment."
+    )
+    assert (await gateway.post("/v1/messages", HELLO)).status == 200
+
+
+async def test_a_call_that_can_never_fit_is_told_so(start_gateway, upstream):
+    """
+    A prompt that is larger than what is left is refused for good, not asked to try again.
+    """
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 10"))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert refusal(reply) == (429, "billing_error", "false", "35200")
+    assert reply.error["message"] == (
+        "The limit tokens/day of the key alice has too little left: 0 of 10 tokens used, "
+        f"and this call needs about {INPUT} tokens; resets Tue 00:00 UTC."
+    )
+    await idle(gateway)
+
+
+async def test_every_window_is_reserved_or_none(start_gateway, upstream):
+    """
+    A call that the last of its limits refuses holds nothing of the first.
+    """
+    gateway = await start_gateway(
+        config(
+            upstream.url,
+            "tokens/day: 10k, usd/month: 5, requests/week: 9",
+            team="tokens: 20k",
+            whole="gateway: {tokens/hour: 10}",
+        )
+    )
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert "tokens/hour of this gateway has too little left" in reply.error["message"]
+    await idle(gateway)
+
+
+async def test_weights_apply_to_what_was_counted(start_gateway, upstream):
+    """
+    The counters keep tokens by class: other weights count the past anew.
+    """
+    upstream.script = [head(200, "text/event-stream"), message_start(100, 1000, 200, 300), reset_peer()]
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 100k"))
+    await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+    entry = gateway.entries()[0]
+
+    before = (await standing(gateway, "tokens/day"))["used"]
+    weights = "weights: {input: 2, output: 0, cache_write: 0.5, cache_read: 0}"
+    await gateway.write(config(upstream.url, "tokens/day: 100k", whole=weights))
+    after = (await standing(gateway, "tokens/day"))["used"]
+
+    assert before == 100 + 500 + 1000 * 0.1 + entry["output_tokens"]
+    assert after == 100 * 2 + 500 * 0.5
+
+
+# --- attachments ------------------------------------------------------------------------
+
+FILLING = b"\x01" * 30_000
+IMAGES = {
+    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100), 101),
+    "gif": (b"GIF89a" + struct.pack("<HH", 300, 200), 81),
+    "webp": (b"RIFF\0\0\0\0WEBPVP8X" + bytes(8) + (749).to_bytes(3, "little") + (99).to_bytes(3, "little"), 101),
+    "jpeg": (b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 100, 750), 101),
+    "png of the largest": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 8000, 8000), 1600),
+    "jpeg of unknown size": (b"\xff\xd8\xff\xe0", 1600),
+    "webp of unknown size": (b"RIFF\0\0\0\0WEBPVP8L", 1600),
+    "pdf": (b"%PDF-1.7\n", None),
+}
+WRAPPED = {
+    "anthropic": '{"type":"image","source":{"type":"base64","media_type":"x","data":"%s"}}',
+    "openai": '{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}',
+    "both": '{"type":"base64","data":"data:image/png;base64,%s"}',
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+@pytest.mark.parametrize("name", IMAGES)
+def test_attachments_are_estimated_by_what_they_are(name, wrapped):
+    """
+    A screenshot is 1,600 tokens at most, not the 500,000 that its base64 ÷ 4 would be.
+    """
+    start, tokens = IMAGES[name]
+    data = base64.b64encode(start + FILLING).decode()
+    around = len(WRAPPED[wrapped]) - 2
+
+    estimate = g.estimate_input((WRAPPED[wrapped] % data).encode())
+
+    assert estimate == around // 4 + (len(data) // 16 if tokens is None else tokens)
+
+
+PIECES = st.sampled_from(
+    [
+        b'"data"',
+        b":",
+        b'"',
+        b";base64,",
+        b"base64",
+        b"\\/",
+        b"\xff\xd8",
+        *(base64.b64encode(i[0] * 90) for i in IMAGES.values()),
+    ]
+)
+
+
+@given(st.lists(st.one_of(st.binary(max_size=64), PIECES, st.just(b"A" * 1100)), max_size=12).map(b"".join))
+def test_an_estimate_is_a_count_for_any_bytes(body):
+    """
+    Nothing that a client sends raises, or is estimated below zero or above a token for four bytes, images apart.
+    """
+    images = body.count(b'"data"') + body.count(b";base64,")
+
+    assert 0 <= g.estimate_input(body) <= len(body) // 4 + images * (g.IMAGE_TOKENS + 1)
+
+
+@given(st.binary(max_size=200), st.integers(0, 1 << 25))
+def test_an_attachment_of_any_bytes_has_an_estimate(start, length):
+    """
+    The head may be cut anywhere and need not be base64.
+    """
+    assert g.estimate_attachment(start, length) >= 0
+    assert g.estimate_attachment(base64.b64encode(start), length) >= 0
+
+
+# --- at once ----------------------------------------------------------------------------
+
+
+async def test_the_oldest_waits_shortest(start_gateway, upstream):
+    """
+    Calls over `concurrent` wait, and have their turn in the order in which they came.
+    """
+    signals = [asyncio.Event() for _ in range(4)]
+    upstream.scripts = [[wait_for(signal), *message_json(str(i))] for i, signal in enumerate(signals)]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
+    calls, order = [], []
+    for i in range(4):
+        calls.append(post(gateway))
+        calls[-1].add_done_callback(lambda _, i=i: order.append(i))
+        await until(lambda i=i: gateway.gateway.limits.waiting == i and len(upstream.requests) == 1)
+
+    for signal in signals:
+        signal.set()
+    replies = await asyncio.gather(*calls)
+
+    assert [reply.json["content"][0]["text"] for reply in replies] == ["0", "1", "2", "3"]
+    assert order == [0, 1, 2, 3]
+    await idle(gateway)
+
+
+async def test_a_wait_ends_after_queue(start_gateway, upstream):
+    """
+    Who has waited as long as `queue` says is asked to come again; retry-after is within a minute.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1", whole="queue: 10s", contact="Eve"))
+    running = post(gateway)
+    await upstream.request_came()
+    waiting = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    gateway.tick(9.9)
+    still = gateway.gateway.limits.waiting
+    gateway.tick(0.1)
+    reply = await waiting
+
+    assert still == 1
+    assert refusal(reply) == (429, "rate_limit_error", None, "5")
+    assert reply.error["message"] == (
+        "More than 1 calls at once, the limit of the key alice. Try again in a moment. Ask Eve."
+    )
+    assert gateway.gateway.limits.waiting == 0 and len(upstream.requests) == 1
+    running.cancel()
+
+
+async def test_a_queue_of_no_time_refuses_at_once(start_gateway, upstream):
+    """
+    `queue: 0s`: nobody waits.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(config(upstream.url, whole="gateway: {concurrent: 2}, queue: 0s"))
+    running = [post(gateway), post(gateway, BOB)]
+    await upstream.request_came(2)
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert refusal(reply) == (429, "rate_limit_error", None, "5")
+    assert reply.error["message"] == "More than 2 calls at once, the limit of this gateway. Try again in a moment."
+    for call in running:
+        call.cancel()
+
+
+async def test_a_queue_has_a_length(start_gateway, upstream):
+    """
+    So many wait for one limit, no more; those who wait for another are not counted.
+    """
+    upstream.script = [stall()]
+    pace = GatewayUnderTest.PACE._replace(queue_calls=3)
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1", bob="concurrent: 1"), pace)
+    calls = [post(gateway), *(post(gateway) for _ in range(3))]
+    await until(lambda: gateway.gateway.limits.waiting == 3)
+
+    reply = await gateway.post("/v1/messages", HELLO)
+    calls += [post(gateway, BOB), post(gateway, BOB)]
+    await until(lambda: gateway.gateway.limits.waiting == 4)
+
+    assert refusal(reply) == (429, "rate_limit_error", None, "5")
+    await stop(gateway)
+    await asyncio.gather(*calls)
+    await idle(gateway)
+
+
+async def test_who_leaves_the_queue_leaves_no_gap(start_gateway, upstream):
+    """
+    A client that goes while it waits takes no slot, reaches no upstream, and those behind it move up.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
+    running = post(gateway)
+    await upstream.request_came()
+    gone = await gateway.connect()
+    await gone.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    behind = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 2)
+
+    gone.abort()
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    go.set()
+
+    assert [(await call).status for call in (running, behind)] == [200, 200]
+    assert len(upstream.requests) == 2
+    await idle(gateway)
+
+
+@pytest.mark.parametrize("scope", ["key", "team", "gateway"])
+async def test_a_higher_limit_lets_those_in_who_wait(start_gateway, upstream, scope):
+    """
+    The operator raises `concurrent`: nobody has to wait for a slot that is there.
+    """
+
+    def with_slots(count: int) -> str:
+        said = f"concurrent: {count}"
+        settings = {"key": {"limits": said}, "team": {"team": said}, "gateway": {"whole": f"gateway: {{{said}}}"}}
+        return config(upstream.url, **settings[scope])
+
+    upstream.script = [stall()]
+    gateway = await start_gateway(with_slots(1))
+    calls = [post(gateway) for _ in range(4)]
+    await until(lambda: gateway.gateway.limits.waiting == 3)
+
+    await gateway.write(with_slots(3))
+    await upstream.request_came(3)
+
+    assert gateway.gateway.limits.waiting == 1
+    await stop(gateway)
+    await asyncio.gather(*calls)
+    await idle(gateway)
+
+
+async def test_a_stop_ends_every_wait(start_gateway, upstream):
+    """
+    Who waits when the gateway stops is told to come again, at once.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
+    running = post(gateway)
+    await upstream.request_came()
+    waiting = [post(gateway) for _ in range(3)]
+    await until(lambda: gateway.gateway.limits.waiting == 3)
+
+    await stop(gateway)
+
+    assert {refusal(await call) for call in waiting} == {(429, "rate_limit_error", None, "5")}
+    await running
+    await idle(gateway)
+
+
+# --- nothing leaks ----------------------------------------------------------------------
+
+LIMITED = "concurrent: 2, usd/day: 50, tokens/minute: 10M, requests/hour: 10k"
+ENDS = {
+    "refused": json_body({"type": "error", "error": {"type": "x", "message": "no"}}, status=500),
+    "cut before the head": [close()],
+    "cut in the answer": [head(200, "text/event-stream"), message_start(1), text("Hel"), reset_peer()],
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+async def test_failures_give_slots_and_reservations_back(start_gateway, upstream, caplog, name):
+    """
+    More calls fail than there are slots, and every one of them had its turn.
+    """
+    upstream.script = ENDS[name]
+    gateway = await start_gateway(config(upstream.url, LIMITED, team=LIMITED, whole=f"gateway: {{{LIMITED}}}"))
+
+    await asyncio.gather(*(gateway.post("/v1/messages", HELLO_STREAM) for _ in range(10)))
+
+    await idle(gateway)
+    assert len(gateway.entries()) == 10
+    caplog.clear()
+
+
+async def test_time_outs_give_slots_and_reservations_back(start_gateway, upstream, caplog):
+    """
+    Ten silent upstreams, two slots: each call is given up, and the next one has its turn.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(
+        config(upstream.url, LIMITED, whole="queue: 1h", upstream=", timeouts: {first_byte: 5s}")
+    )
+    calls = [post(gateway) for _ in range(10)]
+    for count in range(2, 11, 2):
+        await upstream.request_came(count)
+        await until(lambda: all(e.sent_at is not None for e in gateway.gateway.relay.running))
+        gateway.tick(6)
+
+    assert [(await call).status for call in calls] == [504] * 10
+    await idle(gateway)
+    caplog.clear()
+
+
+@pytest.mark.parametrize("when", ["before the head", "in the answer", "waiting"])
+async def test_clients_that_leave_give_slots_and_reservations_back(start_gateway, upstream, when):
+    """
+    Esc pressed ten times over, whatever the call was doing, costs no slot.
+    """
+    begun = [head(200, "text/event-stream"), message_start(1), text("Hel")] if when == "in the answer" else []
+    upstream.script = [*begun, stall()]
+    gateway = await start_gateway(config(upstream.url, LIMITED, upstream=", on_disconnect: cancel"))
+    request = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode())
+    limits = gateway.gateway.limits
+
+    async def leave(count: int) -> None:
+        clients = [await gateway.connect() for _ in range(count)]
+        for client in clients:
+            await client.send(request)
+        if when == "waiting":
+            await until(lambda: limits.waiting == count - 2)
+        else:
+            seen = len(upstream.requests)
+            await until(lambda: len(upstream.requests) >= seen and len(gateway.gateway.relay.running) == count)
+            for client in clients if begun else ():
+                await client.read_until(b"Hel")
+        for client in reversed(clients):
+            client.abort()
+        await gateway.settled()
+
+    for _ in range(1 if when == "waiting" else 5):
+        await leave(10 if when == "waiting" else 2)
+
+    await idle(gateway)
+
+
+async def test_a_bug_gives_slots_and_reservations_back(start_gateway, upstream, caplog):
+    """
+    A sink that raises stands for a bug of ours: the call is booked, and nothing stays held.
+    """
+
+    class Broken:
+        exchange = None
+        is_gone = False
+
+        def head(self, status: int, headers: g.Headers, streaming: bool) -> None:
+            raise RuntimeError("a bug")
+
+        def write(self, data: bytes, last: bool) -> None: ...
+        def cut(self) -> None: ...
+        def refuse(self, error: g.GatewayError, api: g.Api, request_id: str) -> None: ...
+
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, LIMITED))
+    key = next(iter(gateway.gateway.config.keys))
+    for _ in range(5):
+        call = g.Call(gateway.gateway.config, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+        call.body = json.dumps(HELLO).encode()
+        gateway.gateway.start(call, Broken())
+    await idle(gateway)
+
+    assert len(gateway.entries()) == 5
+    caplog.clear()
+
+
+# --- how far a limit can be passed --------------------------------------------------------
+
+
+async def spend_all(gateway: GatewayUnderTest, request: dict, clients: int = 64) -> float:
+    """Let clients ask in parallel until each is refused, then one until all is spent; the ledger's sum."""
+
+    async def ask() -> Reply:
+        while (reply := await gateway.post("/v1/messages", request)).status == 200:
+            pass
+        assert reply.status == 429
+        return reply
+
+    await asyncio.gather(*(ask() for _ in range(clients)))
+    await gateway.settled()
+    assert (await ask()).error["type"] == "billing_error"
+    await idle(gateway)
+    return sum(entry["cost_usd"] for entry in gateway.entries())
+
+
+@pytest.mark.parametrize(("input_tokens", "output_tokens"), [(10, 200), (None, 2000), (5000, 2000), (20_000, 5000)])
+async def test_64_clients_pass_a_limit_by_no_more_than_is_said(start_gateway, upstream, input_tokens, output_tokens):
+    """
+    A limit is passed by at most what the running calls cost beyond their reservations (docstring of Limits).
+
+    When the last call was admitted, spent + reserved was at most the limit; from then on only the calls that ran
+    with it, at most 64, can cost more than they hold, and each holds its input at least. Where calls cost what they
+    hold, what is left can be too little for one call only: none ends below its reservation and makes room for more.
+    """
+    request = HELLO | {"max_tokens": 2000}  # within reserve_output
+    estimate = g.estimate_input(json.dumps(request).encode())
+    is_honest = input_tokens is None
+    input_tokens = input_tokens or estimate
+    upstream.script = message_json("hi", input_tokens=input_tokens, output_tokens=output_tokens)
+    gateway = await start_gateway(config(upstream.url, "usd/day: 1"))
+    cost, held = (input_tokens * 10 + output_tokens * 50) / 1e6, estimate * 10 / 1e6
+
+    spent = await spend_all(gateway, request)
+
+    assert 1 - held < spent <= 1 + (1 if is_honest else 64) * (cost - held) + 1e-9
+
+
+# --- through restarts, edits and corrections ------------------------------------------------
+
+
+async def test_a_spent_limit_is_spent_after_a_restart(start_gateway, upstream):
+    """
+    The ledger is what counts: another gateway on the same folder refuses as the first did.
+    """
+    upstream.script = SPENDS
+    text_of = config(upstream.url, "tokens/5h: 600", team="usd/month: 100")
+    gateway = await start_gateway(text_of)
+    await gateway.post("/v1/messages", HELLO)
+    before = await gateway.post("/v1/messages", HELLO)
+    await gateway.stop()
+
+    again = await start_gateway(text_of)
+    again.gateway.ledger.load()  # as the server does before it listens
+    after = await again.post("/v1/messages", HELLO)
+
+    assert refusal(before) == refusal(after) == (429, "billing_error", "false", "18000")
+    assert before.error == after.error
+    assert (await standing(again, "usd/month"))["used"] == 0.01
+
+
+async def test_an_edit_counts_at_once_and_forgets_nothing(start_gateway, upstream):
+    """
+    A new limit has been counted all along; a raised one lets in; a lowered one refuses.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "requests/day: 1"))
+    found = []
+    for limits in ("requests/day: 1", "requests/day: 2", "tokens/week: 1200", "usd: 100", "usd/month: 0.02"):
+        await gateway.write(config(upstream.url, limits))
+        found.append((await gateway.post("/v1/messages", HELLO)).status)
+
+    assert found == [200, 200, 429, 200, 429]
+
+
+async def test_corrections_from_outside_count_from_the_next_tick(start_gateway, upstream):
+    """
+    `usage reset` and `usage adjust` write beside the running gateway, which takes their lines in.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "usd/day: 1, requests/day: 2"))
+    ledger, now = gateway.gateway.ledger.directory, g.utc_time(START)
+    await gateway.post("/v1/messages", HELLO)
+
+    async def standings() -> list[tuple[float, float]]:
+        gateway.tick()
+        return [(await standing(gateway, name))["used"] for name in ("usd/day", "requests/day")]
+
+    gateway.tick()
+    g.Ledger.correct(ledger, g.Adjustment(time=now, key="alice", requests=1, cost_usd=0.49), gateway.clock.clock)
+    adjusted = await standings()
+    refused = await gateway.post("/v1/messages", HELLO)
+    g.Ledger.correct(ledger, g.Reset(time=now, scope="key", name="alice", limit="requests/day"), gateway.clock.clock)
+    reset = await standings()
+    served = await gateway.post("/v1/messages", HELLO)
+
+    assert (adjusted, refused.status) == ([0.5, 2], 429)
+    assert (reset, served.status) == ([0.5, 0], 200)

@@ -1,0 +1,438 @@
+"""What a key's holder can ask: how the limits stand, what was spent, and the calls one by one (section 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import threading
+from typing import Any
+
+import msgspec
+import pytest
+from client import request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, until
+from upstream import HELLO as HELLO_SCRIPT
+from upstream import head, hello_json, json_body, message_start, wait_for
+
+import gateway as g
+
+KEY_B = "sk-proxy-bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+CONFIG = f"""
+server: {{host: 127.0.0.1, port: 0, timezone: Asia/Shanghai}}
+upstreams: [{{name: main, url: "URL", api_key: {UPSTREAM_KEY}}}]
+teams: [{{name: research, limits: {{tokens/5h: 1k}}}}]
+keys:
+  - {{name: alice, key: {KEY}, team: research, limits: {{usd/day: 0.01, requests/minute: 5, concurrent: 2}}}}
+  - {{name: bob, key: {KEY_B}, team: research}}
+limits: {{gateway: {{usd: 100, usd/month: 50}}}}
+prices: {{"claude-*": {{input: 100, output: 1000}}, "*": {{input: 10, output: 50}}}}
+"""
+# What HELLO costs: 12 tokens of input and 5 of output.
+CLAUDE_USD, OTHER_USD = 0.0062, 0.00037
+HOUR_S = 3600.0
+
+
+@pytest.fixture
+def gateway(io_loop, start_gateway, upstream) -> GatewayUnderTest:
+    """
+    A gateway with three calls of alice and one of bob: at 22:13 in Shanghai, and at 05:13 of the next day.
+    """
+
+    async def start() -> GatewayUnderTest:
+        gateway = await start_gateway(CONFIG.replace("URL", upstream.url))
+        upstream.scripts = [HELLO_SCRIPT, HELLO_SCRIPT, hello_json(), HELLO_SCRIPT]
+        await gateway.post("/v1/messages", HELLO_STREAM)
+        gateway.tick(7 * HOUR_S)
+        await gateway.post("/v1/messages", HELLO_STREAM)
+        await gateway.post("/v1/messages", HELLO | {"model": "other"})
+        await gateway.post("/v1/messages", HELLO_STREAM, KEY_B)
+        return gateway
+
+    return io_loop.run_sync(start)
+
+
+def spent(calls: int, cost_usd: float, **group: str) -> dict[str, Any]:
+    """What so many calls like HELLO add up to."""
+    return {
+        "group": group,
+        "calls": calls,
+        "failed": 0,
+        "input_tokens": 12 * calls,
+        "output_tokens": 5 * calls,
+        "cache_write_tokens": 0,
+        "cache_read_tokens": 0,
+        "cost_usd": cost_usd,
+        "cache_hit_rate": 0.0,
+    }
+
+
+def standing(limit: str, scope: str, used: float, allowed: float, remaining: float, **fields: Any) -> dict[str, Any]:
+    """How a limit stands of which nothing is reserved, and which does not reset."""
+    values = {"limit": limit, "scope": scope, "used": used, "reserved": 0, "allowed": allowed, "remaining": remaining}
+    return values | {"resets_at": None, "resets": None} | fields
+
+
+MONTH_END = {"resets_at": "2026-09-30T16:00:00.000Z", "resets": "resets 1 Oct 00:00 CST"}
+FIVE_HOURS = {"resets_at": "2026-09-22T02:13:20.000Z", "resets": "resets Tue 10:13 CST"}
+
+# GET /v1/usage
+
+
+@pytest.mark.parametrize("target", ["/v1/usage", "/api/usage", "/v1/v1/usage"])
+async def test_a_key_sees_its_limits_its_teams_and_the_gateways_and_what_it_spent(gateway, target):
+    """
+    Days are of the gateway's time zone; team and gateway count what others spent, too.
+    """
+    reply = await gateway.get(target)
+
+    assert (reply.status, reply.headers["content-type"]) == (200, "application/json")
+    assert reply.json == {
+        "key": "alice",
+        "team": "research",
+        "timezone": "Asia/Shanghai",
+        "limits": [
+            standing(
+                "usd/day",
+                "key",
+                0.00657,
+                0.01,
+                0.00343,
+                resets_at="2026-09-22T16:00:00.000Z",
+                resets="resets Wed 00:00 CST",
+            ),
+            standing("requests/minute", "key", 2, 5, 3),
+            standing("concurrent", "key", 0, 2, 2),
+            standing("tokens/5h", "team", 51, 1000, 949, **FIVE_HOURS),
+            standing("usd", "gateway", 0.01897, 100, 99.98103),
+            standing("usd/month", "gateway", 0.01897, 50, 49.98103, **MONTH_END),
+        ],
+        "today": spent(2, 0.00657),
+        "month": spent(3, 0.01277),
+    }
+
+
+async def test_another_key_sees_its_own_and_what_it_shares(gateway):
+    """
+    Nothing of alice's but in the sums of team and gateway.
+    """
+    reply = await gateway.get("/v1/usage", KEY_B)
+
+    assert reply.json == {
+        "key": "bob",
+        "team": "research",
+        "timezone": "Asia/Shanghai",
+        "limits": [
+            standing("tokens/5h", "team", 51, 1000, 949, **FIVE_HOURS),
+            standing("usd", "gateway", 0.01897, 100, 99.98103),
+            standing("usd/month", "gateway", 0.01897, 50, 49.98103, **MONTH_END),
+        ],
+        "today": spent(1, 0.0062),
+        "month": spent(1, 0.0062),
+    }
+    assert [total["calls"] for total in (await gateway.get("/api/usage/stats", KEY_B)).json["data"]] == [1]
+    assert [entry["key"] for entry in (await gateway.get("/api/usage/logs", KEY_B)).json["data"]] == ["bob"]
+
+
+async def test_a_limit_that_is_passed_has_nothing_left_and_asking_is_still_allowed(gateway, upstream):
+    """
+    Who was refused can see why.
+    """
+    upstream.script = HELLO_SCRIPT
+    await gateway.write(gateway.path.read_text().replace("usd/day: 0.01,", "usd/day: 0.006,"))
+
+    refused = await gateway.post("/v1/messages", HELLO_STREAM)
+    reply = await gateway.get("/v1/usage")
+
+    assert (refused.status, reply.status) == (429, 200)
+    day = reply.json["limits"][0]
+    assert (day["used"], day["allowed"], day["remaining"]) == (0.00657, 0.006, 0)
+
+
+async def test_a_running_call_holds_what_it_may_cost(gateway, upstream):
+    """
+    `reserved` is what limits count besides what was used; it ends with the call.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [head(200, "text/event-stream"), message_start(12), wait_for(go_on), *HELLO_SCRIPT[2:]]
+    running = asyncio.create_task(gateway.post("/v1/messages", HELLO_STREAM, KEY_B))
+    await until(lambda: len(upstream.requests) == 5)
+
+    during = (await gateway.get("/v1/usage")).json["limits"]
+    go_on.set()
+    await running
+    after = (await gateway.get("/v1/usage")).json["limits"]
+
+    assert during[3]["reserved"] > 0 and during[4]["reserved"] > 0
+    assert [limit["reserved"] for limit in after] == [0, 0, 0, 0, 0, 0]
+    assert (during[3]["used"], after[3]["used"]) == (51, 68)
+
+
+@pytest.mark.parametrize("target", ["/v1/usage", "/api/usage", "/api/usage/stats", "/api/usage/logs"])
+@pytest.mark.parametrize("token", ["", "sk-proxy-unknown-0123456789"])
+async def test_without_a_known_key_nothing_is_told(gateway, target, token):
+    """
+    401 in the envelope that clients read, and no second try.
+    """
+    reply = await gateway.get(target, token)
+
+    assert (reply.status, reply.headers["x-should-retry"]) == (401, "false")
+    message = (
+        "This gateway does not know the key that was sent. Ask whoever runs it."
+        if token
+        else "No key was sent. Set ANTHROPIC_AUTH_TOKEN to the sk-proxy-… key that you were given."
+    )
+    assert reply.json == {
+        "type": "error",
+        "error": {"type": "authentication_error", "message": message},
+        "request_id": reply.headers["request-id"],
+    }
+
+
+async def test_a_key_that_never_called_has_spent_nothing(gateway):
+    """
+    Zeros and empty lists, not errors.
+    """
+    await gateway.write(gateway.path.read_text().replace("name: bob", "name: carol"))
+
+    usage = await gateway.get("/v1/usage", KEY_B)
+    stats = await gateway.get("/api/usage/stats", KEY_B)
+    logs = await gateway.get("/api/usage/logs", KEY_B)
+
+    assert usage.json["today"] == usage.json["month"] == spent(0, 0) | {"cache_hit_rate": None}
+    assert (stats.json["data"], logs.json) == ([], {"key": "carol", "data": [], "next": None})
+
+
+# GET /api/usage/stats
+
+FIRST, SECOND = "2026-09-21", "2026-09-22"
+
+
+@pytest.mark.parametrize(
+    ("query", "data"),
+    [
+        ("", [spent(1, 0.0062, day=FIRST), spent(2, 0.00657, day=SECOND)]),
+        ("?by=day", [spent(1, 0.0062, day=FIRST), spent(2, 0.00657, day=SECOND)]),
+        (
+            "?by=hour",
+            [spent(1, 0.0062, hour=f"{FIRST}T22:00+08:00"), spent(2, 0.00657, hour=f"{SECOND}T05:00+08:00")],
+        ),
+        ("?by=month", [spent(3, 0.01277, month="2026-09")]),
+        ("?by=model", [spent(2, 0.0124, model="claude-test"), spent(1, 0.00037, model="other")]),
+        (
+            "?by=model,day",
+            [
+                spent(1, 0.0062, model="claude-test", day=FIRST),
+                spent(1, 0.0062, model="claude-test", day=SECOND),
+                spent(1, 0.00037, model="other", day=SECOND),
+            ],
+        ),
+        ("?by=month,month", [spent(3, 0.01277, month="2026-09")]),
+        (f"?since={SECOND}", [spent(2, 0.00657, day=SECOND)]),
+        (f"?until={SECOND}", [spent(1, 0.0062, day=FIRST)]),
+        (f"?by=month&since={FIRST}T22:00&until={SECOND}T05", [spent(1, 0.0062, month="2026-09")]),
+        ("?since=2026-10", []),
+        ("?until=2026", []),
+    ],
+)
+async def test_stats_are_grouped_by_what_is_asked_for(gateway, query, data):
+    """
+    Hours, days and months of the gateway's time zone, sorted; `since` is in, `until` is not.
+    """
+    reply = await gateway.get(f"/api/usage/stats{query}")
+
+    by = list(data[0]["group"]) if data else ["day"]
+    assert reply.status == 200
+    assert reply.json == {"key": "alice", "by": by, "timezone": "Asia/Shanghai", "data": data}
+
+
+# GET /api/usage/logs
+
+
+async def pages(gateway: GatewayUnderTest, query: str) -> list[list[str]]:
+    """The request ids of all pages, from the newest on."""
+    found, before = [], ""
+    while before is not None:
+        reply = await gateway.get(f"/api/usage/logs?{query}{before}")
+        assert reply.status == 200
+        found.append([entry["request_id"] for entry in reply.json["data"]])
+        before = reply.json["next"] and f"&before={reply.json['next']}"
+    return found
+
+
+def write_month(gateway: GatewayUnderTest, month: str, count: int, packed: bool = False) -> list[str]:
+    """A month of entries, of alice and bob in turn, as a file of the ledger; the ids of alice's."""
+    entry = msgspec.json.decode(msgspec.json.encode(gateway.entries()[0]), type=g.Entry)
+    lines = [
+        msgspec.structs.replace(
+            entry, time=f"{month}-01T00:00:00.000Z", request_id=f"req_{month}_{i}", key=("alice", "bob")[i % 2]
+        )
+        for i in range(count)
+    ]
+    data = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
+    path = gateway.gateway.ledger.directory / f"usage-{month}.jsonl"
+    if packed:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
+    else:
+        path.write_bytes(data)
+    return [line.request_id for line in lines if line.key == "alice"]
+
+
+async def test_logs_are_the_ledgers_lines_newest_first(gateway):
+    """
+    The very entries, with every field.
+    """
+    mine = [entry for entry in gateway.entries() if entry["key"] == "alice"]
+
+    reply = await gateway.get("/api/usage/logs")
+
+    assert reply.json == {"key": "alice", "data": mine[::-1], "next": None}
+    assert [entry["model"] for entry in reply.json["data"]] == ["other", "claude-test", "claude-test"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+async def test_pages_have_everything_exactly_once_gzipped_months_included(gateway, size):
+    """
+    `next` is where the next page begins, in whichever file that is.
+    """
+    packed = write_month(gateway, "2026-07", 11, packed=True)
+    plain = write_month(gateway, "2026-08", 10)
+    newest = [entry["request_id"] for entry in gateway.entries()[-4:] if entry["key"] == "alice"]
+
+    found = await pages(gateway, f"limit={size}")
+
+    assert [request_id for page in found for request_id in page] == [*packed, *plain, *newest][::-1]
+    assert all(len(page) <= size for page in found)
+
+
+async def test_a_page_begun_before_a_new_call_and_an_archive_goes_on_after_them(gateway, upstream):
+    """
+    What happens to the ledger between two pages neither repeats nor hides a line.
+    """
+    august = write_month(gateway, "2026-08", 10)
+    newest = [entry["request_id"] for entry in gateway.entries()[-4:] if entry["key"] == "alice"]
+    first = (await gateway.get("/api/usage/logs?limit=5")).json
+    upstream.script = json_body({"type": "error"}, 400)
+    await gateway.post("/v1/messages", HELLO)
+    g.LedgerFiles(gateway.gateway.ledger.directory).archive(lambda text: None)
+
+    second = (await gateway.get(f"/api/usage/logs?limit=5&before={first['next']}")).json
+
+    found = [entry["request_id"] for entry in first["data"] + second["data"]]
+    assert found == [*august, *newest][::-1]
+
+
+@pytest.mark.parametrize(
+    ("query", "models"),
+    [
+        ("model=other", ["other"]),
+        ("model=claude-test", ["claude-test", "claude-test"]),
+        ("model=claude", []),
+        ("outcome=completed&model=other", ["other"]),
+        ("outcome=refused", []),
+        ("upstream=main&path=/v1/messages", ["other", "claude-test", "claude-test"]),
+        ("path=/v1/responses", []),
+        ("session=s", []),
+        ("since=2026-09-21T21", ["other", "claude-test"]),
+        ("until=2026-09-21T21", ["claude-test"]),
+        ("limit=1", ["other"]),
+        ("limit=1000", ["other", "claude-test", "claude-test"]),
+        ("before=2026-08:0", []),
+    ],
+)
+async def test_logs_are_filtered(gateway, query, models):
+    """
+    Each filter is the value of a field; times are UTC, as in the entries.
+    """
+    reply = await gateway.get(f"/api/usage/logs?{query}")
+
+    assert [entry["model"] for entry in reply.json["data"]] == models
+
+
+TIME = "expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00"
+GROUPS = "by: expected some of hour, day, month, model, separated by commas"
+BEFORE = "before: expected what the page before this one gave as `next`"
+UTF_8 = "The query cannot be read: expected UTF-8, percent-encoded."
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("stats?by=year", GROUPS),
+        ("stats?by=", GROUPS),
+        ("stats?by=day,key", GROUPS),
+        ("stats?by=%ff", UTF_8),
+        ("stats?since=yesterday", f"since: {TIME}"),
+        ("stats?until=2026-9", f"until: {TIME}"),
+        ("logs?since=1", f"since: {TIME}"),
+        ("logs?until=2026-09-21%2008:00", f"until: {TIME}"),
+        ("logs?limit=0", "limit: expected 1 to 1000, got '0'"),
+        ("logs?limit=1001", "limit: expected 1 to 1000, got '1001'"),
+        ("logs?limit=-1", "limit: expected 1 to 1000, got '-1'"),
+        ("logs?limit=", "limit: expected 1 to 1000, got ''"),
+        ("logs?limit=many", "limit: expected 1 to 1000, got 'many'"),
+        ("logs?before=5", BEFORE),
+        ("logs?before=2026-09", BEFORE),
+        ("logs?before=2026-09:-5", BEFORE),
+        ("logs?model=%ff", UTF_8),
+    ],
+)
+async def test_what_cannot_be_answered_is_refused_in_the_envelope(gateway, target, message):
+    """
+    With what would be right.
+    """
+    reply = await gateway.get(f"/api/usage/{target}")
+
+    assert reply.status == 400
+    assert reply.json == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": message},
+        "request_id": reply.headers["request-id"],
+    }
+
+
+async def test_the_ledger_is_read_beside_the_loop_and_one_page_at_a_time(gateway, upstream):
+    """
+    While a reader waits for a slow disk, a call streams to its end; a second reader waits for the first.
+    """
+    reading, may_read = threading.Event(), threading.Event()
+    slow = []
+
+    def slow_disk(entry: g.Entry) -> bool:
+        slow.append(entry)
+        reading.set()
+        return may_read.wait(10)
+
+    key = next(key for key in gateway.gateway.config.keys if key.name == "alice")
+    upstream.script = HELLO_SCRIPT
+    page = asyncio.create_task(gateway.gateway.page_of(key, ("9", 0), slow_disk, 50))
+    await until(reading.is_set)
+
+    second = asyncio.create_task(gateway.get("/api/usage/logs"))
+    reply = await gateway.post("/v1/messages", HELLO_STREAM, KEY_B)
+    waited = not second.done()
+    may_read.set()
+
+    assert reply.texts == ["Hello", " world"] and not reply.was_cut and waited
+    assert [entry.model for entry in (await page).entries] == ["other", "claude-test", "claude-test"]
+    assert len((await second).json["data"]) == len(slow) == 3
+
+
+async def test_a_big_ledger_is_read_while_another_call_streams(gateway, upstream):
+    """
+    A page that looks at a hundred thousand lines of others answers, and the stream beside it goes on.
+    """
+    write_month(gateway, "2026-08", 100_000, packed=True)
+    go_on = asyncio.Event()
+    upstream.script = [*HELLO_SCRIPT[:4], wait_for(go_on), *HELLO_SCRIPT[4:]]
+    stream = await gateway.connect()
+    fields = {"x-api-key": KEY_B}
+    await stream.send(request_bytes("POST", "/v1/messages", fields, msgspec.json.encode(HELLO_STREAM)))
+    await stream.read_until(b"Hello")
+
+    logs = asyncio.create_task(gateway.get("/api/usage/logs?model=nobodys"))
+    await asyncio.sleep(0)
+    go_on.set()
+    await stream.read_until(b"message_stop")
+    reply = await logs
+
+    assert (reply.status, reply.json["data"], reply.json["next"]) == (200, [], None)
