@@ -3100,36 +3100,20 @@ class Limits:
         """How each limit of a key stands; money in USD."""
         now, calendar = self._clock.wall(), self._fold.calendar
         found: list[dict[str, Any]] = []
+
+        def add(budget: Budget, name: str, used: float, held: float, allowed: float, resets_at: float | None) -> None:
+            row = {"limit": name, "scope": budget.scope, "used": used, "reserved": held, "allowed": allowed}
+            row |= {"remaining": round(max(0, allowed - used), 9), "resets_at": resets_at and utc_time(resets_at)}
+            found.append(row | {"resets": reset_text(resets_at, now, calendar.timezone) or None})
+
         for budget, scope in self.scopes(key):
             for limit in budget.limits:
-                scale = NANO[limit.unit]
-                used = scope.counters.spent(limit.unit, limit.window, now, config.limits.weights) / scale
-                resets_at = scope.counters.resets_at(limit.window, now, calendar)
-                found.append(
-                    {
-                        "limit": limit.name,
-                        "scope": budget.scope,
-                        "used": round(used, 9),
-                        "reserved": round(scope.held(limit, now) / scale, 9),
-                        "allowed": limit.amount,
-                        "remaining": round(max(0.0, limit.amount - used), 9),
-                        "resets_at": None if resets_at is None else utc_time(resets_at),
-                        "resets": reset_text(resets_at, now, calendar.timezone) or None,
-                    }
-                )
+                scale, counters = NANO[limit.unit], scope.counters
+                used = counters.spent(limit.unit, limit.window, now, config.limits.weights) / scale
+                held, resets_at = scope.held(limit, now) / scale, counters.resets_at(limit.window, now, calendar)
+                add(budget, limit.name, round(used, 9), round(held, 9), limit.amount, resets_at)
             if math.isfinite(budget.concurrent):
-                found.append(
-                    {
-                        "limit": "concurrent",
-                        "scope": budget.scope,
-                        "used": scope.running,
-                        "reserved": 0,
-                        "allowed": budget.concurrent,
-                        "remaining": max(0, budget.concurrent - scope.running),
-                        "resets_at": None,
-                        "resets": None,
-                    }
-                )
+                add(budget, "concurrent", scope.running, 0, budget.concurrent, None)
         return found
 
 
