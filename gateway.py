@@ -13,9 +13,9 @@ The file is read from top to bottom; each section uses what stands above it:
      4. Ledger        what was spent, line by line
      5. Limits        may this key spend now?
      6. Wire          bytes to events and heads, no I/O
-     7. Upstreams     connections, kept alive
+     7. Upstreams     connections, health, choice
      8. Demo          an upstream that needs no API key
-     9. Relay         one call, one upstream, bytes through
+     9. Relay         attempts, the gate, failover, bytes through
     10. Gateway       owns all state, tells the story
     11. HTTP          the front door, no policy
     12. Command line  serve, init, check, key, seal, usage; status, whose code stands first
@@ -119,6 +119,7 @@ import contextlib
 import csv
 import datetime as dt
 import difflib
+import email.utils
 import enum
 import errno
 import fcntl
@@ -128,8 +129,10 @@ import gc
 import gzip
 import hashlib
 import ipaddress
+import itertools
 import logging
 import math
+import random
 import re
 import secrets
 import shutil
@@ -142,12 +145,12 @@ import tempfile
 import time
 import zlib
 import zoneinfo
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, cast, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
 
 import httptools
 import msgspec
@@ -195,6 +198,10 @@ class Pace(NamedTuple):
     drain_idle_s: float = 10.0  # … at most so long in silence …
     drain_calls: int = 64  # … and so many at once
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
+    waiting_calls: int = 256  # calls that may wait for an upstream, with their bodies
+    backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
+    max_backoff_s: float = 8.0  # … and at most
+    error_body_s: float = 5.0  # an error's body must be whole by then
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
@@ -263,6 +270,7 @@ class Call:
 
     __slots__ = (
         "address",
+        "affinity",
         "body",
         "bytes_up",
         "config",
@@ -274,6 +282,7 @@ class Call:
         "model",
         "query",
         "route",
+        "servings",
         "session",
         "started",
         "started_wall",
@@ -296,6 +305,8 @@ class Call:
         self.input_estimate = 0  # tokens
         self.max_output: float = math.inf  # tokens that the client allows
         self.model = self.upstream_model = self.session = ""
+        self.servings: tuple[Serving, ...] = ()  # who may be asked, the best first
+        self.affinity = ""  # what has a home upstream, where that has been looked for
         self.stream = False
 
     def header(self, name: bytes) -> str:
@@ -413,6 +424,18 @@ class Unavailable(GatewayError):
     status, type, code = 503, "overloaded_error", "unavailable"
 
 
+class UpstreamRefusesUs(GatewayError):
+    """The upstream does not take the gateway's own key: the client's is good, and asking again changes nothing."""
+
+    status, type, code, should_retry = 502, "api_error", "upstream_refuses_gateway", False
+
+
+class Overloaded(GatewayError):
+    """Every upstream is left alone for a while, or has as many calls as it may."""
+
+    status, type, code = 529, "overloaded_error", "overloaded"
+
+
 class UpstreamTimeout(GatewayError):
     """The upstream did not answer in time."""
 
@@ -442,6 +465,7 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
 # --- 2. Keys: secrets sealed, keys found -------------------------------------------
 
 KEY_PREFIX = "sk-proxy-"
+SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
 SEALED_OR_ELSEWHERE = re.compile(r"^(enc|sha256):|\$\{")  # no secret in clear text
 SEALED_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})(?::(.{4}))?")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -564,6 +588,27 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
+# Link-local networks, and where clouds tell their machines' credentials (AWS, Google, Azure, Alibaba, Oracle).
+NAT64 = {0, int(ipaddress.IPv6Address("64:ff9b::")) >> 32}
+FORBIDDEN = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128"),
+        *("fd20:ce::254/128", "100.100.100.200/32", "192.0.0.192/32"),
+    )
+)
+
+
+def is_forbidden(text: str) -> bool:
+    """Whether an address is link-local or a cloud's metadata service, also where IPv6 carries it; names are not."""
+    address = parse_address(text.partition("%")[0])
+    if isinstance(address, ipaddress.IPv6Address):
+        low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)  # NAT64 and the deprecated ::a.b.c.d end in it
+        carried = [address.sixtofour, *(address.teredo or ()), low if int(address) >> 32 in NAT64 else None]
+        return any(inner in net for inner in (address, *carried) if inner for net in FORBIDDEN)
+    return address is not None and any(address in net for net in FORBIDDEN)
+
+
 def address_in(text: str, networks: Iterable[Network]) -> bool:
     """Whether the address lies in one of the networks."""
     address = parse_address(text)
@@ -643,6 +688,10 @@ LIMIT_UNITS = ("tokens", "usd", "requests")
 LIMIT_WINDOWS = ("minute", "hour", "5h", "day", "week", "month")
 
 
+Steps = tuple[str | int, ...]  # through a document: names and places in lists
+FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
+
+
 class ConfigError(Exception):
     """config.yaml cannot be used; the message names file, line, path and what would be right."""
 
@@ -706,6 +755,23 @@ class LimitSet(tuple[Limit, ...]):
         """These limits as those of a key, a team or the gateway."""
         concurrent = next((limit.amount for limit in self if limit.unit == "concurrent"), math.inf)
         return Budget(scope, name, tuple(limit for limit in self if limit.unit != "concurrent"), concurrent)
+
+
+class Secrets(tuple[Secret, ...]):
+    """The API keys of an upstream: one, or a list of them."""
+
+    is_list = False  # as the file writes them
+
+
+POLICIES = ("sticky", "round_robin", "least_busy")
+
+
+class Policies(tuple[tuple[str, str], ...]):
+    """How upstreams are chosen, by glob of the model; the first match counts."""
+
+    def of(self, model: str) -> str:
+        """The policy for a model."""
+        return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
 
 
 class PriceTable(tuple[tuple[str, "ModelPrice"], ...]):
@@ -826,23 +892,130 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds. `first_byte` bounds the wait for an answer's head; `idle` the silence after it."""
+    """Seconds. `first_byte` bounds the silence before an answer's first content; `idle` the silence after it."""
 
     connect: Duration = Duration(10)
     first_byte: Duration = Duration(360)
     idle: Duration = Duration(300)
 
 
-class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+Blame = Literal["none", "key", "upstream"]
+
+
+class Verdict(NamedTuple):
+    """What a failed attempt means: for the call, for who failed it, and for the client if nobody does better."""
+
+    try_next: bool  # is another upstream or key asked?
+    blame: Blame  # who is left alone for it: this API key, or the whole upstream?
+    cooldown_s: float = 0.0  # at once, for so long; 0: only after `breaker.failures` of them in a row
+    passes: bool = False  # may the upstream's own answer be the client's?
+
+
+# The answer's status (of an error event, that of its type), or how an attempt failed without one.
+VERDICTS = {
+    "unreachable": Verdict(True, "upstream"),
+    "connect_timeout": Verdict(True, "upstream"),
+    "first_byte_timeout": Verdict(True, "upstream"),
+    "cut": Verdict(True, "upstream"),
+    "not_http": Verdict(True, "upstream"),
+    "unexpected": Verdict(True, "upstream"),
+    "mid_stream": Verdict(False, "upstream"),  # bytes are out: never twice
+    "401": Verdict(True, "key", 1800.0),
+    "402": Verdict(True, "key", 1800.0),
+    "403": Verdict(True, "key", 1800.0),
+    "404": Verdict(True, "none", passes=True),
+    "408": Verdict(True, "upstream", passes=True),
+    "429": Verdict(True, "key", 10.0, passes=True),
+    "4xx": Verdict(False, "none", passes=True),
+    "5xx": Verdict(True, "upstream", passes=True),
+}
+VERDICT_MEANINGS = {
+    "unreachable": "no address, refused, TLS failed",
+    "connect_timeout": "not connected within `timeouts.connect`",
+    "first_byte_timeout": "no content within `timeouts.first_byte` (or `routing.patience`)",
+    "cut": "the answer ended before its first content",
+    "not_http": "what came is not HTTP",
+    "unexpected": "HTML, a redirect, an empty answer",
+    "mid_stream": "the answer broke off after its first content",
+    "401": "the upstream refuses our API key: told as an error in the log",
+    "402": "its account has no credit (also a 400 that says so)",
+    "403": "our API key may not do this",
+    "404": "the model is not known there",
+    "408": "the upstream gave up waiting",
+    "429": "too much for this key: for as long as the answer's headers say, at most 30 minutes",
+    "4xx": "the request itself is wrong: 400, 413, 422 and all others",
+    "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
+}
+STATUS_OF_ERROR = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "insufficient_quota": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}  # any other: 500 (platform.claude.com/docs/en/api/errors)
+
+
+class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one upstream has different from the table of verdicts."""
+
+    next: bool | None = None
+    blame: Blame | None = None
+    cooldown: Duration | None = None
+    passes: bool | None = msgspec.field(default=None, name="pass")
+
+    def over(self, verdict: Verdict) -> Verdict:
+        """The verdict with what is said here in its place."""
+        said = (self.next, self.blame, self.cooldown, self.passes)
+        return Verdict(*(old if new is None else new for old, new in zip(verdict, said, strict=True)))  # type: ignore[arg-type]
+
+
+class VerdictTable(dict[str, VerdictConfig]):
+    """Overrides by case: a status, 4xx, 5xx or a name of the table."""
+
+
+class HeaderRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Headers of requests to an upstream that are set or removed; names in any case."""
+
+    set: dict[str, Secret] = {}
+    remove: tuple[str, ...] = ()
+
+
+class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which values of `anthropic-beta` do not go to an upstream; globs."""
+
+    drop: tuple[str, ...] = ()
+
+
+NO_RULES = HeaderRules()
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq=False):
     """One provider endpoint. `models` maps globs to the upstream's name for the model; `*` is the name itself."""
 
     name: str
     url: str = ""
-    api_key: Secret = Secret("")
+    api_key: Secrets = Secrets()
     format: Literal["anthropic", "openai", "demo"] = "anthropic"
     models: dict[str, str] = msgspec.field(default_factory=lambda: {"*": "*"})
+    priority: int = 1
+    weight: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 1.0
+    max_concurrent: AtLeastOne | None = None  # calls at once, for each API key
+    max_connections: AtLeastOne = 4096
     timeouts: Timeouts = Timeouts()
     on_disconnect: Literal["cancel", "drain"] = "cancel"
+    verdicts: VerdictTable = VerdictTable()
+    probe: Duration = Duration(0)
+    headers: HeaderRules = NO_RULES
+    betas: BetaRules = BetaRules()
+    retry_without_thinking: bool = False
+    allow_private: bool = False
     ca_file: str | None = None
     proxy: Secret | None = None  # may have a password in it
 
@@ -856,6 +1029,21 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if matches(pattern, model):
                 return model if name == "*" else name
         return None
+
+    def verdict(self, case: str) -> Verdict:
+        """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
+        for name in (case, f"{case[0]}xx"):
+            if name in self.verdicts or name in VERDICTS:
+                verdict = VERDICTS.get(name) or VERDICTS[f"{case[0]}xx"]
+                return self.verdicts[name].over(verdict) if name in self.verdicts else verdict
+        return VERDICTS["unexpected"]
+
+
+class Serving(NamedTuple):
+    """An upstream, and under which name it knows the model that is asked for."""
+
+    upstream: UpstreamConfig
+    model: str
 
 
 class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -905,6 +1093,26 @@ class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weights: Weights = Weights()
 
 
+class BreakerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """When an upstream is left alone: after so many failures in a row, twice as long each time."""
+
+    failures: AtLeastOne = 3
+    cooldown: Duration = Duration(10)
+    max_cooldown: Duration = Duration(600)
+
+
+class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How calls find their upstream, and how long they look."""
+
+    policy: Policies = Policies()
+    max_attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 4
+    deadline: Duration = Duration(600)  # for the first content, over all attempts
+    patience: Duration = Duration(120)  # with a stream's silence, while another upstream is ready
+    wait: Duration = Duration(30)  # for a cooldown or a slot, where no upstream is ready
+    slow: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 4.0  # times slower than its peers is demoted; 0: never
+    breaker: BreakerConfig = BreakerConfig()
+
+
 class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the ledger lies and how soon it is on the disk."""
 
@@ -921,6 +1129,7 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teams: tuple[TeamConfig, ...] = ()
     defaults: Defaults = Defaults()
     limits: LimitsConfig = LimitsConfig()
+    routing: RoutingConfig = RoutingConfig()
     prices: PriceTable = PriceTable(BUILT_IN_PRICES.items())
     usage: UsageConfig = UsageConfig()
 
@@ -1026,6 +1235,49 @@ def parse_expiry(value: object) -> Expiry:
     return Expiry(value)
 
 
+def parse_duration(value: object) -> Duration:
+    """A time."""
+    return Duration(parse_scaled(value, TIME_UNITS, "10s"))
+
+
+def parse_policies(value: object) -> Policies:
+    """A policy, or one for each glob of models."""
+    table = value if isinstance(value, dict) else {"*": value}
+    for pattern, policy in table.items():
+        if policy not in POLICIES:
+            message = f"expected {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got {policy!r}"
+            raise Misplaced([str(pattern)], message) if isinstance(value, dict) else ValueError(message)
+    return Policies((str(pattern), str(policy)) for pattern, policy in table.items())
+
+
+def parse_verdicts(value: object) -> VerdictTable:
+    """Overrides of the table of verdicts: `{404: {next: false}, 5xx: {cooldown: 1m}}`."""
+    if not isinstance(value, dict):
+        raise ValueError("expected cases such as {404: {next: false}, 5xx: {cooldown: 1m}}")
+    for case in value:
+        if case not in VERDICTS and not re.fullmatch("[1-5][0-9][0-9]", case):
+            raise Misplaced([case], f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
+    table = VerdictTable()
+    for case, said in value.items():
+        try:
+            table[case] = msgspec.convert(said, VerdictConfig, dec_hook=lambda kind, value: parse_duration(value))
+        except msgspec.ValidationError as error:
+            steps, message = explain(error, VerdictConfig)
+            raise Misplaced([case, *steps], message) from None
+    return table
+
+
+def parse_secrets(value: object) -> Secrets:
+    """One secret, or a list of them; what it is instead is not echoed."""
+    for i, each in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(each, str):
+            message = "expected a string; put it in quotes"
+            raise Misplaced([i], message) if isinstance(value, list) else ValueError(message)
+    secrets = Secrets(Secret(each) for each in (value if isinstance(value, list) else [value]) if each)
+    secrets.is_list = isinstance(value, list)
+    return secrets
+
+
 def parse_secret(value: object) -> Secret:
     """A secret is a string; what it is instead is not echoed."""
     if not isinstance(value, str):
@@ -1036,12 +1288,15 @@ def parse_secret(value: object) -> Secret:
 CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
     Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, "32MB")),
     Amount: parse_amount,
-    Duration: lambda value: Duration(parse_scaled(value, TIME_UNITS, "10s")),
+    Duration: parse_duration,
     Fsync: parse_fsync,
     Expiry: parse_expiry,
     LimitSet: parse_limits,
+    Policies: parse_policies,
     PriceTable: parse_prices,
     Secret: parse_secret,
+    Secrets: parse_secrets,
+    VerdictTable: parse_verdicts,
 }
 
 
@@ -1279,7 +1534,7 @@ class ConfigBuilder:
                 ("server", "timezone"), f"unknown time zone {self._file.server.timezone!r}; as in Europe/Berlin"
             ) from None
 
-    def networks(self, steps: tuple[str | int, ...], texts: Sequence[str]) -> tuple[Network, ...]:
+    def networks(self, steps: Steps, texts: Sequence[str]) -> tuple[Network, ...]:
         """Networks or single addresses."""
         found = []
         for i, text in enumerate(texts):
@@ -1299,7 +1554,7 @@ class ConfigBuilder:
         return tuple(self._upstream(i, upstream, seen) for i, upstream in enumerate(self._file.upstreams))
 
     def _upstream(self, i: int, upstream: UpstreamConfig, seen: set[str]) -> UpstreamConfig:
-        at: tuple[str | int, ...] = ("upstreams", i)
+        at: Steps = ("upstreams", i)
         self._unique((*at, "name"), upstream.name, seen)
         if upstream.format != "demo":
             self._check_url((*at, "url"), upstream.url, ("http", "https"))
@@ -1307,37 +1562,63 @@ class ConfigBuilder:
                 raise self._document.problem((*at, "url"), "expected no user or password in it; api_key is for that")
         if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
             raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
-        key = self._unseal((*at, "api_key"), upstream.api_key)
-        try:
-            if key:
-                check_pasted(key)
-        except ValueError as error:
-            raise self._document.problem((*at, "api_key"), str(error)) from None
+            self._check_literal((*at, "url"), upstream)
         proxy = self._unseal((*at, "proxy"), upstream.proxy) if upstream.proxy else None
         if proxy:
             self._check_url((*at, "proxy"), proxy, ("http",))
-        in_proxy = upstream.proxy if proxy and "@" in proxy else None
-        for field, written in (("api_key", upstream.api_key), ("proxy", in_proxy)):
-            if written and self._is_plain((*at, field), written):
-                self.warnings.append(
-                    f"upstreams[{i}].{field} ({upstream.name}) is in clear text: run `gateway.py seal`"
-                )
+        if upstream.proxy and proxy and "@" in proxy:
+            self._warn_of_plain((*at, "proxy"), upstream.name, upstream.proxy)
         ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
-        return msgspec.structs.replace(upstream, api_key=key, ca_file=ca_file, proxy=proxy)
+        keys = Secrets(self._api_keys(at, upstream))
+        headers = self._headers((*at, "headers"), upstream)
+        return msgspec.structs.replace(upstream, api_key=keys, headers=headers, ca_file=ca_file, proxy=proxy)
 
-    def _unseal(self, steps: tuple[str | int, ...], value: Secret) -> Secret:
+    def _api_keys(self, at: Steps, upstream: UpstreamConfig) -> Iterator[Secret]:
+        for j, written in enumerate(upstream.api_key):
+            steps = (*at, "api_key", j) if upstream.api_key.is_list else (*at, "api_key")
+            key = self._unseal(steps, written)
+            try:
+                check_pasted(key)
+            except ValueError as error:
+                raise self._document.problem(steps, str(error)) from None
+            self._warn_of_plain(steps, upstream.name, written)
+            yield key
+
+    def _headers(self, steps: Steps, upstream: UpstreamConfig) -> HeaderRules:
+        opened: dict[str, Secret] = {}
+        for name, written in upstream.headers.set.items():
+            value = self._unseal((*steps, "set", name), written)
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in FRAMING:
+                raise self._document.problem((*steps, "set", name), "no header that can be set")
+            if not value.isascii() or not value.isprintable():
+                raise self._document.problem((*steps, "set", name), "expected printable ASCII")
+            if SECRET_HEADER.search(name):
+                self._warn_of_plain((*steps, "set", name), upstream.name, written)
+            opened[name] = value
+        if not (opened or upstream.headers.remove):
+            return NO_RULES
+        return HeaderRules(opened, tuple(name.lower() for name in upstream.headers.remove))
+
+    def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
+        if not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled:
+            self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `gateway.py seal`")
+
+    def _check_literal(self, steps: Steps, upstream: UpstreamConfig) -> None:
+        """An address in a URL is looked at here, a name's when it is connected to."""
+        host = urllib.parse.urlsplit(upstream.url).hostname or ""
+        if not upstream.allow_private and is_forbidden(host):
+            raise self._document.problem(steps, f"{host} is a link-local or metadata address; see allow_private")
+
+    def _unseal(self, steps: Steps, value: Secret) -> Secret:
         try:
             return self._vault.unseal(value)
         except SealError as error:
             raise self._document.problem(steps, str(error)) from None
 
-    def _is_plain(self, steps: tuple[str | int, ...], written: Secret) -> bool:
-        return not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled
-
     def _beside(self, name: str) -> Path:
         return self._document.path.parent / name
 
-    def _check_url(self, steps: tuple[str | int, ...], url: str, schemes: Sequence[str]) -> None:
+    def _check_url(self, steps: Steps, url: str, schemes: Sequence[str]) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
             good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
@@ -1346,7 +1627,7 @@ class ConfigBuilder:
         if not good or parts.query or parts.fragment or not url.isascii() or any(c <= " " for c in url):
             raise self._document.problem(steps, f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
 
-    def _unique(self, steps: tuple[str | int, ...], name: str, seen: set[str]) -> None:
+    def _unique(self, steps: Steps, name: str, seen: set[str]) -> None:
         if not name or name != name.strip() or not name.isprintable():
             raise self._document.problem(steps, "expected a name without white space around it")
         if name in seen:
@@ -1407,8 +1688,7 @@ class ConfigBuilder:
             raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
         if len(entry.key) < 20:
             raise self._document.problem(steps, "too short to be safe (20 characters); `gateway.py key add` makes one")
-        if self._is_plain(steps, entry.key):
-            self.warnings.append(f"keys[{i}].key ({entry.name}) is in clear text: run `gateway.py seal`")
+        self._warn_of_plain(steps, entry.name, entry.key)
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
 
@@ -1444,7 +1724,9 @@ class Config:
         self.usage_directory = self.path.parent / self.file.usage.directory
         self.limits = self.file.limits
         self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
+        self.routing = self.file.routing
         self.price = functools.lru_cache(maxsize=1024)(self._price)
+        self.serving = functools.lru_cache(maxsize=1024)(self._serving)
 
     @classmethod
     def load(cls, path: Path, clock: Clock = Clock(), environ: Mapping[str, str] = os.environ) -> Config:
@@ -1462,19 +1744,20 @@ class Config:
     def _price(self, model: str) -> ModelPrice:
         return next(price for pattern, price in self.file.prices if matches(pattern, model))
 
-    def route(self, call: Call) -> UpstreamConfig:
-        """The first upstream in the file's order that speaks the call's format and serves its model."""
+    def route(self, call: Call) -> tuple[Serving, ...]:
+        """Those that speak the call's format and serve its model, by priority, then in the file's order."""
         if not call.key.allows_model(call.model):
             raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
-        spoken = [upstream for upstream in self.upstreams if upstream.serves(call.route)]
-        for upstream in spoken:
-            name = upstream.rename(call.model)
-            if name is not None:
-                call.upstream_model = name
-                return upstream
+        return self.serving(call.route, call.model)
+
+    def _serving(self, route: Route, model: str) -> tuple[Serving, ...]:
+        spoken = [upstream for upstream in self.upstreams if upstream.serves(route)]
         if not spoken:
-            raise NotFound(f"No upstream of this gateway answers {call.route.path}.")
-        raise PolicyBlocked(f"No upstream of this gateway serves the model {call.model!r}.")
+            raise NotFound(f"No upstream of this gateway answers {route.path}.")
+        found = [Serving(upstream, name) for upstream in spoken if (name := upstream.rename(model)) is not None]
+        if not found:
+            raise PolicyBlocked(f"No upstream of this gateway serves the model {model!r}.")
+        return tuple(sorted(found, key=lambda serving: serving.upstream.priority))
 
 
 def block_item(fields: dict[str, str], column: int) -> str:
@@ -1651,6 +1934,15 @@ LAST_STEPS = 12  # … of which it has so many besides the present one, so that 
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
 
 
+class AttemptEntry(msgspec.Struct):
+    """An attempt as the ledger keeps it. `outcome` is that of the call, or its row in the table of verdicts."""
+
+    upstream: str
+    key: int
+    outcome: str = ""
+    ms: float = 0.0
+
+
 class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
     """One call as the ledger keeps it: one line of JSON. Times are UTC; `price` is in USD per million tokens.
 
@@ -1669,7 +1961,7 @@ class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
     status: int
     outcome: str
     error_type: str
-    attempts: int
+    attempts: list[AttemptEntry] | int  # in their order; a number in the first months' entries
     input_tokens: int
     output_tokens: int
     cache_write_5m_tokens: int
@@ -1714,14 +2006,43 @@ class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
     chain: str = ""
 
 
-LedgerLine = Entry | Adjustment | Reset
+class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded"):
+    """What an upstream charges for an attempt of whose content the client saw nothing: it failed, another one followed.
+
+    Counts as tokens and cost, not as a request; `request_id` is that of the call.
+    """
+
+    time: str
+    request_id: str
+    key: str
+    team: str
+    upstream: str
+    model: str
+    model_served: str
+    path: str
+    outcome: str
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cache_write_5m_tokens: int
+    cache_write_1h_tokens: int
+    cache_read_tokens: int
+    estimated: bool
+    cost_usd: float
+    price: Price
+    session: str
+    upstream_request_id: str
+    chain: str = ""
+
+
+LedgerLine = Entry | Discarded | Adjustment | Reset
 
 
 class Posting(msgspec.Struct, gc=False):
     """What counters read of a line; a third of the time that decoding all of it takes."""
 
     time: dt.datetime
-    type: Literal["call", "adjust", "reset"] = "call"
+    type: Literal["call", "discarded", "adjust", "reset"] = "call"
     key: str = ""
     team: str = ""
     model: str = ""
@@ -1790,7 +2111,7 @@ def pack(posting: Posting) -> Packed:
     tally = (
         round(posting.cost_usd * 1e9),
         posting.requests,
-        posting.outcome != "completed",
+        posting.requests > 0 and posting.outcome != "completed",
         posting.input_tokens,
         posting.output_tokens,
         posting.cache_write_5m_tokens,
@@ -3183,41 +3504,65 @@ def connection_options(headers: Headers) -> frozenset[bytes]:
     return frozenset(option.strip() for value in named for option in value.split(b","))
 
 
-def credential_line(upstream: UpstreamConfig) -> list[bytes]:
+def credential_line(upstream: UpstreamConfig, api_key: str) -> list[bytes]:
     """The header with the upstream's own key, as its format wants it."""
-    if not upstream.api_key:
+    if not api_key:
         return []
     template = b"authorization: Bearer %b" if upstream.format == "openai" else b"x-api-key: %b"
-    return [template % upstream.api_key.encode()]
+    return [template % api_key.encode()]
 
 
-def request_head(call: Call, upstream: UpstreamConfig, target: UpstreamTarget, length: int) -> bytes:
+def dropped_betas(value: bytes, globs: Sequence[str]) -> bytes:
+    """An `anthropic-beta` header without the values that match."""
+    betas = [beta.strip() for beta in value.decode("latin-1").split(",")]
+    return ", ".join(beta for beta in betas if not any(matches(glob, beta) for glob in globs)).encode("latin-1")
+
+
+def ruled(lines: list[bytes], upstream: UpstreamConfig) -> list[bytes]:
+    """A head's lines after the upstream's rules for headers; the request line stays the first."""
+    rules, globs = upstream.headers, upstream.betas.drop
+    gone = {name.encode() for name in rules.remove} | {name.lower().encode() for name in rules.set}
+    kept = [lines[0]]
+    for line in lines[1:]:
+        name, _, value = line.partition(b": ")
+        if name.lower() == b"anthropic-beta" and globs:
+            value = dropped_betas(value, globs)
+            line = b"%b: %b" % (name, value)
+        if name.lower() not in gone and (value or name.lower() != b"anthropic-beta"):
+            kept.append(line)
+    return kept + [f"{name}: {value}".encode() for name, value in rules.set.items()]
+
+
+def request_head(call: Call, upstream: UpstreamConfig, api_key: str, target: UpstreamTarget, length: int) -> bytes:
     """The head of the request that goes upstream: the client's headers, the upstream's key."""
     query = b"?" + call.query if call.query else b""
     lines = [
-        b"POST %b%b%b HTTP/1.1\r\nhost: %b" % (target.prefix, call.route.path.encode(), query, target.authority),
+        b"POST %b%b%b HTTP/1.1" % (target.prefix, call.route.path.encode(), query),
+        b"host: %b" % target.authority,
         b"content-length: %d" % length,
         b"accept-encoding: identity",  # usage must be readable
     ]
-    lines += credential_line(upstream)
+    lines += credential_line(upstream, api_key)
     dropped = connection_options(call.headers)
     for name, value in call.headers:
         lower = name.lower()
         if lower not in NOT_UPSTREAM and lower not in dropped:
             lines.append(b"%b: %b" % (name, value))
+    if upstream.headers is not NO_RULES or upstream.betas.drop:
+        lines = ruled(lines, upstream)
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def models_head(upstream: UpstreamConfig, target: UpstreamTarget) -> bytes:
+def models_head(upstream: UpstreamConfig, api_key: str, target: UpstreamTarget) -> bytes:
     """The head of the request for an upstream's list of models."""
     lines = [
         b"GET %b/v1/models%b HTTP/1.1" % (target.prefix, b"?limit=1000" if upstream.format == "anthropic" else b""),
         b"host: %b" % target.authority,
         b"accept-encoding: identity",
         b"anthropic-version: 2023-06-01",
-        *credential_line(upstream),
+        *credential_line(upstream, api_key),
     ]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join(ruled(lines, upstream)) + b"\r\n\r\n"
 
 
 def downstream_headers(headers: Headers) -> Headers:
@@ -3343,6 +3688,51 @@ def read_request(call: Call) -> None:
     call.input_estimate = estimate_input(call.body)
     call.max_output = max_output(call.route, peek)
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
+
+
+class Opening(msgspec.Struct):
+    """What stays the same in every request of a conversation."""
+
+    system: msgspec.Raw = msgspec.Raw(b"")
+    messages: list[msgspec.Raw] = []
+
+
+def find_affinity(call: Call) -> str:
+    """What keeps calls together that share a prompt cache: the session, else the conversation's start, else the key."""
+    if not call.affinity:
+        call.affinity = call.session or call.key.name
+        if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
+            with contextlib.suppress(*UNREADABLE):
+                opening = msgspec.json.decode(call.body, type=Opening)
+                beginning = bytes(opening.system) + b"".join(map(bytes, opening.messages[:1]))
+                call.affinity = hashlib.blake2b(beginning, digest_size=16).hexdigest()
+    return call.affinity
+
+
+def without_thinking(body: bytes) -> bytes:
+    """A Messages request without its thinking blocks, whose signatures another account does not know.
+
+    Within a chain of tool calls the API wants them while `thinking` is on: there it is switched off for this answer.
+    Raises BadRequest.
+    """
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        turns, kept = msgspec.json.decode(fields["messages"], type=list[dict[str, msgspec.Raw]]), []
+        in_chain = b'"tool_result"' in bytes(turns[-1].get("content", b"")) if turns else False
+        for turn in turns:
+            if bytes(turn.get("role", b"")) == b'"assistant"' and bytes(turn["content"])[:1] == b"[":
+                blocks = msgspec.json.decode(turn["content"], type=list[dict[str, Any]])
+                blocks = [block for block in blocks if block.get("type") not in ("thinking", "redacted_thinking")]
+                turn["content"] = msgspec.Raw(msgspec.json.encode(blocks))
+            if bytes(turn.get("content", b"")) != b"[]":
+                kept.append(turn)
+    except (*UNREADABLE, KeyError) as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    fields["messages"] = msgspec.Raw(msgspec.json.encode(kept))
+    if in_chain:
+        fields.pop("thinking", None)
+        fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
+    return msgspec.json.encode(fields)
 
 
 def rename_model(body: bytes, model: str) -> bytes:
@@ -3574,11 +3964,13 @@ class Meter:
         self._body: list[bytes] = []
         self._body_size = 0
         self._characters = 0
-        self._seen_input = self._seen_output = False
+        self.seen_input = self._seen_output = False
+        self.has_content = False  # more than the events that only announce it
         self.counts = Usage()
         self.model = ""
         self.error_type = ""
         self.finished = False  # the format's terminal event came, or the whole body did
+        self.is_broken = False  # the whole body is no JSON
 
     def start(self, streaming: bool) -> None:
         """The answer begins: events, or one JSON body."""
@@ -3628,8 +4020,12 @@ class Meter:
         """The answer is whole."""
         if self._events is None:
             self.finished = True
-            with contextlib.suppress(*UNREADABLE):
+            try:
                 self.answer(self.decode_answer(b"".join(self._body)))
+            except msgspec.ValidationError:
+                pass  # another shape than we know
+            except UNREADABLE:
+                self.is_broken = self._body_size <= self.MAX_BODY
         self._body.clear()
 
     def result(self, reached_upstream: bool) -> Usage:
@@ -3637,7 +4033,7 @@ class Meter:
         usage = self.counts
         if not (self.charged and reached_upstream):
             return Usage()
-        if not self._seen_input:
+        if not self.seen_input:
             usage.input_tokens, usage.estimated = self._estimate, True
         if not (self._seen_output and self.finished):
             guess = (self._characters or self._body_size) // 4 if self.speaks else 0
@@ -3653,6 +4049,7 @@ class MessagesMeter(Meter):
         delta = event.delta
         if event.type == "content_block_delta" and delta:
             self._characters += len(delta.text or delta.thinking or delta.partial_json or "")
+            self.has_content = True
         elif event.message:
             self.model = event.message.model
             if event.message.usage:
@@ -3662,6 +4059,7 @@ class MessagesMeter(Meter):
             self._seen_output = True
         elif event.type == "message_stop":
             self.finished = True
+        self.has_content = self.has_content or event.type not in ("message_start", "ping", "error")
         self.read_error(event.error)
 
     def answer(self, answer: AnthropicMessage) -> None:
@@ -3671,7 +4069,7 @@ class MessagesMeter(Meter):
     def usage(self, usage: AnthropicUsage) -> None:
         counts = self.counts
         if usage.input_tokens is not None:
-            counts.input_tokens, self._seen_input = usage.input_tokens, True
+            counts.input_tokens, self.seen_input = usage.input_tokens, True
         if usage.output_tokens is not None:
             counts.output_tokens = usage.output_tokens
         if usage.cache_read_input_tokens is not None:
@@ -3704,7 +4102,7 @@ class OpenAIMeter(Meter):
         cached = (details.cached_tokens if details else None) or 0
         if whole is not None:  # OpenAI's input includes what was cached
             self.counts.input_tokens, self.counts.cache_read_tokens = max(0, whole - cached), cached
-            self._seen_input = self._seen_output = True
+            self.seen_input = self._seen_output = True
         if output is not None:
             self.counts.output_tokens = output
 
@@ -3722,12 +4120,13 @@ class ChatMeter(OpenAIMeter):
                 self._characters += choice.delta.characters()
             if choice.finish_reason:
                 self.finished = True  # some servers send no [DONE]
+        self.has_content = self.finished or self._characters > 0
         if event.usage:
             self.usage(event.usage)
 
     def unreadable(self, data: bytes) -> None:
         if data.strip() == b"[DONE]":
-            self.finished = True
+            self.finished = self.has_content = True
 
 
 class ResponsesMeter(OpenAIMeter):
@@ -3735,8 +4134,10 @@ class ResponsesMeter(OpenAIMeter):
 
     decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
+    BEFORE_CONTENT = frozenset(("response.created", "response.queued", "response.in_progress", "error"))
 
     def event(self, event: ResponsesEvent) -> None:
+        self.has_content = self.has_content or event.type not in self.BEFORE_CONTENT
         if isinstance(event.delta, str):
             self._characters += len(event.delta)
         elif event.type in self.TERMINAL and event.response:
@@ -3761,7 +4162,7 @@ METERS: dict[str, type[Meter]] = {
 }
 
 
-# --- 7. Upstreams: connections, kept alive -----------------------------------------
+# --- 7. Upstreams: connections, health, choice -------------------------------------
 
 
 class UpstreamTarget(NamedTuple):
@@ -3793,26 +4194,28 @@ class UpstreamTarget(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why an attempt gave no answer, or only part of one."""
+    """Why an attempt gave no answer, or only part of one; `case` is its row in the table of verdicts."""
 
     outcome: str
     sentence: str
+    case: str
 
 
-UNREACHABLE = Failure("unreachable", "could not be reached")
-CONNECT_TIMEOUT = Failure("timeout", "could not be reached in time")
-FIRST_BYTE_TIMEOUT = Failure("timeout", "did not answer in time")
-IDLE_TIMEOUT = Failure("timeout", "went silent in the middle of its answer")
-CUT = Failure("upstream_cut", "closed the connection before its answer was whole")
-NOT_HTTP = Failure("upstream_cut", "sent something that is not HTTP")
+UNREACHABLE = Failure("unreachable", "could not be reached", "unreachable")
+CONNECT_TIMEOUT = Failure("timeout", "could not be reached in time", "connect_timeout")
+FIRST_BYTE_TIMEOUT = Failure("timeout", "did not answer in time", "first_byte_timeout")
+IDLE_TIMEOUT = Failure("timeout", "went silent in the middle of its answer", "mid_stream")
+CUT = Failure("upstream_cut", "closed the connection before its answer was whole", "cut")
+NOT_HTTP = Failure("upstream_cut", "sent something that is not HTTP", "not_http")
+UNEXPECTED = Failure("upstream_error", "sent something that is no answer", "unexpected")
 
 
 class AttemptFailed(Exception):
-    """An attempt failed; `detail` is for the log."""
+    """An attempt failed; `detail` is for the log. The upstream may have said when to come again."""
 
-    def __init__(self, failure: Failure, detail: str = "") -> None:
+    def __init__(self, failure: Failure, detail: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(detail or failure.sentence)
-        self.failure = failure
+        self.failure, self.retry_after_s = failure, retry_after_s
 
 
 class Answer(Protocol):
@@ -3983,6 +4386,9 @@ class UpstreamConnection(asyncio.Protocol):
             answer.lost(failure)
 
 
+P = TypeVar("P", bound=asyncio.Protocol)
+
+
 class ConnectReply(asyncio.Protocol):
     """The few bytes of a proxy's answer to CONNECT. `done` raises ConnectionError unless it was a 2xx."""
 
@@ -4008,12 +4414,24 @@ class ConnectReply(asyncio.Protocol):
             self.done.set_exception(ConnectionError("the proxy closed the connection"))
 
 
+async def find_addresses(host: str, port: int, allow_private: bool) -> list[str]:
+    """Where a name leads, in the resolver's order; what must not be connected to is left out. Raises OSError."""
+    found = [host]
+    if parse_address(host) is None:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = [str(address) for address in dict.fromkeys(info[4][0] for info in infos)]
+    allowed = [address for address in found if allow_private or not is_forbidden(address)]
+    if found and not allowed:
+        raise OSError(f"{host} leads to {found[0]}, a link-local or metadata address: see allow_private")
+    return allowed
+
+
 class Pool:
     """The connections to one target. Idle ones are kept, the last used first, and closed after a time."""
 
-    def __init__(self, target: UpstreamTarget, ca_file: str | None, pace: Pace, clock: Clock) -> None:
-        self.target = target
-        self._ca_file = ca_file
+    def __init__(self, upstream: UpstreamConfig, pace: Pace, clock: Clock) -> None:
+        self.target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        self._ca_file, self._allow_private = upstream.ca_file, upstream.allow_private
         self._pace, self._clock = pace, clock
         self._idle: deque[UpstreamConnection] = deque()
         self._closed = False
@@ -4045,15 +4463,27 @@ class Pool:
         if target.proxy:
             return await self._tunnel(loop, target.proxy)
         name = target.host if target.tls else None
-        _, connection = await loop.create_connection(
+        _, connection = await self._open(
             lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
         )
         return connection
 
+    async def _open(self, make: Callable[[], P], host: str, port: int, **tls: Any) -> tuple[asyncio.Transport, P]:
+        """Connect to the very addresses that were looked at. Raises OSError."""
+        failure = OSError(f"{host} has no address")
+        for address in await find_addresses(host, port, self._allow_private):
+            try:
+                return await asyncio.get_running_loop().create_connection(make, address, port, **tls)
+            except ssl.SSLError:
+                raise
+            except OSError as error:
+                failure = error
+        raise failure
+
     async def _tunnel(self, loop: asyncio.AbstractEventLoop, proxy: tuple[str, int, str]) -> UpstreamConnection:
         """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
         host, port, credential = proxy
-        transport, opening = await loop.create_connection(ConnectReply, host, port)
+        transport, opening = await self._open(ConnectReply, host, port)
         try:
             name = f"[{self.target.host}]" if ":" in self.target.host else self.target.host
             authorization = f"proxy-authorization: {credential}\r\n" if credential else ""
@@ -4083,6 +4513,11 @@ class Pool:
         elif connection.is_open:
             connection.abort()
 
+    def forget_idle(self) -> None:
+        """Close every idle connection: one of them was found dead."""
+        while self._idle:
+            self._idle.pop().abort()
+
     def sweep(self) -> None:
         """Close what has been idle for too long."""
         oldest = self._clock.monotonic() - self._pace.upstream_idle_s
@@ -4092,8 +4527,458 @@ class Pool:
     def close(self) -> None:
         """Close idle connections now and the others after their exchange."""
         self._closed = True
-        while self._idle:
-            self._idle.pop().abort()
+        self.forget_idle()
+
+
+MAX_RETRY_AFTER_S = 1800.0
+CALLS_TO_JUDGE = 5  # of one model, before an upstream can be called slow
+SLOW_S = 120.0  # how long it then gets only what no other can take
+
+
+def read_seconds(text: str, now: float) -> float | None:
+    """Seconds from `1.5`, `6m0s`, `20ms`, an HTTP date or an RFC 3339 time; None where it is none of them."""
+    text = text.strip()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        seconds = float(text)
+        return seconds - now if seconds > 1e9 else seconds  # a time since 1970
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    if parts and "".join(number + unit for number, unit in parts) == text:
+        return sum(float(number) * TIME_UNITS[unit] for number, unit in parts)
+    with contextlib.suppress(ValueError, OverflowError):
+        return dt.datetime.fromisoformat(text).timestamp() - now
+    with contextlib.suppress(ValueError, OverflowError, TypeError):
+        return email.utils.parsedate_to_datetime(text).timestamp() - now
+    return None
+
+
+def read_retry_after(headers: Headers, now: float) -> float | None:
+    """When an answer says to come again, in seconds, at most half an hour; None where it does not say.
+
+    `retry-after-ms` and `retry-after` (RFC 9110, 10.2.3), else the reset of those rate limits of which nothing remains
+    (`anthropic-ratelimit-*-reset` is a time, `x-ratelimit-reset-*` mostly a duration).
+    """
+    named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+    found = [read_seconds(named.get("retry-after", ""), now)]
+    if (exact := read_seconds(named.get("retry-after-ms", ""), now)) is not None:
+        found = [exact / 1000]
+    if found == [None]:
+        resets = [name for name in named if "ratelimit" in name and "reset" in name]
+        spent = [name for name in resets if named.get(name.replace("reset", "remaining"), "").strip() == "0"]
+        found = [read_seconds(named[name], now) for name in spent]
+    seconds = max((s for s in found if s is not None), default=0.0)
+    return min(seconds, MAX_RETRY_AFTER_S) if seconds > 0 else None
+
+
+class Health:
+    """What was seen of an upstream, or of one of its API keys. Survives reloads.
+
+    Failures in a row open the breaker: it is left alone until `cooling_until`. Then one call is let through (half
+    open), and its answer lets the others in again.
+    """
+
+    __slots__ = (
+        "cooling_until",
+        "failures",
+        "first_bytes",
+        "is_tried",
+        "running",
+        "since",
+        "slow_until",
+        "trips",
+        "turn",
+        "until",
+        "why",
+    )
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.turn = 0.0  # of round robin
+        self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what spoke against it."""
+        self.failures = self.trips = 0  # each in a row
+        self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
+        self.is_tried = False  # half open, and a call is on its way to find out
+        self.why = ""
+        self.since = self.until = 0.0  # wall time
+        self.slow_until: dict[str, float] = {}
+        self.first_bytes.clear()
+
+    def is_ready(self, now: float) -> bool:
+        """Whether it may be asked."""
+        return now >= self.cooling_until and not self.is_tried
+
+    def is_slow(self, model: str, now: float) -> bool:
+        """Whether its first bytes come far later than its peers'."""
+        return bool(self.slow_until) and now < self.slow_until.get(model, 0.0)
+
+    def take(self) -> bool:
+        """One more call runs; whether it is the one that finds out."""
+        self.running += 1
+        self.is_tried = self.cooling_until > 0
+        return self.is_tried
+
+    def cool_down(self, seconds: float, why: str, clock: Clock) -> None:
+        """Leave it alone for so long."""
+        self.trips += 1
+        self.is_tried = False
+        self.why, self.since = why, clock.wall()
+        self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
+
+    def close(self) -> bool:
+        """It answers: let everybody in; whether it had been left alone."""
+        if not self.cooling_until:
+            return False
+        self.cooling_until, self.is_tried, self.why = 0.0, False, ""
+        return True
+
+    def note_first_byte(self, model: str, seconds: float) -> None:
+        """A stream of `model` began after so many seconds."""
+        if model not in self.first_bytes and len(self.first_bytes) >= 64:
+            self.first_bytes.clear()
+        self.first_bytes.setdefault(model, deque(maxlen=8)).append(seconds)
+
+    def usual_first_byte(self, model: str) -> float | None:
+        """The median of the last streams, None where there were too few."""
+        seen = sorted(self.first_bytes.get(model, ()))
+        return seen[len(seen) // 2] if len(seen) >= CALLS_TO_JUDGE else None
+
+    def state(self, now: float) -> str:
+        """In a word, for people."""
+        if self.cooling_until:
+            return "cooling" if now < self.cooling_until else "half_open"
+        return "slow" if any(now < until for until in self.slow_until.values()) else "ok"
+
+
+class Choice(NamedTuple):
+    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1."""
+
+    upstream: UpstreamConfig
+    number: int
+    api_key: Secret
+    health: Health  # of the upstream
+    key_health: Health
+    weight: float  # of this key: the upstream's, divided by its keys
+
+    def __str__(self) -> str:
+        return self.upstream.name + (f" (key {self.number})" if len(self.upstream.api_key) > 1 else "")
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """What tells it from others, in any snapshot."""
+        return self.upstream.name, self.number
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many calls run as may."""
+        limit = self.upstream.max_concurrent
+        full = self.health.running >= self.upstream.max_connections
+        return full or (limit is not None and self.key_health.running >= limit)
+
+    def is_ready(self, now: float) -> bool:
+        """Whether a call may be sent there now."""
+        return self.health.is_ready(now) and self.key_health.is_ready(now) and not self.is_full
+
+    def ready_in(self, now: float) -> float:
+        """In how many seconds that may be so at the earliest, as far as is known."""
+        return max(0.0, self.health.cooling_until - now, self.key_health.cooling_until - now)
+
+
+def rendezvous(affinity: str, name: str, weight: float) -> float:
+    """How much `name` is the home of `affinity`; the highest wins (weighted rendezvous hashing).
+
+    When one of the names goes, only what was at home there moves, and it comes home when the name does.
+    """
+    digest = hashlib.blake2b(f"{affinity}\0{name}".encode("utf-8", "replace"), digest_size=8).digest()
+    share = ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52  # between 0 and 1
+    return -weight / math.log(share)
+
+
+class Ticket:
+    """A slot on one key of one upstream, taken for one attempt. A context manager: leaving it gives the slot back."""
+
+    __slots__ = ("_upstreams", "call", "choice", "model", "trials")
+
+    def __init__(self, upstreams: Upstreams, call: Call, choice: Choice, model: str) -> None:
+        self._upstreams = upstreams
+        self.call, self.choice = call, choice
+        self.model = model  # as the upstream knows it
+        self.trials = [health for health in (choice.health, choice.key_health) if health.take()]
+
+    def __enter__(self) -> Ticket:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.choice.health.running -= 1
+        self.choice.key_health.running -= 1
+        for health in self.trials:  # it never came to an answer: let another one find out
+            health.is_tried = False
+        self._upstreams.wake()
+
+
+class Seeker(NamedTuple):
+    """A call that waits for an upstream. `found` is resolved with its ticket, or with None when the wait is over."""
+
+    call: Call
+    tried: set[tuple[str, int]]
+    found: asyncio.Future[Ticket | None]
+    not_before: float
+    until: float
+
+    def leave(self, _: object = None) -> None:
+        """End the wait."""
+        if not self.found.done():
+            self.found.set_result(None)
+
+
+class Upstreams:
+    """Chooses who is asked, and remembers how that went. Owns the health of upstreams and keys."""
+
+    def __init__(self, clock: Clock, pace: Pace, chance: Callable[[], float] = random.random) -> None:
+        self._clock, self._pace, self._chance = clock, pace, chance
+        self._healths: dict[tuple[str, ...], Health] = {}
+        self._choices: dict[UpstreamConfig, tuple[Choice, ...]] = {}
+        self._seekers: deque[Seeker] = deque()
+        self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome, since the start
+
+    # Who is asked
+
+    def choices(self, upstream: UpstreamConfig) -> tuple[Choice, ...]:
+        """The keys of an upstream, with their health."""
+        found = self._choices.get(upstream)
+        if found is None:
+            keys = upstream.api_key or Secrets([Secret("")])
+            name = (upstream.name, upstream.url)
+            found = self._choices[upstream] = tuple(
+                Choice(upstream, i, key, self._health(*name), self._health(*name, key), upstream.weight / len(keys))
+                for i, key in enumerate(keys, 1)
+            )
+        return found
+
+    def _health(self, *name: str) -> Health:
+        return self._healths.setdefault(name, Health())
+
+    def choose(self, call: Call, tried: set[tuple[str, int]]) -> tuple[str, Choice] | None:
+        """Who is to be asked now, and under which name it knows the model; None where nobody is ready."""
+        now = self._clock.monotonic()
+        servings = call.servings
+        for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
+            ready = [
+                (serving.model, choice)
+                for serving in peers
+                for choice in self.choices(serving.upstream)
+                if choice.is_ready(now) and choice.place not in tried
+            ]
+            if len(ready) > 1:
+                swift = [(model, choice) for model, choice in ready if not choice.health.is_slow(call.model, now)]
+                return self._best(call, swift or ready)
+            if ready:
+                return ready[0]
+        return None
+
+    def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
+        policy = call.config.routing.policy.of(call.model)
+        if policy == "round_robin":
+            # Smooth: who has waited longest for its weight has its turn.
+            whole = sum(choice.weight for _, choice in ready) or 1.0
+            for _, choice in ready:
+                choice.key_health.turn += (choice.weight or 1e-9) / whole
+            best = max(ready, key=lambda each: each[1].key_health.turn)
+            best[1].key_health.turn -= 1.0
+            return best
+        affinity = find_affinity(call)
+
+        def at_home(each: tuple[str, Choice]) -> tuple[float, ...]:
+            name = each[1].upstream.name
+            home = rendezvous(affinity, name, each[1].upstream.weight)
+            return home, rendezvous(affinity, f"{name}\0{each[1].number}", 1.0)
+
+        if policy == "least_busy":
+            return max(ready, key=lambda each: (-each[1].key_health.running / (each[1].weight or 1e-9), *at_home(each)))
+        return max(ready, key=at_home)
+
+    async def ticket(
+        self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float, gone: asyncio.Future[Any]
+    ) -> Ticket | None:
+        """A slot to ask somebody, from `not_before` on; waited for, first come first served, at most to `until`.
+
+        None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved).
+        """
+        now = self._clock.monotonic()
+        found = self.choose(call, tried) if now >= not_before else None
+        if found:
+            return Ticket(self, call, found[1], found[0])
+        soonest = max(now + self.ready_in(call, tried), not_before)
+        if soonest > until or len(self._seekers) >= self._pace.waiting_calls:
+            return None
+        seeker = Seeker(call, tried, asyncio.get_running_loop().create_future(), not_before, until)
+        self._seekers.append(seeker)
+        gone.add_done_callback(seeker.leave)
+        try:
+            return await seeker.found
+        except asyncio.CancelledError:
+            if seeker.found.done() and not seeker.found.cancelled() and (ticket := seeker.found.result()):
+                ticket.__exit__()
+            raise
+        finally:
+            gone.remove_done_callback(seeker.leave)
+            if seeker in self._seekers:
+                self._seekers.remove(seeker)
+
+    def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
+        """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
+        now = self._clock.monotonic()
+        choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
+        return min((choice.ready_in(now) for choice in choices if choice.place not in tried), default=math.inf)
+
+    def wake(self) -> None:
+        """Give what is free to those who wait, oldest first."""
+        now = self._clock.monotonic()
+        for seeker in tuple(self._seekers):
+            if now < seeker.not_before or seeker.found.done():
+                continue
+            if found := self.choose(seeker.call, seeker.tried):
+                self._seekers.remove(seeker)
+                seeker.found.set_result(Ticket(self, seeker.call, found[1], found[0]))
+
+    def check(self) -> None:
+        """Give what has cooled down to those who wait, and end the waits that have lasted long enough."""
+        if self._seekers:
+            self.wake()
+            now = self._clock.monotonic()
+            for seeker in self._seekers:
+                if now >= seeker.until:
+                    seeker.leave()
+
+    def backoff_s(self, rounds: int) -> float:
+        """How long a call waits before it asks the same ones again."""
+        return min(self._pace.max_backoff_s, self._pace.backoff_s * 2.0**rounds) * (0.5 + 0.5 * self._chance())
+
+    # How it went
+
+    def answered(self, ticket: Ticket, first_byte_s: float | None = None) -> None:
+        """The upstream has something to say, after so long where it is a stream."""
+        choice = ticket.choice
+        ticket.trials = []
+        if first_byte_s is not None:
+            self._judge_speed(ticket, first_byte_s)
+        reopened = [health for health in (choice.health, choice.key_health) if health.close()]
+        if reopened:
+            log.info("upstream %s answers again", choice)
+            self.wake()
+
+    def finished(self, ticket: Ticket) -> None:
+        """An answer came to its end: what was before is forgiven."""
+        for health in (ticket.choice.health, ticket.choice.key_health):
+            health.failures = health.trips = 0
+
+    def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
+        """An attempt failed: the verdict says who is left alone for it, and how long."""
+        choice, breaker = ticket.choice, ticket.call.config.routing.breaker
+        verdict = choice.upstream.verdict(case)
+        if verdict.blame == "none":
+            return self.answered(ticket)
+        health = choice.health if verdict.blame == "upstream" else choice.key_health
+        is_trial = health in ticket.trials
+        if health is choice.key_health and choice.health in ticket.trials:
+            ticket.trials.remove(choice.health)  # the upstream itself answers
+            choice.health.close()
+        health.failures += 1
+        if not is_trial and health.cooling_until:
+            return None  # it began before the others found out
+        if is_trial:
+            ticket.trials.remove(health)
+        at_once = retry_after_s or verdict.cooldown_s
+        if at_once or is_trial or health.failures >= breaker.failures:
+            self._cool_down(choice, health, case, retry_after_s, at_once or breaker.cooldown, breaker.max_cooldown)
+        return None
+
+    def _cool_down(
+        self, choice: Choice, health: Health, case: str, retry_after_s: float | None, base_s: float, max_s: float
+    ) -> None:
+        if retry_after_s:
+            seconds = retry_after_s * (1 + 0.1 * self._chance())  # not all at once, and none before its time
+        else:
+            seconds = min(max(max_s, base_s), base_s * 2.0 ** min(health.trips, 30)) * (0.9 + 0.2 * self._chance())
+        health.cool_down(seconds, case, self._clock)
+        if case in ("401", "402", "403"):
+            log.error(
+                "upstream %s: its API key is left alone for %.0f s: %s, %s. Put a good one into the config; "
+                "when it is good again: gateway.py upstream reset %s",
+                choice,
+                seconds,
+                case,
+                VERDICT_MEANINGS[case].partition(":")[0],
+                choice.upstream.name,
+            )
+        else:
+            log.warning("upstream %s is left alone for %.1f s: %s, %d in a row", choice, seconds, case, health.failures)
+
+    def _judge_speed(self, ticket: Ticket, first_byte_s: float) -> None:
+        """Demote an upstream whose first bytes come far later than those of its peers."""
+        call, upstream, factor = ticket.call, ticket.choice.upstream, ticket.call.config.routing.slow
+        peers = [s.upstream for s in call.servings if s.upstream.priority == upstream.priority]
+        if not factor or len(peers) < 2:
+            return
+        health, now = ticket.choice.health, self._clock.monotonic()
+        health.note_first_byte(call.model, first_byte_s)
+        own = health.usual_first_byte(call.model)
+        others = [self.choices(peer)[0].health.usual_first_byte(call.model) for peer in peers if peer is not upstream]
+        usual = sorted(seconds for seconds in others if seconds is not None)
+        if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
+            health.slow_until[call.model] = now + SLOW_S
+            health.first_bytes.clear()
+            log.warning(
+                "upstream %s is slow: %.1f s to the first byte of %s, others %.1f s. It rests for %.0f s",
+                upstream.name,
+                own,
+                call.model,
+                usual[len(usual) // 2],
+                SLOW_S,
+            )
+
+    # What people ask and say
+
+    def keep_only(self, upstreams: Iterable[UpstreamConfig]) -> None:
+        """Forget what is no longer configured, and let those who wait see what is."""
+        self._choices = {}
+        kept = {health for upstream in upstreams for c in self.choices(upstream) for health in (c.health, c.key_health)}
+        self._healths = {name: health for name, health in self._healths.items() if health in kept}
+        self.wake()
+
+    def reset(self, name: str) -> None:
+        """Forget what speaks against an upstream and its keys."""
+        for place, health in self._healths.items():
+            if place[0] == name:
+                health.reset()
+        log.info("upstream %s: what spoke against it is forgotten", name)
+        self.wake()
+
+    def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
+        """How each upstream and each of its keys stands: why it is left alone, since when and until when."""
+        return [
+            self._told(choices[0].health)
+            | {
+                "name": upstream.name,
+                "keys": [{"number": choice.number, **self._told(choice.key_health)} for choice in choices],
+            }
+            for upstream in upstreams
+            if (choices := self.choices(upstream))
+        ]
+
+    def _told(self, health: Health) -> dict[str, Any]:
+        state = health.state(self._clock.monotonic())
+        told: dict[str, Any] = {"state": state, "running": health.running, "failures": health.failures}
+        if health.cooling_until:
+            told |= {"why": health.why, "since": utc_time(health.since), "until": utc_time(health.until)}
+        return told
+
+    def close(self) -> None:
+        """End every wait."""
+        for seeker in self._seekers:
+            seeker.leave()
 
 
 # --- 8. Demo: an upstream that needs no API key ------------------------------------
@@ -4363,7 +5248,7 @@ class DemoLine:
             self._next()
 
 
-# --- 9. Relay: one call, one upstream, bytes through -------------------------------
+# --- 9. Relay: attempts, the gate, failover, bytes through -------------------------
 
 
 class Sink(Protocol):
@@ -4387,161 +5272,369 @@ class Outcome(NamedTuple):
     error: GatewayError | None = None  # to be told to the client, whose answer has not begun
 
 
-class Exchange:
-    """One call on its way: the bytes from the upstream's line to the client's sink, and the usage in them.
+NO_CREDIT = re.compile(
+    rb"credit balance is too low", re.IGNORECASE
+)  # a 400 of Anthropic's that is no fault of the request
+BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
+THINKING_REFUSED = Failure("refused", "does not know the signature of a thinking block", "400")
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
-    `done` is resolved with the outcome. The deadlines are looked at by `check`, called every tick: a timer per
-    event would cost more than the event.
+
+def error_event(body: bytes, api: Api) -> bytes:
+    """An error's JSON body as an event, for a stream that has begun."""
+    name = b"event: error\n" if api == "anthropic" else b""
+    return name + b"".join(b"data: %b\n" % line for line in body.splitlines() or [b"{}"]) + b"\n"
+
+
+class Attempt:
+    """One try of one upstream. What it says is held back until its first content; from then on it is the client's.
+
+    An attempt that fails before has told the client nothing, and another one may follow (`Exchange.failed`).
     """
+
+    MAX_HELD = 256 << 10  # bytes; what is larger has content, or is no error that is worth keeping
 
     __slots__ = (
         "_clock",
-        "_drain_until",
-        "_pace",
-        "_relay",
-        "_sink",
-        "_streaming",
-        "_told_at",
-        "attempts",
-        "book",
-        "bytes_down",
-        "call",
-        "done",
-        "error_type",
+        "exchange",
         "first_byte_at",
+        "first_byte_s",
+        "headers",
         "heard_at",
-        "is_booked",
+        "held",
+        "held_size",
+        "is_streaming",
+        "is_whole",
         "line",
         "meter",
-        "paused_at",
         "sent_at",
         "status",
+        "ticket",
         "upstream",
         "upstream_request_id",
     )
 
-    def __init__(self, call: Call, upstream: UpstreamConfig, sink: Sink, relay: Relay) -> None:
-        self.call, self.upstream = call, upstream
-        self._sink: Sink | None = sink
-        self._relay, self._clock, self._pace = relay, relay.clock.monotonic, relay.pace
-        self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
-        self.is_booked = False
-        self.meter = METERS[call.route.kind](call)
+    def __init__(self, exchange: Exchange, ticket: Ticket, first_byte_s: float) -> None:
+        self.exchange, self.ticket, self.upstream = exchange, ticket, ticket.choice.upstream
+        self._clock = exchange.clock
+        self.first_byte_s = first_byte_s  # how long it may be silent
+        self.meter = METERS[exchange.call.route.kind](exchange.call)
         self.line: Line | None = None
-        self.attempts = 0
         self.status = 0
-        self.bytes_down = 0
-        self.error_type = ""
+        self.headers: Headers = []
+        self.held: list[bytes] | None = []  # None: the gate is open
+        self.held_size = 0
+        self.is_streaming = self.is_whole = False
         self.upstream_request_id = ""
-        self.first_byte_at: float | None = None
         self.sent_at: float | None = None
-        self.heard_at = self._told_at = 0.0  # when the upstream last spoke, and when the client last got something
-        self.paused_at: float | None = None
-        self._drain_until: float | None = None
-        self._streaming = False
+        self.first_byte_at: float | None = None
+        self.heard_at = 0.0  # when the upstream last spoke
 
     def begin(self, line: Line, head: bytes, body: bytes) -> None:
         """Send the request on a line."""
         self.line = line
-        self.attempts += 1
         self.sent_at = self.heard_at = self._clock()
         line.send(head, body, self)
 
     # What the upstream says
 
     def head(self, status: int, headers: Headers) -> None:
-        """The answer's head has come: nothing was said to the client before."""
-        self.status = status
-        self.first_byte_at = self.heard_at = self._told_at = self._clock()
-        self.call.body = b""  # no attempt will need it again
+        """The answer's head has come."""
+        self.status, self.headers = status, headers
+        self.first_byte_at = self.heard_at = self._clock()
         for name, value in headers:
             lower = name.lower()
             if lower == b"content-type":
-                self._streaming = value[:17].lower() == b"text/event-stream"
+                self.is_streaming = value[:17].lower() == b"text/event-stream"
             elif lower == b"request-id" or lower == b"x-request-id":
                 self.upstream_request_id = value.decode("latin-1")[:128]
-        self.meter.start(self._streaming)
-        if self._sink:
-            self._sink.head(status, headers, self._streaming)
+        self.meter.start(self.is_streaming)
 
     def received(self, body: bytes, last: bool) -> None:
         """Bytes of the answer; the last ones say so."""
-        self.heard_at = self._told_at = self._clock()
-        self.bytes_down += len(body)
-        if body:
-            self.meter.feed(body)
+        self.heard_at = self._clock()
+        try:
+            if body:
+                self.meter.feed(body)
+            if last:
+                self.line, self.is_whole = None, True
+                self.meter.end()
+            if self.held is not None:
+                self._hold(body, last)
+            elif last:
+                self._settle(body)
+            elif body:
+                self.exchange.relay(body, self.heard_at)
+        except Exception as error:  # a bug of ours: the call must end all the same
+            self.drop_line()
+            self.exchange.crash(error)
+
+    def lost(self, failure: Failure) -> None:
+        """The line is lost."""
+        self.line = None
+        if self.held is not None:
+            self.exchange.failed(failure)
+        else:
+            self.exchange.cut(Outcome(failure.outcome, self.status))
+
+    # The gate
+
+    def _hold(self, body: bytes, last: bool) -> None:
+        if self.held is not None:
+            self.held.append(body)
+            self.held_size += len(body)
+            if last or self._is_clear():
+                self._decide(last)
+
+    def _is_clear(self) -> bool:
+        """Whether it can be said already what is held back."""
+        if self.is_streaming and self.status == 200 and (self.meter.has_content or self.meter.error_type):
+            return True
+        return self.held_size > self.MAX_HELD
+
+    def _decide(self, last: bool) -> None:
+        failure = self._failure(last)
+        if failure:
+            return self.exchange.failed(failure)
+        data, self.held = b"".join(self.held or ()), None
+        self.exchange.opened(self)
         if last:
-            self.meter.end()
-            self._settle(body)
-        elif self._sink and body:
-            self._sink.write(body, False)
+            self._settle(data)
+        else:
+            self.exchange.relay(data, self.heard_at)
+        return None
+
+    def _failure(self, last: bool) -> Failure | None:
+        """What is wrong with what is held back; None where it is the client's."""
+        meter, status = self.meter, self.status
+        if status >= 400:
+            return self._refusal()
+        if status != 200:
+            return UNEXPECTED
+        if meter.error_type:
+            case = str(STATUS_OF_ERROR.get(meter.error_type, 500))
+            return self._unless_it_passes(
+                Failure("upstream_error", f"answered with an error ({meter.error_type})", case)
+            )
+        if self.is_streaming:
+            return CUT if last and not meter.finished else None
+        if self.exchange.is_committed or meter.is_broken or not self.text().lstrip().startswith(b"{"):
+            return UNEXPECTED
+        return None
+
+    def _refusal(self) -> Failure | None:
+        text = self.text() if self.status == 400 else b""
+        if self.upstream.retry_without_thinking and not self.exchange.is_repaired and BAD_SIGNATURE.search(text):
+            return THINKING_REFUSED
+        case = "402" if NO_CREDIT.search(text) else str(self.status)
+        return self._unless_it_passes(Failure("refused", f"answered {self.status}", case))
+
+    def _unless_it_passes(self, failure: Failure) -> Failure | None:
+        """An error that nobody else would answer differently is the client's, where its answer has not begun."""
+        verdict = self.upstream.verdict(failure.case)
+        return None if verdict.passes and not verdict.try_next and not self.exchange.is_committed else failure
+
+    def text(self) -> bytes:
+        """What is held back."""
+        return b"".join(self.held or ())
+
+    @property
+    def was_billed(self) -> bool:
+        """Whether the upstream has said what it will charge for, or has begun to deliver it."""
+        began = self.is_streaming or self.meter.error_type or not self.text().lstrip().startswith(b"{")
+        return self.status == 200 and self.meter.charged and (self.meter.seen_input or not began)
+
+    # The end
 
     def _settle(self, body: bytes) -> None:
         """The upstream's last bytes: is the answer whole? A cut stream must look cut."""
         meter = self.meter
-        self.line = None
-        whole = not self._streaming or self.status != 200 or meter.finished or meter.error_type
+        whole = not self.is_streaming or self.status != 200 or meter.finished or bool(meter.error_type)
         if self.status >= 400:
             name = "refused"
         elif not whole:
             name = "upstream_cut"
         else:
             name = "upstream_error" if meter.error_type else "completed"
-        outcome = Outcome("client_gone" if self._sink is None else name, self.status)
+        self.exchange.settle(Outcome(name, self.status), body, whole)
+
+    def check(self, now: float) -> None:
+        """Look at what the upstream must do in time."""
+        if self.line is None or self.exchange.is_draining:
+            return
+        silence = now - self.heard_at
+        if self.held is None:
+            if silence > self.upstream.timeouts.idle:
+                self.drop_line()
+                self.lost(IDLE_TIMEOUT)
+        elif silence > self.first_byte_s or now > self.exchange.deadline:
+            self.drop_line()
+            self.lost(FIRST_BYTE_TIMEOUT)
+        elif self.status >= 400 and self.first_byte_at and now - self.first_byte_at > self.exchange.pace.error_body_s:
+            self._decide(last=False)
+
+    def drop_line(self) -> None:
+        """End the upstream's work."""
+        if self.line:
+            self.line.abort()
+            self.line = None
+
+    def usage(self) -> Usage:
+        """What to book."""
+        return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
+
+
+class Exchange:
+    """One call on its way, from its admission to its end: its attempts on one side, the client's sink on the other.
+
+    `done` is resolved with the outcome, or raises AttemptFailed when the present attempt has failed. The deadlines are
+    looked at by `check`, called every tick: a timer per event would cost more than the event.
+    """
+
+    __slots__ = (
+        "_drain_until",
+        "_relay",
+        "_told_at",
+        "_tried_at",
+        "attempt",
+        "attempts",
+        "best",
+        "book",
+        "bytes_down",
+        "call",
+        "clock",
+        "deadline",
+        "discarded",
+        "done",
+        "is_booked",
+        "is_committed",
+        "is_repaired",
+        "pace",
+        "paused_at",
+        "sink",
+        "status",
+        "tried",
+    )
+
+    def __init__(self, call: Call, sink: Sink, relay: Relay) -> None:
+        self.call = call
+        self.sink: Sink | None = sink
+        self._relay, self.clock, self.pace = relay, relay.clock.monotonic, relay.pace
+        self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
+        self.is_booked = False
+        self.attempt: Attempt | None = None  # the present one, or the last
+        self.attempts: list[AttemptEntry] = []
+        self.tried: set[tuple[str, int]] = set()
+        self.best: Attempt | None = None  # of those that failed: whose answer the client gets if nobody does better
+        self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
+        self.is_repaired = False
+        self.is_committed = False  # the client was sent 200 and a ping, before any answer
+        self.status = 0  # that the client was sent
+        self.bytes_down = 0
+        self.deadline = call.started + call.config.routing.deadline
+        self._told_at = self._tried_at = call.started  # when the client last got something; when the attempt began
+        self.paused_at: float | None = None
+        self._drain_until: float | None = None
+
+    # The attempts
+
+    def open_attempt(self, choice: Choice) -> None:
+        """Write down that an attempt begins."""
+        self._tried_at = self.clock()
+        self.attempts.append(AttemptEntry(choice.upstream.name, choice.number))
+
+    def close_attempt(self, outcome: str) -> None:
+        """Write down how it went, once."""
+        if self.attempts and not self.attempts[-1].outcome:
+            last = self.attempts[-1]
+            last.outcome, last.ms = outcome, round((self.clock() - self._tried_at) * 1e3, 1)
+            self._relay.upstreams.attempts[last.upstream, outcome] += 1
+
+    # What the attempt says
+
+    def opened(self, attempt: Attempt) -> None:
+        """The first content: the answer is the client's."""
+        self.call.body = b""  # no attempt will need it again
+        waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
+        self._relay.upstreams.answered(attempt.ticket, waited_s)
+        self.status = attempt.status
+        if self.sink and not self.is_committed:
+            self.sink.head(attempt.status, attempt.headers, attempt.is_streaming)
+
+    def relay(self, data: bytes, now: float) -> None:
+        """Bytes for the client."""
+        self._told_at = now
+        self.bytes_down += len(data)
+        if self.sink and data:
+            self.sink.write(data, False)
+
+    def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:
+        """The answer's last bytes. First the ledger, then the client: whoever has seen the end finds it booked."""
+        self.bytes_down += len(body)
+        if self.sink is None:
+            outcome = Outcome("client_gone", outcome.status)
         self._finish(outcome)
-        # First the ledger, then the client: whoever has seen the end finds it booked, even if we are killed just now.
         if self.book:
             self.book(self, outcome)
-        if self._sink:
-            self._sink.write(body, bool(whole))
+        if self.sink:
+            self.sink.write(body, whole)
             if not whole:
-                self._sink.cut()
+                self.sink.cut()
 
-    def lost(self, failure: Failure) -> None:
-        """The line is lost. What the client has so far must look cut; before its head there is another chance."""
-        self.line = None
-        if self.status == 0:
-            self._fail(failure)
-        else:
-            if self._sink:
-                self._sink.cut()
-            self._finish(Outcome("client_gone" if self._sink is None else failure.outcome, self.status))
+    def cut(self, outcome: Outcome) -> None:
+        """The answer broke off: what the client has so far must look cut."""
+        if self.sink:
+            self.sink.cut()
+        self._finish(Outcome("client_gone", outcome.status) if self.sink is None else outcome)
 
-    def _fail(self, failure: Failure) -> None:
+    def failed(self, failure: Failure) -> None:
+        """The attempt failed, and the client has seen nothing of it."""
+        attempt = self.attempt
         if not self.done.done():
-            self.done.set_exception(AttemptFailed(failure))
+            headers = attempt.headers if attempt and attempt.status >= 400 else []
+            wait = read_retry_after(headers, self.call.config.clock.wall())
+            self.done.set_exception(AttemptFailed(failure, retry_after_s=wait))
+
+    def crash(self, error: Exception) -> None:
+        """A bug of ours ends the call."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
     def retry(self) -> None:
         """Forget a failed attempt; but a client that went away meanwhile wants no other."""
         self.done = asyncio.get_running_loop().create_future()
-        if self._sink is None:
+        if self.sink is None:
             self._finish(Outcome("client_gone", self.status))
 
     # What the client says
 
     def client_slow(self) -> None:
         """The client does not read: neither do we."""
-        if self.line and self.paused_at is None:
-            self.paused_at = self._clock()
-            self.line.pause()
+        if self.attempt and self.attempt.line and self.paused_at is None:
+            self.paused_at = self.clock()
+            self.attempt.line.pause()
 
     def client_ready(self) -> None:
         """The client reads again."""
         if self.paused_at is not None:
-            self.paused_at, self.heard_at = None, self._clock()
-            if self.line:
-                self.line.resume()
+            self.paused_at = None
+            if self.attempt:
+                self.attempt.heard_at = self.clock()
+                if self.attempt.line:
+                    self.attempt.line.resume()
 
     def client_gone(self) -> None:
         """The client went away: end the upstream's work at once, or hear it out for the ledger."""
-        if self._sink is None:
+        if self.sink is None:
             return
-        self._sink.exchange = None
-        self._sink = None
+        self.sink.exchange = None
+        self.sink = None
         self.client_ready()
-        if self.upstream.on_disconnect == "drain" and self.line and self._relay.may_drain():
-            self._drain_until = self._clock() + self._pace.drain_s
+        attempt = self.attempt
+        if attempt and attempt.line and attempt.upstream.on_disconnect == "drain" and self._relay.may_drain():
+            self._drain_until = self.clock() + self.pace.drain_s
         else:
             self.end(Outcome("client_gone", self.status))
 
@@ -4554,51 +5647,85 @@ class Exchange:
 
     def check(self, now: float) -> None:
         """Look at the deadlines; say ping into a silence."""
-        if self.line is None or self.done.done():
+        if self.done.done():
             return
-        silence, limits = now - self.heard_at, self.upstream.timeouts
+        attempt = self.attempt
         if self._drain_until is not None:
-            if now > self._drain_until or silence > self._pace.drain_idle_s:
+            if attempt is None or now > self._drain_until or now - attempt.heard_at > self.pace.drain_idle_s:
                 self.end(Outcome("client_gone", self.status))
         elif self.paused_at is not None:
-            if now - self.paused_at > limits.idle:
+            if attempt and now - self.paused_at > attempt.upstream.timeouts.idle:
                 self.end(Outcome("client_gone", self.status))
-        elif self.status == 0:
-            if silence > limits.first_byte:
-                self.line.abort()
-                self.lost(FIRST_BYTE_TIMEOUT)
-        elif silence > limits.idle:
-            self.line.abort()
-            self.lost(IDLE_TIMEOUT)
-        elif now - self._told_at >= self._pace.ping_s and self._sink and self.meter.between_events:
+        else:
+            if attempt:
+                attempt.check(now)
+            if now - self._told_at >= self.pace.ping_s and not self.done.done():
+                self._ping(now)
+
+    def _ping(self, now: float) -> None:
+        attempt = self.attempt
+        if not self.sink:
+            return
+        if attempt and attempt.held is None:
+            if attempt.meter.between_events:
+                anthropic = self.call.route.api == "anthropic"
+                self._told_at = now
+                self.sink.write(b'event: ping\ndata: {"type": "ping"}\n\n' if anthropic else b": ping\n\n", False)
+        elif self.call.stream:
+            # A comment commits to nothing but the status: whoever answers in the end still begins with its first event.
             self._told_at = now
-            anthropic = self.call.route.api == "anthropic"
-            self._sink.write(b'event: ping\ndata: {"type": "ping"}\n\n' if anthropic else b": ping\n\n", False)
+            if not self.is_committed:
+                self.is_committed, self.status = True, 200
+                self.sink.head(200, [*EVENT_HEADERS, (b"request-id", self.call.id.encode())], True)
+            self.sink.write(b": ping\n\n", False)
+
+    # How it ends
 
     def end(self, outcome: Outcome) -> None:
         """Stop here: drop the upstream's line, cut the client off."""
-        if self.line:
-            self.line.abort()
-            self.line = None
-        if self._sink and self.status:
-            self._sink.cut()
+        if self.attempt:
+            self.attempt.drop_line()
+        if self.sink and self.status:
+            self.sink.cut()
         self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> None:
         self.paused_at = None
+        self.close_attempt(outcome.name)
         if not self.done.done():
             self.done.set_result(outcome)
 
+    def hand_on(self, attempt: Attempt) -> Outcome:
+        """Give the client the answer of an attempt that failed: its own words are worth more than ours."""
+        self.attempt, data = attempt, attempt.text()
+        status = attempt.status
+        if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
+            status = STATUS_OF_ERROR.get(attempt.meter.error_type, 500)
+        self.discarded = [(other, case) for other, case in self.discarded if other is not attempt]
+        if not self.is_committed:
+            self.status = status
+            if self.sink:
+                self.sink.head(status, attempt.headers, attempt.is_streaming)
+        elif not attempt.is_streaming:
+            data = error_event(data, self.call.route.api)
+        self.settle(Outcome("refused" if attempt.status >= 400 else "upstream_error", self.status), data, True)
+        return self.done.result()
+
     def refuse(self, error: GatewayError) -> None:
-        """Tell the client, where it is still there and its answer has not begun; else cut it off."""
-        if self._sink and self.status == 0:
-            self._sink.refuse(error, self.call.route.api, self.call.id)
-        elif self._sink:
-            self._sink.cut()
+        """Tell the client, as an event where its stream has begun; where an answer has, cut it off."""
+        if self.sink is None:
+            return
+        api, is_open = self.call.route.api, self.attempt is not None and self.attempt.held is None
+        if self.status == 0:
+            self.sink.refuse(error, api, self.call.id)
+        elif self.is_committed and not is_open:
+            self.sink.write(error_event(error_body(error, api, self.call.id), api), True)
+        else:
+            self.sink.cut()
 
     def usage(self) -> Usage:
         """What to book."""
-        return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
+        return self.attempt.usage() if self.attempt else Usage()
 
 
 class Relay:
@@ -4606,22 +5733,26 @@ class Relay:
 
     def __init__(self, clock: Clock, pace: Pace) -> None:
         self.clock, self.pace = clock, pace
+        self.upstreams = Upstreams(clock, pace)
         self.running: set[Exchange] = set()
-        self._pools: dict[tuple[str, str | None, str | None], Pool] = {}
+        self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
+
+    @staticmethod
+    def _address(upstream: UpstreamConfig) -> tuple[str, str | None, str | None, bool]:
+        return upstream.url, upstream.ca_file, upstream.proxy, upstream.allow_private
 
     def pool(self, upstream: UpstreamConfig) -> Pool:
         """The connections for an upstream; those with the same address share them."""
-        address = (upstream.url, upstream.ca_file, upstream.proxy)
+        address = self._address(upstream)
         pool = self._pools.get(address)
         if pool is None:
-            target = UpstreamTarget.of(upstream.url, upstream.proxy)
-            pool = self._pools[address] = Pool(target, upstream.ca_file, self.pace, self.clock)
+            pool = self._pools[address] = Pool(upstream, self.pace, self.clock)
         return pool
 
-    def keep_only(self, upstreams: Iterable[UpstreamConfig]) -> None:
-        """Let go of pools that no upstream of a new snapshot uses."""
-        wanted = {(u.url, u.ca_file, u.proxy) for u in upstreams}
-        for address in set(self._pools) - wanted:
+    def keep_only(self, upstreams: Sequence[UpstreamConfig]) -> None:
+        """Let go of what no upstream of a new snapshot uses."""
+        self.upstreams.keep_only(upstreams)
+        for address in set(self._pools) - {self._address(upstream) for upstream in upstreams}:
             self._pools.pop(address).close()
 
     async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
@@ -4631,45 +5762,145 @@ class Relay:
         return await self.pool(upstream).acquire(upstream.timeouts.connect, fresh)
 
     async def run(self, exchange: Exchange) -> Outcome:
-        """Carry one call to its end. Never raises what an upstream did: the outcome says it."""
-        call, upstream = exchange.call, exchange.upstream
-        target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        head = request_head(call, upstream, target, len(call.body))
+        """Carry one call to its end. Never raises what upstreams did: the outcome says it."""
         self.running.add(exchange)
         try:
-            return await self._attempt(exchange, head)
-        except AttemptFailed as failed:
-            return self._failed(exchange, failed)
+            return await self._answer(exchange)
         except asyncio.CancelledError:
             if not exchange.done.done():
                 raise
             return exchange.done.result()  # it had ended, and still waited for a connection
         finally:
             self.running.discard(exchange)
-            if exchange.line:
-                exchange.line.abort()
+            if exchange.attempt:
+                exchange.attempt.drop_line()
 
-    async def _attempt(self, exchange: Exchange, head: bytes) -> Outcome:
+    async def _answer(self, exchange: Exchange) -> Outcome:
+        """Ask one after the other until one answers, or nobody is left; then what is most useful."""
+        call, failed, not_before, rounds = exchange.call, None, 0.0, 0
+        out: set[tuple[str, int]] = set()  # who need not be asked again
+        while len(exchange.attempts) < call.config.routing.max_attempts and self.clock.monotonic() < exchange.deadline:
+            if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
+                # Everybody was asked who can be: once more, after a moment.
+                exchange.tried = set(out)
+                not_before = self.clock.monotonic() + self.upstreams.backoff_s(rounds)
+                rounds += 1
+            until = min(self.clock.monotonic() + call.config.routing.wait, exchange.deadline)
+            ticket = await self.upstreams.ticket(call, exchange.tried, not_before, until, exchange.done)
+            if ticket is None:
+                break
+            with ticket:
+                try:
+                    return await self._attempt(exchange, ticket)
+                except AttemptFailed as error:
+                    failed = error
+                    goes_on = self._learn(exchange, ticket, error, out)
+            exchange.retry()
+            if not goes_on:
+                break
+        return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
+
+    async def _attempt(self, exchange: Exchange, ticket: Ticket) -> Outcome:
+        """One try. Raises AttemptFailed."""
+        exchange.open_attempt(ticket.choice)
+        try:
+            result = await self._send(exchange, ticket)
+            self._judge(exchange, ticket, result.name)
+            return result
+        except AttemptFailed as failed:
+            exchange.close_attempt(failed.failure.case)
+            raise
+
+    async def _send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
+        """Send the call and wait for its end; a kept-alive connection that died unseen costs nothing."""
+        call, choice = exchange.call, ticket.choice
+        upstream, call.upstream_model = choice.upstream, ticket.model
+        body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        head = request_head(call, upstream, choice.api_key, target, len(body))
         for fresh in (False, True):
-            line = await self.line(exchange.upstream, fresh)
+            attempt = exchange.attempt = Attempt(exchange, ticket, self._first_byte_s(exchange, ticket))
+            line = await self.line(upstream, fresh)
             if exchange.done.done():  # the client went away meanwhile
                 line.abort()
-                return exchange.done.result()
+                break
             try:
-                exchange.begin(line, head, exchange.call.body)
+                attempt.begin(line, head, body)
                 return await exchange.done
             except AttemptFailed as failed:
-                # A kept-alive connection may have died unseen: once more, where no byte of an answer had come.
                 if fresh or line.heard or not line.used_before or failed.failure is not CUT:
                     raise
+                self.pool(upstream).forget_idle()  # they are as dead
                 exchange.retry()
-        raise AssertionError("unreachable")
+        return exchange.done.result()
 
-    def _failed(self, exchange: Exchange, failed: AttemptFailed) -> Outcome:
-        upstream, failure = exchange.upstream, failed.failure
-        log.warning("%s: upstream %s %s (%s)", exchange.call.id, upstream.name, failure.sentence, failed)
+    def _first_byte_s(self, exchange: Exchange, ticket: Ticket) -> float:
+        """How long an upstream may be silent: less where another one stands ready to do better."""
+        call, routing = exchange.call, exchange.call.config.routing
+        limit = float(ticket.choice.upstream.timeouts.first_byte)
+        if limit <= routing.patience or not call.stream or len(call.servings) < 2:
+            return limit
+        own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream)}
+        is_last = len(exchange.attempts) + 1 >= routing.max_attempts
+        return limit if is_last or self.upstreams.choose(call, exchange.tried | own) is None else routing.patience
+
+    def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
+        """An answer that was relayed has come to its end: what does that say of its upstream?"""
+        error_type = exchange.attempt.meter.error_type if exchange.attempt else ""
+        status = str(STATUS_OF_ERROR.get(error_type, 500))
+        is_theirs = outcome in ("upstream_cut", "timeout")
+        if outcome == "upstream_error":
+            is_theirs = ticket.choice.upstream.verdict(status).blame != "none"
+        if is_theirs:
+            self.upstreams.failed(ticket, "mid_stream")
+        elif outcome not in ("client_gone", "gateway_stopped"):
+            self.upstreams.finished(ticket)
+
+    def _learn(self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, out: set[tuple[str, int]]) -> bool:
+        """Take in how an attempt failed; whether another one may do better."""
+        call, choice, failure, attempt = exchange.call, ticket.choice, error.failure, exchange.attempt
+        assert attempt is not None
+        attempt.drop_line()
+        log.info("%s: upstream %s %s (%s)", call.id, choice, failure.sentence, error)
+        if failure is THINKING_REFUSED:
+            self.upstreams.answered(ticket)
+            call.body, exchange.is_repaired = without_thinking(call.body), True
+            return True
+        verdict = choice.upstream.verdict(failure.case)
+        self.upstreams.failed(ticket, failure.case, error.retry_after_s)
+        if attempt.was_billed:
+            exchange.discarded.append((attempt, failure.case))
+        if verdict.passes and attempt.is_whole:
+            exchange.best = attempt
+        keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream)
+        exchange.tried = exchange.tried | {key.place for key in keys}
+        if verdict.blame == "none":
+            out |= exchange.tried
+        return verdict.try_next
+
+    def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:
+        """The most useful answer: an upstream's own words, else what went wrong and when to come again."""
+        call, tries = exchange.call, len(exchange.attempts)
+        if exchange.best:
+            return exchange.hand_on(exchange.best)
+        exchange.discarded = [each for each in exchange.discarded if each[0] is not exchange.attempt]  # in the entry
+        ready_in = self.upstreams.ready_in(call, set())
+        wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
+        if failed is None:
+            names = ", ".join(dict.fromkeys(serving.upstream.name for serving in call.servings))
+            message = f"No upstream is ready for {call.model} ({names}): they failed, or are full."
+            return Outcome("unavailable", error=Overloaded(message, retry_after_s=wait_s or 5))
+        failure = failed.failure
+        name = exchange.attempt.upstream.name if exchange.attempt else ""
+        log.warning(
+            "%s: no answer after %d attempts: upstream %s %s (%s)", call.id, tries, name, failure.sentence, failed
+        )
+        message = f"The upstream {name} {failure.sentence}{f' (the last of {tries} attempts)' * (tries > 1)}."
+        if failure.case in ("401", "402", "403"):
+            message = f"The upstream {name} refuses this gateway's own API key ({failure.case}).{call.config.contact}"
+            return Outcome(failure.outcome, error=UpstreamRefusesUs(message))
         kind = UpstreamTimeout if failure.outcome == "timeout" else UpstreamFailed
-        return Outcome(failure.outcome, error=kind(f"The upstream {upstream.name} {failure.sentence}."))
+        return Outcome(failure.outcome, error=kind(message, retry_after_s=wait_s))
 
     def may_drain(self) -> bool:
         """Whether one more answer may be read on for nobody."""
@@ -4682,9 +5913,11 @@ class Relay:
             exchange.check(now)
         for pool in self._pools.values():
             pool.sweep()
+        self.upstreams.check()
 
     def close(self) -> None:
         """Cut what still runs and close every connection."""
+        self.upstreams.close()
         for exchange in tuple(self.running):
             exchange.end(Outcome("gateway_stopped", exchange.status))
         self.keep_only(())
@@ -4767,10 +6000,13 @@ class Models:
         return models
 
     async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
+        choices, now = self._relay.upstreams.choices(upstream), self._relay.clock.monotonic()
+        choice = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
         line = await self._relay.line(upstream)
         answer = Collected()
         try:
-            line.send(models_head(upstream, UpstreamTarget.of(upstream.url, upstream.proxy)), b"", answer)
+            target = UpstreamTarget.of(upstream.url, upstream.proxy)
+            line.send(models_head(upstream, choice.api_key, target), b"", answer)
             status, body = await answer.done
         finally:
             if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
@@ -4828,11 +6064,10 @@ class Gateway:
         """The story of a call: read, route, admit, relay, book. An admitted call leaves exactly one entry."""
         try:
             read_request(call)
-            upstream = call.config.route(call)
-            if call.upstream_model != call.model:
-                call.body = rename_model(call.body, call.upstream_model)
+            call.servings = call.config.route(call)
+            call.upstream_model = call.servings[0].model
             self.check_open()
-            exchange = sink.exchange = Exchange(call, upstream, sink, self.relay)
+            exchange = sink.exchange = Exchange(call, sink, self.relay)
             exchange.book = self.book
             if sink.is_gone:
                 exchange.client_gone()
@@ -4873,6 +6108,8 @@ class Gateway:
         if exchange.is_booked:
             return
         exchange.is_booked = True
+        for attempt, tried in exchange.discarded:
+            self.ledger.append(self._discarded(exchange.call, attempt, tried))
         entry = self._entry(exchange, outcome)
         self.ledger.append(entry)
         log.info(
@@ -4890,22 +6127,22 @@ class Gateway:
         )
 
     def _entry(self, exchange: Exchange, outcome: Outcome) -> Entry:
-        call, usage = exchange.call, exchange.usage()
+        call, usage, attempt = exchange.call, exchange.usage(), exchange.attempt
         price = call.config.price(call.upstream_model).at(usage.total_input_tokens)
-        first = exchange.first_byte_at
+        first = attempt.first_byte_at if attempt else None
         return Entry(
             time=utc_time(self.clock.wall()),
             request_id=call.id,
             key=call.key.name,
             team=call.key.team,
-            upstream=exchange.upstream.name,
+            upstream=attempt.upstream.name if attempt else "",
             model=call.model,
-            model_served=exchange.meter.model[:MAX_NAME],
+            model_served=attempt.meter.model[:MAX_NAME] if attempt else "",
             path=call.route.path,
             stream=call.stream,
             status=outcome.status or (outcome.error.status if outcome.error else 0),
             outcome=outcome.name,
-            error_type=exchange.meter.error_type or (outcome.error.type if outcome.error else ""),
+            error_type=(attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else ""),
             attempts=exchange.attempts,
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
@@ -4922,7 +6159,33 @@ class Gateway:
             session=call.session,
             client=call.address,
             user_agent=call.header(b"user-agent").partition(" ")[0][:64],
-            upstream_request_id=exchange.upstream_request_id,
+            upstream_request_id=attempt.upstream_request_id if attempt else "",
+        )
+
+    def _discarded(self, call: Call, attempt: Attempt, outcome: str) -> Discarded:
+        usage, model = attempt.usage(), attempt.ticket.model
+        price = call.config.price(model).at(usage.total_input_tokens)
+        return Discarded(
+            time=utc_time(self.clock.wall()),
+            request_id=call.id,
+            key=call.key.name,
+            team=call.key.team,
+            upstream=attempt.upstream.name,
+            model=call.model,
+            model_served=attempt.meter.model[:MAX_NAME],
+            path=call.route.path,
+            outcome=outcome,
+            requests=0,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_write_5m_tokens=usage.cache_write_5m_tokens,
+            cache_write_1h_tokens=usage.cache_write_1h_tokens,
+            cache_read_tokens=usage.cache_read_tokens,
+            estimated=usage.estimated,
+            cost_usd=price.cost_usd(usage),
+            price=price,
+            session=call.session,
+            upstream_request_id=attempt.upstream_request_id,
         )
 
     # What a key's holder can ask
@@ -5000,7 +6263,7 @@ class Gateway:
         log.info("config %s loaded", config.digest)
 
     def health(self) -> dict[str, Any]:
-        """What /health says: no names, no secrets."""
+        """What /health says: no secrets, and of names only the upstreams'."""
         waiting, failure = self.ledger.waiting, self.ledger.failure
         return {
             "live": True,
@@ -5015,6 +6278,7 @@ class Gateway:
                 "reload_error": self.reload_error.replace(str(self.config.path), self.config.path.name) or None,
             },
             "ledger": {"failure": failure or None, "waiting": waiting},
+            "upstreams": self.relay.upstreams.report(self.config.upstreams),
         }
 
     def tick(self) -> None:
@@ -6003,23 +7267,30 @@ def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool)
     return yaml_scalar(seal_key(node.value) if field == "key" else vault.seal(node.value))
 
 
+def secret_places(config: Config) -> Iterator[Steps]:
+    """Where secrets may stand in a config."""
+    for i, upstream in enumerate(config.upstreams):
+        yield ("upstreams", i, "api_key")
+        yield from (("upstreams", i, "api_key", j) for j in range(len(upstream.api_key)))
+        yield ("upstreams", i, "proxy")
+        secret = [name for name in upstream.headers.set if SECRET_HEADER.search(name)]
+        yield from (("upstreams", i, "headers", "set", name) for name in secret)
+    yield from (("keys", i, "key") for i in range(len(config.file.keys)))
+
+
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
     editor = ConfigEditor(options.config)
     vault = Vault.open(editor.path.parent)
     config = Config.load(editor.path)  # a bad file is told before anything is changed
     done = []
-    for section, field, count in (
-        ("upstreams", "api_key", len(config.upstreams)),
-        ("upstreams", "proxy", len(config.upstreams)),
-        ("keys", "key", len(config.file.keys)),
-    ):
-        for i in range(count):
-            node = editor.document.find(section, i, field)
-            sealed = sealed_value(node, field, vault, options.rotate)
-            if sealed:
-                editor.set_scalar(sealed, section, i, field)
-                done.append(f"{section}[{i}].{field}")
+    for steps in secret_places(config):
+        node = editor.document.find(*steps)
+        field = "api_key" if steps[-1] not in ("key", "proxy") else str(steps[-1])
+        sealed = sealed_value(node, field, vault, options.rotate)
+        if sealed:
+            editor.set_scalar(sealed, *steps)
+            done.append(join_steps(steps))
     if done:
         editor.save()
         if editor.backup:

@@ -118,6 +118,7 @@ upstreams:
 keys:
   - {{name: alice, key: {key}}}
 usage: {{directory: usage, fsync: never}}
+routing: {{max_attempts: 1, breaker: {{failures: 1000}}}}
 """
 
 

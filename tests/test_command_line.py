@@ -251,7 +251,8 @@ def test_check_of_a_bad_config_returns_1_and_prints_line_and_path(shell):
 
     assert shell.err == (
         f"error: {shell.folder}/config.yaml:3: upstreams[0].fromat: unknown setting, did you mean format? "
-        "(there are: name, url, api_key, format, models, timeouts, on_disconnect, ca_file, proxy)\n"
+        "(there are: name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, "
+        "on_disconnect, verdicts, probe, headers, betas, retry_without_thinking, allow_private, ca_file, proxy)\n"
     )
     assert shell.out == ""
 
@@ -546,11 +547,11 @@ def test_seal_turns_every_plain_secret_into_its_sealed_form(shell, monkeypatch):
     )
     config = g.Config.load(shell.folder / "config.yaml")
     assert [upstream.api_key for upstream in config.upstreams] == [
-        f"{PLAIN}-1",
-        f"{PLAIN}-2",
-        "sk-environment",
-        "sk-sk-environment",
-        "",
+        (f"{PLAIN}-1",),
+        (f"{PLAIN}-2",),
+        ("sk-environment",),
+        ("sk-sk-environment",),
+        (),
     ]
     assert (config.keys.find([KEY]).name, config.warnings) == ("alice", [])
     assert sorted(shell.files()) == ["config.yaml", "gateway.secret"]
@@ -587,7 +588,7 @@ def test_seal_rotate_encrypts_with_the_newest_secret(shell):
     assert shell.out == "Sealed: upstreams[0].api_key\n"
     assert rotated != sealed and shell.config == text.replace(sealed, rotated)
     (shell.folder / "gateway.secret").write_text(f"{new}\n")
-    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == PLAIN
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == (PLAIN,)
 
 
 def test_seal_of_a_bad_config_changes_nothing(shell):
@@ -668,7 +669,7 @@ def test_seal_through_a_symlink_uses_the_secret_that_the_gateway_uses(shell):
     assert shell.run("seal") == 0
 
     assert os.path.islink("config.yaml")
-    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == PLAIN
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == (PLAIN,)
 
 
 @pytest.fixture

@@ -63,11 +63,21 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         {
             "name": "anthropic",
             "url": "https://api.anthropic.com",
-            "api_key": "",
+            "api_key": (),
             "format": "anthropic",
             "models": {"*": "*"},
+            "priority": 1,
+            "weight": 1.0,
+            "max_concurrent": None,
+            "max_connections": 4096,
             "timeouts": g.Timeouts(connect=10.0, first_byte=360.0, idle=300.0),
             "on_disconnect": "cancel",
+            "verdicts": {},
+            "probe": 0.0,
+            "headers": g.HeaderRules({}, ()),
+            "betas": g.BetaRules(()),
+            "retry_without_thinking": False,
+            "allow_private": False,
             "ca_file": None,
             "proxy": None,
         }
@@ -75,6 +85,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
     assert (list(config.keys), config.file.usage, config.warnings) == ([], g.UsageConfig("usage", 1.0), [])
     assert (config.file.teams, config.limits) == ((), g.LimitsConfig((), 8192, 10.0, g.Weights(1.0, 1.0, 1.0, 0.1)))
     assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
+    assert config.routing == g.RoutingConfig((), 4, 600.0, 120.0, 30.0, 4.0, g.BreakerConfig(3, 10.0, 600.0))
 
 
 def test_a_key_has_a_default_for_everything_but_its_name_and_itself():
@@ -178,10 +189,10 @@ keys:
     config = load(text, tmp_path / "config.yaml", GATEWAY_SECRET=secret, C_KEY="sk-ant-environment")
 
     assert [upstream.api_key for upstream in config.upstreams] == [
-        "sk-ant-plain",
-        "sk-ant-sealed",
-        "sk-ant-environment",
-        "",
+        ("sk-ant-plain",),
+        ("sk-ant-sealed",),
+        ("sk-ant-environment",),
+        (),
     ]
     assert config.warnings == [
         "upstreams[0].api_key (a) is in clear text: run `gateway.py seal`",
@@ -632,7 +643,10 @@ UNITS_AND_WINDOWS = (
     "or concurrent"
 )
 TIERS = DEMO + 'prices:\n  "*":\n    input: 1\n    output: 2\n    tiers:\n'
-UPSTREAM_SETTINGS = "name, url, api_key, format, models, timeouts, on_disconnect, ca_file, proxy"
+UPSTREAM_SETTINGS = (
+    "name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, on_disconnect, "
+    "verdicts, probe, headers, betas, retry_without_thinking, allow_private, ca_file, proxy"
+)
 PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, tiers"
 TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
 A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
@@ -670,7 +684,7 @@ BAD = {
     "unknown section": (
         DEMO + "sever: {}\n",
         "2: sever: unknown setting, did you mean server? "
-        "(there are: upstreams, server, keys, teams, defaults, limits, prices, usage)",
+        "(there are: upstreams, server, keys, teams, defaults, limits, routing, prices, usage)",
     ),
     "unknown setting": (
         DEMO + "server:\n  port: 1\n  prot: 1\n",
@@ -1019,7 +1033,6 @@ def test_every_error_names_file_line_path_and_what_would_be_right(tmp_path, name
         (r"“SECRET”", "has quotes around it: paste only the key itself"),
         (r"${PASTED}", "has quotes around it: paste only the key itself"),
         (r"ключSECRET", "has characters no key has: paste only the key itself"),
-        (r"[SECRET]", "expected a string; put it in quotes"),
         (r"{SECRET: }", "expected a string; put it in quotes"),
     ],
 )
@@ -1038,6 +1051,23 @@ def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written, mes
         load(text, tmp_path / "config.yaml", PASTED=f'"{secret}"')
 
     assert str(caught.value) == f"{tmp_path}/config.yaml:4: {place}: {message}"
+
+
+def test_each_of_several_api_keys_is_looked_at(tmp_path):
+    """
+    A list of keys is as good as one: opened, warned about and complained of by its place.
+    """
+    text = "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: [sk-ant-one, '${TWO}', %s]\n"
+    config = load(text % "sk-ant-three", tmp_path / "config.yaml", TWO="sk-ant-two")
+
+    assert config.upstreams[0].api_key == ("sk-ant-one", "sk-ant-two", "sk-ant-three")
+    assert [warning.partition(":")[0] for warning in config.warnings] == [
+        "upstreams[0].api_key[0] (a) is in clear text",
+        "upstreams[0].api_key[2] (a) is in clear text",
+    ]
+    for bad, message in (("12", "expected a string"), ("'sk ant'", "has white space in it"), ("{}", "expected a")):
+        with pytest.raises(g.ConfigError, match=rf"4: upstreams\[0\]\.api_key\[2\]: {message}"):
+            load(text % bad, tmp_path / "config.yaml", TWO="sk-ant-two")
 
 
 def make_link_to_nowhere(path: Path) -> None:
@@ -1138,6 +1168,10 @@ def test_the_example_shows_the_defaults():
     assert (config.limits, config.contact) == (g.LimitsConfig(), "")
     assert (real.format, real.timeouts, real.on_disconnect) == ("anthropic", g.Timeouts(), "cancel")
     assert (real.ca_file, real.proxy) == (None, None)
+    names = [name for name in real.__struct_fields__ if name not in ("name", "url", "api_key", "models", "headers")]
+    plain = g.UpstreamConfig("", max_concurrent=real.max_concurrent)
+    assert {name: getattr(real, name) for name in names} == {name: getattr(plain, name) for name in names}
+    assert config.routing == msgspec.structs.replace(g.RoutingConfig(), policy=config.routing.policy)
 
 
 # Edits: the lines they must touch, and no other

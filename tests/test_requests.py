@@ -474,6 +474,15 @@ async def test_health_tells_the_state_and_no_secret(gateway):
             "reload_error": None,
         },
         "ledger": {"failure": None, "waiting": 0},
+        "upstreams": [
+            {
+                "name": "main",
+                "state": "ok",
+                "running": 0,
+                "failures": 0,
+                "keys": [{"number": 1, "state": "ok", "running": 0, "failures": 0}],
+            }
+        ],
     }
 
 

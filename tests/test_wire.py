@@ -269,8 +269,8 @@ def call_of(config: g.Config, body: object = b"", headers: g.Headers | None = No
 
 def upstream_of(format="anthropic", api_key=UPSTREAM_KEY, url="https://upstream.test:8443/base/v1/"):
     """An upstream, and where it is."""
-    upstream = g.UpstreamConfig("main", url, g.Secret(api_key), format)
-    return upstream, g.UpstreamTarget.of(url, None)
+    upstream = g.UpstreamConfig("main", url, g.Secrets([g.Secret(api_key)]), format)
+    return upstream, api_key, g.UpstreamTarget.of(url, None)
 
 
 CLAUDE_CODE = [
