@@ -4614,12 +4614,6 @@ class Health:
         """Whether its first bytes come far later than its peers'."""
         return bool(self.slow_until) and now < self.slow_until.get(model, 0.0)
 
-    def take(self) -> bool:
-        """One more call runs; whether it is the one that finds out."""
-        self.running += 1
-        self.is_tried = self.cooling_until > 0
-        return self.is_tried
-
     def cool_down(self, seconds: float, why: str, clock: Clock) -> None:
         """Leave it alone for so long."""
         self.trips += 1
@@ -4627,12 +4621,9 @@ class Health:
         self.why, self.since = why, clock.wall()
         self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
 
-    def close(self) -> bool:
-        """It answers: let everybody in; whether it had been left alone."""
-        if not self.cooling_until:
-            return False
+    def close(self) -> None:
+        """It answers: let everybody in."""
         self.cooling_until, self.is_tried, self.why = 0.0, False, ""
-        return True
 
     def note_first_byte(self, model: str, seconds: float) -> None:
         """A stream of `model` began after so many seconds."""
@@ -4670,16 +4661,13 @@ class Choice(NamedTuple):
         """What tells it from others, in any snapshot."""
         return self.upstream.name, self.number
 
-    @property
-    def is_full(self) -> bool:
-        """Whether as many calls run as may."""
-        limit = self.upstream.max_concurrent
-        full = self.health.running >= self.upstream.max_connections
-        return full or (limit is not None and self.key_health.running >= limit)
-
     def is_ready(self, now: float) -> bool:
-        """Whether a call may be sent there now."""
-        return self.health.is_ready(now) and self.key_health.is_ready(now) and not self.is_full
+        """Whether a call may be sent there now: neither left alone nor full."""
+        health, key = self.health, self.key_health
+        if (health.cooling_until or key.cooling_until) and not (health.is_ready(now) and key.is_ready(now)):
+            return False
+        limit = self.upstream.max_concurrent
+        return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
 
     def ready_in(self, now: float) -> float:
         """In how many seconds that may be so at the earliest, as far as is known."""
@@ -4705,7 +4693,13 @@ class Ticket:
         self._upstreams = upstreams
         self.call, self.choice = call, choice
         self.model = model  # as the upstream knows it
-        self.trials = [health for health in (choice.health, choice.key_health) if health.take()]
+        choice.health.running += 1
+        choice.key_health.running += 1
+        self.trials: list[Health] = []  # half open: this call finds out
+        if choice.health.cooling_until or choice.key_health.cooling_until:
+            self.trials = [health for health in (choice.health, choice.key_health) if health.cooling_until]
+            for health in self.trials:
+                health.is_tried = True
 
     def __enter__(self) -> Ticket:
         return self
@@ -4715,7 +4709,8 @@ class Ticket:
         self.choice.key_health.running -= 1
         for health in self.trials:  # it never came to an answer: let another one find out
             health.is_tried = False
-        self._upstreams.wake()
+        if self._upstreams.seekers:
+            self._upstreams.wake()
 
 
 class Seeker(NamedTuple):
@@ -4740,7 +4735,7 @@ class Upstreams:
         self._clock, self._pace, self._chance = clock, pace, chance
         self._healths: dict[tuple[str, ...], Health] = {}
         self._choices: dict[UpstreamConfig, tuple[Choice, ...]] = {}
-        self._seekers: deque[Seeker] = deque()
+        self.seekers: deque[Seeker] = deque()
         self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome, since the start
 
     # Who is asked
@@ -4764,6 +4759,8 @@ class Upstreams:
         """Who is to be asked now, and under which name it knows the model; None where nobody is ready."""
         now = self._clock.monotonic()
         servings = call.servings
+        if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream)) == 1:
+            return (servings[0].model, choices[0]) if choices[0].is_ready(now) else None
         for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
             ready = [
                 (serving.model, choice)
@@ -4799,7 +4796,12 @@ class Upstreams:
             return max(ready, key=lambda each: (-each[1].key_health.running / (each[1].weight or 1e-9), *at_home(each)))
         return max(ready, key=at_home)
 
-    async def ticket(
+    def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
+        """A slot to ask somebody now; None where nobody is ready."""
+        found = self.choose(call, tried)
+        return Ticket(self, call, found[1], found[0]) if found else None
+
+    async def wait(
         self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float, gone: asyncio.Future[Any]
     ) -> Ticket | None:
         """A slot to ask somebody, from `not_before` on; waited for, first come first served, at most to `until`.
@@ -4807,14 +4809,11 @@ class Upstreams:
         None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved).
         """
         now = self._clock.monotonic()
-        found = self.choose(call, tried) if now >= not_before else None
-        if found:
-            return Ticket(self, call, found[1], found[0])
         soonest = max(now + self.ready_in(call, tried), not_before)
-        if soonest > until or len(self._seekers) >= self._pace.waiting_calls:
+        if soonest > until or len(self.seekers) >= self._pace.waiting_calls:
             return None
         seeker = Seeker(call, tried, asyncio.get_running_loop().create_future(), not_before, until)
-        self._seekers.append(seeker)
+        self.seekers.append(seeker)
         gone.add_done_callback(seeker.leave)
         try:
             return await seeker.found
@@ -4824,8 +4823,8 @@ class Upstreams:
             raise
         finally:
             gone.remove_done_callback(seeker.leave)
-            if seeker in self._seekers:
-                self._seekers.remove(seeker)
+            if seeker in self.seekers:
+                self.seekers.remove(seeker)
 
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
@@ -4836,19 +4835,19 @@ class Upstreams:
     def wake(self) -> None:
         """Give what is free to those who wait, oldest first."""
         now = self._clock.monotonic()
-        for seeker in tuple(self._seekers):
+        for seeker in tuple(self.seekers):
             if now < seeker.not_before or seeker.found.done():
                 continue
-            if found := self.choose(seeker.call, seeker.tried):
-                self._seekers.remove(seeker)
-                seeker.found.set_result(Ticket(self, seeker.call, found[1], found[0]))
+            if ticket := self.take(seeker.call, seeker.tried):
+                self.seekers.remove(seeker)
+                seeker.found.set_result(ticket)
 
     def check(self) -> None:
         """Give what has cooled down to those who wait, and end the waits that have lasted long enough."""
-        if self._seekers:
+        if self.seekers:
             self.wake()
             now = self._clock.monotonic()
-            for seeker in self._seekers:
+            for seeker in self.seekers:
                 if now >= seeker.until:
                     seeker.leave()
 
@@ -4860,19 +4859,19 @@ class Upstreams:
 
     def answered(self, ticket: Ticket, first_byte_s: float | None = None) -> None:
         """The upstream has something to say, after so long where it is a stream."""
-        choice = ticket.choice
-        ticket.trials = []
-        if first_byte_s is not None:
+        if first_byte_s is not None and len(ticket.call.servings) > 1:
             self._judge_speed(ticket, first_byte_s)
-        reopened = [health for health in (choice.health, choice.key_health) if health.close()]
-        if reopened:
-            log.info("upstream %s answers again", choice)
+        if ticket.trials:
+            for health in ticket.trials:
+                health.close()
+            ticket.trials = []
+            log.info("upstream %s answers again", ticket.choice)
             self.wake()
 
     def finished(self, ticket: Ticket) -> None:
         """An answer came to its end: what was before is forgiven."""
-        for health in (ticket.choice.health, ticket.choice.key_health):
-            health.failures = health.trips = 0
+        health, key = ticket.choice.health, ticket.choice.key_health
+        health.failures = health.trips = key.failures = key.trips = 0
 
     def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
         """An attempt failed: the verdict says who is left alone for it, and how long."""
@@ -4977,7 +4976,7 @@ class Upstreams:
 
     def close(self) -> None:
         """End every wait."""
-        for seeker in self._seekers:
+        for seeker in self.seekers:
             seeker.leave()
 
 
@@ -5480,6 +5479,11 @@ class Attempt:
             self.line.abort()
             self.line = None
 
+    def end(self) -> None:
+        """Let go of the line and of the exchange: in a circle they would wait for the garbage collector."""
+        self.drop_line()
+        self.exchange = cast(Exchange, None)
+
     def usage(self) -> Usage:
         """What to book."""
         return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
@@ -5773,7 +5777,7 @@ class Relay:
         finally:
             self.running.discard(exchange)
             if exchange.attempt:
-                exchange.attempt.drop_line()
+                exchange.attempt.end()
 
     async def _answer(self, exchange: Exchange) -> Outcome:
         """Ask one after the other until one answers, or nobody is left; then what is most useful."""
@@ -5785,13 +5789,18 @@ class Relay:
                 exchange.tried = set(out)
                 not_before = self.clock.monotonic() + self.upstreams.backoff_s(rounds)
                 rounds += 1
-            until = min(self.clock.monotonic() + call.config.routing.wait, exchange.deadline)
-            ticket = await self.upstreams.ticket(call, exchange.tried, not_before, until, exchange.done)
+            ticket = None if not_before else self.upstreams.take(call, exchange.tried)
+            if ticket is None:
+                until = min(self.clock.monotonic() + call.config.routing.wait, exchange.deadline)
+                ticket = await self.upstreams.wait(call, exchange.tried, not_before, until, exchange.done)
             if ticket is None:
                 break
             with ticket:
+                exchange.open_attempt(ticket.choice)
                 try:
-                    return await self._attempt(exchange, ticket)
+                    outcome = await self._send(exchange, ticket)
+                    self._judge(exchange, ticket, outcome.name)
+                    return outcome
                 except AttemptFailed as error:
                     failed = error
                     goes_on = self._learn(exchange, ticket, error, out)
@@ -5799,17 +5808,6 @@ class Relay:
             if not goes_on:
                 break
         return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
-
-    async def _attempt(self, exchange: Exchange, ticket: Ticket) -> Outcome:
-        """One try. Raises AttemptFailed."""
-        exchange.open_attempt(ticket.choice)
-        try:
-            result = await self._send(exchange, ticket)
-            self._judge(exchange, ticket, result.name)
-            return result
-        except AttemptFailed as failed:
-            exchange.close_attempt(failed.failure.case)
-            raise
 
     async def _send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
         """Send the call and wait for its end; a kept-alive connection that died unseen costs nothing."""
@@ -5846,11 +5844,10 @@ class Relay:
 
     def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """An answer that was relayed has come to its end: what does that say of its upstream?"""
-        error_type = exchange.attempt.meter.error_type if exchange.attempt else ""
-        status = str(STATUS_OF_ERROR.get(error_type, 500))
-        is_theirs = outcome in ("upstream_cut", "timeout")
-        if outcome == "upstream_error":
-            is_theirs = ticket.choice.upstream.verdict(status).blame != "none"
+        attempt, is_theirs = exchange.attempt, outcome in ("upstream_cut", "timeout")
+        if outcome == "upstream_error" and attempt:
+            status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
+            is_theirs = attempt.upstream.verdict(status).blame != "none"
         if is_theirs:
             self.upstreams.failed(ticket, "mid_stream")
         elif outcome not in ("client_gone", "gateway_stopped"):
@@ -5860,7 +5857,8 @@ class Relay:
         """Take in how an attempt failed; whether another one may do better."""
         call, choice, failure, attempt = exchange.call, ticket.choice, error.failure, exchange.attempt
         assert attempt is not None
-        attempt.drop_line()
+        attempt.end()
+        exchange.close_attempt(failure.case)
         log.info("%s: upstream %s %s (%s)", call.id, choice, failure.sentence, error)
         if failure is THINKING_REFUSED:
             self.upstreams.answered(ticket)
@@ -7755,6 +7753,30 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+class LogFormatter(logging.Formatter):
+    """Lines such as `2026-11-21 05:55:02,112 INFO …`; the second is written once, not once a line."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._second, self._text = -1, ""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+        second = int(record.created)
+        if second != self._second:
+            self._second, self._text = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
+        return f"{self._text},{int(record.msecs):03}"
+
+
+def start_logging(level: str) -> None:
+    """Log to stderr. What no line shows is not collected (docs.python.org/3/howto/logging.html#optimization)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter())
+    logging.basicConfig(level=level, handlers=[handler])
+    logging._srcfile = None  # as that page says: half of a line's time
+    logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
+    logging.getLogger("watchdog").setLevel(logging.WARNING)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code."""
     options = arguments().parse_args(argv)
@@ -7762,8 +7784,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"
     ).absolute()
     level = getattr(options, "log_level", "info").upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("watchdog").setLevel(logging.WARNING)
+    start_logging(level)
     try:
         code: int | None = options.run(options)
     except (ConfigError, CommandError, SealError) as error:
