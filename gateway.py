@@ -5482,7 +5482,7 @@ class Attempt:
     def end(self) -> None:
         """Let go of the line and of the exchange: in a circle they would wait for the garbage collector."""
         self.drop_line()
-        self.exchange = cast(Exchange, None)
+        self.exchange = cast("Exchange", None)
 
     def usage(self) -> Usage:
         """What to book."""
