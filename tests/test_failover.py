@@ -1,0 +1,816 @@
+"""Failover: what an upstream does wrong before its first content is nobody's business but ours (section 9)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from client import Reply, request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, until
+from upstream import (
+    Request,
+    Script,
+    ScriptedUpstream,
+    Step,
+    body,
+    close,
+    end,
+    error_event,
+    event,
+    garbage,
+    head,
+    json_body,
+    message_json,
+    message_start,
+    ping,
+    raw,
+    reset_peer,
+    stall,
+    stream_of,
+    wait_for,
+)
+
+import gateway as g
+
+SSE = "text/event-stream"
+NAMES = ("a", "b", "c")
+
+
+def config_of(upstreams: dict[str, str], routing: str = "", more: dict[str, str] | None = None) -> str:
+    """A config with upstreams by name and URL; `more` is what each has besides."""
+    lines = [
+        f"  - {{name: {name}, url: '{url}', api_key: {UPSTREAM_KEY}-{name}{(more or {}).get(name, '')}}}"
+        for name, url in upstreams.items()
+    ]
+    return "\n".join(
+        [
+            "server: {host: 127.0.0.1, port: 0, contact: ops}",
+            "upstreams:",
+            *lines,
+            f"keys: [{{name: alice, key: {KEY}}}]",
+            "usage: {directory: usage, fsync: never}",
+            f"routing: {{{routing}}}",
+            "",
+        ]
+    )
+
+
+@pytest.fixture
+def upstreams(io_loop) -> Iterator[dict[str, ScriptedUpstream]]:
+    """Three upstreams, each of which says its name and what it was asked."""
+    made = {name: ScriptedUpstream() for name in NAMES}
+    for name, each in made.items():
+        io_loop.run_sync(each.start)
+        each.script = good(name)
+    yield made
+    for each in made.values():
+        io_loop.run_sync(each.close)
+
+
+def good(name: str) -> Script:
+    """An answer that tells who gave it, and to what; a stream where one was asked for."""
+
+    def script(request: Request) -> list[Step]:
+        asked = request.json["messages"][0]["content"]
+        words = [f"{name} ", "heard ", asked]
+        return stream_of(*words) if request.json.get("stream") else message_json("".join(words))
+
+    return script
+
+
+def ask_of(number: int, stream: bool = True) -> dict:
+    """A request that no other is like, of a session of its own."""
+    return HELLO | {"stream": stream, "messages": [{"role": "user", "content": f"question {number}"}]}
+
+
+def texts_of(reply: Reply) -> list[str]:
+    """What was said, of either kind of answer."""
+    return reply.texts or ["".join(block["text"] for block in reply.json["content"])]
+
+
+def is_whole(reply: Reply, number: int, stream: bool) -> bool:
+    """Whether the client got one upstream's whole answer to its very question, byte for byte."""
+    wanted = []
+    for name in NAMES:
+        words = [f"{name} ", "heard ", f"question {number}"]
+        wanted.append(written(stream_of(*words) if stream else message_json("".join(words))))
+    return reply.status == 200 and not reply.was_cut and reply.body in wanted
+
+
+def written(script: list[Step]) -> bytes:
+    """The body that a script's steps write."""
+
+    class Recorder:
+        chunked = False
+        body = b""
+
+        async def write(self, data: bytes) -> None: ...
+        async def piece(self, data: bytes) -> None:
+            self.body += data
+
+    async def record() -> bytes:
+        recorder = Recorder()
+        for step in script:
+            await step(recorder)
+        return recorder.body
+
+    coroutine = record()
+    with contextlib.closing(coroutine):
+        try:
+            coroutine.send(None)
+        except StopIteration as stop:
+            return stop.value
+    raise AssertionError("a step that waits")
+
+
+@contextlib.asynccontextmanager
+async def passing_time(gateway: GatewayUnderTest, seconds: float = 0.25) -> AsyncIterator[None]:
+    """Time goes by, far faster than outside."""
+
+    async def go_by() -> None:
+        while True:
+            gateway.tick(seconds)
+            await asyncio.sleep(0.001)
+
+    task = asyncio.ensure_future(go_by())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def api_error(status: int, kind: str, **headers: str) -> list[Step]:
+    """An error in the API's own words."""
+    said = {"type": "error", "error": {"type": kind, "message": f"exactly this: {kind}"}}
+    return json_body(said, status=status, **headers)
+
+
+# Every row of the table of verdicts that is tried elsewhere, and what hides behind a 200.
+FAULTS: dict[str, Script] = {
+    "reset before the head": [reset_peer()],
+    "closed before the head": [close()],
+    "drops in mid-head": [raw(b"HTTP/1.1 200 OK\r\ncontent-ty"), close()],
+    "garbage": [garbage()],
+    "two lengths": [raw(b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nab")],
+    "401": api_error(401, "authentication_error"),
+    "402": api_error(402, "billing_error"),
+    "400 for want of credit": json_body(
+        {"type": "error", "error": {"type": "invalid_request_error", "message": "Your credit balance is too low …"}},
+        status=400,
+    ),
+    "403": api_error(403, "permission_error"),
+    "404": api_error(404, "not_found_error"),
+    "408": api_error(408, "timeout_error"),
+    "429": api_error(429, "rate_limit_error"),
+    "429 with retry-after": api_error(429, "rate_limit_error", retry_after="60"),
+    "500": api_error(500, "api_error"),
+    "502 in HTML": [head(502, "text/html", content_length="4"), body(b"<p/>")],
+    "503": api_error(503, "overloaded_error"),
+    "529": api_error(529, "overloaded_error"),
+    "529 with retry-after": api_error(529, "overloaded_error", retry_after="20"),
+    "a body that is cut": [raw(b"HTTP/1.1 500 No\r\ncontent-length: 99\r\n\r\n{"), close()],
+    "HTML with 200": [head(200, "text/html", content_length="4"), body(b"<p/>")],
+    "HTML called JSON": [head(200, "application/json", content_length="4"), body(b"<p/>")],
+    "an error with 200": json_body({"type": "error", "error": {"type": "overloaded_error", "message": "no"}}),
+    "OpenAI's error with 200": json_body({"error": {"message": "no", "type": "server_error", "code": None}}),
+    "half a JSON, by close": [raw(b'HTTP/1.1 200 OK\r\n\r\n{"id": "m'), close()],
+    "half a JSON, by length": [raw(b'HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{"id": "m'), close()],
+    "nothing at all": [raw(b"HTTP/1.1 204 No Content\r\n\r\n")],
+    "a redirect": json_body({}, status=307, location="http://127.0.0.1:1/"),
+    "an empty stream": [head(200, SSE), end()],
+    "a stream of pings": [head(200, SSE), ping(), ping(), end()],
+    "an error event": [head(200, SSE), error_event("overloaded_error", "Overloaded"), end()],
+    "an error event after message_start": [
+        head(200, SSE),
+        message_start(input_tokens=12),
+        ping(),
+        error_event("api_error", "Internal server error"),
+        end(),
+    ],
+    "message_start and an end": [head(200, SSE), message_start(input_tokens=12), end()],
+    "message_start and a reset": [head(200, SSE), message_start(input_tokens=12), reset_peer()],
+    "silence": [stall()],
+    "silence after message_start": [head(200, SSE), message_start(input_tokens=12), stall()],
+    "an error that never ends": [head(529, "application/json"), body(b'{"type": "error"'), stall()],
+}
+
+
+async def test_invariant_5_500_calls_through_every_fault_and_not_one_fails(start_gateway, upstreams, caplog):
+    """
+    Three upstreams, of which one after the other does each thing that the table of verdicts knows: clients see nothing.
+    """
+    routing = "patience: 10s"
+    gateway = await start_gateway(config_of({name: each.url for name, each in upstreams.items()}, routing))
+    faults = [*FAULTS, "refuses connections"]
+    per_fault = 500 // len(faults) + 1
+    number, failed = 0, []
+
+    async with passing_time(gateway):
+        for i, fault in enumerate(faults):
+            victim = upstreams[NAMES[i % 3]]
+            victim.script = FAULTS.get(fault, [])
+            if fault not in FAULTS:
+                await victim.close()
+            numbers = range(number, number := number + per_fault)
+            replies = await asyncio.gather(
+                *(gateway.post("/v1/messages", ask_of(n, stream=n % 4 != 0)) for n in numbers)
+            )
+            pairs = zip(numbers, replies, strict=True)
+            failed += [(fault, reply) for n, reply in pairs if not is_whole(reply, n, stream=n % 4 != 0)]
+            victim.script = good(NAMES[i % 3])
+            gateway.clock.advance(2000)  # whoever was left alone is asked again
+
+    entries = [entry for entry in gateway.entries() if entry["type"] == "call"]
+    assert failed == []
+    assert number >= 500 and len(entries) == number
+    assert {entry["outcome"] for entry in entries} == {"completed"}
+    assert len([entry for entry in entries if len(entry["attempts"]) > 1]) > 100  # the faults were met
+    caplog.clear()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_one_upstream_that_fails_once_is_asked_again(start_gateway, upstreams, caplog, fault):
+    """
+    Where there is nobody else, a moment later is as good; but for what another attempt would not change.
+    """
+    hopeless = ("401", "402", "400 for want of credit", "403", "404", "429 with retry-after")
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "wait: 30s, deadline: 20m"))
+    upstreams["a"].scripts = [FAULTS[fault]]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", ask_of(1))
+    await gateway.settled()
+
+    entry = gateway.entries()[-1]
+    if fault in hopeless:
+        assert reply.status in (404, 429, 502) and len(upstreams["a"].requests) == 1
+    else:
+        assert reply.texts == ["a ", "heard ", "question 1"]
+        assert [attempt["outcome"] for attempt in entry["attempts"]][1:] == ["completed"]
+    caplog.clear()
+
+
+# --- the table: who is blamed, and what the client gets if nobody does better -------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind", "retry_after"),
+    [
+        ("closed before the head", 502, "api_error", None),
+        ("garbage", 502, "api_error", None),
+        ("401", 502, "api_error", None),
+        ("402", 502, "api_error", None),
+        ("403", 502, "api_error", None),
+        ("404", 404, "not_found_error", None),
+        ("408", 408, "timeout_error", None),
+        ("429 with retry-after", 429, "rate_limit_error", "60"),
+        ("500", 500, "api_error", None),
+        ("529", 529, "overloaded_error", None),
+        ("502 in HTML", 502, None, None),
+        ("HTML with 200", 502, "api_error", None),
+        ("an error with 200", 529, "overloaded_error", None),
+        ("silence", 504, "timeout_error", None),
+    ],
+)
+async def test_when_all_fail_the_client_gets_the_most_useful_answer(
+    start_gateway, upstreams, caplog, fault, status, kind, retry_after
+):
+    """
+    The last upstream's own words where it has any that are for the client; else ours, with its status and type.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, "max_attempts: 2"))
+    for name in "ab":
+        upstreams[name].script = FAULTS[fault]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", HELLO)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert reply.status == entry["status"] == status
+    assert len(entry["attempts"]) == 2 and {attempt["upstream"] for attempt in entry["attempts"]} == {"a", "b"}
+    if kind:
+        assert reply.error["type"] == kind
+    assert reply.headers.get("retry-after") == retry_after
+    assert UPSTREAM_KEY not in str(reply)
+    caplog.clear()
+
+
+@pytest.mark.logs("its API key is left alone")
+@pytest.mark.logs("no answer after 1 attempts")
+async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, upstreams):
+    """
+    A 401 would make Claude Code ask its user to log in; what is wrong is for whoever runs the gateway.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = FAULTS["401"]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert (reply.status, reply.headers["x-should-retry"]) == (502, "false")
+    assert reply.error["message"] == "The upstream a refuses this gateway's own API key (401). Ask ops."
+
+
+async def test_a_request_that_is_wrong_is_wrong_everywhere(start_gateway, upstreams):
+    """
+    400, 413 and 422 belong to the client's request: asked once, nobody is blamed, and the words are unchanged.
+    """
+    gateway = await start_gateway(config_of({name: each.url for name, each in upstreams.items()}))
+    statuses = [400, 413, 422, 409]
+    for each in upstreams.values():
+        each.scripts = [api_error(status, "invalid_request_error") for status in statuses] * 3
+
+    replies = [await gateway.post("/v1/messages", ask_of(1)) for _ in statuses]
+
+    assert [reply.status for reply in replies] == statuses
+    assert {reply.error["message"] for reply in replies} == {"exactly this: invalid_request_error"}
+    assert [len(entry["attempts"]) for entry in gateway.entries()] == [1, 1, 1, 1]
+    assert {each["state"] for each in (await gateway.get("/health")).json["upstreams"]} == {"ok"}
+
+
+@pytest.mark.logs("is left alone for")
+async def test_every_upstream_left_alone_is_told_at_once_with_the_time_to_come_again(start_gateway, upstreams):
+    """
+    Where no cooldown ends within `routing.wait`, a call is not held: 529, and retry-after from the soonest.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, "wait: 5s"))
+    upstreams["a"].script = api_error(429, "rate_limit_error", retry_after="100")
+    upstreams["b"].script = api_error(429, "rate_limit_error", retry_after="50")
+    await gateway.post("/v1/messages", HELLO)
+    asked = sum(len(each.requests) for each in upstreams.values())
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (reply.status, reply.error["type"]) == (529, "overloaded_error")
+    assert 50 <= int(reply.headers["retry-after"]) <= 56
+    assert sum(len(each.requests) for each in upstreams.values()) == asked == 2
+    entry = gateway.entries()[-1]
+    assert (entry["outcome"], entry["attempts"], entry["cost_usd"]) == ("unavailable", [], 0.0)
+
+
+async def test_verdicts_can_be_overridden(start_gateway, upstreams):
+    """
+    What a failure means may differ by upstream: here a 404 is final, and a 500 passes as nobody's fault.
+    """
+    more = dict.fromkeys(NAMES, ", verdicts: {404: {next: false}, 500: {next: false, blame: none}}")
+    text = config_of({name: each.url for name, each in upstreams.items()}, "breaker: {failures: 1}", more)
+    gateway = await start_gateway(text)
+    for each in upstreams.values():
+        each.script = FAULTS["404"]
+    missing = await gateway.post("/v1/messages", HELLO)
+    for each in upstreams.values():
+        each.script = FAULTS["500"]
+    broken = await gateway.post("/v1/messages", HELLO)
+
+    assert [missing.status, broken.status] == [404, 500]
+    assert [len(entry["attempts"]) for entry in gateway.entries()] == [1, 1]
+    assert {each["state"] for each in (await gateway.get("/health")).json["upstreams"]} == {"ok"}
+
+
+# --- the gate -------------------------------------------------------------------------------
+
+
+async def test_nothing_is_said_before_the_first_content(start_gateway, upstreams):
+    """
+    message_start and pings are held back; with the first content everything comes, in order and once.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    go_on = asyncio.Event()
+    start, rest = [head(200, SSE), message_start(input_tokens=12), ping()], stream_of("Hello")[2:]
+    upstreams["a"].script = [*start, wait_for(go_on), *rest]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: any(e.attempt and e.attempt.held_size for e in gateway.gateway.relay.running))
+    (exchange,) = gateway.gateway.relay.running
+
+    assert (exchange.status, exchange.bytes_down) == (0, 0)
+    go_on.set()
+    reply = await client.answer()
+
+    assert reply.body == written([*start, *rest])
+
+
+async def test_what_is_held_back_is_bounded(start_gateway, upstreams):
+    """
+    Pings without end are no content, but they are not kept for ever either.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    many = [event("ping", {"type": "ping", "pad": "x" * 1000}) for _ in range(400)]
+    upstreams["a"].script = [head(200, SSE), *many, *stream_of("Hello")[1:]]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert reply.texts == ["Hello"] and not reply.was_cut
+    assert reply.body.count(b"event: ping") == 400
+
+
+async def test_a_silent_gate_says_pings_that_commit_to_nothing(start_gateway, upstreams):
+    """
+    The client gives up after 300 s without a byte: it gets 200 and comments, and then whoever answers in the end.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "deadline: 20m, wait: 5m"))
+    go_on = asyncio.Event()
+    upstreams["a"].scripts = [[wait_for(go_on), *FAULTS["529"]]]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(7)))
+    await upstreams["a"].request_came()
+
+    for _ in range(3):
+        gateway.tick(16)
+    go_on.set()
+    async with passing_time(gateway):
+        reply = await asking
+
+    assert reply.status == 200 and reply.headers["content-type"] == SSE
+    assert reply.body == b": ping\n\n" * 3 + written(stream_of("a ", "heard ", "question 7"))
+    assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
+
+
+@pytest.mark.parametrize("fault", ["529", "401", "silence", "an error event", "HTML with 200"])
+async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams, caplog, fault):
+    """
+    Once 200 is out, an error is an event of the client's format, with the upstream's own words where it has some.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    go_on = asyncio.Event()
+    script = FAULTS[fault]
+    assert isinstance(script, list)
+    upstreams["a"].script = [wait_for(go_on), *script]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", HELLO_STREAM))
+    await upstreams["a"].request_came()
+
+    gateway.tick(16)
+    go_on.set()
+    async with passing_time(gateway):
+        reply = await asking
+
+    pings, said, rest = reply.body.partition(b"event: error\n")
+    assert reply.status == 200 and not reply.was_cut
+    assert set(pings.split(b"\n\n")) == {b": ping", b""} and said
+    error = json.loads(rest.removeprefix(b"data: ").strip())["error"]
+    expected = {"529": "overloaded_error", "silence": "timeout_error", "an error event": "overloaded_error"}
+    assert error["type"] == expected.get(fault, "api_error")
+    caplog.clear()
+
+
+async def test_a_call_waits_through_a_short_cooldown(start_gateway, upstreams, caplog):
+    """
+    One upstream, left alone for twenty seconds: the client notices nothing but a pause with pings.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].scripts = [FAULTS["529 with retry-after"]]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", ask_of(3))
+
+    assert reply.texts == ["a ", "heard ", "question 3"] and reply.body.startswith(b": ping\n\n")
+    (entry,) = gateway.entries()
+    assert [attempt["outcome"] for attempt in entry["attempts"]] == ["529", "completed"]
+    assert 20_000 <= entry["duration_ms"] <= 25_000
+    caplog.clear()
+
+
+async def test_one_deadline_holds_over_all_attempts(start_gateway, upstreams, caplog):
+    """
+    However many could still be asked: no content by then is a 504.
+    """
+    routing = "deadline: 25s, patience: 10s, max_attempts: 20"
+    gateway = await start_gateway(config_of({name: each.url for name, each in upstreams.items()}, routing))
+    for each in upstreams.values():
+        each.script = [stall()]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], reply.status) == ("timeout", 200)  # a ping had gone out
+    assert b'"timeout_error"' in reply.body
+    assert 25_000 <= entry["duration_ms"] <= 26_000 and len(entry["attempts"]) == 3
+    caplog.clear()
+
+
+async def test_a_client_that_leaves_between_two_attempts_ends_the_call(start_gateway, upstreams, caplog):
+    """
+    Nobody is asked for a client that went away, and the slot is free again.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = FAULTS["529 with retry-after"]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+
+    client.abort()
+    await until(lambda: not gateway.gateway.relay.upstreams.seekers)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], len(entry["attempts"]), len(upstreams["a"].requests)) == ("client_gone", 1, 1)
+    caplog.clear()
+
+
+# --- the ledger ---------------------------------------------------------------------------------
+
+
+async def test_what_was_billed_and_thrown_away_is_booked_and_marked(start_gateway, upstreams, caplog):
+    """
+    Input that an upstream has read is paid for, though its answer failed: a line of its own, which is no call.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}))
+    failing = [head(200, SSE), message_start(input_tokens=1000), error_event("overloaded_error", "no"), end()]
+    upstreams["a"].script = upstreams["b"].script = failing
+    home = await first_asked(gateway, upstreams, ask_of(5))
+    other = "b" if home == "a" else "a"
+    upstreams[other].script = good(other)
+    gateway.clock.advance(3600)
+
+    await gateway.post("/v1/messages", ask_of(5))
+
+    discarded, call = gateway.entries()[-2:]
+    assert [discarded[name] for name in ("type", "upstream", "outcome", "requests", "input_tokens", "cost_usd")] == [
+        "discarded",
+        home,
+        "529",
+        0,
+        1000,
+        0.01005,  # 1,000 in at $10, and the one token out that message_start counts
+    ]
+    assert discarded["request_id"] == call["request_id"]
+    assert (call["upstream"], call["input_tokens"], call["cost_usd"]) == (other, 12, 0.00037)
+    assert [(attempt["upstream"], attempt["outcome"]) for attempt in call["attempts"]] == [
+        (home, "529"),
+        (other, "completed"),
+    ]
+    usage = (await gateway.get("/v1/usage")).json["today"]
+    assert usage["calls"] == len([entry for entry in gateway.entries() if entry["type"] == "call"])
+    caplog.clear()
+
+
+async def first_asked(gateway: GatewayUnderTest, upstreams: dict[str, ScriptedUpstream], request: dict) -> str:
+    """Who is asked first for a request."""
+    before = {name: len(each.requests) for name, each in upstreams.items()}
+    async with passing_time(gateway):
+        await gateway.post("/v1/messages", request)
+    await gateway.settled()
+    entry = gateway.entries()[-1]
+    assert len(upstreams[entry["attempts"][0]["upstream"]].requests) > before[entry["attempts"][0]["upstream"]]
+    return entry["attempts"][0]["upstream"]
+
+
+# --- sessions ---------------------------------------------------------------------------------
+
+
+async def test_a_session_stays_leaves_and_comes_home(start_gateway, upstreams, caplog):
+    """
+    Prompt caches live where a session was: it stays there, moves while its home is left alone, and comes back.
+    """
+    gateway = await start_gateway(config_of({name: each.url for name, each in upstreams.items()}))
+
+    async def where(session: str) -> str:
+        reply = await gateway.post("/v1/messages", HELLO_STREAM, x_claude_code_session_id=session)
+        return reply.texts[0].strip()
+
+    homes = {f"session {i}": await where(f"session {i}") for i in range(12)}
+    home = homes["session 0"]
+    upstreams[home].script = FAULTS["429 with retry-after"]
+    away = {session: await where(session) for session in homes}
+    upstreams[home].script = good(home)
+    gateway.tick(70)
+
+    assert set(homes.values()) == set(NAMES)
+    assert all(away[session] == homes[session] for session in homes if homes[session] != home)
+    assert all(away[session] != home for session in homes if homes[session] == home)
+    assert {session: await where(session) for session in homes} == homes
+    caplog.clear()
+
+
+async def test_each_of_an_upstreams_keys_is_left_alone_on_its_own(start_gateway, upstreams, caplog):
+    """
+    A key that is used up or refused leaves its work to the others of the same upstream.
+    """
+    text = config_of({"a": upstreams["a"].url}).replace(f"{UPSTREAM_KEY}-a", f"[{UPSTREAM_KEY}-1, {UPSTREAM_KEY}-2]")
+    gateway = await start_gateway(text)
+
+    def by_key(request: Request) -> list[Step]:
+        if request.header["x-api-key"].endswith("-1"):
+            script = FAULTS["401"]
+            assert isinstance(script, list)
+            return script
+        return stream_of("two")
+
+    upstreams["a"].script = by_key
+    replies = [await gateway.post("/v1/messages", ask_of(i)) for i in range(20)]
+
+    assert [reply.texts for reply in replies] == [["two"]] * 20
+    keys = [request.header["x-api-key"][-2:] for request in upstreams["a"].requests]
+    assert keys.count("-1") == 1 and keys.count("-2") == 20
+    states = (await gateway.get("/health")).json["upstreams"][0]
+    assert (states["state"], [key["state"] for key in states["keys"]]) == ("ok", ["cooling", "ok"])
+    assert (states["keys"][0]["why"], states["keys"][0]["until"] > states["keys"][0]["since"]) == ("401", True)
+    caplog.clear()
+
+
+async def test_a_full_upstream_leaves_the_rest_to_others_and_then_lets_them_wait_in_turn(start_gateway, upstreams):
+    """
+    `max_concurrent` bounds the calls of one key; above it others are asked, and then the oldest is first.
+    """
+    more = dict.fromkeys("ab", ", max_concurrent: 1")
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, more=more))
+    gates = [asyncio.Event() for _ in range(4)]
+    order: list[str] = []
+
+    def held(name: str) -> Script:
+        def script(request: Request) -> list[Step]:
+            asked = request.json["messages"][0]["content"]
+            order.append(asked)
+            return [wait_for(gates[int(asked[-1])]), *stream_of(name, asked)]
+
+        return script
+
+    for name in "ab":
+        upstreams[name].script = held(name)
+    calls = []
+    for i in range(4):
+        calls.append(asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))))
+        await until(lambda i=i: len(order) + len(gateway.gateway.relay.upstreams.seekers) == i + 1)
+
+    assert order == ["question 0", "question 1"]
+    gates[1].set()
+    await until(lambda: len(order) == 3)
+    gates[0].set()
+    await until(lambda: len(order) == 4)
+    gates[2].set(), gates[3].set()
+    replies = await asyncio.gather(*calls)
+
+    assert order == [f"question {i}" for i in range(4)]
+    assert [reply.texts[1] for reply in replies] == [f"question {i}" for i in range(4)]
+    assert all(not each["running"] for each in (await gateway.get("/health")).json["upstreams"])
+
+
+# --- connections ----------------------------------------------------------------------------------
+
+
+async def test_a_provider_that_restarts_costs_nobody_anything(start_gateway, upstreams):
+    """
+    A pool full of dead connections: each call gets its answer at once, from a new one, and nobody is blamed.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    started = asyncio.Event()
+
+    def together(request: Request) -> list[Step]:
+        if len(upstreams["a"].requests) == 20:
+            started.set()
+        return [wait_for(started), *stream_of("Hello")]
+
+    upstreams["a"].script = together
+    await asyncio.gather(*(gateway.post("/v1/messages", ask_of(i)) for i in range(20)))
+    before = upstreams["a"].connections
+
+    def after_restart(request: Request) -> list[Step]:
+        script = good("a")
+        assert callable(script)
+        return [reset_peer()] if request.connection <= before else script(request)
+
+    upstreams["a"].script = after_restart
+
+    replies = await asyncio.gather(*(gateway.post("/v1/messages", ask_of(i)) for i in range(20)))
+
+    assert all(is_whole(reply, i, stream=True) for i, reply in enumerate(replies))
+    assert before == 20 and upstreams["a"].connections > before
+    assert {len(entry["attempts"]) for entry in gateway.entries()} == {1}
+    assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 0
+
+
+async def test_an_errors_body_is_read_so_that_its_connection_serves_again(start_gateway, upstreams, caplog):
+    """
+    Errors come in herds: each must not cost a connection; but a body without end is given up.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1, breaker: {failures: 1000}"))
+    upstreams["a"].script = FAULTS["529"]
+    for _ in range(5):
+        await gateway.post("/v1/messages", HELLO)
+    kept = upstreams["a"].connections
+    upstreams["a"].script = [head(529, "application/json"), *[body(b"x" * 65536)] * 64, stall()]
+
+    endless = await gateway.post("/v1/messages", HELLO)
+
+    assert kept == 1
+    assert endless.status == 502 and endless.error["type"] == "api_error"
+    await until(lambda: not upstreams["a"].open_connections)
+    caplog.clear()
+
+
+# --- repairs ------------------------------------------------------------------------------------------
+
+
+BAD_SIGNATURE = json_body(
+    {
+        "type": "error",
+        "error": {
+            "type": "invalid_request_error",
+            "message": "messages.1.content.0: Invalid `signature` in `thinking` block",
+        },
+    },
+    status=400,
+)
+THOUGHTFUL = HELLO_STREAM | {
+    "messages": [
+        {"role": "user", "content": "question 9"},
+        {
+            "role": "assistant",
+            "content": [{"type": "thinking", "thinking": "hm", "signature": "abc"}, {"type": "text", "text": "yes"}],
+        },
+        {"role": "user", "content": "go on"},
+    ]
+}
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+async def test_a_thinking_block_of_another_account_is_left_out_once(start_gateway, upstreams, is_on):
+    """
+    Opt-in, on that very error only: the same request without thinking blocks; otherwise the error is the client's.
+    """
+    more = {"a": ", retry_without_thinking: true" if is_on else ""}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more=more))
+    upstreams["a"].scripts = [BAD_SIGNATURE]
+
+    reply = await gateway.post("/v1/messages", THOUGHTFUL)
+
+    requests = [request.json for request in upstreams["a"].requests]
+    assert requests[0] == THOUGHTFUL
+    if is_on:
+        assert reply.texts == ["a ", "heard ", "question 9"]
+        assert [block["type"] for block in requests[1]["messages"][1]["content"]] == ["text"]
+        assert requests[1] | {"messages": 0} == THOUGHTFUL | {"messages": 0}
+    else:
+        assert (reply.status, len(requests)) == (400, 1)
+
+
+async def test_a_signature_that_stays_wrong_is_told_once(start_gateway, upstreams):
+    """
+    One repair, no more: the second refusal is the client's.
+    """
+    more = {"a": ", retry_without_thinking: true"}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more=more))
+    upstreams["a"].script = BAD_SIGNATURE
+
+    reply = await gateway.post("/v1/messages", THOUGHTFUL)
+
+    assert (reply.status, len(upstreams["a"].requests)) == (400, 2)
+    assert "Invalid `signature` in `thinking` block" in reply.error["message"]
+
+
+async def test_headers_and_betas_go_by_the_upstreams_rules(start_gateway, upstreams):
+    """
+    `headers` sets and removes, `betas.drop` takes values out of `anthropic-beta`, a path in the URL stays in front.
+    """
+    rules = (
+        ', headers: {set: {X-Team: research, user-agent: gateway}, remove: [X-App]}, betas: {drop: ["context-1m-*"]}'
+    )
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url + "/proxy/anthropic/v1"}, more={"a": rules}))
+
+    await gateway.post(
+        "/v1/messages?beta=true",
+        HELLO_STREAM,
+        x_app="cli",
+        user_agent="claude-cli",
+        anthropic_beta="claude-code-1, context-1m-2025-08-07",
+    )
+
+    (request,) = upstreams["a"].requests
+    assert request.target == "/proxy/anthropic/v1/messages?beta=true"
+    found = {name: request.header.get(name) for name in ("x-team", "user-agent", "x-app", "anthropic-beta")}
+    assert found == {"x-team": "research", "user-agent": "gateway", "x-app": None, "anthropic-beta": "claude-code-1"}
+
+
+# --- SSRF ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.logs("could not be reached")
+@pytest.mark.parametrize("name", ["2852039166", "0xa9fea9fe", "0251.0376.0251.0376"])
+async def test_a_name_that_leads_to_a_metadata_address_is_not_connected_to(start_gateway, name):
+    """
+    What a name resolves to is looked at, not how it is written; those addresses are then the ones connected to.
+    """
+    gateway = await start_gateway(config_of({"a": f"http://{name}"}, "max_attempts: 1"))
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (reply.status, gateway.entries()[0]["outcome"]) == (502, "unreachable")
+    with pytest.raises(OSError, match=r"leads to 169\.254\.169\.254, a link-local or metadata address"):
+        await g.find_addresses(name, 80, allow_private=False)
+    assert await g.find_addresses(name, 80, allow_private=True) == ["169.254.169.254"]
+
+
+def test_an_address_in_the_config_is_looked_at_when_it_is_read(tmp_path):
+    """
+    A metadata address in a URL is told with its line, before anything is sent there.
+    """
+    text = "upstreams:\n  - name: a\n    url: http://169.254.169.254/latest\n"
+
+    with pytest.raises(g.ConfigError, match=r"3: upstreams\[0\]\.url: 169\.254\.169\.254 is a link-local or metadata"):
+        g.Config.parse(text, tmp_path / "config.yaml", g.Clock(), {})
+
+    g.Config.parse(text + "    allow_private: true\n", tmp_path / "config.yaml", g.Clock(), {})
