@@ -4947,6 +4947,15 @@ class Upstreams:
         self._healths = {name: health for name, health in self._healths.items() if health in kept}
         self.wake()
 
+    def probed(self, choice: Choice) -> None:
+        """An upstream answered, though no call asked it. That says nothing of a key's limits or credit."""
+        healths = [choice.health] + [choice.key_health] * (choice.key_health.why in ("401", "403"))
+        if any(health.cooling_until for health in healths):
+            log.info("upstream %s answers again", choice)
+            for health in healths:
+                health.close()
+            self.wake()
+
     def reset(self, name: str) -> None:
         """Forget what speaks against an upstream and its keys."""
         for place, health in self._healths.items():
@@ -4978,6 +4987,40 @@ class Upstreams:
         """End every wait."""
         for seeker in self.seekers:
             seeker.leave()
+
+
+RESET = "upstream.reset"  # beside the ledger: the name of an upstream whose health is to be forgotten
+
+
+def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
+    """Leave word for the gateway whose ledger is in `directory`; whether it took it. Raises OSError."""
+    wanted, written = directory / RESET, directory / f"{RESET}.{os.getpid()}"
+    written.write_text(name)
+    until, is_there = time.monotonic() + within_s, False
+    try:
+        while not is_there or wanted.exists():
+            if time.monotonic() > until:
+                break
+            with contextlib.suppress(FileExistsError):  # another one's: it is taken in a moment
+                if not is_there:
+                    os.link(written, wanted)  # whole, or not at all
+                    is_there = True
+            time.sleep(0.02)
+        return is_there and not wanted.exists()
+    finally:
+        if is_there and wanted.exists():
+            wanted.unlink(missing_ok=True)
+        written.unlink()
+
+
+def take_reset(directory: Path) -> str:
+    """The upstream that somebody wants forgiven, or ""."""
+    try:
+        name = (directory / RESET).read_text()
+        os.unlink(directory / RESET)
+    except OSError:
+        return ""
+    return name
 
 
 # --- 8. Demo: an upstream that needs no API key ------------------------------------
@@ -5949,6 +5992,19 @@ class Collected:
             self.done.set_exception(AttemptFailed(failure))
 
 
+async def ask_for_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
+    """Status and body of an upstream's GET /v1/models, with one of its API keys. Raises AttemptFailed."""
+    upstream, answer = choice.upstream, Collected()
+    line = await relay.line(upstream)
+    try:
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        line.send(models_head(upstream, choice.api_key, target), b"", answer)
+        return await answer.done
+    finally:
+        if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
+            line.abort()
+
+
 class ListedModel(msgspec.Struct):
     """One model of an upstream's list; what else it says is dropped."""
 
@@ -5999,19 +6055,48 @@ class Models:
 
     async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
         choices, now = self._relay.upstreams.choices(upstream), self._relay.clock.monotonic()
-        choice = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
-        line = await self._relay.line(upstream)
-        answer = Collected()
-        try:
-            target = UpstreamTarget.of(upstream.url, upstream.proxy)
-            line.send(models_head(upstream, choice.api_key, target), b"", answer)
-            status, body = await answer.done
-        finally:
-            if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
-                line.abort()
+        ready = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
+        status, body = await ask_for_models(self._relay, ready)
         if status != 200:
             raise ValueError(f"status {status}")
         return msgspec.json.decode(body, type=ModelList).data
+
+
+class Probes:
+    """Asks upstreams that are left alone for their models, where `probe` says so: who answers is let in again."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._asked_at: dict[tuple[str, int], float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def check(self, upstreams: Iterable[UpstreamConfig]) -> None:
+        """Ask whom it is time to ask."""
+        now = self._relay.clock.monotonic()
+        for upstream in upstreams:
+            if upstream.probe > 0 and upstream.format != "demo":
+                for choice in self._relay.upstreams.choices(upstream):
+                    is_cooling = choice.health.cooling_until > now or choice.key_health.cooling_until > now
+                    if is_cooling and now - self._asked_at.get(choice.place, -math.inf) >= upstream.probe:
+                        self._asked_at[choice.place] = now
+                        task = asyncio.get_running_loop().create_task(self._ask(choice))
+                        self._tasks.add(task)
+                        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, choice: Choice) -> None:
+        try:
+            async with asyncio.timeout(choice.upstream.timeouts.connect):
+                status, _ = await ask_for_models(self._relay, choice)
+        except (TimeoutError, AttemptFailed):
+            return
+        if 200 <= status < 300:
+            self._relay.upstreams.probed(choice)
+
+    async def close(self) -> None:
+        """Stop asking."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 class Gateway:
@@ -6024,6 +6109,7 @@ class Gateway:
         self.limits = Limits(self.ledger.fold, config.clock, pace)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
+        self.probes = Probes(self.relay)
         self.loaded_at = config.clock.wall()
         self.reload_failed_at: float | None = None
         self.reload_error = ""
@@ -6284,6 +6370,9 @@ class Gateway:
         self.relay.check()
         self.limits.check()
         self.ledger.tick()
+        self.probes.check(self.config.upstreams)
+        if forgiven := take_reset(self.ledger.directory):
+            self.relay.upstreams.reset(forgiven)
 
     async def drain(self, within_s: float) -> None:
         """Let running calls finish; cut those that take too long."""
@@ -6296,6 +6385,7 @@ class Gateway:
         self.stopping = True
         self.limits.close()
         self.relay.close()
+        await self.probes.close()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=1)
             for task in late:  # they wait for a connection, which may take longer than a stop does
@@ -7163,18 +7253,26 @@ def key_table(config: Config) -> str:
     return "\n".join(lines)
 
 
+def upstream_text(upstream: UpstreamConfig) -> str:
+    """An upstream in a line."""
+    models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
+    keys = {0: "" if upstream.format == "demo" else ", no API key", 1: ""}
+    share = f", priority {upstream.priority}, weight {upstream.weight:g}"
+    many = keys.get(len(upstream.api_key), f", {len(upstream.api_key)} API keys")
+    return f"{upstream.name}: {upstream.format}{' ' * bool(upstream.url)}{upstream.url}, models {models}{share}{many}"
+
+
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
     print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes")
-    print(f"ledger in {config.usage_directory}\n\nupstreams, the first that serves a model is asked:")
-    for upstream in config.upstreams:
-        models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
-        sealed = "" if upstream.api_key or upstream.format == "demo" else ", no API key"
-        url = f" {upstream.url}" if upstream.url else ""
-        print(f"  {upstream.name}: {upstream.format}{url}, models {models}{sealed}")
+    print(f"ledger in {config.usage_directory}\n\nupstreams, of those that serve a model the lowest priority is asked:")
+    for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
+        print(f"  {upstream_text(upstream)}")
+    policies = ", ".join(f"{policy} for {pattern}" for pattern, policy in config.routing.policy) or "sticky"
+    print(f"\nchoice: {policies}; at most {config.routing.max_attempts} attempts in {config.routing.deadline:g} s")
     print("\nkeys:")
     print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
     if config.warnings:
@@ -7672,6 +7770,32 @@ def bounded_count(text: str) -> int:
     return value
 
 
+def named_upstream(config: Config, name: str) -> UpstreamConfig:
+    """The upstream of that name. Raises CommandError."""
+    names = [upstream.name for upstream in config.upstreams]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, 1)
+        meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
+        raise CommandError(f"there is no upstream named {name!r}{meant}")
+    return config.upstreams[names.index(name)]
+
+
+RESET_WAIT_S = 3.0
+
+
+def command_upstream_reset(options: argparse.Namespace) -> None:
+    """Let an upstream that is left alone be asked again at once."""
+    config = Config.load(options.config)
+    name = named_upstream(config, options.name).name
+    try:
+        is_taken = ask_for_reset(config.usage_directory, name, RESET_WAIT_S)
+    except OSError as error:
+        raise CommandError(f"cannot write to {config.usage_directory}: {error.strerror}") from None
+    if not is_taken:
+        raise CommandError(f"no gateway that runs on {config.usage_directory} took it in; a start forgets as well")
+    print(f"{name}: what spoke against it is forgotten, it is asked again.")
+
+
 def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
     """`usage`: its options, and the commands that it has besides summing up."""
     usage.add_argument(
@@ -7749,6 +7873,9 @@ def arguments() -> argparse.ArgumentParser:
     seal = add(commands, "seal", command_seal)
     seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
     usage_arguments(add(commands, "usage", command_usage), add)
+    upstream_parser = commands.add_parser("upstream", parents=[common], help="Let upstreams be asked again.")
+    upstream_commands = upstream_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add(upstream_commands, "reset", command_upstream_reset).add_argument("name", metavar="NAME")
     add(commands, "status", command_status)
     return parser
 

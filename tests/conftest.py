@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,22 @@ class GatewayUnderTest:
         """Overwrite the config and have it read; whether it was taken."""
         self.path.write_text(text)
         return await self.gateway.reload()
+
+
+@contextlib.asynccontextmanager
+async def passing_time(gateway: GatewayUnderTest, seconds: float = 0.25) -> AsyncIterator[None]:
+    """Time goes by, far faster than outside."""
+
+    async def go_by() -> None:
+        while True:
+            gateway.tick(seconds)
+            await asyncio.sleep(0.001)
+
+    task = asyncio.ensure_future(go_by())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 CONFIG = """

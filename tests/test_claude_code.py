@@ -11,14 +11,20 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import KEY
+from conftest import KEY, passing_time
 from upstream import (
     Request,
     Step,
     block_start,
+    close,
+    end,
+    error_event,
     head,
+    json_body,
     message_json,
     message_start,
+    ping,
+    raw,
     reset_peer,
     stall,
     stream_of,
@@ -178,6 +184,41 @@ async def test_an_upstream_that_dies_in_mid_stream_does_not_pass_for_an_answer(c
     assert output.strip() in ("a whole sentence", "said without a stream")
     assert [entry["outcome"] for entry in gateway.entries()] == ["upstream_cut", "completed"]
     assert len(upstream.requests) == 2
+
+
+async def test_an_upstream_that_fails_in_three_ways_before_its_content_is_not_seen(claude, gateway, upstream, caplog):
+    """
+    529, a drop in mid-head, an error event before content: the tool turn completes, in one request for each turn.
+    """
+    overloaded = {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}
+    faults = [
+        json_body(overloaded, status=529),
+        [raw(b"HTTP/1.1 200 OK\r\ncontent-ty"), close()],
+        [head(200, "text/event-stream"), message_start(12), ping(), error_event("api_error", "no"), end()],
+    ]
+
+    def answer(request: Request) -> list[Step]:
+        if faults:
+            return faults.pop(0)
+        if b"tool_result" in request.body:
+            return stream_of("The tool has run.")
+        return tool_use("Bash", {"command": "echo from-the-$((40 + 2))", "description": "say it"})
+
+    upstream.script = by_request(answer)
+    await gateway.write(gateway.path.read_text().replace("max_attempts: 1, breaker: {failures: 1000}", ""))
+
+    async with passing_time(gateway):
+        output = await said(await claude("-p", "run it", "--allowedTools", "Bash"))
+
+    assert output.strip() == "The tool has run."
+    assert b"from-the-42" in upstream.requests[-1].body
+    calls = [entry for entry in gateway.entries() if entry["type"] == "call"]
+    assert [[attempt["outcome"] for attempt in call["attempts"]] for call in calls] == [
+        ["529", "cut", "500", "completed"],
+        ["completed"],
+    ]
+    assert len(upstream.requests) == 5
+    caplog.clear()
 
 
 async def test_a_session_goes_on_with_json_output(claude, gateway, upstream):

@@ -182,12 +182,16 @@ upstreams:
     models: {{"claude-opus-*": big, "claude-*": "*"}}
   - name: openai
     url: https://api.openai.com
-    api_key: ${{OPENAI_API_KEY}}
+    api_key: ["${{OPENAI_API_KEY}}", "${{OPENAI_API_KEY}}-2"]
     format: openai
     models: ["gpt-*"]
+    priority: 2
   - name: open
     url: http://10.0.0.1:8080/v1
+    priority: 3
+    weight: 0.5
   - {{name: demo, format: demo}}
+routing: {{policy: {{"gpt-*": least_busy}}, max_attempts: 3}}
 keys:
   - name: alice
     key: {KEY}
@@ -210,11 +214,13 @@ keys:
 listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes
 ledger in {shell.folder}/usage
 
-upstreams, the first that serves a model is asked:
-  anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*
-  openai: openai https://api.openai.com, models gpt-*
-  open: anthropic http://10.0.0.1:8080/v1, models *, no API key
-  demo: demo, models *
+upstreams, of those that serve a model the lowest priority is asked:
+  anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*, priority 1, weight 1
+  demo: demo, models *, priority 1, weight 1
+  openai: openai https://api.openai.com, models gpt-*, priority 2, weight 1, 2 API keys
+  open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, no API key
+
+choice: least_busy for gpt-*; at most 3 attempts in 600 s
 
 keys:
   alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, \

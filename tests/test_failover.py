@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from client import Reply, request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, until
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, passing_time, until
 from upstream import (
     Request,
     Script,
@@ -124,22 +124,6 @@ def written(script: list[Step]) -> bytes:
         except StopIteration as stop:
             return stop.value
     raise AssertionError("a step that waits")
-
-
-@contextlib.asynccontextmanager
-async def passing_time(gateway: GatewayUnderTest, seconds: float = 0.25) -> AsyncIterator[None]:
-    """Time goes by, far faster than outside."""
-
-    async def go_by() -> None:
-        while True:
-            gateway.tick(seconds)
-            await asyncio.sleep(0.001)
-
-    task = asyncio.ensure_future(go_by())
-    try:
-        yield
-    finally:
-        task.cancel()
 
 
 def api_error(status: int, kind: str, **headers: str) -> list[Step]:
@@ -700,6 +684,111 @@ async def test_an_errors_body_is_read_so_that_its_connection_serves_again(start_
     assert endless.status == 502 and endless.error["type"] == "api_error"
     await until(lambda: not upstreams["a"].open_connections)
     caplog.clear()
+
+
+# --- what is left alone, and how it comes back ----------------------------------------------------
+
+
+async def open_breaker(gateway: GatewayUnderTest, upstream: ScriptedUpstream, fault: str) -> dict:
+    """Have an upstream fail until it is left alone; how it then stands."""
+    upstream.script = FAULTS[fault]
+    while (standing := (await gateway.get("/health")).json["upstreams"][0])["state"] == "ok":
+        await gateway.post("/v1/messages", HELLO)
+    return standing
+
+
+@pytest.mark.logs("upstream a is left alone for")
+@pytest.mark.logs("no answer after 1 attempts")
+async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upstreams):
+    """
+    After three failures in a row nobody is sent there; then one call finds out, and its answer lets the others in.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1, wait: 5s"))
+    standing = await open_breaker(gateway, upstreams["a"], "closed before the head")
+    refused = await gateway.post("/v1/messages", HELLO)
+    gateway.tick(12)
+    half_open = (await gateway.get("/health")).json["upstreams"][0]["state"]
+    go_on = asyncio.Event()
+    upstreams["a"].script = lambda request: [wait_for(go_on), *stream_of("Hello")]
+    calls = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(5)]
+    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4)
+    asked = len(upstreams["a"].requests)
+    go_on.set()
+    replies = await asyncio.gather(*calls)
+
+    assert (standing["state"], standing["why"], standing["failures"]) == ("cooling", "cut", 3)
+    assert standing["since"] == "2026-09-21T14:13:20.000Z" and standing["until"].startswith("2026-09-21T14:13:")
+    assert (refused.status, refused.error["type"], half_open) == (529, "overloaded_error", "half_open")
+    assert asked == 4  # three that failed, and the one that finds out
+    assert [reply.texts for reply in replies] == [["Hello"]] * 5
+    assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
+
+
+@pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
+@pytest.mark.logs("no answer after 1 attempts")
+async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, capsys):
+    """
+    `gateway.py upstream reset NAME` reaches the running gateway through its ledger's folder, at its next tick.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    await gateway.post("/v1/messages", HELLO)
+    upstreams["a"].script = FAULTS["401"]
+    await gateway.post("/v1/messages", HELLO)
+    before = (await gateway.get("/health")).json["upstreams"][0]["keys"][0]["state"]
+    upstreams["a"].script = good("a")
+
+    command = ["--config", str(gateway.path), "upstream", "reset", "a"]
+    running = asyncio.get_running_loop().run_in_executor(None, g.main, command)
+    async with passing_time(gateway, 0.0):
+        code = await running
+
+    assert (before, code) == ("cooling", 0)
+    assert capsys.readouterr().out == "a: what spoke against it is forgotten, it is asked again.\n"
+    reply = await gateway.post("/v1/messages", ask_of(2))
+    assert reply.texts == ["a ", "heard ", "question 2"], reply
+    assert [path.name for path in gateway.gateway.ledger.directory.glob("upstream*")] == []
+
+
+def test_upstream_reset_says_when_nobody_listens(tmp_path, monkeypatch, capsys):
+    """
+    A name that is not there is told with what was meant, and a reset that nobody took leaves nothing behind.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_text("upstreams: [{name: anthropic, format: demo}]\n")
+    (tmp_path / "usage").mkdir()
+    monkeypatch.setattr(g, "RESET_WAIT_S", 0.0)
+
+    codes = [g.main(["--config", str(path), "upstream", "reset", name]) for name in ("anthropc", "anthropic")]
+
+    assert codes == [1, 1]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "error: there is no upstream named 'anthropc', did you mean anthropic?"
+    assert second == f"error: no gateway that runs on {tmp_path}/usage took it in; a start forgets as well"
+    assert list((tmp_path / "usage").iterdir()) == []
+
+
+@pytest.mark.logs("upstream a is left alone for")
+async def test_a_probe_lets_an_upstream_in_that_answers_again(start_gateway, upstreams):
+    """
+    With `probe` nobody has to wait for the end of a cooldown: the list of models is asked for, and a 200 ends it.
+    """
+    routing, more = "max_attempts: 1, breaker: {cooldown: 5m}", {"a": ", probe: 10s"}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, routing, more))
+    await open_breaker(gateway, upstreams["a"], "500")
+    upstreams["a"].script = json_body({"data": []}, status=500)
+    gateway.tick()
+    await until(lambda: upstreams["a"].requests[-1].method == "GET")
+    for _ in range(9):
+        gateway.tick(1)
+    probes = [request.target for request in upstreams["a"].requests if request.method == "GET"]
+    still = (await gateway.get("/health")).json["upstreams"][0]["state"]
+    upstreams["a"].script = json_body({"data": []})
+
+    gateway.tick(1)
+    await until(lambda: not gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])[0].health.why)
+
+    assert (probes, still) == (["/v1/models?limit=1000"], "cooling")
+    assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
 # --- repairs ------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_every_command_stands_in_the_readme(capsys):
     help_text = g.arguments().format_help()
     commands = re.findall(r"^    (\w+)  ", help_text, re.MULTILINE)
 
-    assert len(commands) == 7
+    assert len(commands) == 8
     assert [command for command in commands if f"gateway.py {command}" not in README] == []
 
 
@@ -68,6 +68,22 @@ def test_every_path_that_is_served_stands_in_the_readme():
     ]
 
     assert [path for path in paths if f"{path}`" not in README and f"{path} " not in README] == []
+
+
+def test_the_table_of_verdicts_is_the_one_that_the_program_goes_by():
+    """
+    Whoever runs several upstreams reads what each failure means; the table here is the one in the code.
+    """
+    blamed = {"none": "nobody", "key": "the API key", "upstream": "the upstream"}
+    rows = [
+        (case, g.VERDICT_MEANINGS[case], "yes" if v.try_next else "no", blamed[v.blame], v.cooldown_s, v.passes)
+        for case, v in g.VERDICTS.items()
+    ]
+
+    found = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \| (.*) \| (.*) \| (yes)? ?\|$", README, re.MULTILINE)
+
+    shown = [(*row[:4], g.parse_duration(row[4].replace(" ", "") or "0s"), row[5] == "yes") for row in found]
+    assert shown == rows and set(g.VERDICT_MEANINGS) == set(g.VERDICTS)
 
 
 def test_every_outcome_stands_in_the_readme():
