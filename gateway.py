@@ -4927,6 +4927,7 @@ class Upstreams:
         others = [self.choices(peer)[0].health.usual_first_byte(call.model) for peer in peers if peer is not upstream]
         usual = sorted(seconds for seconds in others if seconds is not None)
         if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
+            health.slow_until = {model: until for model, until in health.slow_until.items() if until > now}
             health.slow_until[call.model] = now + SLOW_S
             health.first_bytes.clear()
             log.warning(
@@ -5813,6 +5814,8 @@ class Relay:
         self.running.add(exchange)
         try:
             return await self._answer(exchange)
+        except BadRequest as error:  # a body that a rename or a repair cannot read
+            return Outcome("refused", error=error)
         except asyncio.CancelledError:
             if not exchange.done.done():
                 raise
