@@ -5439,6 +5439,7 @@ class Attempt:
     def _decide(self, last: bool) -> None:
         failure = self._failure(last)
         if failure:
+            self.drop_line()  # where it is not whole: what still comes is nobody's
             return self.exchange.failed(failure)
         data, self.held = b"".join(self.held or ()), None
         self.exchange.opened(self)
@@ -5485,8 +5486,10 @@ class Attempt:
     @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
-        began = self.is_streaming or self.meter.error_type or not self.text().lstrip().startswith(b"{")
-        return self.status == 200 and self.meter.charged and (self.meter.seen_input or not began)
+        if self.status != 200 or not self.meter.charged or self.meter.seen_input:
+            return self.status == 200 and self.meter.charged
+        is_answer = not self.is_streaming and not self.meter.error_type
+        return is_answer and self.text().lstrip().startswith(b"{")
 
     # The end
 
