@@ -1560,9 +1560,9 @@ class ConfigBuilder:
             self._check_url((*at, "url"), upstream.url, ("http", "https"))
             if "@" in urllib.parse.urlsplit(upstream.url).netloc:
                 raise self._document.problem((*at, "url"), "expected no user or password in it; api_key is for that")
+            self._check_literal((*at, "url"), upstream)
         if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
             raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
-            self._check_literal((*at, "url"), upstream)
         proxy = self._unseal((*at, "proxy"), upstream.proxy) if upstream.proxy else None
         if proxy:
             self._check_url((*at, "proxy"), proxy, ("http",))
