@@ -150,7 +150,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args, get_origin
 
 import httptools
 import msgspec
@@ -1161,7 +1161,8 @@ def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int]
         meant = f", did you mean {close[0]}?" if close else ""
         return [*steps, found[1]], f"unknown setting{meant} (there are: {', '.join(names)})"
     if found := re.fullmatch(r"Invalid enum value (.*)", message):
-        choices = get_args(settings_at(kind, steps[:-1])[str(steps[-1])])
+        expected = settings_at(kind, steps[:-1])[str(steps[-1])]
+        choices = [c for a in (expected, *get_args(expected)) if get_origin(a) is Literal for c in get_args(a)]
         return steps, f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {found[1]}"
     if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
         message += ": YAML reads it so; put it in quotes"
