@@ -1032,11 +1032,12 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
 
     def verdict(self, case: str) -> Verdict:
         """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
-        for name in (case, f"{case[0]}xx"):
-            if name in self.verdicts or name in VERDICTS:
-                verdict = VERDICTS.get(name) or VERDICTS[f"{case[0]}xx"]
-                return self.verdicts[name].over(verdict) if name in self.verdicts else verdict
-        return VERDICTS["unexpected"]
+        row = next((name for name in (case, f"{case[0]}xx") if name in VERDICTS), "unexpected")
+        verdict = VERDICTS[row]
+        for name in dict.fromkeys((row, case)):
+            if name in self.verdicts:
+                verdict = self.verdicts[name].over(verdict)
+        return verdict
 
 
 class Serving(NamedTuple):
