@@ -1590,13 +1590,16 @@ class ConfigBuilder:
         opened: dict[str, Secret] = {}
         for name, written in upstream.headers.set.items():
             value = self._unseal((*steps, "set", name), written)
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in FRAMING:
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in (*FRAMING, "accept-encoding"):
                 raise self._document.problem((*steps, "set", name), "no header that can be set")
             if not value.isascii() or not value.isprintable():
                 raise self._document.problem((*steps, "set", name), "expected printable ASCII")
             if SECRET_HEADER.search(name):
                 self._warn_of_plain((*steps, "set", name), upstream.name, written)
             opened[name] = value
+        for j, name in enumerate(upstream.headers.remove):
+            if name.lower() in (*FRAMING, "accept-encoding", "host"):
+                raise self._document.problem((*steps, "remove", j), "no header that can be removed")
         if not (opened or upstream.headers.remove):
             return NO_RULES
         return HeaderRules(opened, tuple(name.lower() for name in upstream.headers.remove))
