@@ -4780,6 +4780,12 @@ class Upstreams:
                 return ready[0]
         return None
 
+    def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
+        """Whether there is somebody to be asked now; takes nobody's turn."""
+        now = self._clock.monotonic()
+        choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
+        return any(choice.is_ready(now) and choice.place not in tried for choice in choices)
+
     def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
         if policy == "round_robin":
@@ -5845,7 +5851,8 @@ class Relay:
             return limit
         own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream)}
         is_last = len(exchange.attempts) + 1 >= routing.max_attempts
-        return limit if is_last or self.upstreams.choose(call, exchange.tried | own) is None else routing.patience
+        has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
+        return routing.patience if has_other else limit
 
     def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """An answer that was relayed has come to its end: what does that say of its upstream?"""
