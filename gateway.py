@@ -4803,8 +4803,12 @@ class Upstreams:
             home = rendezvous(affinity, name, each[1].upstream.weight)
             return home, rendezvous(affinity, f"{name}\0{each[1].number}", 1.0)
 
+        def at_rest(each: tuple[str, Choice]) -> tuple[float, ...]:
+            weight = each[1].weight
+            return weight > 0, -each[1].key_health.running / (weight or 1.0), *at_home(each)
+
         if policy == "least_busy":
-            return max(ready, key=lambda each: (-each[1].key_health.running / (each[1].weight or 1e-9), *at_home(each)))
+            return max(ready, key=at_rest)
         return max(ready, key=at_home)
 
     def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
