@@ -4583,6 +4583,7 @@ class Health:
 
     __slots__ = (
         "cooling_until",
+        "era",
         "failures",
         "first_bytes",
         "is_tried",
@@ -4598,11 +4599,13 @@ class Health:
     def __init__(self) -> None:
         self.running = 0
         self.turn = 0.0  # of round robin
+        self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
         self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
         self.reset()
 
     def reset(self) -> None:
         """Forget what spoke against it."""
+        self.era += 1
         self.failures = self.trips = 0  # each in a row
         self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
         self.is_tried = False  # half open, and a call is on its way to find out
@@ -4622,6 +4625,7 @@ class Health:
     def cool_down(self, seconds: float, why: str, clock: Clock) -> None:
         """Leave it alone for so long."""
         self.trips += 1
+        self.era += 1
         self.is_tried = False
         self.why, self.since = why, clock.wall()
         self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
@@ -4692,7 +4696,7 @@ def rendezvous(affinity: str, name: str, weight: float) -> float:
 class Ticket:
     """A slot on one key of one upstream, taken for one attempt. A context manager: leaving it gives the slot back."""
 
-    __slots__ = ("_upstreams", "call", "choice", "model", "trials")
+    __slots__ = ("_eras", "_upstreams", "call", "choice", "model", "trials")
 
     def __init__(self, upstreams: Upstreams, call: Call, choice: Choice, model: str) -> None:
         self._upstreams = upstreams
@@ -4700,6 +4704,7 @@ class Ticket:
         self.model = model  # as the upstream knows it
         choice.health.running += 1
         choice.key_health.running += 1
+        self._eras = choice.health.era, choice.key_health.era
         self.trials: list[Health] = []  # half open: this call finds out
         if choice.health.cooling_until or choice.key_health.cooling_until:
             self.trials = [health for health in (choice.health, choice.key_health) if health.cooling_until]
@@ -4709,11 +4714,16 @@ class Ticket:
     def __enter__(self) -> Ticket:
         return self
 
+    def is_of_now(self, health: Health) -> bool:
+        """Whether this attempt began after the last trip or reset of its upstream's or key's health."""
+        return health.era == self._eras[health is self.choice.key_health]
+
     def __exit__(self, *exc: object) -> None:
         self.choice.health.running -= 1
         self.choice.key_health.running -= 1
         for health in self.trials:  # it never came to an answer: let another one find out
-            health.is_tried = False
+            if self.is_of_now(health):
+                health.is_tried = False
         if self._upstreams.seekers:
             self._upstreams.wake()
 
@@ -4877,7 +4887,7 @@ class Upstreams:
         if first_byte_s is not None and len(ticket.call.servings) > 1:
             self._judge_speed(ticket, first_byte_s)
         if ticket.trials:
-            for health in ticket.trials:
+            for health in filter(ticket.is_of_now, ticket.trials):
                 health.close()
             ticket.trials = []
             log.info("upstream %s answers again", ticket.choice)
@@ -4896,12 +4906,12 @@ class Upstreams:
             return self.answered(ticket)
         health = choice.health if verdict.blame == "upstream" else choice.key_health
         is_trial = health in ticket.trials
-        if health is choice.key_health and choice.health in ticket.trials:
+        if health is choice.key_health and choice.health in ticket.trials and ticket.is_of_now(choice.health):
             ticket.trials.remove(choice.health)  # the upstream itself answers
             choice.health.close()
-        health.failures += 1
-        if not is_trial and health.cooling_until:
+        if not ticket.is_of_now(health):
             return None  # it began before the others found out
+        health.failures += 1
         if is_trial:
             ticket.trials.remove(health)
         at_once = retry_after_s or verdict.cooldown_s
