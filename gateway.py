@@ -4953,7 +4953,7 @@ class Upstreams:
         usual = sorted(seconds for seconds in others if seconds is not None)
         if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
             health.slow_until[call.model] = now + SLOW_S
-            health.first_bytes.clear()
+            del health.first_bytes[call.model]
             log.warning(
                 "upstream %s is slow: %.1f s to the first byte of %s, others %.1f s. It rests for %.0f s",
                 upstream.name,
