@@ -3695,11 +3695,27 @@ def read_request(call: Call) -> None:
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
+class Speaker(msgspec.Struct):
+    """Whose turn of a conversation it is."""
+
+    role: str = ""
+
+
 class Opening(msgspec.Struct):
     """What stays the same in every request of a conversation."""
 
     system: msgspec.Raw = msgspec.Raw(b"")
     messages: list[msgspec.Raw] = []
+
+    def text(self) -> bytes:
+        """System and first user message, without the marks of prompt caching: they move on. Raises as decoding does."""
+        roles = (msgspec.json.decode(message, type=Speaker).role for message in self.messages)
+        first = next((i for i, role in enumerate(roles) if role == "user"), 0)
+        *pieces, last = CACHE_MARK.split(bytes(self.system) + b"".join(map(bytes, self.messages[: first + 1])))
+        return b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last
+
+
+CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 
 
 def find_affinity(call: Call) -> str:
@@ -3709,8 +3725,7 @@ def find_affinity(call: Call) -> str:
         if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
             with contextlib.suppress(*UNREADABLE):
                 opening = msgspec.json.decode(call.body, type=Opening)
-                beginning = bytes(opening.system) + b"".join(map(bytes, opening.messages[:1]))
-                call.affinity = hashlib.blake2b(beginning, digest_size=16).hexdigest()
+                call.affinity = hashlib.blake2b(opening.text(), digest_size=16).hexdigest()
     return call.affinity
 
 
