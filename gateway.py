@@ -3729,6 +3729,15 @@ def find_affinity(call: Call) -> str:
     return call.affinity
 
 
+THOUGHTS = ("thinking", "redacted_thinking")
+
+
+class Block(msgspec.Struct):
+    """What kind of content a block is."""
+
+    type: str = ""
+
+
 def without_thinking(body: bytes) -> bytes:
     """A Messages request without its thinking blocks, whose signatures another account does not know.
 
@@ -3741,8 +3750,8 @@ def without_thinking(body: bytes) -> bytes:
         in_chain = b'"tool_result"' in bytes(turns[-1].get("content", b"")) if turns else False
         for turn in turns:
             if bytes(turn.get("role", b"")) == b'"assistant"' and bytes(turn["content"])[:1] == b"[":
-                blocks = msgspec.json.decode(turn["content"], type=list[dict[str, Any]])
-                blocks = [block for block in blocks if block.get("type") not in ("thinking", "redacted_thinking")]
+                blocks = msgspec.json.decode(turn["content"], type=list[msgspec.Raw])
+                blocks = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
                 turn["content"] = msgspec.Raw(msgspec.json.encode(blocks))
             if bytes(turn.get("content", b"")) != b"[]":
                 kept.append(turn)
