@@ -4573,10 +4573,10 @@ def read_seconds(text: str, now: float) -> float | None:
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
     if parts and "".join(number + unit for number, unit in parts) == text:
         return sum(float(number) * TIME_UNITS[unit] for number, unit in parts)
-    with contextlib.suppress(ValueError, OverflowError):
-        return dt.datetime.fromisoformat(text).timestamp() - now
-    with contextlib.suppress(ValueError, OverflowError, TypeError):
-        return email.utils.parsedate_to_datetime(text).timestamp() - now
+    for parse in (dt.datetime.fromisoformat, email.utils.parsedate_to_datetime):
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            when = parse(text)
+            return (when if when.tzinfo else when.replace(tzinfo=dt.UTC)).timestamp() - now
     return None
 
 
