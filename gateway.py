@@ -3695,6 +3695,9 @@ def read_request(call: Call) -> None:
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
+CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
+
+
 class Speaker(msgspec.Struct):
     """Whose turn of a conversation it is."""
 
@@ -3713,9 +3716,6 @@ class Opening(msgspec.Struct):
         first = next((i for i, role in enumerate(roles) if role == "user"), 0)
         *pieces, last = CACHE_MARK.split(bytes(self.system) + b"".join(map(bytes, self.messages[: first + 1])))
         return b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last
-
-
-CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 
 
 def find_affinity(call: Call) -> str:
