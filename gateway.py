@@ -5356,6 +5356,7 @@ class Attempt:
         "is_whole",
         "line",
         "meter",
+        "passed",
         "sent_at",
         "status",
         "ticket",
@@ -5375,6 +5376,7 @@ class Attempt:
         self.held_size = 0
         self.is_streaming = self.is_whole = False
         self.upstream_request_id = ""
+        self.passed = ""  # the case of an error that is the client's at once
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.heard_at = 0.0  # when the upstream last spoke
@@ -5481,7 +5483,14 @@ class Attempt:
     def _unless_it_passes(self, failure: Failure) -> Failure | None:
         """An error that nobody else would answer differently is the client's, where its answer has not begun."""
         verdict = self.upstream.verdict(failure.case)
-        return None if verdict.passes and not verdict.try_next and not self.exchange.is_committed else failure
+        if not verdict.passes or verdict.try_next or self.exchange.is_committed:
+            return failure
+        self.passed = failure.case
+        return None
+
+    def retry_after_s(self) -> float | None:
+        """When a refusal says to come again."""
+        return read_retry_after(self.headers, self.ticket.call.config.clock.wall()) if self.status >= 400 else None
 
     def text(self) -> bytes:
         """What is held back."""
@@ -5611,7 +5620,8 @@ class Exchange:
         """The first content: the answer is the client's."""
         self.call.body = b""  # no attempt will need it again
         waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
-        self._relay.upstreams.answered(attempt.ticket, waited_s)
+        if not attempt.passed:
+            self._relay.upstreams.answered(attempt.ticket, waited_s)
         self.status = attempt.status
         if self.sink and not self.is_committed:
             self.sink.head(attempt.status, attempt.headers, attempt.is_streaming)
@@ -5646,8 +5656,7 @@ class Exchange:
         """The attempt failed, and the client has seen nothing of it."""
         attempt = self.attempt
         if not self.done.done():
-            headers = attempt.headers if attempt and attempt.status >= 400 else []
-            wait = read_retry_after(headers, self.call.config.clock.wall())
+            wait = attempt.retry_after_s() if attempt else None
             self.done.set_exception(AttemptFailed(failure, retry_after_s=wait))
 
     def crash(self, error: Exception) -> None:
@@ -5895,6 +5904,10 @@ class Relay:
     def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """An answer that was relayed has come to its end: what does that say of its upstream?"""
         attempt, is_theirs = exchange.attempt, outcome in ("upstream_cut", "timeout")
+        if attempt and attempt.passed and outcome in ("refused", "upstream_error"):
+            self.upstreams.failed(ticket, attempt.passed, attempt.retry_after_s())
+            is_fine = attempt.upstream.verdict(attempt.passed).blame == "none"
+            return self.upstreams.finished(ticket) if is_fine else None
         if outcome == "upstream_error" and attempt:
             status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
             is_theirs = attempt.upstream.verdict(status).blame != "none"

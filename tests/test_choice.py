@@ -7,6 +7,7 @@ import heapq
 import itertools
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
@@ -885,6 +886,21 @@ def test_an_answer_says_when_to_come_again(headers, expected):
     seconds = g.read_retry_after([(name.encode(), value.encode()) for name, value in headers.items()], START)
 
     assert seconds == (expected if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("text", ["2026-09-21T14:13:50", "2026-09-21T14:13:50Z", "Mon, 21 Sep 2026 14:13:50 -0000"])
+def test_a_time_without_a_zone_is_utc_wherever_the_gateway_runs(monkeypatch, text):
+    """
+    The machine's own zone has no say in when to come again.
+    """
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+
+    seconds = g.read_seconds(text, START)
+
+    monkeypatch.undo()
+    time.tzset()
+    assert seconds == 30.0
 
 
 NAMES = ["retry-after", "retry-after-ms", "anthropic-ratelimit-tokens-reset", "anthropic-ratelimit-tokens-remaining"]
