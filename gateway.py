@@ -150,7 +150,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args, get_origin
 
 import httptools
 import msgspec
@@ -1032,11 +1032,12 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
 
     def verdict(self, case: str) -> Verdict:
         """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
-        for name in (case, f"{case[0]}xx"):
-            if name in self.verdicts or name in VERDICTS:
-                verdict = VERDICTS.get(name) or VERDICTS[f"{case[0]}xx"]
-                return self.verdicts[name].over(verdict) if name in self.verdicts else verdict
-        return VERDICTS["unexpected"]
+        row = next((name for name in (case, f"{case[0]}xx") if name in VERDICTS), "unexpected")
+        verdict = VERDICTS[row]
+        for name in dict.fromkeys((row, case)):
+            if name in self.verdicts:
+                verdict = self.verdicts[name].over(verdict)
+        return verdict
 
 
 class Serving(NamedTuple):
@@ -1161,7 +1162,8 @@ def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int]
         meant = f", did you mean {close[0]}?" if close else ""
         return [*steps, found[1]], f"unknown setting{meant} (there are: {', '.join(names)})"
     if found := re.fullmatch(r"Invalid enum value (.*)", message):
-        choices = get_args(settings_at(kind, steps[:-1])[str(steps[-1])])
+        expected = settings_at(kind, steps[:-1])[str(steps[-1])]
+        choices = [c for a in (expected, *get_args(expected)) if get_origin(a) is Literal for c in get_args(a)]
         return steps, f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {found[1]}"
     if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
         message += ": YAML reads it so; put it in quotes"
@@ -1588,13 +1590,16 @@ class ConfigBuilder:
         opened: dict[str, Secret] = {}
         for name, written in upstream.headers.set.items():
             value = self._unseal((*steps, "set", name), written)
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in FRAMING:
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in (*FRAMING, "accept-encoding"):
                 raise self._document.problem((*steps, "set", name), "no header that can be set")
             if not value.isascii() or not value.isprintable():
                 raise self._document.problem((*steps, "set", name), "expected printable ASCII")
             if SECRET_HEADER.search(name):
                 self._warn_of_plain((*steps, "set", name), upstream.name, written)
             opened[name] = value
+        for j, name in enumerate(upstream.headers.remove):
+            if name.lower() in (*FRAMING, "accept-encoding", "host"):
+                raise self._document.problem((*steps, "remove", j), "no header that can be removed")
         if not (opened or upstream.headers.remove):
             return NO_RULES
         return HeaderRules(opened, tuple(name.lower() for name in upstream.headers.remove))
@@ -3690,11 +3695,27 @@ def read_request(call: Call) -> None:
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
+CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
+
+
+class Speaker(msgspec.Struct):
+    """Whose turn of a conversation it is."""
+
+    role: str = ""
+
+
 class Opening(msgspec.Struct):
     """What stays the same in every request of a conversation."""
 
     system: msgspec.Raw = msgspec.Raw(b"")
     messages: list[msgspec.Raw] = []
+
+    def text(self) -> bytes:
+        """System and first user message, without the marks of prompt caching: they move on. Raises as decoding does."""
+        roles = (msgspec.json.decode(message, type=Speaker).role for message in self.messages)
+        first = next((i for i, role in enumerate(roles) if role == "user"), 0)
+        *pieces, last = CACHE_MARK.split(bytes(self.system) + b"".join(map(bytes, self.messages[: first + 1])))
+        return b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last
 
 
 def find_affinity(call: Call) -> str:
@@ -3704,9 +3725,17 @@ def find_affinity(call: Call) -> str:
         if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
             with contextlib.suppress(*UNREADABLE):
                 opening = msgspec.json.decode(call.body, type=Opening)
-                beginning = bytes(opening.system) + b"".join(map(bytes, opening.messages[:1]))
-                call.affinity = hashlib.blake2b(beginning, digest_size=16).hexdigest()
+                call.affinity = hashlib.blake2b(opening.text(), digest_size=16).hexdigest()
     return call.affinity
+
+
+THOUGHTS = ("thinking", "redacted_thinking")
+
+
+class Block(msgspec.Struct):
+    """What kind of content a block is."""
+
+    type: str = ""
 
 
 def without_thinking(body: bytes) -> bytes:
@@ -3721,8 +3750,8 @@ def without_thinking(body: bytes) -> bytes:
         in_chain = b'"tool_result"' in bytes(turns[-1].get("content", b"")) if turns else False
         for turn in turns:
             if bytes(turn.get("role", b"")) == b'"assistant"' and bytes(turn["content"])[:1] == b"[":
-                blocks = msgspec.json.decode(turn["content"], type=list[dict[str, Any]])
-                blocks = [block for block in blocks if block.get("type") not in ("thinking", "redacted_thinking")]
+                blocks = msgspec.json.decode(turn["content"], type=list[msgspec.Raw])
+                blocks = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
                 turn["content"] = msgspec.Raw(msgspec.json.encode(blocks))
             if bytes(turn.get("content", b"")) != b"[]":
                 kept.append(turn)
@@ -4544,10 +4573,10 @@ def read_seconds(text: str, now: float) -> float | None:
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
     if parts and "".join(number + unit for number, unit in parts) == text:
         return sum(float(number) * TIME_UNITS[unit] for number, unit in parts)
-    with contextlib.suppress(ValueError, OverflowError):
-        return dt.datetime.fromisoformat(text).timestamp() - now
-    with contextlib.suppress(ValueError, OverflowError, TypeError):
-        return email.utils.parsedate_to_datetime(text).timestamp() - now
+    for parse in (dt.datetime.fromisoformat, email.utils.parsedate_to_datetime):
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            when = parse(text)
+            return (when if when.tzinfo else when.replace(tzinfo=dt.UTC)).timestamp() - now
     return None
 
 
@@ -4578,6 +4607,7 @@ class Health:
 
     __slots__ = (
         "cooling_until",
+        "era",
         "failures",
         "first_bytes",
         "is_tried",
@@ -4593,11 +4623,13 @@ class Health:
     def __init__(self) -> None:
         self.running = 0
         self.turn = 0.0  # of round robin
+        self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
         self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
         self.reset()
 
     def reset(self) -> None:
         """Forget what spoke against it."""
+        self.era += 1
         self.failures = self.trips = 0  # each in a row
         self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
         self.is_tried = False  # half open, and a call is on its way to find out
@@ -4617,6 +4649,7 @@ class Health:
     def cool_down(self, seconds: float, why: str, clock: Clock) -> None:
         """Leave it alone for so long."""
         self.trips += 1
+        self.era += 1
         self.is_tried = False
         self.why, self.since = why, clock.wall()
         self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
@@ -4687,7 +4720,7 @@ def rendezvous(affinity: str, name: str, weight: float) -> float:
 class Ticket:
     """A slot on one key of one upstream, taken for one attempt. A context manager: leaving it gives the slot back."""
 
-    __slots__ = ("_upstreams", "call", "choice", "model", "trials")
+    __slots__ = ("_eras", "_upstreams", "call", "choice", "model", "trials")
 
     def __init__(self, upstreams: Upstreams, call: Call, choice: Choice, model: str) -> None:
         self._upstreams = upstreams
@@ -4695,6 +4728,7 @@ class Ticket:
         self.model = model  # as the upstream knows it
         choice.health.running += 1
         choice.key_health.running += 1
+        self._eras = choice.health.era, choice.key_health.era
         self.trials: list[Health] = []  # half open: this call finds out
         if choice.health.cooling_until or choice.key_health.cooling_until:
             self.trials = [health for health in (choice.health, choice.key_health) if health.cooling_until]
@@ -4704,11 +4738,16 @@ class Ticket:
     def __enter__(self) -> Ticket:
         return self
 
+    def is_of_now(self, health: Health) -> bool:
+        """Whether this attempt began after the last trip or reset of its upstream's or key's health."""
+        return health.era == self._eras[health is self.choice.key_health]
+
     def __exit__(self, *exc: object) -> None:
         self.choice.health.running -= 1
         self.choice.key_health.running -= 1
         for health in self.trials:  # it never came to an answer: let another one find out
-            health.is_tried = False
+            if self.is_of_now(health):
+                health.is_tried = False
         if self._upstreams.seekers:
             self._upstreams.wake()
 
@@ -4775,6 +4814,12 @@ class Upstreams:
                 return ready[0]
         return None
 
+    def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
+        """Whether there is somebody to be asked now; takes nobody's turn."""
+        now = self._clock.monotonic()
+        choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
+        return any(choice.is_ready(now) and choice.place not in tried for choice in choices)
+
     def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
         if policy == "round_robin":
@@ -4792,8 +4837,12 @@ class Upstreams:
             home = rendezvous(affinity, name, each[1].upstream.weight)
             return home, rendezvous(affinity, f"{name}\0{each[1].number}", 1.0)
 
+        def at_rest(each: tuple[str, Choice]) -> tuple[float, ...]:
+            weight = each[1].weight
+            return weight > 0, -each[1].key_health.running / (weight or 1.0), *at_home(each)
+
         if policy == "least_busy":
-            return max(ready, key=lambda each: (-each[1].key_health.running / (each[1].weight or 1e-9), *at_home(each)))
+            return max(ready, key=at_rest)
         return max(ready, key=at_home)
 
     def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
@@ -4862,7 +4911,7 @@ class Upstreams:
         if first_byte_s is not None and len(ticket.call.servings) > 1:
             self._judge_speed(ticket, first_byte_s)
         if ticket.trials:
-            for health in ticket.trials:
+            for health in filter(ticket.is_of_now, ticket.trials):
                 health.close()
             ticket.trials = []
             log.info("upstream %s answers again", ticket.choice)
@@ -4881,12 +4930,12 @@ class Upstreams:
             return self.answered(ticket)
         health = choice.health if verdict.blame == "upstream" else choice.key_health
         is_trial = health in ticket.trials
-        if health is choice.key_health and choice.health in ticket.trials:
+        if health is choice.key_health and choice.health in ticket.trials and ticket.is_of_now(choice.health):
             ticket.trials.remove(choice.health)  # the upstream itself answers
             choice.health.close()
-        health.failures += 1
-        if not is_trial and health.cooling_until:
+        if not ticket.is_of_now(health):
             return None  # it began before the others found out
+        health.failures += 1
         if is_trial:
             ticket.trials.remove(health)
         at_once = retry_after_s or verdict.cooldown_s
@@ -4929,7 +4978,7 @@ class Upstreams:
         if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
             health.slow_until = {model: until for model, until in health.slow_until.items() if until > now}
             health.slow_until[call.model] = now + SLOW_S
-            health.first_bytes.clear()
+            del health.first_bytes[call.model]
             log.warning(
                 "upstream %s is slow: %.1f s to the first byte of %s, others %.1f s. It rests for %.0f s",
                 upstream.name,
@@ -5351,6 +5400,7 @@ class Attempt:
         "is_whole",
         "line",
         "meter",
+        "passed",
         "sent_at",
         "status",
         "ticket",
@@ -5370,6 +5420,7 @@ class Attempt:
         self.held_size = 0
         self.is_streaming = self.is_whole = False
         self.upstream_request_id = ""
+        self.passed = ""  # the case of an error that is the client's at once
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
         self.heard_at = 0.0  # when the upstream last spoke
@@ -5477,7 +5528,14 @@ class Attempt:
     def _unless_it_passes(self, failure: Failure) -> Failure | None:
         """An error that nobody else would answer differently is the client's, where its answer has not begun."""
         verdict = self.upstream.verdict(failure.case)
-        return None if verdict.passes and not verdict.try_next and not self.exchange.is_committed else failure
+        if not verdict.passes or verdict.try_next or self.exchange.is_committed:
+            return failure
+        self.passed = failure.case
+        return None
+
+    def retry_after_s(self) -> float | None:
+        """When a refusal says to come again."""
+        return read_retry_after(self.headers, self.ticket.call.config.clock.wall()) if self.status >= 400 else None
 
     def text(self) -> bytes:
         """What is held back."""
@@ -5609,7 +5667,8 @@ class Exchange:
         """The first content: the answer is the client's."""
         self.call.body = b""  # no attempt will need it again
         waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
-        self._relay.upstreams.answered(attempt.ticket, waited_s)
+        if not attempt.passed:
+            self._relay.upstreams.answered(attempt.ticket, waited_s)
         self.status = attempt.status
         if self.sink and not self.is_committed:
             self.sink.head(attempt.status, attempt.headers, attempt.is_streaming)
@@ -5644,8 +5703,7 @@ class Exchange:
         """The attempt failed, and the client has seen nothing of it."""
         attempt = self.attempt
         if not self.done.done():
-            headers = attempt.headers if attempt and attempt.status >= 400 else []
-            wait = read_retry_after(headers, self.call.config.clock.wall())
+            wait = attempt.retry_after_s() if attempt else None
             self.done.set_exception(AttemptFailed(failure, retry_after_s=wait))
 
     def crash(self, error: Exception) -> None:
@@ -5889,11 +5947,16 @@ class Relay:
             return limit
         own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream)}
         is_last = len(exchange.attempts) + 1 >= routing.max_attempts
-        return limit if is_last or self.upstreams.choose(call, exchange.tried | own) is None else routing.patience
+        has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
+        return routing.patience if has_other else limit
 
     def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """An answer that was relayed has come to its end: what does that say of its upstream?"""
         attempt, is_theirs = exchange.attempt, outcome in ("upstream_cut", "timeout")
+        if attempt and attempt.passed and outcome in ("refused", "upstream_error"):
+            self.upstreams.failed(ticket, attempt.passed, attempt.retry_after_s())
+            is_fine = attempt.upstream.verdict(attempt.passed).blame == "none"
+            return self.upstreams.finished(ticket) if is_fine else None
         if outcome == "upstream_error" and attempt:
             status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
             is_theirs = attempt.upstream.verdict(status).blame != "none"

@@ -988,3 +988,27 @@ async def test_invariant_9_no_secret_leaves(gateway, upstream, caplog):
     assert UPSTREAM_KEY not in seen and KEY not in seen
     assert "alice (…stuv)" in caplog.text
     caplog.clear()
+
+
+# --- what an error that is the client's at once says of its upstream --------------------
+
+
+@pytest.mark.parametrize("status, states", [(529, ("cooling", "ok")), (429, ("ok", "cooling")), (400, ("ok", "ok"))])
+async def test_an_error_that_is_passed_on_at_once_is_held_against_whom_the_verdict_blames(
+    start_gateway, upstream, caplog, status, states
+):
+    """
+    `next: false` says that nobody else is asked, not that the upstream is fine: its breaker counts all the same.
+    """
+    more = ", verdicts: {5xx: {next: false}, 429: {next: false}}"
+    gateway = await start_gateway(config_text(upstream.url, more))
+    refusal_of = {"type": "error", "error": {"type": "x", "message": "no"}}
+    upstream.script = json_body(refusal_of, status=status, retry_after="30")
+
+    reply = await gateway.post("/v1/messages", HELLO)
+    await gateway.settled()
+
+    (row,) = gateway.gateway.relay.upstreams.report(gateway.gateway.config.upstreams)
+    assert reply.status == status
+    assert (row["state"], row["keys"][0]["state"]) == states
+    caplog.clear()

@@ -1,0 +1,1709 @@
+"""Who is asked, and how that went: homes, policies, breaker, waiting, slow peers (section 7). No sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from conftest import KEY, START, FakeClock, until
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+import gateway as g
+
+MODEL = "claude-test"
+Place = tuple[str, int]
+
+
+def parse(upstreams: dict[str, str], routing: str, clock: FakeClock) -> g.Config:
+    """A config with these upstreams; `upstreams` gives what each has besides name, url and key."""
+    lines = [
+        f"  - {{name: {name}, url: 'http://{name}.test'{'' if 'api_key' in more else ', api_key: key-1'}"
+        f"{', ' if more else ''}{more}}}"
+        for name, more in upstreams.items()
+    ]
+    text = "\n".join(["upstreams:", *lines, f"keys: [{{name: alice, key: {KEY}}}]", f"routing: {{{routing}}}", ""])
+    return g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+
+
+class World:
+    """Upstreams on a clock of their own. Chance always says a half: jitter is nought."""
+
+    def __init__(self, upstreams: dict[str, str], routing: str = "", pace: g.Pace = g.Pace()) -> None:
+        self.clock, self._routing = FakeClock(), routing
+        self.upstreams = g.Upstreams(self.clock.clock, pace, chance=lambda: 0.5)
+        self.reload(upstreams)
+
+    def reload(self, upstreams: dict[str, str]) -> None:
+        """Put another config in place."""
+        self.config = parse(upstreams, self._routing, self.clock)
+        self.upstreams.keep_only(self.config.upstreams)
+
+    def call(self, session: str = "s", model: str = MODEL, body: bytes = b"", path: str = "/v1/messages") -> g.Call:
+        """A call that has been read and routed."""
+        call = g.Call(self.config, next(iter(self.config.keys)), g.ROUTES[path], b"", [], "127.0.0.1")
+        call.session, call.model, call.body = session, model, body
+        call.servings = self.config.route(call)
+        return call
+
+    def take(self, session: str = "s", tried: Iterable[Place] = (), model: str = MODEL) -> g.Ticket:
+        """A slot; it must be there."""
+        ticket = self.upstreams.take(self.call(session, model), set(tried))
+        assert ticket
+        return ticket
+
+    def place(self, session: str = "s", tried: Iterable[Place] = (), model: str = MODEL) -> Place | None:
+        """Who would be asked."""
+        ticket = self.upstreams.take(self.call(session, model), set(tried))
+        if ticket is None:
+            return None
+        with ticket:
+            return ticket.choice.place
+
+    def name(self, session: str = "s", model: str = MODEL) -> str:
+        """The name of the upstream that would be asked, "" for nobody."""
+        place = self.place(session, model=model)
+        return place[0] if place else ""
+
+    def fail(self, case: str, retry_after_s: float | None = None, session: str = "s", times: int = 1) -> Place:
+        """Calls that fail, one after the other; who failed the last."""
+        for _ in range(times):
+            with self.take(session) as ticket:
+                self.upstreams.failed(ticket, case, retry_after_s)
+        return ticket.choice.place
+
+    def stream(self, session: str, first_byte_s: float, model: str = MODEL) -> None:
+        """A call that is answered, its first byte after so long."""
+        with self.take(session, model=model) as ticket:
+            self.upstreams.answered(ticket, first_byte_s)
+            self.upstreams.finished(ticket)
+
+    def session_at(self, name: str, n: int = 0) -> str:
+        """A session that is at home at an upstream (the n-th of them)."""
+        found = (s for i in itertools.count() if self.name(s := f"session-{i}") == name)
+        return next(itertools.islice(found, n, None))
+
+    def running(self) -> dict[str, list[int]]:
+        """How many calls run: of each upstream, then of each of its keys."""
+        out = {}
+        for upstream in self.config.upstreams:
+            choices = self.upstreams.choices(upstream)
+            out[upstream.name] = [choices[0].health.running, *(choice.key_health.running for choice in choices)]
+        return out
+
+    def reported(self) -> dict[str, str]:
+        """How each upstream stands, in a word."""
+        return {row["name"]: row["state"] for row in self.upstreams.report(self.config.upstreams)}
+
+    def waiting(
+        self, call: g.Call, until_s: float = 30.0, not_before: float = 0.0, tried: Iterable[Place] = ()
+    ) -> tuple[asyncio.Task[g.Ticket | None], asyncio.Future[None]]:
+        """A call that waits, and the future that says its client left."""
+        gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        wait = self.upstreams.wait(call, set(tried), not_before, until_s, gone)
+        return asyncio.ensure_future(wait), gone
+
+
+THREE = {"a": "", "b": "", "c": ""}
+SESSIONS = [f"session-{i}" for i in range(20_000)]
+
+
+# --- home ------------------------------------------------------------------------------
+
+
+def homes(weights: dict[str, float], sessions: Iterable[str] = SESSIONS) -> list[str]:
+    """Where each session is at home."""
+    return [max(weights, key=lambda name: g.rendezvous(session, name, weights[name])) for session in sessions]
+
+
+WEIGHTS = st.fixed_dictionaries({name: st.floats(0.25, 8.0) for name in THREE})
+
+
+@settings(max_examples=8, deadline=None)
+@given(WEIGHTS)
+def test_homes_are_shared_out_by_weight(weights):
+    """
+    Of 20,000 sessions each upstream has its weight's share, within two percent of all.
+    """
+    counted = Counter(homes(weights))
+
+    shares = {name: counted[name] / len(SESSIONS) for name in weights}
+
+    whole = sum(weights.values())
+    assert shares == {name: pytest.approx(weight / whole, abs=0.02) for name, weight in weights.items()}
+
+
+@settings(max_examples=20, deadline=None)
+@given(WEIGHTS, st.sampled_from(sorted(THREE)))
+def test_when_an_upstream_goes_only_its_sessions_move_and_they_come_home(weights, gone):
+    """
+    Removing one moves nobody who was at home elsewhere; when it is back, everybody is where he was.
+    """
+    sessions = SESSIONS[:2000]
+    before = homes(weights, sessions)
+
+    without = homes({name: weight for name, weight in weights.items() if name != gone}, sessions)
+    back = homes(dict(reversed(weights.items())), sessions)
+
+    assert {old for old, new in zip(before, without, strict=True) if old != new} <= {gone}
+    assert gone not in without
+    assert back == before
+
+
+@settings(max_examples=20, deadline=None)
+@given(WEIGHTS, st.sampled_from(sorted(THREE)), st.floats(0.1, 10.0))
+def test_a_changed_weight_moves_sessions_only_to_or_from_its_upstream(weights, changed, factor):
+    """
+    More weight draws sessions to that upstream, less lets some go; nobody else changes places.
+    """
+    sessions = SESSIONS[:2000]
+    before = homes(weights, sessions)
+
+    after = homes(weights | {changed: weights[changed] * factor}, sessions)
+
+    moves = {(old, new) for old, new in zip(before, after, strict=True) if old != new}
+    assert all((new if factor > 1 else old) == changed for old, new in moves)
+
+
+@given(st.text(), st.text(), st.floats(0, 1000))
+def test_any_names_have_a_finite_share(affinity, name, weight):
+    """
+    Any text, lone surrogates too, and any weight that a config allows: a number that can be compared.
+    """
+    share = g.rendezvous(affinity, name, weight)
+
+    assert 0 <= share < math.inf
+
+
+def test_calls_are_sent_to_their_sessions_home():
+    """
+    What is taken is what the hash says, whatever the order of the file, and each call of a session goes there.
+    """
+    world, other_order = World(THREE), World(dict(reversed(THREE.items())))
+
+    taken = [world.name(session) for session in SESSIONS[:300]]
+
+    assert taken == homes(dict.fromkeys(THREE, 1.0), SESSIONS[:300])
+    assert taken == [world.name(session) for session in SESSIONS[:300]]
+    assert taken == [other_order.name(session) for session in SESSIONS[:300]]
+
+
+@pytest.mark.parametrize("policy", g.POLICIES)
+def test_weight_0_gets_only_what_no_other_can_take(policy):
+    """
+    An upstream of weight 0 is asked when the others were, or are full, and not before, whatever the policy.
+    """
+    world = World({"spare": "weight: 0", "a": "max_concurrent: 20", "b": "max_concurrent: 20"}, f"policy: {policy}")
+
+    tickets = [world.take(session) for session in SESSIONS[:40]]
+    after = world.take("one more")
+
+    assert Counter(ticket.choice.upstream.name for ticket in tickets) == {"a": 20, "b": 20}
+    assert after.choice.upstream.name == "spare"
+    assert world.place("s", [("a", 1), ("b", 1)]) == ("spare", 1)
+
+
+def test_a_reload_keeps_the_health_of_those_that_stay_and_forgets_the_others():
+    """
+    Running calls are still counted after a reload with another weight; an upstream that went and came is a new one.
+    """
+    world = World({"a": "", "b": ""})
+    tickets = [world.take("s"), world.take("s", [("a", 1)]), world.take("s", [("b", 1)])]
+
+    world.reload({"a": "weight: 3"})
+    without_b = world.running()
+    world.reload({"a": "", "b": ""})
+    with_b = world.running()
+    for ticket in tickets:
+        ticket.__exit__()
+
+    assert without_b["a"] == [sum(ticket.choice.upstream.name == "a" for ticket in tickets)] * 2
+    assert with_b == without_b | {"b": [0, 0]}
+    assert world.running() == {"a": [0, 0], "b": [0, 0]}
+
+
+# --- priority ----------------------------------------------------------------------------
+
+
+@pytest.mark.logs("upstream first is left alone for 10.0 s: unreachable, 3 in a row")
+def test_the_next_priority_is_asked_only_when_nobody_of_the_better_one_is_ready():
+    """
+    The lower number first; the next one while all of that are left alone; home again after the cooldown.
+    """
+    world = World({"second": "priority: 2", "first": "priority: 1"})
+
+    names = [world.name()]
+    world.fail("unreachable", times=3)
+    names += [world.name()]
+    world.clock.advance(9.9)
+    names += [world.name()]
+    world.clock.advance(0.1)
+    names += [world.name()]
+
+    assert names == ["first", "second", "second", "first"]
+
+
+def test_a_peer_of_the_same_priority_comes_before_the_next_priority():
+    """
+    Whoever was tried already is passed over, best priority first, until nobody is left.
+    """
+    world = World({"a": "", "b": "", "c": "priority: 7"})
+
+    tried: list[Place] = []
+    while place := world.place("s", tried):
+        tried.append(place)
+
+    assert sorted(tried[:2]) == [("a", 1), ("b", 1)]
+    assert tried[2:] == [("c", 1)]
+
+
+# --- several API keys ----------------------------------------------------------------------
+
+TWO_KEYS = {"a": "api_key: [key-1, key-2]"}
+
+
+def test_a_session_stays_on_one_key_and_the_keys_share_the_sessions():
+    """
+    Prompt caches belong to a key's account: each session has one key, and each key has its share of the sessions.
+    """
+    world = World(TWO_KEYS)
+
+    first = [world.place(session) for session in SESSIONS[:1000]]
+    second = [world.place(session) for session in SESSIONS[:1000]]
+
+    assert first == second
+    assert Counter(first) == {("a", 1): pytest.approx(500, abs=75), ("a", 2): pytest.approx(500, abs=75)}
+
+
+@pytest.mark.parametrize(
+    "case, retry_after_s, away_s",
+    [("429", None, 10.0), ("429", 60.0, 63.0), ("401", None, 1800.0), ("402", None, 1800.0), ("403", None, 1800.0)],
+)
+def test_a_refused_key_is_blamed_alone(caplog, case, retry_after_s, away_s):
+    """
+    The other key of the same upstream takes over at once; the session comes home when the key is good again.
+    """
+    world = World(TWO_KEYS)
+    home = world.fail(case, retry_after_s)
+
+    other = world.place()
+    world.clock.advance(away_s - 0.01)
+    still = world.place()
+    world.clock.advance(0.01)
+
+    assert {home, other} == {("a", 1), ("a", 2)}
+    assert (still, world.place()) == (other, home)
+    assert world.reported() == {"a": "ok"}
+    assert "left alone" in caplog.text
+    caplog.clear()
+
+
+@pytest.mark.logs("is left alone")
+def test_an_upstream_that_fails_takes_all_its_keys_with_it():
+    """
+    What is the upstream's fault is no key's: while it is left alone none of its keys is tried.
+    """
+    world = World(TWO_KEYS)
+
+    world.fail("529", times=3)
+
+    assert world.place() is None
+    assert world.upstreams.ready_in(world.call(), set()) == 10.0
+    assert world.upstreams.ready_in(world.call(), {("a", 1), ("a", 2)}) == math.inf
+
+
+def test_max_concurrent_counts_by_key_and_max_connections_by_upstream():
+    """
+    Three calls at once for each key, five for the upstream; a slot that is given back is there again.
+    """
+    by_key = World({"a": "api_key: [key-1, key-2], max_concurrent: 3"})
+    by_upstream = World({"a": "api_key: [key-1, key-2], max_concurrent: 3, max_connections: 5"})
+
+    taken = [
+        list(iter(lambda world=world: world.upstreams.take(world.call(), set()), None))
+        for world in (by_key, by_upstream)
+    ]
+    counted = [by_key.running(), by_upstream.running()]
+    first = taken[1][0].choice.place
+    taken[1][0].__exit__()
+
+    assert [len(tickets) for tickets in taken] == [6, 5]
+    assert counted[0] == {"a": [6, 3, 3]} and sorted(counted[1]["a"]) == [2, 3, 5]
+    assert by_upstream.place() == first
+
+
+# --- policies ------------------------------------------------------------------------------
+
+
+def test_round_robin_follows_the_weights_exactly():
+    """
+    Over each cycle of six calls, whatever their sessions: three, two and one; and never all of one in a row.
+    """
+    world = World({"a": "weight: 3", "b": "weight: 2", "c": "weight: 1"}, "policy: round_robin")
+
+    asked = [world.name(session) for session in SESSIONS[:60]]
+
+    assert [Counter(asked[i : i + 6]) for i in range(0, 60, 6)] == [{"a": 3, "b": 2, "c": 1}] * 10
+    assert not any(asked[i : i + 3] == ["a", "a", "a"] for i in range(58))
+
+
+def test_round_robin_shares_an_upstreams_weight_among_its_keys():
+    """
+    Two keys do not make an upstream of the same weight worth two.
+    """
+    world = World({"a": "api_key: [key-1, key-2]", "b": ""}, "policy: round_robin")
+
+    asked = Counter(world.place() for _ in range(40))
+
+    assert asked == {("a", 1): 10, ("a", 2): 10, ("b", 1): 20}
+
+
+def test_asking_whether_another_one_is_ready_takes_nobodys_turn():
+    """
+    A relay asks that before each attempt; round robin is still exact.
+    """
+    world = World({"a": "weight: 3", "b": "weight: 2", "c": "weight: 1"}, "policy: round_robin")
+    asked = []
+
+    for _ in range(60):
+        with world.take() as ticket:
+            asked.append(ticket.choice.upstream.name)
+            others = world.upstreams.is_anybody_ready(ticket.call, {ticket.choice.place})
+            assert others
+
+    assert Counter(asked) == {"a": 30, "b": 20, "c": 10}
+
+
+def test_least_busy_asks_whoever_has_the_fewest_running_for_its_weight():
+    """
+    With calls that do not end, twelve at once lie as the weights say; with calls that end, sessions stay at home.
+    """
+    world = World({"a": "weight: 3", "b": "weight: 2", "c": "weight: 1"}, "policy: least_busy")
+
+    idle = [world.name(session) for session in SESSIONS[:50]]
+    tickets = [world.take(session) for session in SESSIONS[:12]]
+
+    assert idle == homes({"a": 3.0, "b": 2.0, "c": 1.0}, SESSIONS[:50])
+    assert Counter(ticket.choice.upstream.name for ticket in tickets) == {"a": 6, "b": 4, "c": 2}
+
+
+def test_policies_are_found_by_glob_of_the_model():
+    """
+    The first glob that matches counts; a model that none matches is sticky.
+    """
+    world = World({"a": "", "b": ""}, 'policy: {"claude-haiku-*": round_robin, "claude-*": sticky, "x": least_busy}')
+
+    asked = {model: [world.name(model=model) for _ in range(4)] for model in ("claude-haiku-4", "claude-opus-4", "y")}
+
+    home = homes({"a": 1.0, "b": 1.0}, ["s"])
+    assert sorted(asked["claude-haiku-4"]) == ["a", "a", "b", "b"]
+    assert asked["claude-opus-4"] == asked["y"] == home * 4
+
+
+# --- affinity ------------------------------------------------------------------------------
+
+
+def affinity(body: object, path: str = "/v1/messages", headers: g.Headers | None = None) -> str:
+    """What a request is kept together by."""
+    call = World({"a": "", "o": "format: openai"}).call(path=path)
+    call.headers, call.body = headers or [], json.dumps(body).encode()
+    g.read_request(call)
+    return g.find_affinity(call)
+
+
+def turn(role: str, content: object) -> dict[str, object]:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+SESSION = "0198a7f0-1111-7222-8333-444455556666"
+
+
+@pytest.mark.parametrize(
+    "metadata, headers, expected",
+    [
+        ({"user_id": f"user_1_account__session_{SESSION}"}, [], SESSION),
+        ({"user_id": json.dumps({"device_id": "d", "session_id": SESSION})}, [], SESSION),
+        ({"user_id": f"user_1_account__session_{SESSION}"}, [(b"X-Claude-Code-Session-Id", b"header")], "header"),
+    ],
+)
+def test_a_session_is_kept_together(metadata, headers, expected):
+    """
+    The header says it, else the end of `metadata.user_id`, in both of Claude Code's forms.
+    """
+    body = {"model": MODEL, "metadata": metadata, "messages": [turn("user", "hi")]}
+
+    found = affinity(body, headers=headers)
+
+    assert found == expected
+
+
+def chat(*messages: dict[str, object], system: object = "be kind") -> dict[str, object]:
+    """A Messages request."""
+    return {"model": MODEL, "system": system, "messages": list(messages)}
+
+
+MARKED = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+UNMARKED = {"type": "text", "text": "hi"}
+SYSTEM = turn("system", "be kind")
+
+
+@pytest.mark.parametrize(
+    "path, one, other, is_same",
+    [
+        (
+            "/v1/messages",
+            chat(turn("user", "hi")),
+            chat(turn("user", "hi"), turn("assistant", "ho"), turn("user", "more")),
+            True,
+        ),
+        (
+            "/v1/messages",
+            chat(turn("user", [MARKED])),
+            chat(turn("user", [UNMARKED]), turn("assistant", "ho"), turn("user", [MARKED])),
+            True,
+        ),
+        ("/v1/messages", chat(turn("user", "hi")), chat(turn("user", "hello")), False),
+        ("/v1/messages", chat(turn("user", "hi")), chat(turn("user", "hi"), system="be rude"), False),
+        (
+            "/v1/chat/completions",
+            chat(SYSTEM, turn("user", "hi")),
+            chat(SYSTEM, turn("user", "hi"), turn("assistant", "ho"), turn("user", "more")),
+            True,
+        ),
+        ("/v1/chat/completions", chat(SYSTEM, turn("user", "hi")), chat(SYSTEM, turn("user", "hello")), False),
+    ],
+)
+def test_without_a_session_a_conversation_is_known_by_its_beginning(path, one, other, is_same):
+    """
+    System and first user message stay the same from request to request, also when the cache's mark moves on.
+    """
+    found = affinity(one, path), affinity(other, path)
+
+    assert (found[0] == found[1]) is is_same
+    assert "alice" not in found
+
+
+@pytest.mark.parametrize(
+    "path, body",
+    [
+        ("/v1/messages", {"model": MODEL, "messages": "none"}),
+        ("/v1/messages", {"model": MODEL, "messages": [1]}),
+        ("/v1/responses", {"model": MODEL, "input": "hi"}),
+        ("/v1/embeddings", {"model": MODEL, "input": "hi"}),
+    ],
+)
+def test_what_has_no_beginning_is_kept_together_by_key(path, body):
+    """
+    Where neither a session nor a conversation can be seen, all calls of one key have one home.
+    """
+    found = affinity(body, path)
+
+    assert found == "alice"
+
+
+# --- the breaker ---------------------------------------------------------------------------
+
+
+def breaker_world(more: str = "") -> World:
+    """One upstream: three failures open its breaker for 10 s, then 20 and at most 40."""
+    return World({"a": more}, "breaker: {failures: 3, cooldown: 10s, max_cooldown: 40s}")
+
+
+@pytest.mark.parametrize(
+    "cases, away_s",
+    [
+        (["529"], 0.0),
+        (["529", "529"], 0.0),
+        (["529", "unreachable", "cut"], 10.0),
+        (["529", "529", "ok", "529", "529"], 0.0),
+        (["529", "400", "529", "529"], 10.0),
+        (["404", "404", "404", "413"], 0.0),
+        (["connect_timeout", "first_byte_timeout", "mid_stream"], 10.0),
+        (["unexpected", "not_http", "408"], 10.0),
+        (["429"], 10.0),
+        (["401"], 1800.0),
+    ],
+)
+def test_failures_in_a_row_open_the_breaker(caplog, cases, away_s):
+    """
+    Three of them; an answer that came to its end begins anew, one that is the request's own fault says nothing.
+    """
+    world = breaker_world()
+
+    for case in cases:
+        with world.take() as ticket:
+            if case == "ok":
+                world.upstreams.answered(ticket)
+                world.upstreams.finished(ticket)
+            else:
+                world.upstreams.failed(ticket, case)
+
+    assert world.upstreams.ready_in(world.call(), set()) == away_s
+    assert (world.place() is None) is (away_s > 0)
+    caplog.clear()
+
+
+@pytest.mark.logs("is left alone")
+def test_half_open_lets_exactly_one_through_and_its_answer_lets_in_the_others():
+    """
+    After the cooldown one call finds out; while it is out nobody else is let in; its first content opens the door.
+    """
+    world = breaker_world()
+    world.fail("529", times=3)
+    world.clock.advance(10)
+
+    with world.take() as trial:
+        during = world.place(), world.reported()
+        world.upstreams.answered(trial)
+        after = world.place(), world.reported()
+
+    assert during == (None, {"a": "half_open"})
+    assert after == (("a", 1), {"a": "ok"})
+
+
+@pytest.mark.logs("is left alone")
+def test_each_failed_trial_doubles_the_cooldown_up_to_the_most_and_an_end_begins_anew():
+    """
+    10, 20, 40, 40 seconds; after an answer that came to its end 10 again.
+    """
+    world = breaker_world()
+    seconds = []
+
+    world.fail("529", times=3)
+    for _ in range(4):
+        seconds.append(world.upstreams.ready_in(world.call(), set()))
+        world.clock.advance(seconds[-1])
+        world.fail("529")
+    world.clock.advance(40)
+    world.stream("s", 0.1)
+    world.fail("529", times=3)
+    seconds.append(world.upstreams.ready_in(world.call(), set()))
+
+    assert seconds == [10.0, 20.0, 40.0, 40.0, 10.0]
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("case", [None, "400", "429"])
+def test_a_trial_without_a_word_on_the_upstream_lets_another_one_try(case):
+    """
+    A client that left says nothing: the next call tries. An answer at all, if a refusal, says that the upstream is up.
+    """
+    world = breaker_world("api_key: [key-1, key-2]")
+    world.fail("529", times=3)
+    world.clock.advance(10)
+
+    with world.take() as trial:
+        if case:
+            world.upstreams.failed(trial, case)
+    state = world.reported()
+    with world.take() as another:
+        others = world.place()
+
+    assert state == {"a": "ok" if case else "half_open"}
+    assert (others is None) is (case is None)
+    assert (another.choice.place == trial.choice.place) is (case != "429")
+    assert world.running() == {"a": [0, 0, 0]}
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_failures_of_calls_that_began_before_the_trip_do_not_prolong_it(is_closed):
+    """
+    Ten calls of one bad moment are one trip, whenever their timeouts come: also when the trial was answered meanwhile.
+    """
+    world = breaker_world()
+    tickets = [world.take() for _ in range(10)]
+    for ticket in tickets[:3]:
+        world.upstreams.failed(ticket, "first_byte_timeout")
+    world.clock.advance(10)
+    if is_closed:
+        world.upstreams.answered(world.take())
+
+    for ticket in tickets[3:]:
+        world.upstreams.failed(ticket, "first_byte_timeout")
+        ticket.__exit__()
+
+    assert world.upstreams.ready_in(world.call(), set()) == 0.0
+    assert world.place() == ("a", 1)
+
+
+@pytest.mark.logs("is left alone")
+def test_reset_forgets_what_spoke_against_an_upstream_and_its_keys():
+    """
+    After a reset everybody is let in, the next trip is a first one, and a trial of before has no say any more.
+    """
+    world = breaker_world()
+    world.fail("401")
+    world.upstreams.reset("a")
+    world.fail("529", times=3)
+    world.clock.advance(10)
+    trial = world.take()
+
+    world.upstreams.reset("a")
+    after_reset = world.place(), world.reported()
+    world.fail("529", times=3)
+    seconds = world.upstreams.ready_in(world.call(), set())
+    world.clock.advance(seconds)
+    with world.take():
+        trial.__exit__()
+        during_the_next_trial = world.place()
+
+    assert after_reset == (("a", 1), {"a": "ok"})
+    assert seconds == 10.0
+    assert during_the_next_trial is None
+
+
+@pytest.mark.logs("its API key is left alone for 1800 s: 401, the upstream refuses our API key")
+def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when():
+    """
+    For each upstream and each of its keys; a key is told by its number only.
+    """
+    world = World(TWO_KEYS)
+    world.clock.advance(60)
+
+    _, number = world.fail("401")
+
+    (row,) = world.upstreams.report(world.config.upstreams)
+    fine = {"state": "ok", "running": 0, "failures": 0}
+    refused = {
+        "state": "cooling",
+        "running": 0,
+        "failures": 1,
+        "why": "401",
+        "since": "2026-09-21T14:14:20.000Z",
+        "until": "2026-09-21T14:44:20.000Z",
+    }
+    keys = [{"number": i, **(refused if i == number else fine)} for i in (1, 2)]
+    assert row == {"name": "a", **fine, "keys": keys}
+
+
+class NaiveBreaker:
+    """One breaker, as simple as it can be said."""
+
+    def __init__(self) -> None:
+        self.failures = self.trips = self.era = 0
+        self.open_until: float | None = None
+        self.trial: g.Ticket | None = None
+        self.began: dict[g.Ticket, int] = {}
+
+    def lets_in(self, now: float) -> bool:
+        return self.open_until is None or (now >= self.open_until and self.trial is None)
+
+    def begin(self, ticket: g.Ticket) -> None:
+        self.began[ticket] = self.era
+        if self.open_until is not None:
+            assert self.trial is None
+            self.trial = ticket
+
+    def answered(self, ticket: g.Ticket) -> None:
+        if self.trial is ticket:
+            self.open_until = self.trial = None
+
+    def finished(self) -> None:
+        self.failures = self.trips = 0
+
+    def failed(self, ticket: g.Ticket, now: float, at_once: float) -> None:
+        if self.began[ticket] == self.era:
+            self.failures += 1
+            if at_once or self.trial is ticket or self.failures >= 3:
+                self.open_until = now + min(40.0, 10.0 * 2**self.trips)
+                self.trips, self.era, self.trial = self.trips + 1, self.era + 1, None
+
+    def left(self, ticket: g.Ticket) -> None:
+        if self.trial is ticket:
+            self.trial = None
+
+    def reset(self) -> None:
+        self.failures = self.trips = 0
+        self.open_until = self.trial = None
+        self.era += 1
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """The breakers of an upstream and of its key against two naive ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = breaker_world()
+        self.upstream, self.key = NaiveBreaker(), NaiveBreaker()
+        self.tickets: list[g.Ticket] = []
+
+    @property
+    def now(self) -> float:
+        return self.world.clock.now
+
+    @rule()
+    def begin(self) -> None:
+        ticket = self.world.upstreams.take(self.world.call(), set())
+        assert (ticket is not None) == (self.upstream.lets_in(self.now) and self.key.lets_in(self.now))
+        if ticket:
+            self.tickets.append(ticket)
+            self.upstream.begin(ticket)
+            self.key.begin(ticket)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data())
+    def answer(self, data) -> None:
+        ticket = data.draw(st.sampled_from(self.tickets))
+        self.world.upstreams.answered(ticket)
+        self.upstream.answered(ticket)
+        self.key.answered(ticket)
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), case=st.sampled_from(["ok", "529", "529", "unreachable", "429", "400", "gone"]))
+    def end(self, data, case) -> None:
+        ticket = self.tickets.pop(data.draw(st.integers(0, len(self.tickets) - 1)))
+        if case == "ok":
+            self.world.upstreams.answered(ticket)
+            self.world.upstreams.finished(ticket)
+        elif case != "gone":
+            self.world.upstreams.failed(ticket, case)
+        ticket.__exit__()
+        if case in ("ok", "400"):
+            self.key.answered(ticket)
+        if case in ("ok", "400", "429"):
+            self.upstream.answered(ticket)
+        if case == "ok":
+            self.upstream.finished()
+            self.key.finished()
+        elif case == "429":
+            self.key.failed(ticket, self.now, 10.0)
+        elif case in ("529", "unreachable"):
+            self.upstream.failed(ticket, self.now, 0.0)
+        self.upstream.left(ticket)
+        self.key.left(ticket)
+
+    @rule(seconds=st.sampled_from([0.5, 5.0, 10.0, 20.0, 40.0]))
+    def advance(self, seconds) -> None:
+        self.world.clock.advance(seconds)
+
+    @rule()
+    def reset(self) -> None:
+        self.world.upstreams.reset("a")
+        self.upstream.reset()
+        self.key.reset()
+
+    @invariant()
+    def counters_agree(self) -> None:
+        (choice,) = self.world.upstreams.choices(self.world.config.upstreams[0])
+        for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
+            assert (health.running, health.failures, health.trips) == (len(self.tickets), naive.failures, naive.trips)
+            assert (health.cooling_until or None, health.is_tried) == (naive.open_until, naive.trial is not None)
+
+    def teardown(self) -> None:
+        for ticket in self.tickets:
+            ticket.__exit__()
+        assert self.world.running() == {"a": [0, 0]}
+
+
+def test_the_breaker_does_what_a_naive_one_does(caplog):
+    """
+    Whatever order calls begin, fail, are answered and left in: the same calls are let in, and never two trials at once.
+    """
+    run_state_machine_as_test(
+        BreakerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+    )
+
+    caplog.clear()
+
+
+# --- when to come again ----------------------------------------------------------------------
+
+
+def date(seconds: float) -> str:
+    """An HTTP date, so many seconds from now."""
+    return formatdate(START + seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    "headers, expected",
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"Retry-After": " 7 "}, 7.0),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after": "0"}, None),
+        ({"retry-after": "-5"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "9" * 400}, 1800.0),
+        ({"retry-after": "86400"}, 1800.0),
+        ({"retry-after": date(90)}, 90.0),
+        ({"retry-after": date(-90)}, None),
+        ({"retry-after": date(7200)}, 1800.0),
+        ({"retry-after": "30", "retry-after-ms": "1250"}, 1.25),
+        ({"retry-after": "30", "retry-after-ms": "x"}, 30.0),
+        (
+            {
+                "anthropic-ratelimit-requests-remaining": "0",
+                "anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z",
+            },
+            30.0,
+        ),
+        (
+            {
+                "anthropic-ratelimit-tokens-remaining": "0",
+                "anthropic-ratelimit-tokens-reset": "2026-09-21T14:14:20Z",
+                "anthropic-ratelimit-requests-remaining": "12",
+                "anthropic-ratelimit-requests-reset": "2026-09-21T14:20:00Z",
+            },
+            60.0,
+        ),
+        ({"anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z"}, None),
+        (
+            {
+                "retry-after": "3",
+                "anthropic-ratelimit-requests-remaining": "0",
+                "anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z",
+            },
+            3.0,
+        ),
+        ({"anthropic-ratelimit-unified-reset": str(int(START) + 600)}, None),
+        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360.0),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
+        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m"}, 1800.0),
+        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(START) + 45)}, 45.0),
+        ({"x-ratelimit-remaining-tokens": "9", "x-ratelimit-reset-tokens": "6m0s"}, None),
+    ],
+)
+def test_an_answer_says_when_to_come_again(headers, expected):
+    """
+    Seconds, a date, milliseconds, or the reset of a rate limit of which nothing remains; at most half an hour.
+    """
+    seconds = g.read_retry_after([(name.encode(), value.encode()) for name, value in headers.items()], START)
+
+    assert seconds == (expected if expected is None else pytest.approx(expected))
+
+
+@pytest.mark.parametrize("text", ["2026-09-21T14:13:50", "2026-09-21T14:13:50Z", "Mon, 21 Sep 2026 14:13:50 -0000"])
+def test_a_time_without_a_zone_is_utc_wherever_the_gateway_runs(monkeypatch, text):
+    """
+    The machine's own zone has no say in when to come again.
+    """
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+
+    seconds = g.read_seconds(text, START)
+
+    monkeypatch.undo()
+    time.tzset()
+    assert seconds == 30.0
+
+
+NAMES = ["retry-after", "retry-after-ms", "anthropic-ratelimit-tokens-reset", "anthropic-ratelimit-tokens-remaining"]
+NAMES += ["x-ratelimit-reset-requests", "x-ratelimit-remaining-requests"]
+VALUES = st.one_of(
+    st.binary(),
+    st.just(b"0"),
+    st.from_regex(r"-?[0-9]{1,30}(\.[0-9]+)?(ms|s|m|h|d)?", fullmatch=True).map(str.encode),
+    st.from_regex(
+        r"(Sun, )?[0-9]{1,3} (Nov|Feb) [0-9]{1,5} [0-9]{1,2}:[0-9.:]{1,8} ?(GMT|[+-][0-9]{1,6})?", fullmatch=True
+    ).map(str.encode),
+    st.datetimes().map(lambda when: when.isoformat().encode()),
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(st.tuples(st.sampled_from(NAMES).map(str.encode), VALUES)), st.sampled_from([0.0, START, 4e9]))
+def test_no_header_makes_reading_it_fail(headers, now):
+    """
+    Whatever an upstream sends: nothing, or more than nothing and at most half an hour.
+    """
+    seconds = g.read_retry_after(headers, now)
+
+    assert seconds is None or 0 < seconds <= 1800
+
+
+# --- waiting -----------------------------------------------------------------------------
+
+
+async def begun(world: World, number: int) -> None:
+    """Let so many calls begin to wait."""
+    await until(lambda: len(world.upstreams.seekers) == number)
+
+
+async def test_a_freed_slot_goes_to_whoever_has_waited_longest():
+    """
+    First come, first served, one slot after the other; at the end nothing is held and nobody waits.
+    """
+    world = World({"a": "max_connections: 1"})
+    ticket, order = world.take(), []
+
+    async def wait(i: int) -> None:
+        task, _ = world.waiting(world.call(f"session-{i}"))
+        with await task:
+            order.append((i, world.running()["a"][0]))
+
+    tasks = []
+    for i in range(5):
+        tasks.append(asyncio.ensure_future(wait(i)))
+        await begun(world, i + 1)
+    ticket.__exit__()
+    await asyncio.gather(*tasks)
+
+    assert order == [(i, 1) for i in range(5)]
+    assert (world.running(), len(world.upstreams.seekers)) == ({"a": [0, 0]}, 0)
+
+
+async def test_a_freed_slot_goes_to_the_oldest_whom_it_fits():
+    """
+    Who may not be sent there does not keep those behind from it.
+    """
+    world = World({"a": 'models: ["x"], max_connections: 1', "b": 'models: ["y"], max_connections: 1'})
+    at_a, at_b = world.take(model="x"), world.take(model="y")
+    first, _ = world.waiting(world.call(model="x"))
+    second, _ = world.waiting(world.call(model="y"))
+    third, _ = world.waiting(world.call(model="y"))
+    await begun(world, 3)
+
+    at_b.__exit__()
+    ticket = await second
+    states = [task.done() for task in (first, second, third)]
+    at_a.__exit__()
+    others = await first
+    ticket.__exit__()
+
+    assert ticket.choice.upstream.name == "b" and others.choice.upstream.name == "a"
+    assert states == [False, True, False]
+    assert (await third).choice.upstream.name == "b"
+
+
+async def test_so_many_wait_and_no_more():
+    """
+    Waiting calls hold their bodies: one too many is told at once that nobody is ready.
+    """
+    world = World({"a": "max_connections: 1"}, pace=g.Pace(waiting_calls=2))
+    world.take()
+    waiting = [world.waiting(world.call())[0] for _ in range(2)]
+    await begun(world, 2)
+
+    refused, _ = world.waiting(world.call())
+
+    assert await refused is None
+    assert [task.done() for task in waiting] == [False, False]
+    world.upstreams.close()
+    assert [await task for task in waiting] == [None, None]
+
+
+async def test_a_wait_ends_at_its_deadline():
+    """
+    The clock's next look after it ends the wait with nothing; not one before.
+    """
+    world = World({"a": "max_connections: 1"})
+    world.take()
+    task, _ = world.waiting(world.call(), until_s=30)
+    await begun(world, 1)
+
+    world.clock.advance(29.9)
+    world.upstreams.check()
+    before = world.upstreams.seekers[0].found.done()
+    world.clock.advance(0.1)
+    world.upstreams.check()
+
+    assert (before, await task) == (False, None)
+    assert not world.upstreams.seekers
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+async def test_a_wait_ends_when_the_client_leaves(is_early):
+    """
+    Also where it had left before: nobody keeps a place for it, and the slot goes to the next.
+    """
+    world = World({"a": "max_connections: 1"})
+    ticket = world.take()
+    task, gone = world.waiting(world.call())
+    if not is_early:
+        await begun(world, 1)
+    gone.set_result(None)
+
+    found = await task
+
+    assert (found, len(world.upstreams.seekers)) == (None, 0)
+    ticket.__exit__()
+    assert world.running() == {"a": [0, 0]}
+
+
+@pytest.mark.logs("is left alone for 1800 s")
+@pytest.mark.parametrize("until_s, is_kept", [(1799.0, False), (1800.0, True)])
+async def test_a_call_for_which_nobody_can_be_ready_in_time_does_not_wait(until_s, is_kept):
+    """
+    It is refused at once, not after its time; where the cooldown ends in time it gets the trial.
+    """
+    world = World({"a": ""})
+    world.fail("401")
+
+    task, _ = world.waiting(world.call(), until_s=until_s)
+    await until(lambda: task.done() or world.upstreams.seekers)
+    waits = len(world.upstreams.seekers)
+    world.clock.advance(1800)
+    world.upstreams.check()
+    found = await task
+
+    assert (waits, found is not None) == ((1, True) if is_kept else (0, False))
+
+
+async def test_a_call_that_has_tried_everybody_does_not_wait():
+    """
+    Nobody is left who could be ready for it.
+    """
+    world = World({"a": ""})
+
+    task, _ = world.waiting(world.call(), tried=[("a", 1)])
+
+    assert await task is None
+
+
+async def test_a_wait_begins_to_count_from_its_moment_on():
+    """
+    A backoff: what is free before that moment goes to others, and a moment past the deadline is not waited for.
+    """
+    world = World({"a": ""})
+    late, _ = world.waiting(world.call(), until_s=5, not_before=6)
+    task, _ = world.waiting(world.call(), until_s=5, not_before=2)
+    await begun(world, 1)
+
+    looked = []
+    for _ in range(3):
+        world.upstreams.check()
+        looked.append(world.running()["a"][0])
+        world.clock.advance(1)
+    ticket = await task
+
+    assert (looked, await late) == ([0, 0, 1], None)
+    ticket.__exit__()
+
+
+@pytest.mark.parametrize("has_ticket", [True, False])
+async def test_a_cancelled_wait_gives_its_slot_back(has_ticket):
+    """
+    Cancelled in the very turn in which a ticket was handed to it, or before: the slot goes to the next.
+    """
+    world = World({"a": "max_connections: 1"})
+    ticket = world.take()
+    task, _ = world.waiting(world.call())
+    behind, _ = world.waiting(world.call())
+    await begun(world, 2)
+
+    if has_ticket:
+        ticket.__exit__()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if not has_ticket:
+        ticket.__exit__()
+    (await behind).__exit__()
+
+    assert (world.running(), len(world.upstreams.seekers)) == ({"a": [0, 0]}, 0)
+
+
+@pytest.mark.logs("is left alone")
+async def test_an_answered_trial_lets_in_those_who_wait():
+    """
+    One of them is the trial; its answer wakes all the others at once, before it has ended.
+    """
+    world = breaker_world()
+    world.fail("529", times=3)
+    tasks = [world.waiting(world.call())[0] for _ in range(3)]
+    await begun(world, 3)
+
+    world.clock.advance(10)
+    world.upstreams.check()
+    trial = await tasks[0]
+    alone = world.running()["a"][0]
+    world.upstreams.answered(trial)
+    others = await asyncio.gather(*tasks[1:])
+
+    assert (alone, world.running()["a"][0], all(others)) == (1, 3, True)
+
+
+@pytest.mark.logs("is left alone")
+async def test_a_reset_and_a_reload_wake_those_who_wait():
+    """
+    Whoever puts an upstream right need not wait for its cooldown.
+    """
+    world = World({"a": ""})
+    world.fail("429")
+    by_reset, _ = world.waiting(world.call())
+    await begun(world, 1)
+
+    world.upstreams.reset("a")
+    ticket = await by_reset
+
+    assert ticket.choice.place == ("a", 1)
+
+
+@given(st.integers(0, 2000), st.floats(0, 1, exclude_max=True))
+def test_a_backoff_doubles_up_to_the_most_with_jitter(rounds, chance):
+    """
+    Half to all of 0.5 s, 1 s, 2 s … and at most 8 s.
+    """
+    upstreams = g.Upstreams(FakeClock().clock, g.Pace(), chance=lambda: chance)
+
+    seconds = upstreams.backoff_s(min(rounds, 20))
+
+    whole = min(8.0, 0.5 * 2 ** min(rounds, 20))
+    assert whole / 2 <= seconds <= whole
+
+
+# --- slow upstreams --------------------------------------------------------------------------
+
+
+def slow_world(*first_bytes: float, routing: str = "", own: float = 9.0, calls: int = 5) -> tuple[World, str]:
+    """Upstreams a, b and c: b and c answer after so long, then a; and a session that is at home at a."""
+    world = World(THREE, routing)
+    home = {name: world.session_at(name) for name in THREE}
+    for name, seconds in zip("bc", first_bytes, strict=True):
+        for _ in range(8):
+            world.stream(home[name], seconds)
+    for _ in range(calls):
+        world.stream(home["a"], own)
+    return world, home["a"]
+
+
+@pytest.mark.logs("upstream a is slow: 9.0 s to the first byte of claude-test, others 2.0 s. It rests for 120 s")
+def test_an_upstream_far_slower_than_its_peers_rests_for_that_model():
+    """
+    For two minutes, of that model only; then it has its share again, and is judged anew.
+    """
+    world, session = slow_world(1.0, 2.0)
+
+    resting = world.name(session), world.name(session, model="claude-other"), world.reported()["a"]
+    world.clock.advance(119.9)
+    still = world.name(session)
+    world.clock.advance(0.1)
+    after = world.name(session), world.reported()["a"]
+    world.stream(session, 9.0)
+
+    assert resting[0] in ("b", "c") and still == resting[0]
+    assert resting[1:] == (world.name(session, model="claude-other"), "slow")
+    assert world.name(session, model="claude-other") == "a"
+    assert after == ("a", "ok")
+    assert world.name(session) == "a"
+
+
+@pytest.mark.logs("upstream a is slow")
+def test_a_slow_upstream_still_takes_what_no_peer_can():
+    """
+    Slow is better than nobody.
+    """
+    world, session = slow_world(1.0, 2.0)
+
+    alone = world.place(session, [("b", 1), ("c", 1)])
+
+    assert alone == ("a", 1)
+
+
+@pytest.mark.logs("upstream a is slow")
+def test_a_rest_for_one_model_forgets_nothing_of_another():
+    """
+    What was measured of the other model still counts: its fifth slow stream is judged.
+    """
+    world, session = slow_world(1.0, 2.0, calls=0)
+    for name, seconds in (("b", 1.0), ("c", 2.0)):
+        for _ in range(5):
+            world.stream(world.session_at(name), seconds, model="claude-other")
+    for _ in range(4):
+        world.stream(session, 9.0, model="claude-other")
+
+    for _ in range(5):
+        world.stream(session, 9.0)
+    before = world.name(session, model="claude-other")
+    world.stream(session, 9.0, model="claude-other")
+
+    assert before == "a"
+    assert world.name(session, model="claude-other") != "a"
+
+
+@pytest.mark.parametrize(
+    "first_bytes, more",
+    [
+        ((1.0, 2.0), {"routing": "slow: 0"}),
+        ((1.0, 2.0), {"own": 8.0}),
+        ((0.1, 0.2), {"own": 1.0}),
+        ((1.0, 2.0), {"calls": 4}),
+        ((1.0, 2.0), {"routing": "slow: 10"}),
+    ],
+)
+def test_an_upstream_is_not_slow_for_less(first_bytes, more):
+    """
+    Not where the operator says never, not at four times the usual or at a second, and not before five calls.
+    """
+    world, session = slow_world(*first_bytes, **more)
+
+    name = world.name(session)
+
+    assert name == "a"
+    assert world.reported()["a"] == "ok"
+
+
+def test_a_single_outlier_does_not_make_an_upstream_slow():
+    """
+    The median of the last eight counts: three long ones among them say nothing.
+    """
+    world, session = slow_world(1.0, 2.0, own=1.5, calls=8)
+
+    for _ in range(3):
+        world.stream(session, 300.0)
+
+    assert world.name(session) == "a"
+
+
+def test_peers_of_another_priority_are_no_measure():
+    """
+    A cheap and slow upstream is not worse for the fast one that is asked after it.
+    """
+    world = World({"a": "", "b": "priority: 2"})
+    for _ in range(8):
+        with world.take("s", [("a", 1)]) as ticket:
+            world.upstreams.answered(ticket, 0.1)
+
+    for _ in range(8):
+        world.stream("s", 60.0)
+
+    assert world.name() == "a"
+
+
+# --- two hours -----------------------------------------------------------------------------
+
+
+class Hours:
+    """Sessions that call every 20 s, on upstreams with bad times; calls are retried as the relay does."""
+
+    END = 7200.0
+
+    def __init__(self) -> None:
+        self.world = World(THREE, "max_attempts: 4")
+        self.home = {session: self.world.name(session) for session in SESSIONS[:60]}
+        self.calls: Counter[str] = Counter()
+        self.at_home: Counter[str] = Counter()
+        self.attempts: Counter[str] = Counter()
+        self.nobody = 0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._number = itertools.count()
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when, next(self._number), what))
+
+    @staticmethod
+    def trouble(name: str, now: float) -> tuple[str, float | None] | None:
+        """What an upstream fails with at a time."""
+        if name == "a" and 2000 <= now < 2120:
+            return "unreachable", None
+        if name == "b" and now % 1200 >= 1170:  # now and then its rate limit is spent
+            return "429", 30.0
+        if name == "c" and (700 <= now < 760 or 3100 <= now < 3160 or 5500 <= now < 5560):
+            return "529", None
+        return None
+
+    def run(self) -> None:
+        """Let the two hours pass."""
+        for i, session in enumerate(self.home):
+            for n in range(360):
+                self.at(n * 20 + i / 3, lambda session=session: self.ask(self.world.call(session), frozenset(), 1))
+        while self._events:
+            when, _, what = heapq.heappop(self._events)
+            self.world.clock.now = when
+            what()
+
+    def ask(self, call: g.Call, tried: frozenset[Place], attempt: int) -> None:
+        """One attempt."""
+        upstreams = self.world.upstreams
+        if attempt == 1:
+            self.calls[call.session] += 1
+        ticket = upstreams.take(call, set(tried))
+        if ticket is None or attempt > 4:
+            self.nobody += 1
+            return
+        name, now = ticket.choice.upstream.name, self.world.clock.now
+        self.attempts[name] += 1
+        trouble = self.trouble(name, now)
+        if trouble:
+            self.at(now + 0.3, lambda: self.failed(ticket, trouble, tried, attempt))
+        else:
+            self.at_home[call.session] += name == self.home[call.session]
+            self.at(now + 1.5, lambda: upstreams.answered(ticket, 1.5))
+            self.at(now + 12.0, lambda: self.finished(ticket))
+
+    def failed(
+        self, ticket: g.Ticket, trouble: tuple[str, float | None], tried: frozenset[Place], attempt: int
+    ) -> None:
+        """An attempt failed: another one follows at once."""
+        with ticket:
+            self.world.upstreams.failed(ticket, *trouble)
+        self.ask(ticket.call, tried | {ticket.choice.place}, attempt + 1)
+
+    def finished(self, ticket: g.Ticket) -> None:
+        """An answer came to its end."""
+        with ticket:
+            self.world.upstreams.finished(ticket)
+
+
+def test_over_two_bad_hours_sessions_stay_at_home_and_every_call_finds_somebody(caplog):
+    """
+    Sixty sessions, 21,600 calls; one upstream away for two minutes, one out of its rate limit every twenty, one with
+    bursts of 529: each session has at least 95 % of its calls at home, and no call finds nobody.
+    """
+    hours = Hours()
+
+    hours.run()
+
+    shares = {session: hours.at_home[session] / hours.calls[session] for session in hours.home}
+    assert (sum(hours.calls.values()), hours.nobody) == (21_600, 0)
+    assert {session: share for session, share in shares.items() if share < 0.95} == {}
+    assert sum(hours.attempts.values()) - 21_600 < 216  # attempts in vain: less than one in a hundred
+    assert hours.world.running() == {"a": [0, 0], "b": [0, 0], "c": [0, 0]}
+    caplog.clear()
+
+
+# --- addresses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address, expected",
+    [
+        ("169.254.169.254", True),
+        ("169.254.0.1", True),
+        ("::ffff:169.254.169.254", True),
+        ("::169.254.169.254", True),
+        ("64:ff9b::a9fe:a9fe", True),
+        ("2002:a9fe:a9fe::", True),
+        ("fe80::1", True),
+        ("fe80::1%eth0", True),
+        ("fd00:ec2::254", True),
+        ("fd20:ce::254", True),
+        ("100.100.100.200", True),
+        ("::ffff:100.100.100.200", True),
+        ("192.0.0.192", True),
+        ("127.0.0.1", False),
+        ("10.0.0.1", False),
+        ("192.168.1.1", False),
+        ("8.8.8.8", False),
+        ("100.100.100.201", False),
+        ("::1", False),
+        ("::", False),
+        ("fd00::1", False),
+        ("2606:4700::1111", False),
+        ("64:ff9b::808:808", False),
+        ("2002:808:808::", False),
+        ("metadata.google.internal", False),
+        ("", False),
+    ],
+)
+def test_link_local_and_metadata_addresses_are_forbidden(address, expected):
+    """
+    Also where IPv6 carries them; a name is looked at when it is resolved, and private networks are allowed.
+    """
+    found = g.is_forbidden(address)
+
+    assert found is expected
+
+
+@given(st.ip_addresses(v=4))
+def test_what_is_forbidden_in_ipv4_is_forbidden_in_each_form_of_ipv6(address):
+    """
+    Mapped, compatible, NAT64 and 6to4: none is a way around.
+    """
+    low = f"{int(address) >> 16:x}:{int(address) & 0xFFFF:x}"
+
+    carried = [f"::ffff:{low}", f"::{low}", f"64:ff9b::{low}", f"2002:{low}::1"]
+
+    assert [g.is_forbidden(each) for each in carried] == [g.is_forbidden(str(address))] * 4
+
+
+@pytest.mark.parametrize(
+    "url, more, problem",
+    [
+        ("http://169.254.169.254/", "", "169.254.169.254 is a link-local or metadata address; see allow_private"),
+        ("https://[fe80::1]/", "", "fe80::1 is a link-local or metadata address; see allow_private"),
+        ("http://169.254.169.254/", ", allow_private: true", ""),
+        ("http://10.0.0.1/", "", ""),
+    ],
+)
+def test_a_config_with_a_forbidden_address_is_refused(clock, url, more, problem):
+    """
+    An address that stands in the file is told before anybody connects to it.
+    """
+    text = f"upstreams:\n  - {{name: a, url: '{url}', api_key: k{more}}}\n"
+
+    try:
+        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+        said = ""
+    except g.ConfigError as error:
+        said = str(error)
+
+    assert said == (problem and f"config.yaml:2: upstreams[0].url: {problem}")
+
+
+# --- headers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value, globs, expected",
+    [
+        (b"a-2025,b-2025", ["a-*"], b"b-2025"),
+        (b"a-2025 , b-2025,c", ["b-2025"], b"a-2025, c"),
+        (b"a,b", ["a", "b"], b""),
+        (b"a,b", ["c"], b"a, b"),
+        (b"a,b", ["*"], b""),
+        (b"A", ["a"], b"A"),
+        (b"", ["a"], b""),
+        (b"\xff-1,b", ["b"], b"\xff-1"),
+    ],
+)
+def test_betas_that_match_do_not_go_upstream(value, globs, expected):
+    """
+    The others stay, in their order; white space does not count.
+    """
+    kept = g.dropped_betas(value, globs)
+
+    assert kept == expected
+
+
+CLIENT_HEADERS: g.Headers = [
+    (b"Anthropic-Beta", b"a-2025,b-2025"),
+    (b"anthropic-version", b"2023-06-01"),
+    (b"User-Agent", b"claude-cli/2"),
+    (b"X-Empty", b""),
+    (b"x-api-key", b"sk-proxy-secret"),
+    (b"anthropic-beta", b"a-2026"),
+]
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (
+            "",
+            [
+                "Anthropic-Beta: a-2025,b-2025",
+                "anthropic-version: 2023-06-01",
+                "User-Agent: claude-cli/2",
+                "X-Empty: ",
+                "anthropic-beta: a-2026",
+            ],
+        ),
+        (
+            'betas: {drop: ["a-*"]}',
+            ["Anthropic-Beta: b-2025", "anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-Empty: "],
+        ),
+        (
+            "headers: {set: {user-agent: gateway, X-Org: o-1}, remove: [X-EMPTY, anthropic-beta]}",
+            ["anthropic-version: 2023-06-01", "user-agent: gateway", "X-Org: o-1"],
+        ),
+        (
+            'headers: {set: {X-Org: o-1}}, betas: {drop: ["*"]}',
+            ["anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-Empty: ", "X-Org: o-1"],
+        ),
+    ],
+)
+def test_an_upstream_has_its_rules_for_headers(more, expected):
+    """
+    What is set stands once, what is removed is gone in any case, and the gateway's own lines stay first.
+    """
+    world = World({"a": more})
+    call, upstream = world.call(), world.config.upstreams[0]
+    call.headers = CLIENT_HEADERS
+
+    head = g.request_head(call, upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 7)
+
+    own = ["POST /v1/messages HTTP/1.1", "host: a.test", "content-length: 7", "accept-encoding: identity"]
+    assert head.decode().split("\r\n") == [*own, "x-api-key: key-1", *expected, "", ""]
+
+
+def test_an_upstream_may_have_its_credential_in_a_header_of_its_own():
+    """
+    Setting x-api-key or removing it is how: what the gateway would send there is gone.
+    """
+    world = World({"a": "headers: {set: {Authorization: Bearer t}, remove: [x-api-key]}"})
+    upstream = world.config.upstreams[0]
+
+    head = g.request_head(world.call(), upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 0)
+
+    assert b"Authorization: Bearer t\r\n" in head
+    assert b"key-1" not in head
+
+
+@pytest.mark.parametrize("rule", ["set: {%s: x}", "remove: [%s]"])
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "connection", "host", "accept-encoding"])
+def test_headers_that_the_gateway_needs_cannot_be_set_or_removed(clock, rule, name):
+    """
+    Without its framing a request would run into the next one, and compressed answers could not be counted.
+    """
+    text = f"upstreams:\n  - name: a\n    url: http://a.test\n    headers:\n      {rule % name}\n"
+    is_allowed = rule.startswith("set") and name == "host"
+
+    try:
+        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+        said = ""
+    except g.ConfigError as error:
+        said = str(error)
+
+    assert said.startswith("" if is_allowed else "config.yaml:5: upstreams[0].headers.")
+    assert bool(said) is not is_allowed
+
+
+# --- without thinking -------------------------------------------------------------------------
+
+THINKING = b'{"type":"thinking","thinking":"hm","signature":"x"}'
+REDACTED = b'{"type":"redacted_thinking","data":"y"}'
+USE = b'{"type":"tool_use","id":"t1","name":"f","input":{"n": 1.50, "big": 12345678901234567890123, "s": "\\u00e9"}}'
+TEXT = b'{"type":"text","text":"ho"}'
+RESULT = b'{"role":"user","content":[{"type":"tool_result","tool_use_id":"t1","content":"4"}]}'
+ON = b'"thinking":{"type":"enabled","budget_tokens":1024},"context_management":{"edits":[{"type":"clear_thinking"}]}'
+
+
+def request(*turns: bytes, more: bytes = ON) -> bytes:
+    """A Messages request of these turns."""
+    return b'{"model":"m",%b"temperature":1.0,"messages":[%b]}' % (more + b"," if more else b"", b",".join(turns))
+
+
+def user(text: bytes) -> bytes:
+    """A user's turn."""
+    return b'{"role":"user","content":"%b"}' % text
+
+
+def assistant(*blocks: bytes) -> bytes:
+    """An assistant's turn."""
+    return b'{"role":"assistant","content":[%b]}' % b",".join(blocks)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (
+            request(user(b"hi"), assistant(THINKING, TEXT), user(b"more")),
+            request(user(b"hi"), assistant(TEXT), user(b"more")),
+        ),
+        (
+            request(user(b"hi"), assistant(REDACTED, THINKING, USE), RESULT),
+            request(user(b"hi"), assistant(USE), RESULT, more=b""),
+        ),
+        (
+            request(user(b"hi"), assistant(THINKING, USE), RESULT, assistant(THINKING, TEXT), user(b"more")),
+            request(user(b"hi"), assistant(USE), RESULT, assistant(TEXT), user(b"more")),
+        ),
+        (request(user(b"hi"), assistant(THINKING), user(b"more")), request(user(b"hi"), user(b"more"))),
+        (request(user(b"hi"), assistant(USE), RESULT), request(user(b"hi"), assistant(USE), RESULT, more=b"")),
+        (
+            request(user(b"hi"), b'{"role":"assistant","content":"ho"}', user(b"more")),
+            request(user(b"hi"), b'{"role":"assistant","content":"ho"}', user(b"more")),
+        ),
+        (
+            request(user(b'is \\"tool_result\\" in a chain?')),
+            request(user(b'is \\"tool_result\\" in a chain?')),
+        ),
+        (request(), request()),
+    ],
+)
+def test_thinking_is_taken_out_of_a_request(before, after):
+    """
+    Thinking blocks go, and a turn with nothing else; the bytes of all else stay, for the prompt cache. The setting
+    itself goes only inside a chain of tool calls, where the API wants the blocks that are gone.
+    """
+    body = g.without_thinking(before)
+
+    assert body == after
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"no",
+        b"[]",
+        b"{}",
+        b'{"messages": 1}',
+        b'{"messages": [1]}',
+        b'{"messages": null}',
+        b'{"messages": [{"role": "assistant"}]}',
+        b'{"messages": [{"role": "assistant", "content": [1]}]}',
+        b'{"messages": [{"role": "assistant", "content": [{"type": "text"]}]}',
+        b'{"messages": ' + b"[" * 100_000,
+        b'{"messages": [{"role": "assistant", "content": ["\xff"]}]}',
+    ],
+)
+def test_a_body_that_is_not_as_expected_is_the_clients_fault(body):
+    """
+    The client is told, and nothing else is raised.
+    """
+    with pytest.raises(g.BadRequest, match="is not as expected"):
+        g.without_thinking(body)
+
+
+# --- verdicts -------------------------------------------------------------------------------
+
+
+def verdict(overrides: str, case: str) -> g.Verdict:
+    """What a case means under these overrides."""
+    return World({"a": f"verdicts: {{{overrides}}}"}).config.upstreams[0].verdict(case)
+
+
+@pytest.mark.parametrize(
+    "overrides, case, expected",
+    [
+        ("", "404", g.Verdict(True, "none", 0.0, True)),
+        ("", "418", g.Verdict(False, "none", 0.0, True)),
+        ("", "529", g.Verdict(True, "upstream", 0.0, True)),
+        ("", "429", g.Verdict(True, "key", 10.0, True)),
+        ("", "mid_stream", g.Verdict(False, "upstream", 0.0, False)),
+        ("404: {next: false}", "404", g.Verdict(False, "none", 0.0, True)),
+        ("404: {next: false}", "405", g.Verdict(False, "none", 0.0, True)),
+        ("5xx: {blame: none}", "500", g.Verdict(True, "none", 0.0, True)),
+        ("5xx: {blame: none}", "529", g.Verdict(True, "none", 0.0, True)),
+        ("529: {cooldown: 1m}", "529", g.Verdict(True, "upstream", 60.0, True)),
+        ("529: {cooldown: 1m}", "500", g.Verdict(True, "upstream", 0.0, True)),
+        ("5xx: {blame: none}, 529: {cooldown: 1m, pass: false}", "529", g.Verdict(True, "none", 60.0, False)),
+        ("5xx: {blame: none}, 529: {blame: key}", "529", g.Verdict(True, "key", 0.0, True)),
+        ("4xx: {next: true}", "404", g.Verdict(True, "none", 0.0, True)),
+        ("4xx: {next: true}", "422", g.Verdict(True, "none", 0.0, True)),
+        ("4xx: {pass: false}", "404", g.Verdict(True, "none", 0.0, True)),
+        ("429: {cooldown: 0s}", "429", g.Verdict(True, "key", 0.0, True)),
+        ("cut: {next: false, blame: key, cooldown: 5s, pass: true}", "cut", g.Verdict(False, "key", 5.0, True)),
+        ("404: {}", "404", g.Verdict(True, "none", 0.0, True)),
+    ],
+)
+def test_verdicts_are_overridden_field_by_field(overrides, case, expected):
+    """
+    What is not said stays as it is: in the row of the status, else in the row of its hundred as it holds here.
+    """
+    found = verdict(overrides, case)
+
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "case, problem",
+    [
+        ("nonsense: {next: false}", "verdicts.nonsense: unknown case: a status such as 404, or one of unreachable,"),
+        ("999: {next: false}", "verdicts.999: unknown case: a status such as 404"),
+        ("40: {next: false}", "verdicts.40: unknown case"),
+        ("404: {nxt: false}", "verdicts.404.nxt: unknown setting, did you mean next?"),
+        ("404: {blame: me}", "verdicts.404.blame: expected none, key or upstream, got 'me'"),
+        ("404: {cooldown: soon}", "verdicts.404.cooldown: expected something like 10s, got 'soon'"),
+        ("404: {next: 7}", "verdicts.404.next: Expected `bool"),
+        ("404: no", "verdicts.404: Expected `object`"),
+    ],
+)
+def test_a_wrong_override_is_told_with_its_line_and_place(clock, case, problem):
+    """
+    File, line, path and what would be right.
+    """
+    text = f"upstreams:\n  - name: a\n    url: http://a.test\n    verdicts:\n      500: {{}}\n      {case}\n"
+
+    with pytest.raises(g.ConfigError) as told:
+        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+
+    assert str(told.value).startswith(f"config.yaml:6: upstreams[0].{problem}")
