@@ -280,6 +280,7 @@ class Call:
         "key",
         "max_output",
         "model",
+        "named",
         "query",
         "route",
         "servings",
@@ -297,6 +298,7 @@ class Call:
         self.route = route
         self.query = query
         self.headers = headers
+        self.named = {name.lower(): value for name, value in reversed(headers)}  # the first of each name
         self.address = address
         self.started = config.clock.monotonic()
         self.started_wall = config.clock.wall()
@@ -311,10 +313,8 @@ class Call:
 
     def header(self, name: bytes) -> str:
         """The first value of a header (`name` in lower case), or ""."""
-        for key, value in self.headers:
-            if key.lower() == name:
-                return value.decode("latin-1")
-        return ""
+        value = self.named.get(name)
+        return value.decode("latin-1") if value else ""
 
 
 class GatewayError(Exception):
@@ -2439,10 +2439,16 @@ def is_time(text: str) -> bool:
     return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T[\d:.]*Z?)?)?)?", text) is not None
 
 
+@functools.lru_cache(maxsize=8)
+def utc_second(seconds: int) -> str:
+    """`2026-01-31T12:34:56`; many calls end within the same one."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+
+
 def utc_time(seconds: float) -> str:
     """`2026-01-31T12:34:56.789Z`."""
     whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(whole))}.{milliseconds:03d}Z"
+    return f"{utc_second(whole)}.{milliseconds:03d}Z"
 
 
 ENTRY_ENCODER = msgspec.json.Encoder()
@@ -3548,11 +3554,10 @@ def request_head(call: Call, upstream: UpstreamConfig, api_key: str, target: Ups
         b"accept-encoding: identity",  # usage must be readable
     ]
     lines += credential_line(upstream, api_key)
-    dropped = connection_options(call.headers)
-    for name, value in call.headers:
-        lower = name.lower()
-        if lower not in NOT_UPSTREAM and lower not in dropped:
-            lines.append(b"%b: %b" % (name, value))
+    dropped = NOT_UPSTREAM
+    if len(call.named) < len(call.headers) or call.named.get(b"connection", b"keep-alive") != b"keep-alive":
+        dropped = dropped | connection_options(call.headers)
+    lines += [b"%b: %b" % header for header in call.headers if header[0].lower() not in dropped]
     if upstream.headers is not NO_RULES or upstream.betas.drop:
         lines = ruled(lines, upstream)
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -7261,6 +7266,7 @@ class Server:
 
 async def serve(config: Config, key: str) -> None:
     """Run the gateway until it is told to stop."""
+    gc.set_threshold(5000, 20, 50)  # calls leave no circles behind: looking for some more rarely saves 3 % of a call
     server = Server(config)
     port = await server.start()
     print(greeting(config, port, key), flush=True)
