@@ -1130,7 +1130,7 @@ async def test_an_answered_trial_lets_in_those_who_wait():
 
 
 @pytest.mark.logs("is left alone")
-async def test_a_reset_and_a_reload_wake_those_who_wait():
+async def test_a_reset_wakes_those_who_wait():
     """
     Whoever puts an upstream right need not wait for its cooldown.
     """
