@@ -1257,7 +1257,7 @@ def parse_verdicts(value: object) -> VerdictTable:
     if not isinstance(value, dict):
         raise ValueError("expected cases such as {404: {next: false}, 5xx: {cooldown: 1m}}")
     for case in value:
-        if case not in VERDICTS and not re.fullmatch("[1-5][0-9][0-9]", case):
+        if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
             raise Misplaced([case], f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
     table = VerdictTable()
     for case, said in value.items():
@@ -4943,18 +4943,21 @@ class Upstreams:
         health.failures += 1
         if is_trial:
             ticket.trials.remove(health)
-        at_once = retry_after_s or verdict.cooldown_s
-        if at_once or is_trial or health.failures >= breaker.failures:
-            self._cool_down(choice, health, case, retry_after_s, at_once or breaker.cooldown, breaker.max_cooldown)
+        if retry_after_s or verdict.cooldown_s or is_trial or health.failures >= breaker.failures:
+            seconds = self._cooldown_s(health.trips, retry_after_s, verdict.cooldown_s, breaker)
+            self._cool_down(choice, health, case, seconds)
         return None
 
-    def _cool_down(
-        self, choice: Choice, health: Health, case: str, retry_after_s: float | None, base_s: float, max_s: float
-    ) -> None:
-        if retry_after_s:
-            seconds = retry_after_s * (1 + 0.1 * self._chance())  # not all at once, and none before its time
-        else:
-            seconds = min(max(max_s, base_s), base_s * 2.0 ** min(health.trips, 30)) * (0.9 + 0.2 * self._chance())
+    def _cooldown_s(self, trips: int, retry_after_s: float | None, verdict_s: float, breaker: BreakerConfig) -> float:
+        """What the upstream said, and the verdict; where neither did, or it went on failing, doubled each time."""
+        base = verdict_s or breaker.cooldown
+        doubled = min(max(breaker.max_cooldown, base), base * 2.0 ** min(trips, 30))
+        if retry_after_s:  # nobody is to come before its time, and not all at once
+            seconds = max(retry_after_s, doubled if trips else 0.0)
+            return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
+        return doubled * (0.9 + 0.2 * self._chance())
+
+    def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float) -> None:
         health.cool_down(seconds, case, self._clock)
         if case in ("401", "402", "403"):
             log.error(
@@ -5962,11 +5965,13 @@ class Relay:
             self.upstreams.failed(ticket, attempt.passed, attempt.retry_after_s())
             is_fine = attempt.upstream.verdict(attempt.passed).blame == "none"
             return self.upstreams.finished(ticket) if is_fine else None
+        case = "mid_stream"
         if outcome == "upstream_error" and attempt:
             status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
-            is_theirs = attempt.upstream.verdict(status).blame != "none"
+            blame = attempt.upstream.verdict(status).blame
+            case, is_theirs = status if blame == "key" else case, blame != "none"
         if is_theirs:
-            self.upstreams.failed(ticket, "mid_stream")
+            self.upstreams.failed(ticket, case)
         elif outcome not in ("client_gone", "gateway_stopped"):
             self.upstreams.finished(ticket)
 

@@ -49,9 +49,16 @@ class World:
         self.config = parse(upstreams, self._routing, self.clock)
         self.upstreams.keep_only(self.config.upstreams)
 
-    def call(self, session: str = "s", model: str = MODEL, body: bytes = b"", path: str = "/v1/messages") -> g.Call:
+    def call(
+        self,
+        session: str = "s",
+        model: str = MODEL,
+        path: str = "/v1/messages",
+        headers: g.Headers | None = None,
+        body: bytes = b"",
+    ) -> g.Call:
         """A call that has been read and routed."""
-        call = g.Call(self.config, next(iter(self.config.keys)), g.ROUTES[path], b"", [], "127.0.0.1")
+        call = g.Call(self.config, next(iter(self.config.keys)), g.ROUTES[path], b"", headers or [], "127.0.0.1")
         call.session, call.model, call.body = session, model, body
         call.servings = self.config.route(call)
         return call
@@ -415,8 +422,8 @@ def test_policies_are_found_by_glob_of_the_model():
 
 def affinity(body: object, path: str = "/v1/messages", headers: g.Headers | None = None) -> str:
     """What a request is kept together by."""
-    call = World({"a": "", "o": "format: openai"}).call(path=path)
-    call.headers, call.body = headers or [], json.dumps(body).encode()
+    call = World({"a": "", "o": "format: openai"}).call(path=path, headers=headers)
+    call.body = json.dumps(body).encode()
     g.read_request(call)
     return g.find_affinity(call)
 
@@ -1514,8 +1521,7 @@ def test_an_upstream_has_its_rules_for_headers(more, expected):
     What is set stands once, what is removed is gone in any case, and the gateway's own lines stay first.
     """
     world = World({"a": more})
-    call, upstream = world.call(), world.config.upstreams[0]
-    call.headers = CLIENT_HEADERS
+    call, upstream = world.call(headers=CLIENT_HEADERS), world.config.upstreams[0]
 
     head = g.request_head(call, upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 7)
 
