@@ -22,8 +22,10 @@ The file is read from top to bottom; each section uses what stands above it:
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
-of the *ledger*. A *limit* is a number per window. A *session* is one conversation of Claude Code. To
-*seal* is to encrypt or hash a secret in config.yaml. A *snapshot* is one loaded configuration.
+of the *ledger*. A *limit* is a number per window. A *session* is one conversation of Claude Code; the
+upstream where its prompt cache lives is its *home*. The *gate* holds an attempt's bytes back until its
+first content; a *verdict* says what a failure before it means. An upstream that fails has a *cooldown*.
+To *seal* is to encrypt or hash a secret in config.yaml. A *snapshot* is one loaded configuration.
 
 Run `gateway.py --help` for the commands; README.md tells the rest.
 """
