@@ -5552,6 +5552,12 @@ class Attempt:
         return b"".join(self.held or ())
 
     @property
+    def is_from_api(self) -> bool:
+        """Whether what is held back is a whole answer in the API's words, and no page of something in between."""
+        is_json = not self.meter.is_broken and self.text().lstrip().startswith(b"{")
+        return self.is_whole and (self.is_streaming or is_json)
+
+    @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
         if self.status != 200 or not self.meter.charged or self.meter.seen_input:
@@ -5992,7 +5998,7 @@ class Relay:
         self.upstreams.failed(ticket, failure.case, error.retry_after_s)
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
-        if verdict.passes and attempt.is_whole:
+        if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream)
         exchange.tried = exchange.tried | {key.place for key in keys}
