@@ -1030,6 +1030,10 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
                 return model if name == "*" else name
         return None
 
+    def named_models(self) -> list[str]:
+        """Those of `models` that are names, not globs."""
+        return [name for name in self.models if not re.search(r"[*?\[]", name)]
+
     def verdict(self, case: str) -> Verdict:
         """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
         for name in (case, f"{case[0]}xx"):
@@ -4459,14 +4463,37 @@ class Pool:
             raise AttemptFailed(UNREACHABLE, str(error)) from None
 
     async def _connect(self) -> UpstreamConnection:
-        loop, target = asyncio.get_running_loop(), self.target
+        target = self.target
         if target.proxy:
-            return await self._tunnel(loop, target.proxy)
+            connection = await self.reach()
+            if target.tls:
+                await self.secure(connection)
+            return connection
         name = target.host if target.tls else None
         _, connection = await self._open(
             lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
         )
         return connection
+
+    async def reach(self) -> UpstreamConnection:
+        """A new connection on which TLS does not stand yet, through the proxy where there is one. Raises OSError."""
+        if self.target.proxy:
+            return await self._tunnel(self.target.proxy)
+        _, connection = await self._open(lambda: UpstreamConnection(self.release), self.target.host, self.target.port)
+        return connection
+
+    async def secure(self, connection: UpstreamConnection) -> None:
+        """TLS on a connection that was reached; it is lost where that fails. Raises OSError."""
+        plain, loop = connection.transport, asyncio.get_running_loop()
+        try:
+            context = cast(ssl.SSLContext, self._ssl)
+            secured = await loop.start_tls(plain, connection, context, server_hostname=self.target.host)
+            if secured is None:
+                raise ConnectionError("the connection was closed before TLS stood")
+            connection.connection_made(secured)
+        except BaseException:
+            plain.abort()
+            raise
 
     async def _open(self, make: Callable[[], P], host: str, port: int, **tls: Any) -> tuple[asyncio.Transport, P]:
         """Connect to the very addresses that were looked at. Raises OSError."""
@@ -4480,7 +4507,7 @@ class Pool:
                 failure = error
         raise failure
 
-    async def _tunnel(self, loop: asyncio.AbstractEventLoop, proxy: tuple[str, int, str]) -> UpstreamConnection:
+    async def _tunnel(self, proxy: tuple[str, int, str]) -> UpstreamConnection:
         """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
         host, port, credential = proxy
         transport, opening = await self._open(ConnectReply, host, port)
@@ -4493,11 +4520,6 @@ class Pool:
             connection = UpstreamConnection(self.release)
             connection.connection_made(transport)  # it may be lost before TLS stands
             transport.set_protocol(connection)
-            if self._ssl:
-                secured = await loop.start_tls(transport, connection, self._ssl, server_hostname=self.target.host)
-                if secured is None:
-                    raise ConnectionError("TLS through the proxy failed")
-                connection.connection_made(secured)
             return connection
         except BaseException:
             transport.abort()
@@ -5798,7 +5820,7 @@ class Relay:
             with ticket:
                 exchange.open_attempt(ticket.choice)
                 try:
-                    outcome = await self._send(exchange, ticket)
+                    outcome = await self.send(exchange, ticket)
                     self._judge(exchange, ticket, outcome.name)
                     return outcome
                 except AttemptFailed as error:
@@ -5809,8 +5831,11 @@ class Relay:
                 break
         return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
 
-    async def _send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
-        """Send the call and wait for its end; a kept-alive connection that died unseen costs nothing."""
+    async def send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
+        """Make one attempt and wait for its end; a kept-alive connection that died unseen costs nothing.
+
+        Raises AttemptFailed.
+        """
         call, choice = exchange.call, ticket.choice
         upstream, call.upstream_model = choice.upstream, ticket.model
         body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
@@ -5964,6 +5989,20 @@ class ModelList(msgspec.Struct):
     data: list[ListedModel]
 
 
+async def ask_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
+    """Status and body of an upstream's answer to GET /v1/models. Raises AttemptFailed."""
+    upstream = choice.upstream
+    line = await relay.line(upstream)
+    answer = Collected()
+    try:
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        line.send(models_head(upstream, choice.api_key, target), b"", answer)
+        return await answer.done
+    finally:
+        if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
+            line.abort()
+
+
 class Models:
     """Which models there are: those named in the config, and those that upstreams list, cached."""
 
@@ -5978,7 +6017,7 @@ class Models:
         return list(found.values())
 
     async def _of_upstream(self, upstream: UpstreamConfig) -> list[ListedModel]:
-        named = [ListedModel(name, name) for name in upstream.models if not re.search(r"[*?\[]", name)]
+        named = [ListedModel(name, name) for name in upstream.named_models()]
         if len(named) == len(upstream.models):
             return named
         listed = [ListedModel(DEMO_MODEL, "Demo")] if upstream.format == "demo" else await self._listed(upstream)
@@ -6000,15 +6039,7 @@ class Models:
     async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
         choices, now = self._relay.upstreams.choices(upstream), self._relay.clock.monotonic()
         choice = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
-        line = await self._relay.line(upstream)
-        answer = Collected()
-        try:
-            target = UpstreamTarget.of(upstream.url, upstream.proxy)
-            line.send(models_head(upstream, choice.api_key, target), b"", answer)
-            status, body = await answer.done
-        finally:
-            if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
-                line.abort()
+        status, body = await ask_models(self._relay, choice)
         if status != 200:
             raise ValueError(f"status {status}")
         return msgspec.json.decode(body, type=ModelList).data
@@ -7564,6 +7595,13 @@ def command_reconcile(options: argparse.Namespace) -> int:
     return 1 if pairs else 0
 
 
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
+    """What to say of a name that is not in the config: what was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return CommandError(f"there is no {kind} named {name!r}{meant}")
+
+
 def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, str]:
     """The scope and the name of whom a correction is for. Raises CommandError."""
     chosen: list[tuple[ScopeKind, str | None]] = [
@@ -7577,9 +7615,7 @@ def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, s
     scope, name = named[0]
     known = {"key": [key.name for key in config.keys], "team": [team.name for team in config.file.teams]}
     if name not in known.get(scope, [name]):
-        close = difflib.get_close_matches(name, known[scope], 1)
-        meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known[scope]) or 'none'}"
-        raise CommandError(f"there is no {scope} named {name!r}{meant}")
+        raise unknown_name(scope, name, known[scope])
     return scope, "" if scope == "gateway" else name
 
 
