@@ -18,7 +18,7 @@ The file is read from top to bottom; each section uses what stands above it:
      9. Relay         attempts, the gate, failover, bytes through
     10. Gateway       owns all state, tells the story
     11. HTTP          the front door, no policy
-    12. Command line  serve, init, check, key, seal, usage; status, whose code stands first
+    12. Command line  serve, init, check, key, seal, upstream, usage; status, whose code stands first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -146,7 +146,7 @@ import time
 import zlib
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6973,7 +6973,7 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 12. Command line: serve, init, check, key, seal, usage; status, whose code stands first ---
+# --- 12. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
@@ -7004,6 +7004,13 @@ EXPORTS = """\
 
 class CommandError(Exception):
     """A command cannot do what it was asked; the message says why and what would help."""
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
+    """What to say of a name that is not in the config: what was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return CommandError(f"there is no {kind} named {name!r}{meant}")
 
 
 def write_new(path: Path, text: str, mode: int) -> None:
@@ -7327,6 +7334,372 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
 
 
+class StepFailed(Exception):
+    """A step of a test went wrong; the message says how."""
+
+
+class Found(msgspec.Struct):
+    """What a step of a test found out; `facts` are for --json."""
+
+    detail: str
+    state: str = "ok"  # or warn, or FAILED
+    facts: dict[str, Any] = {}
+
+
+class Step(msgspec.Struct):
+    """One line of a test's report. `key` is the API key's number; None: the step is the same for all of them."""
+
+    step: str
+    key: int | None
+    state: str
+    ms: float | None
+    detail: str
+    facts: dict[str, Any]
+
+    def line(self, keyless: bool) -> str:
+        """The line as the terminal shows it."""
+        whose = "" if self.key is None else "no key " if keyless else f"key {self.key} "
+        took = "" if self.ms is None else f"{self.ms:,.0f} ms"
+        return f"  {whose + self.step:13}  {self.state:6}  {took:>9}  {self.detail}"
+
+
+class Heard:
+    """A sink for an answer that is wanted whole."""
+
+    def __init__(self) -> None:
+        self.exchange: Exchange | None = None
+        self.is_gone = False
+        self.body = bytearray()
+
+    def head(self, status: int, headers: Headers, streaming: bool) -> None:
+        """The attempt remembers them."""
+
+    def write(self, data: bytes, last: bool) -> None:
+        self.body += data
+
+    def cut(self) -> None:
+        """The outcome says so."""
+
+    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
+        """Nobody refuses a call that passes no gate."""
+
+
+NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
+SOON_DAYS = 14  # a certificate that ends before that is worth a warning
+TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
+TEST_HEADERS: Headers = [
+    (b"content-type", b"application/json"),
+    (b"anthropic-version", b"2023-06-01"),
+    (b"user-agent", f"claude-gateway/{VERSION}".encode()),
+]
+
+
+def os_reason(error: OSError) -> str:
+    """Why a connection failed, the same on every event loop."""
+    if isinstance(error, (ssl.SSLError, socket.gaierror)):
+        return error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno else str(error) or "the connection was lost"
+
+
+def attempt_reason(error: AttemptFailed) -> str:
+    """How an attempt failed, with the detail where there is one."""
+    sentence = error.failure.sentence
+    return sentence if str(error) == sentence else f"{sentence}: {error}"
+
+
+def name_in(certificate: Mapping[str, Any], field: str) -> str:
+    """Whom `subject` or `issuer` of a certificate names."""
+    names = dict(pair for group in certificate.get(field, ()) for pair in group)
+    order = ("commonName", "organizationName") if field == "subject" else ("organizationName", "commonName")
+    return next((names[name] for name in order if name in names), "nobody")
+
+
+def message_in(body: bytes) -> str:
+    """What an error says for people: its message where it has the shape of one, else the whole text."""
+    for data in (*EventReader().feed(body + b"\n\n"), body):
+        try:
+            value = msgspec.json.decode(data)
+        except UNREADABLE:
+            continue
+        error = value.get("error", value) if isinstance(value, dict) else None
+        message = error.get("message", error.get("detail")) if isinstance(error, dict) else error
+        if isinstance(message, str):
+            return message
+    return body.decode("utf-8", "replace")
+
+
+def secrets_in(upstream: UpstreamConfig) -> set[str]:
+    """What no report may show, in every form in which it is sent."""
+    found = {str(key) for key in upstream.api_key}
+    found |= {str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)}
+    if upstream.proxy:
+        password = urllib.parse.urlsplit(upstream.proxy).password or ""
+        proxy = UpstreamTarget.of(upstream.url, upstream.proxy).proxy
+        found |= {password, urllib.parse.unquote(password), proxy[2].removeprefix("Basic ") if proxy else ""}
+    return found - {""}
+
+
+class UpstreamTest:
+    """One tiny real call per API key of an upstream; what each step found is told as it ends.
+
+    Everything goes the way of real calls (pool, heads, relay), but past limits, ledger and health.
+    """
+
+    def __init__(
+        self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float, tell: Callable[[str], None]
+    ) -> None:
+        limit = Duration(timeout_s)
+        self.upstream = msgspec.structs.replace(upstream, timeouts=Timeouts(limit, limit, limit))
+        self._config, self._model_asked, self._timeout_s, self._tell = config, model, timeout_s, tell
+        self._relay = Relay(config.clock, Pace())
+        self._secrets = sorted(secrets_in(upstream), key=len, reverse=True)
+        self._listed: list[str] = []
+        self._connection: UpstreamConnection = cast(UpstreamConnection, None)
+        self.steps: list[Step] = []
+        self.keys, self.answered, self.cost_usd = max(1, len(upstream.api_key)), 0, 0.0
+
+    async def run(self) -> None:
+        """Go from step to step; what comes after a failed one is left out."""
+        self._tell(f"{self.upstream.name}  {self.upstream.url or 'built in'}")
+        try:
+            if self.upstream.format == "demo" or await self._connect():
+                for choice in self._relay.upstreams.choices(self.upstream):
+                    self.answered += await self._ask(choice)
+        finally:
+            self._relay.close()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no step failed."""
+        return all(step.state != "FAILED" for step in self.steps)
+
+    async def _connect(self) -> bool:
+        """Make the connection that the first call then finds in the pool."""
+        pool = self._relay.pool(self.upstream)
+        good = await self._step("dns", None, self._dns) and await self._step("tcp", None, self._tcp)
+        if good and pool.target.tls:
+            good = await self._step("tls", None, self._tls)
+        if good:
+            pool.release(self._connection)
+        return good
+
+    async def _ask(self, choice: Choice) -> bool:
+        listed = await self._step("models", choice.number, functools.partial(self._models, choice))
+        return listed and await self._step("stream", choice.number, functools.partial(self._stream, choice))
+
+    async def _step(self, name: str, number: int | None, work: Callable[[], Awaitable[Found]]) -> bool:
+        """Take a step in time, and tell what it found; whether the next one can be taken."""
+        began = self._config.clock.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                found = await work()
+        except (StepFailed, GatewayError) as error:
+            found = Found(str(error), "FAILED")
+        except AttemptFailed as error:
+            found = Found(attempt_reason(error), "FAILED")
+        except OSError as error:  # a TimeoutError is one
+            late = isinstance(error, TimeoutError) and not error.errno
+            found = Found(f"not done within {self._timeout_s:g} s" if late else os_reason(error), "FAILED")
+        took = (self._config.clock.monotonic() - began) * 1e3
+        self._report(Step(name, number, found.state, round(took, 1), self._clean(found.detail), found.facts))
+        if "pings" in found.facts and found.state != "FAILED":
+            self._report(Step("pings", number, "ok", None, f"{found.facts['pings']} seen", {}))
+        return found.state != "FAILED"
+
+    def _report(self, step: Step) -> None:
+        self.steps.append(step)
+        self._tell(step.line(not self.upstream.api_key))
+
+    def _clean(self, text: str) -> str:
+        """Text for a terminal, on one line and without what is secret."""
+        text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+    # The way there
+
+    async def _dns(self) -> Found:
+        target = self._relay.pool(self.upstream).target
+        host, port = target.proxy[:2] if target.proxy else (target.host, target.port)
+        addresses = await find_addresses(host, port, self.upstream.allow_private)
+        if not addresses:
+            raise StepFailed(f"{host} has no address")
+        literal = ", a literal address" if parse_address(host) else ""
+        return Found(f"{'the proxy: ' if target.proxy else ''}{', '.join(addresses)}{literal}")
+
+    async def _tcp(self) -> Found:
+        pool = self._relay.pool(self.upstream)
+        self._connection = await pool.reach()
+        host, port = self._connection.transport.get_extra_info("peername")[:2]
+        peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if pool.target.proxy:
+            return Found(f"{pool.target.host}:{pool.target.port} through the proxy at {peer}")
+        return Found(f"connected to {peer}")
+
+    async def _tls(self) -> Found:
+        try:
+            await self._relay.pool(self.upstream).secure(self._connection)
+        except ssl.SSLCertVerificationError as error:
+            remedy = "; if it is your own CA's, name its file in `ca_file`" * (error.verify_code in NOT_VOUCHED_FOR)
+            raise StepFailed(f"certificate verify failed: {error.verify_message}{remedy}") from None
+        tls = self._connection.transport.get_extra_info("ssl_object")
+        certificate = tls.getpeercert()
+        left_s = ssl.cert_time_to_seconds(certificate["notAfter"]) - self._config.clock.wall()
+        days = int(left_s // 86400)
+        names = f"{name_in(certificate, 'subject')} by {name_in(certificate, 'issuer')}"
+        detail = f"{tls.version()}, certificate of {names}, ends in {days} days"
+        return Found(detail, "warn" if days < SOON_DAYS else "ok", {"version": tls.version(), "days": days})
+
+    # The calls
+
+    async def _models(self, choice: Choice) -> Found:
+        self._listed = [DEMO_MODEL]
+        if self.upstream.format == "demo":
+            return Found("1 listed", facts={"models": 1})
+        self._listed = []
+        status, body = await ask_models(self._relay, choice)
+        if status == 404:
+            return Found("not offered (404)")
+        if status != 200:
+            raise StepFailed(self._refusal(status, body))
+        try:
+            self._listed = [model.id for model in msgspec.json.decode(body, type=ModelList).data]
+        except UNREADABLE:
+            return Found("not offered (the answer is no list of models)")
+        return Found(f"{len(self._listed)} listed", facts={"models": len(self._listed)})
+
+    def _model(self) -> str:
+        """Which model to ask: the one that was named, else named in the config, else the cheapest that is listed."""
+        upstream = self.upstream
+        named = [self._model_asked] if self._model_asked else upstream.named_models()
+        served = [model for model in named or self._listed if upstream.rename(model) is not None]
+        if not served:
+            if self._model_asked:
+                raise StepFailed(f"{self._model_asked} is not served here: see `models`")
+            raise StepFailed("no model is named in `models` or listed: name one with --model")
+        if named:
+            return served[0]
+        tiny = Usage(input_tokens=10, output_tokens=16)
+
+        def cost(model: str) -> tuple[float, bool]:
+            price = self._config.price(upstream.rename(model) or model).base
+            return price.cost_usd(tiny), not model.startswith("claude-haiku")
+
+        return min(served, key=cost)
+
+    def _call(self, model: str, limit: str) -> Call:
+        """The call that is made; `limit` is how the API names the bound of its output."""
+        is_openai = self.upstream.format == "openai"
+        route = ROUTES["/v1/chat/completions" if is_openai else "/v1/messages"]
+        headers = [header for header in TEST_HEADERS if not (is_openai and header[0] == b"anthropic-version")]
+        call = Call(self._config, TEST_KEY, route, b"", headers, "")
+        said = [{"role": "user", "content": "Say hello."}]
+        more = {"stream_options": {"include_usage": True}} if is_openai else {}
+        call.body = msgspec.json.encode({"model": model, limit: 16, "messages": said, "stream": True, **more})
+        read_request(call)
+        call.servings = (Serving(self.upstream, self.upstream.rename(model) or model),)
+        return call
+
+    async def _stream(self, choice: Choice) -> Found:
+        model = self._model()
+        attempt, problem, body = await self._send(choice, self._call(model, "max_tokens"))
+        if attempt.status == 400 and b"max_completion_tokens" in body:  # OpenAI's newer models know only that
+            attempt, problem, body = await self._send(choice, self._call(model, "max_completion_tokens"))
+        return self._judged(attempt, self._clean(model), problem, body)
+
+    async def _send(self, choice: Choice, call: Call) -> tuple[Attempt, str, bytes]:
+        """Make one attempt: what is wrong with its answer, if anything, and the answer."""
+        heard, problem = Heard(), ""
+        exchange = heard.exchange = Exchange(call, heard, self._relay)
+        try:
+            with Ticket(self._relay.upstreams, call, choice, call.servings[0].model) as ticket:
+                outcome = await self._relay.send(exchange, ticket)
+            problem = {"completed": "", "upstream_cut": CUT.sentence}.get(outcome.name, "answered with an error")
+        except AttemptFailed as error:
+            problem = attempt_reason(error)
+        finally:
+            if exchange.attempt:
+                exchange.attempt.end()
+                self.cost_usd += self._cost(exchange.attempt)
+        attempt = exchange.attempt
+        if attempt is None or attempt.sent_at is None:
+            raise StepFailed(problem)
+        return attempt, problem, attempt.text() or bytes(heard.body)
+
+    def _cost(self, attempt: Attempt) -> float:
+        """What an attempt costs, as far as the upstream has said."""
+        usage = attempt.usage()
+        known = attempt.status == 200 and attempt.meter.seen_input
+        return self._config.price(attempt.ticket.model).at(usage.total_input_tokens).cost_usd(usage) if known else 0.0
+
+    def _judged(self, attempt: Attempt, model: str, problem: str, body: bytes) -> Found:
+        """The answer in a line."""
+        status, usage = attempt.status, attempt.usage()
+        first_ms = ((attempt.first_byte_at or 0.0) - (attempt.sent_at or 0.0)) * 1e3 if attempt.first_byte_at else None
+        facts = {"model": model, "status": status, "ended": not problem}
+        facts |= {"first_byte_ms": first_ms and round(first_ms, 1), "cost_usd": self._cost(attempt)}
+        facts |= {"input_tokens": usage.total_input_tokens, "output_tokens": usage.output_tokens}
+        facts["pings"] = sum(b'"ping"' in data for data in EventReader().feed(body) if len(data) < 64)
+        if status >= 400:
+            return Found(f"{model}: {self._refusal(status, body)}", "FAILED", facts)
+        came = f"{model}: {status}, first byte after {first_ms or 0:,.0f} ms" if status else f"{model}: no answer"
+        if problem:
+            said = "" if problem == CUT.sentence else self._said(body)
+            return Found(f"{came}, but it {problem}{': ' * bool(said)}{said}", "FAILED", facts)
+        tokens = f"{usage.total_input_tokens} tokens in, {usage.output_tokens} out, ${self._cost(attempt):.6f}"
+        if not attempt.is_streaming:
+            return Found(f"{came}, {tokens}; answered whole, though a stream was asked for", "warn", facts)
+        return Found(f"{came}, {tokens}, ended properly", "ok", facts)
+
+    def _refusal(self, status: int, body: bytes) -> str:
+        said = self._said(body)
+        return f"{status}{': the key is refused' * (status == 401)}{': ' * bool(said)}{said}"
+
+    def _said(self, body: bytes) -> str:
+        return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
+
+
+def tested(config: Config, name: str) -> list[UpstreamConfig]:
+    """The upstreams that a test is for: all, or one by its name. Raises CommandError."""
+    found = [upstream for upstream in config.upstreams if name in ("", upstream.name)]
+    if not found:
+        raise unknown_name("upstream", name, [upstream.name for upstream in config.upstreams])
+    return found
+
+
+async def run_tests(tests: Sequence[UpstreamTest], tell: Callable[[str], None]) -> None:
+    """One after the other, so that lines come in their order and times are not each other's."""
+    for test in tests:
+        await test.run()
+        tell("")
+    await asyncio.sleep(0)  # closed transports let go of their sockets a turn later
+
+
+def command_upstream_test(options: argparse.Namespace) -> int:
+    """Make one tiny real call per upstream and API key, and tell how each step went."""
+    config = Config.load(options.config)
+    told = functools.partial(print, flush=True)
+    tell: Callable[[str], None] = (lambda line: None) if options.json else told
+    tests = [
+        UpstreamTest(config, upstream, options.model, options.timeout, tell)
+        for upstream in tested(config, options.name)
+    ]
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run_tests(tests, tell))
+    keys, answered, cost = (sum(getattr(test, name) for test in tests) for name in ("keys", "answered", "cost_usd"))
+    is_good = all(test.is_good for test in tests)
+    tell(f"{answered} of {keys} keys answered (not booked; cost about ${cost:.6f} in all)")
+    if options.json:
+        upstreams = [
+            {"name": test.upstream.name, "url": test.upstream.url, "steps": msgspec.to_builtins(test.steps)}
+            for test in tests
+        ]
+        sums = {"keys": keys, "answered": answered, "cost_usd": round(cost, 9), "booked": False, "ok": is_good}
+        print(json.dumps({"upstreams": upstreams, **sums}, indent=2))
+    return 0 if is_good else 1
+
+
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
 
 
@@ -7595,13 +7968,6 @@ def command_reconcile(options: argparse.Namespace) -> int:
     return 1 if pairs else 0
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
-    """What to say of a name that is not in the config: what was probably meant, or what there is."""
-    close = difflib.get_close_matches(name, known, 1)
-    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
-    return CommandError(f"there is no {kind} named {name!r}{meant}")
-
-
 def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, str]:
     """The scope and the name of whom a correction is for. Raises CommandError."""
     chosen: list[tuple[ScopeKind, str | None]] = [
@@ -7708,6 +8074,27 @@ def bounded_count(text: str) -> int:
     return value
 
 
+def bounded_time(text: str) -> float:
+    """A time to wait for the command line."""
+    try:
+        seconds = parse_scaled(text, TIME_UNITS, "30s")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError("expected more than 0s and at most 1h")
+    return seconds
+
+
+def upstream_arguments(upstream: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """`upstream`: its commands."""
+    commands = upstream.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    test = add(commands, "test", command_upstream_test)
+    test.add_argument("name", nargs="?", default="", metavar="NAME", help="only this upstream")
+    test.add_argument("--model", default="", help="default: the first in `models`, else the cheapest that is listed")
+    test.add_argument("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each step; default: 30s")
+    test.add_argument("--json", action="store_true")
+
+
 def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
     """`usage`: its options, and the commands that it has besides summing up."""
     usage.add_argument(
@@ -7784,6 +8171,7 @@ def arguments() -> argparse.ArgumentParser:
         made.add_argument("name", metavar="NAME")
     seal = add(commands, "seal", command_seal)
     seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
+    upstream_arguments(commands.add_parser("upstream", parents=[common], help="Test upstreams."), add)
     usage_arguments(add(commands, "usage", command_usage), add)
     add(commands, "status", command_status)
     return parser
