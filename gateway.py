@@ -7615,7 +7615,9 @@ class UpstreamTest:
         try:
             with Ticket(self._relay.upstreams, call, choice, call.servings[0].model) as ticket:
                 outcome = await self._relay.send(exchange, ticket)
-            problem = {"completed": "", "upstream_cut": CUT.sentence}.get(outcome.name, "answered with an error")
+            error_type = exchange.attempt.meter.error_type if exchange.attempt else ""
+            problem = f"answered with an error ({error_type or outcome.status})"
+            problem = {"completed": "", "upstream_cut": CUT.sentence}.get(outcome.name, problem)
         except AttemptFailed as error:
             problem = attempt_reason(error)
         finally:
