@@ -18,7 +18,7 @@ The file is read from top to bottom; each section uses what stands above it:
      9. Relay         attempts, the gate, failover, bytes through
     10. Gateway       owns all state, tells the story
     11. HTTP          the front door, no policy
-    12. Command line  serve, init, check, key, seal, usage; status, whose code stands first
+    12. Command line  serve, init, check, key, seal, upstream, usage; status, whose code stands first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -148,7 +148,7 @@ import time
 import zlib
 import zoneinfo
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1031,6 +1031,10 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
             if matches(pattern, model):
                 return model if name == "*" else name
         return None
+
+    def named_models(self) -> list[str]:
+        """Those of `models` that are names, not globs."""
+        return [name for name in self.models if not re.search(r"[*?\[]", name)]
 
     def verdict(self, case: str) -> Verdict:
         """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
@@ -2657,9 +2661,9 @@ class LedgerFiles:
             path.unlink()
             tell(f"{packed.name}: {packed.stat().st_size:,} bytes, {before:,} before")
 
-    def entries(self, since: str = "", until: str = "9") -> Iterator[Entry]:
-        """The calls among the lines."""
-        return (line for line in self.lines(since, until) if isinstance(line, Entry))
+    def billed(self, since: str = "", until: str = "9") -> Iterator[Entry | Discarded]:
+        """What upstreams charge for: calls, and attempts whose answer was thrown away."""
+        return (line for line in self.lines(since, until) if isinstance(line, (Entry, Discarded)))
 
 
 def set_torn_line_aside(fd: int, path: Path) -> None:
@@ -4495,14 +4499,37 @@ class Pool:
             raise AttemptFailed(UNREACHABLE, str(error)) from None
 
     async def _connect(self) -> UpstreamConnection:
-        loop, target = asyncio.get_running_loop(), self.target
+        target = self.target
         if target.proxy:
-            return await self._tunnel(loop, target.proxy)
+            connection = await self.reach()
+            if target.tls:
+                await self.secure(connection)
+            return connection
         name = target.host if target.tls else None
         _, connection = await self._open(
             lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
         )
         return connection
+
+    async def reach(self) -> UpstreamConnection:
+        """A new connection on which TLS does not stand yet, through the proxy where there is one. Raises OSError."""
+        if self.target.proxy:
+            return await self._tunnel(self.target.proxy)
+        _, connection = await self._open(lambda: UpstreamConnection(self.release), self.target.host, self.target.port)
+        return connection
+
+    async def secure(self, connection: UpstreamConnection) -> None:
+        """TLS on a connection that was reached; it is lost where that fails. Raises OSError."""
+        plain, loop = connection.transport, asyncio.get_running_loop()
+        try:
+            context = cast(ssl.SSLContext, self._ssl)
+            secured = await loop.start_tls(plain, connection, context, server_hostname=self.target.host)
+            if secured is None:
+                raise ConnectionError("the connection was closed before TLS stood")
+            connection.connection_made(secured)
+        except BaseException:
+            plain.abort()
+            raise
 
     async def _open(self, make: Callable[[], P], host: str, port: int, **tls: Any) -> tuple[asyncio.Transport, P]:
         """Connect to the very addresses that were looked at. Raises OSError."""
@@ -4516,7 +4543,7 @@ class Pool:
                 failure = error
         raise failure
 
-    async def _tunnel(self, loop: asyncio.AbstractEventLoop, proxy: tuple[str, int, str]) -> UpstreamConnection:
+    async def _tunnel(self, proxy: tuple[str, int, str]) -> UpstreamConnection:
         """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
         host, port, credential = proxy
         transport, opening = await self._open(ConnectReply, host, port)
@@ -4529,11 +4556,6 @@ class Pool:
             connection = UpstreamConnection(self.release)
             connection.connection_made(transport)  # it may be lost before TLS stands
             transport.set_protocol(connection)
-            if self._ssl:
-                secured = await loop.start_tls(transport, connection, self._ssl, server_hostname=self.target.host)
-                if secured is None:
-                    raise ConnectionError("TLS through the proxy failed")
-                connection.connection_made(secured)
             return connection
         except BaseException:
             transport.abort()
@@ -5921,7 +5943,7 @@ class Relay:
             with ticket:
                 exchange.open_attempt(ticket.choice)
                 try:
-                    outcome = await self._send(exchange, ticket)
+                    outcome = await self.send(exchange, ticket)
                     self._judge(exchange, ticket, outcome.name)
                     return outcome
                 except AttemptFailed as error:
@@ -5932,8 +5954,11 @@ class Relay:
                 break
         return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
 
-    async def _send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
-        """Send the call and wait for its end; a kept-alive connection that died unseen costs nothing."""
+    async def send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
+        """Make one attempt and wait for its end; a kept-alive connection that died unseen costs nothing.
+
+        Raises AttemptFailed.
+        """
         call, choice = exchange.call, ticket.choice
         upstream, call.upstream_model = choice.upstream, ticket.model
         body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
@@ -6079,19 +6104,6 @@ class Collected:
             self.done.set_exception(AttemptFailed(failure))
 
 
-async def ask_for_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
-    """Status and body of an upstream's GET /v1/models, with one of its API keys. Raises AttemptFailed."""
-    upstream, answer = choice.upstream, Collected()
-    line = await relay.line(upstream)
-    try:
-        target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        line.send(models_head(upstream, choice.api_key, target), b"", answer)
-        return await answer.done
-    finally:
-        if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
-            line.abort()
-
-
 class ListedModel(msgspec.Struct):
     """One model of an upstream's list; what else it says is dropped."""
 
@@ -6105,6 +6117,20 @@ class ModelList(msgspec.Struct):
     """The answer to GET /v1/models, of either API."""
 
     data: list[ListedModel]
+
+
+async def ask_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
+    """Status and body of an upstream's answer to GET /v1/models. Raises AttemptFailed."""
+    upstream = choice.upstream
+    line = await relay.line(upstream)
+    answer = Collected()
+    try:
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        line.send(models_head(upstream, choice.api_key, target), b"", answer)
+        return await answer.done
+    finally:
+        if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
+            line.abort()
 
 
 class Models:
@@ -6121,7 +6147,7 @@ class Models:
         return list(found.values())
 
     async def _of_upstream(self, upstream: UpstreamConfig) -> list[ListedModel]:
-        named = [ListedModel(name, name) for name in upstream.models if not re.search(r"[*?\[]", name)]
+        named = [ListedModel(name, name) for name in upstream.named_models()]
         if len(named) == len(upstream.models):
             return named
         listed = [ListedModel(DEMO_MODEL, "Demo")] if upstream.format == "demo" else await self._listed(upstream)
@@ -6143,7 +6169,7 @@ class Models:
     async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
         choices, now = self._relay.upstreams.choices(upstream), self._relay.clock.monotonic()
         ready = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
-        status, body = await ask_for_models(self._relay, ready)
+        status, body = await ask_models(self._relay, ready)
         if status != 200:
             raise ValueError(f"status {status}")
         return msgspec.json.decode(body, type=ModelList).data
@@ -6173,7 +6199,7 @@ class Probes:
     async def _ask(self, choice: Choice) -> None:
         try:
             async with asyncio.timeout(choice.upstream.timeouts.connect):
-                status, _ = await ask_for_models(self._relay, choice)
+                status, _ = await ask_models(self._relay, choice)
         except (TimeoutError, AttemptFailed):
             return
         if 200 <= status < 300:
@@ -7119,7 +7145,7 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 12. Command line: serve, init, check, key, seal, usage; status, whose code stands first ---
+# --- 12. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
@@ -7150,6 +7176,13 @@ EXPORTS = """\
 
 class CommandError(Exception):
     """A command cannot do what it was asked; the message says why and what would help."""
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
+    """What to say of a name that is not in the config: what was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return CommandError(f"there is no {kind} named {name!r}{meant}")
 
 
 def write_new(path: Path, text: str, mode: int) -> None:
@@ -7482,6 +7515,374 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
 
 
+class StepFailed(Exception):
+    """A step of a test went wrong; the message says how."""
+
+
+class Found(msgspec.Struct):
+    """What a step of a test found out; `facts` are for --json."""
+
+    detail: str
+    state: str = "ok"  # or warn, or FAILED
+    facts: dict[str, Any] = {}
+
+
+class Step(msgspec.Struct):
+    """One line of a test's report. `key` is the API key's number; None: the step is the same for all of them."""
+
+    step: str
+    key: int | None
+    state: str
+    ms: float | None
+    detail: str
+    facts: dict[str, Any]
+
+    def line(self, keyless: bool) -> str:
+        """The line as the terminal shows it."""
+        whose = "" if self.key is None else "no key " if keyless else f"key {self.key} "
+        took = "" if self.ms is None else f"{self.ms:,.0f} ms"
+        return f"  {whose + self.step:13}  {self.state:6}  {took:>9}  {self.detail}"
+
+
+class Heard:
+    """A sink for an answer that is wanted whole."""
+
+    def __init__(self) -> None:
+        self.exchange: Exchange | None = None
+        self.is_gone = False
+        self.body = bytearray()
+
+    def head(self, status: int, headers: Headers, streaming: bool) -> None:
+        """The attempt remembers them."""
+
+    def write(self, data: bytes, last: bool) -> None:
+        self.body += data
+
+    def cut(self) -> None:
+        """The outcome says so."""
+
+    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
+        """Nobody refuses a call that passes no gate."""
+
+
+NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
+SOON_DAYS = 14  # a certificate that ends before that is worth a warning
+TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
+TEST_HEADERS: Headers = [
+    (b"content-type", b"application/json"),
+    (b"anthropic-version", b"2023-06-01"),
+    (b"user-agent", f"claude-gateway/{VERSION}".encode()),
+]
+
+
+def os_reason(error: OSError) -> str:
+    """Why a connection failed, the same on every event loop."""
+    if isinstance(error, (ssl.SSLError, socket.gaierror)):
+        return error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno else str(error) or "the connection was lost"
+
+
+def attempt_reason(error: AttemptFailed) -> str:
+    """How an attempt failed, with the detail where there is one."""
+    sentence = error.failure.sentence
+    return sentence if str(error) == sentence else f"{sentence}: {error}"
+
+
+def name_in(certificate: Mapping[str, Any], field: str) -> str:
+    """Whom `subject` or `issuer` of a certificate names."""
+    names = dict(pair for group in certificate.get(field, ()) for pair in group)
+    order = ("commonName", "organizationName") if field == "subject" else ("organizationName", "commonName")
+    return next((names[name] for name in order if name in names), "nobody")
+
+
+def message_in(body: bytes) -> str:
+    """What an error says for people: its message where it has the shape of one, else the whole text."""
+    for data in (*EventReader().feed(body + b"\n\n"), body):
+        try:
+            value = msgspec.json.decode(data)
+        except UNREADABLE:
+            continue
+        error = value.get("error", value) if isinstance(value, dict) else None
+        message = error.get("message", error.get("detail")) if isinstance(error, dict) else error
+        if isinstance(message, str):
+            return message
+    return body.decode("utf-8", "replace")
+
+
+def secrets_in(upstream: UpstreamConfig) -> set[str]:
+    """What no report may show, in every form in which it is sent."""
+    found = {str(key) for key in upstream.api_key}
+    found |= {str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)}
+    if upstream.proxy:
+        password = urllib.parse.urlsplit(upstream.proxy).password or ""
+        proxy = UpstreamTarget.of(upstream.url, upstream.proxy).proxy
+        found |= {password, urllib.parse.unquote(password), proxy[2].removeprefix("Basic ") if proxy else ""}
+    return found - {""}
+
+
+class UpstreamTest:
+    """One tiny real call per API key of an upstream; what each step found is told as it ends.
+
+    Everything goes the way of real calls (pool, heads, relay), but past limits, ledger and health.
+    """
+
+    def __init__(
+        self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float, tell: Callable[[str], None]
+    ) -> None:
+        limit = Duration(timeout_s)
+        self.upstream = msgspec.structs.replace(upstream, timeouts=Timeouts(limit, limit, limit))
+        self._config, self._model_asked, self._timeout_s, self._tell = config, model, timeout_s, tell
+        self._relay = Relay(config.clock, Pace())
+        self._secrets = sorted(secrets_in(upstream), key=len, reverse=True)
+        self._listed: list[str] = []
+        self._connection: UpstreamConnection = cast(UpstreamConnection, None)
+        self.steps: list[Step] = []
+        self.keys, self.answered, self.cost_usd = max(1, len(upstream.api_key)), 0, 0.0
+
+    async def run(self) -> None:
+        """Go from step to step; what comes after a failed one is left out."""
+        self._tell(f"{self.upstream.name}  {self.upstream.url or 'built in'}")
+        try:
+            if self.upstream.format == "demo" or await self._connect():
+                for choice in self._relay.upstreams.choices(self.upstream):
+                    self.answered += await self._ask(choice)
+        finally:
+            self._relay.close()
+
+    @property
+    def is_good(self) -> bool:
+        """Whether no step failed."""
+        return all(step.state != "FAILED" for step in self.steps)
+
+    async def _connect(self) -> bool:
+        """Make the connection that the first call then finds in the pool."""
+        pool = self._relay.pool(self.upstream)
+        good = await self._step("dns", None, self._dns) and await self._step("tcp", None, self._tcp)
+        if good and pool.target.tls:
+            good = await self._step("tls", None, self._tls)
+        if good:
+            pool.release(self._connection)
+        return good
+
+    async def _ask(self, choice: Choice) -> bool:
+        listed = await self._step("models", choice.number, functools.partial(self._models, choice))
+        return listed and await self._step("stream", choice.number, functools.partial(self._stream, choice))
+
+    async def _step(self, name: str, number: int | None, work: Callable[[], Awaitable[Found]]) -> bool:
+        """Take a step in time, and tell what it found; whether the next one can be taken."""
+        began = self._config.clock.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                found = await work()
+        except (StepFailed, GatewayError) as error:
+            found = Found(str(error), "FAILED")
+        except AttemptFailed as error:
+            found = Found(attempt_reason(error), "FAILED")
+        except OSError as error:  # a TimeoutError is one
+            late = isinstance(error, TimeoutError) and not error.errno
+            found = Found(f"not done within {self._timeout_s:g} s" if late else os_reason(error), "FAILED")
+        took = (self._config.clock.monotonic() - began) * 1e3
+        self._report(Step(name, number, found.state, round(took, 1), self._clean(found.detail), found.facts))
+        if "pings" in found.facts and found.state != "FAILED":
+            self._report(Step("pings", number, "ok", None, f"{found.facts['pings']} seen", {}))
+        return found.state != "FAILED"
+
+    def _report(self, step: Step) -> None:
+        self.steps.append(step)
+        self._tell(step.line(not self.upstream.api_key))
+
+    def _clean(self, text: str) -> str:
+        """Text for a terminal, on one line and without what is secret."""
+        text = "".join(c for c in " ".join(text.split()) if c.isprintable())
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+    # The way there
+
+    async def _dns(self) -> Found:
+        target = self._relay.pool(self.upstream).target
+        host, port = target.proxy[:2] if target.proxy else (target.host, target.port)
+        addresses = await find_addresses(host, port, self.upstream.allow_private)
+        if not addresses:
+            raise StepFailed(f"{host} has no address")
+        literal = ", a literal address" if parse_address(host) else ""
+        return Found(f"{'the proxy: ' if target.proxy else ''}{', '.join(addresses)}{literal}")
+
+    async def _tcp(self) -> Found:
+        pool = self._relay.pool(self.upstream)
+        self._connection = await pool.reach()
+        host, port = self._connection.transport.get_extra_info("peername")[:2]
+        peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if pool.target.proxy:
+            return Found(f"{pool.target.host}:{pool.target.port} through the proxy at {peer}")
+        return Found(f"connected to {peer}")
+
+    async def _tls(self) -> Found:
+        try:
+            await self._relay.pool(self.upstream).secure(self._connection)
+        except ssl.SSLCertVerificationError as error:
+            remedy = "; if it is your own CA's, name its file in `ca_file`" * (error.verify_code in NOT_VOUCHED_FOR)
+            raise StepFailed(f"certificate verify failed: {error.verify_message}{remedy}") from None
+        tls = self._connection.transport.get_extra_info("ssl_object")
+        certificate = tls.getpeercert()
+        left_s = ssl.cert_time_to_seconds(certificate["notAfter"]) - self._config.clock.wall()
+        days = int(left_s // 86400)
+        names = f"{name_in(certificate, 'subject')} by {name_in(certificate, 'issuer')}"
+        detail = f"{tls.version()}, certificate of {names}, ends in {days} days"
+        return Found(detail, "warn" if days < SOON_DAYS else "ok", {"version": tls.version(), "days": days})
+
+    # The calls
+
+    async def _models(self, choice: Choice) -> Found:
+        self._listed = [DEMO_MODEL]
+        if self.upstream.format == "demo":
+            return Found("1 listed", facts={"models": 1})
+        self._listed = []
+        status, body = await ask_models(self._relay, choice)
+        if status in (403, 404):  # a restricted key may answer calls all the same
+            return Found(f"not offered ({status})")
+        if status != 200:
+            raise StepFailed(self._refusal(status, body))
+        try:
+            self._listed = [model.id for model in msgspec.json.decode(body, type=ModelList).data]
+        except UNREADABLE:
+            return Found("not offered (the answer is no list of models)")
+        return Found(f"{len(self._listed)} listed", facts={"models": len(self._listed)})
+
+    def _model(self) -> str:
+        """Which model to ask: the one that was named, else named in the config, else the cheapest that is listed."""
+        upstream = self.upstream
+        named = [self._model_asked] if self._model_asked else upstream.named_models()
+        served = [model for model in named or self._listed if upstream.rename(model) is not None]
+        if not served:
+            if self._model_asked:
+                raise StepFailed(f"{self._model_asked} is not served here: see `models`")
+            raise StepFailed("no model is named in `models` or listed: name one with --model")
+        if named:
+            return served[0]
+        tiny = Usage(input_tokens=10, output_tokens=16)
+
+        def cost(model: str) -> tuple[float, bool]:
+            price = self._config.price(upstream.rename(model) or model).base
+            return price.cost_usd(tiny), not model.startswith("claude-haiku")
+
+        return min(served, key=cost)
+
+    def _call(self, model: str, limit: str) -> Call:
+        """The call that is made; `limit` is how the API names the bound of its output."""
+        is_openai = self.upstream.format == "openai"
+        route = ROUTES["/v1/chat/completions" if is_openai else "/v1/messages"]
+        headers = [header for header in TEST_HEADERS if not (is_openai and header[0] == b"anthropic-version")]
+        call = Call(self._config, TEST_KEY, route, b"", headers, "")
+        said = [{"role": "user", "content": "Say hello."}]
+        more = {"stream_options": {"include_usage": True}} if is_openai else {}
+        call.body = msgspec.json.encode({"model": model, limit: 16, "messages": said, "stream": True, **more})
+        read_request(call)
+        call.servings = (Serving(self.upstream, self.upstream.rename(model) or model),)
+        return call
+
+    async def _stream(self, choice: Choice) -> Found:
+        model = self._model()
+        attempt, problem, body = await self._send(choice, self._call(model, "max_tokens"))
+        if attempt.status == 400 and b"max_completion_tokens" in body:  # OpenAI's newer models know only that
+            attempt, problem, body = await self._send(choice, self._call(model, "max_completion_tokens"))
+        return self._judged(attempt, self._clean(model), problem, body)
+
+    async def _send(self, choice: Choice, call: Call) -> tuple[Attempt, str, bytes]:
+        """Make one attempt: what is wrong with its answer, if anything, and the answer."""
+        heard, problem = Heard(), ""
+        exchange = heard.exchange = Exchange(call, heard, self._relay)
+        try:
+            with Ticket(self._relay.upstreams, call, choice, call.servings[0].model) as ticket:
+                outcome = await self._relay.send(exchange, ticket)
+            error_type = exchange.attempt.meter.error_type if exchange.attempt else ""
+            problem = f"answered with an error ({error_type or outcome.status})"
+            problem = {"completed": "", "upstream_cut": CUT.sentence}.get(outcome.name, problem)
+        except AttemptFailed as error:
+            problem = attempt_reason(error)
+        finally:
+            if exchange.attempt:
+                exchange.attempt.end()
+                self.cost_usd += self._cost(exchange.attempt)
+        attempt = exchange.attempt
+        if attempt is None or attempt.sent_at is None:
+            raise StepFailed(problem)
+        return attempt, problem, attempt.text() or bytes(heard.body)
+
+    def _cost(self, attempt: Attempt) -> float:
+        """What an attempt costs, as far as the upstream has said."""
+        usage = attempt.usage()
+        known = attempt.status == 200 and attempt.meter.seen_input
+        return self._config.price(attempt.ticket.model).at(usage.total_input_tokens).cost_usd(usage) if known else 0.0
+
+    def _judged(self, attempt: Attempt, model: str, problem: str, body: bytes) -> Found:
+        """The answer in a line."""
+        status, usage = attempt.status, attempt.usage()
+        first_ms = ((attempt.first_byte_at or 0.0) - (attempt.sent_at or 0.0)) * 1e3 if attempt.first_byte_at else None
+        facts = {"model": model, "status": status, "ended": not problem}
+        facts |= {"first_byte_ms": first_ms and round(first_ms, 1), "cost_usd": self._cost(attempt)}
+        facts |= {"input_tokens": usage.total_input_tokens, "output_tokens": usage.output_tokens}
+        facts["pings"] = sum(b'"ping"' in data for data in EventReader().feed(body) if len(data) < 64)
+        if status >= 400:
+            return Found(f"{model}: {self._refusal(status, body)}", "FAILED", facts)
+        came = f"{model}: {status}, first byte after {first_ms or 0:,.0f} ms" if status else f"{model}: no answer"
+        if problem:
+            said = "" if problem == CUT.sentence else self._said(body)
+            return Found(f"{came}, but it {problem}{': ' * bool(said)}{said}", "FAILED", facts)
+        tokens = f"{usage.total_input_tokens} tokens in, {usage.output_tokens} out, ${self._cost(attempt):.6f}"
+        if not attempt.is_streaming:
+            return Found(f"{came}, {tokens}; answered whole, though a stream was asked for", "warn", facts)
+        return Found(f"{came}, {tokens}, ended properly", "ok", facts)
+
+    def _refusal(self, status: int, body: bytes) -> str:
+        said = self._said(body)
+        return f"{status}{': the key is refused' * (status == 401)}{': ' * bool(said)}{said}"
+
+    def _said(self, body: bytes) -> str:
+        return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
+
+
+def upstreams_named(config: Config, name: str) -> list[UpstreamConfig]:
+    """All upstreams, or the one of that name. Raises CommandError."""
+    found = [upstream for upstream in config.upstreams if name in ("", upstream.name)]
+    if not found:
+        raise unknown_name("upstream", name, [upstream.name for upstream in config.upstreams])
+    return found
+
+
+async def run_tests(tests: Sequence[UpstreamTest], tell: Callable[[str], None]) -> None:
+    """One after the other, so that lines come in their order and times are not each other's."""
+    for test in tests:
+        await test.run()
+        tell("")
+    await asyncio.sleep(0)  # closed transports let go of their sockets a turn later
+
+
+def command_upstream_test(options: argparse.Namespace) -> int:
+    """Make one tiny real call per upstream and API key, and tell how each step went."""
+    config = Config.load(options.config)
+    told = functools.partial(print, flush=True)
+    tell: Callable[[str], None] = (lambda line: None) if options.json else told
+    tests = [
+        UpstreamTest(config, upstream, options.model, options.timeout, tell)
+        for upstream in upstreams_named(config, options.name)
+    ]
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(run_tests(tests, tell))
+    keys, answered, cost = (sum(getattr(test, name) for test in tests) for name in ("keys", "answered", "cost_usd"))
+    is_good = all(test.is_good for test in tests)
+    tell(f"{answered} of {keys} keys answered (not booked; cost about ${cost:.6f} in all)")
+    if options.json:
+        upstreams = [
+            {"name": test.upstream.name, "url": test.upstream.url, "steps": msgspec.to_builtins(test.steps)}
+            for test in tests
+        ]
+        sums = {"keys": keys, "answered": answered, "cost_usd": round(cost, 9), "booked": False, "ok": is_good}
+        print(json.dumps({"upstreams": upstreams, **sums}, indent=2))
+    return 0 if is_good else 1
+
+
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
 
 
@@ -7681,7 +8082,7 @@ class Export:
         return model if exact else self._names.get(plain_model(model), model)
 
 
-def ledger_sums(entries: Iterable[Entry], export: Export) -> Sums:
+def ledger_sums(entries: Iterable[Entry | Discarded], export: Export) -> Sums:
     """What the ledger has of the export's measures, under the export's names of models."""
     sums: Sums = {}
     fields = [field for measure in export.measures for field in MEASURES[measure]]
@@ -7728,7 +8129,7 @@ def command_reconcile(options: argparse.Namespace) -> int:
     """Compare the ledger with a provider's own usage or cost export (CSV); exit code 1 where they differ."""
     config, export = Config.load(options.config), Export(options.file)
     files = LedgerFiles(config.usage_directory)
-    entries = files.entries(export.first, export.last + "T9")  # the last day's times all begin with T0, T1 or T2
+    entries = files.billed(export.first, export.last + "T9")  # the last day's times all begin with T0, T1 or T2
     ours = ledger_sums((e for e in entries if options.upstream in ("", e.upstream)), export)
     pairs = differing(ours, export.sums)
     counts = {
@@ -7763,9 +8164,7 @@ def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, s
     scope, name = named[0]
     known = {"key": [key.name for key in config.keys], "team": [team.name for team in config.file.teams]}
     if name not in known.get(scope, [name]):
-        close = difflib.get_close_matches(name, known[scope], 1)
-        meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known[scope]) or 'none'}"
-        raise CommandError(f"there is no {scope} named {name!r}{meant}")
+        raise unknown_name(scope, name, known[scope])
     return scope, "" if scope == "gateway" else name
 
 
@@ -7858,30 +8257,42 @@ def bounded_count(text: str) -> int:
     return value
 
 
-def named_upstream(config: Config, name: str) -> UpstreamConfig:
-    """The upstream of that name. Raises CommandError."""
-    names = [upstream.name for upstream in config.upstreams]
-    if name not in names:
-        close = difflib.get_close_matches(name, names, 1)
-        meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(names)}"
-        raise CommandError(f"there is no upstream named {name!r}{meant}")
-    return config.upstreams[names.index(name)]
-
-
 RESET_WAIT_S = 3.0
 
 
 def command_upstream_reset(options: argparse.Namespace) -> None:
     """Let an upstream that is left alone be asked again at once."""
     config = Config.load(options.config)
-    name = named_upstream(config, options.name).name
+    (upstream,) = upstreams_named(config, options.name)
     try:
-        is_taken = ask_for_reset(config.usage_directory, name, RESET_WAIT_S)
+        is_taken = ask_for_reset(config.usage_directory, upstream.name, RESET_WAIT_S)
     except OSError as error:
         raise CommandError(f"cannot write to {config.usage_directory}: {error.strerror}") from None
     if not is_taken:
         raise CommandError(f"no gateway that runs on {config.usage_directory} took it in; a start forgets as well")
-    print(f"{name}: what spoke against it is forgotten, it is asked again.")
+    print(f"{upstream.name}: what spoke against it is forgotten, it is asked again.")
+
+
+def bounded_time(text: str) -> float:
+    """A time to wait for the command line."""
+    try:
+        seconds = parse_scaled(text, TIME_UNITS, "30s")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 < seconds <= 3600:
+        raise argparse.ArgumentTypeError("expected more than 0s and at most 1h")
+    return seconds
+
+
+def upstream_arguments(upstream: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
+    """`upstream`: its commands."""
+    commands = upstream.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    test = add(commands, "test", command_upstream_test)
+    test.add_argument("name", nargs="?", default="", metavar="NAME", help="only this upstream")
+    test.add_argument("--model", default="", help="default: the first in `models`, else the cheapest that is listed")
+    test.add_argument("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each step; default: 30s")
+    test.add_argument("--json", action="store_true")
+    add(commands, "reset", command_upstream_reset).add_argument("name", metavar="NAME")
 
 
 def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -7960,10 +8371,10 @@ def arguments() -> argparse.ArgumentParser:
         made.add_argument("name", metavar="NAME")
     seal = add(commands, "seal", command_seal)
     seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
+    upstream_arguments(
+        commands.add_parser("upstream", parents=[common], help="Test upstreams, and let them be asked again."), add
+    )
     usage_arguments(add(commands, "usage", command_usage), add)
-    upstream_parser = commands.add_parser("upstream", parents=[common], help="Let upstreams be asked again.")
-    upstream_commands = upstream_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add(upstream_commands, "reset", command_upstream_reset).add_argument("name", metavar="NAME")
     add(commands, "status", command_status)
     return parser
 

@@ -1383,7 +1383,7 @@ def test_a_page_looks_at_so_many_lines_and_no_more(three_months, monkeypatch):
 def read(directory: Path, **bounds: str) -> tuple[list[str], int]:
     """The requests that are found, and how many lines could not be read."""
     files = g.LedgerFiles(directory)
-    return [entry.request_id for entry in files.entries(**bounds)], files.unreadable
+    return [entry.request_id for entry in files.billed(**bounds)], files.unreadable
 
 
 @pytest.fixture

@@ -1,0 +1,482 @@
+"""`gateway.py upstream test`: what it asks, what it says, and what it never shows (section 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import KEY, UPSTREAM_KEY, config_text
+from upstream import (
+    ConnectProxy,
+    Request,
+    ScriptedUpstream,
+    Step,
+    chat_chunk,
+    chat_done,
+    chat_hello,
+    close,
+    end,
+    error_event,
+    head,
+    json_body,
+    message_start,
+    ping,
+    raw,
+    stall,
+    stream_of,
+    text,
+)
+
+import gateway as g
+
+PASSWORD = "pass-word-0123456789"
+CLOCK = g.Clock(time.time, lambda: 0.0)  # every step takes 0 ms
+MODELS = json_body({"data": [{"id": "gpt-6-luna"}, {"id": "claude-opus-5-5"}, {"id": "claude-haiku-4-5"}]})
+
+
+class Terminal:
+    """What a test of an upstream told."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "config.yaml"
+        self.lines: list[str] = []
+
+    async def run(self, text: str, model: str = "", timeout_s: float = 10.0) -> g.UpstreamTest:
+        """Test the only upstream of a config."""
+        self._path.write_text(text)
+        config = g.Config.load(self._path, CLOCK)
+        test = g.UpstreamTest(config, config.upstreams[0], model, timeout_s, self.lines.append)
+        await test.run()
+        return test
+
+
+@pytest.fixture
+def terminal(tmp_path) -> Terminal:
+    return Terminal(tmp_path)
+
+
+@pytest.fixture
+def secure(io_loop) -> Iterator[ScriptedUpstream]:
+    """A scripted upstream that speaks TLS."""
+    scripted = ScriptedUpstream(tls=True)
+    io_loop.run_sync(scripted.start)
+    yield scripted
+    io_loop.run_sync(scripted.close)
+
+
+def answers(stream: list[Step], models: list[Step] = MODELS) -> Callable[[Request], list[Step]]:
+    """A script: the list of models for GET, a stream for POST."""
+    return lambda request: models if request.method == "GET" else stream
+
+
+def port_of(url: str) -> str:
+    return url.rpartition(":")[2]
+
+
+def refused(status: int, message: str) -> list[Step]:
+    return json_body({"type": "error", "error": {"type": "some_error", "message": message}}, status)
+
+
+async def command(folder: Path, *arguments: str) -> int:
+    """Run the command as the terminal does, beside the scripted upstream."""
+    return await asyncio.to_thread(g.main, ["--config", str(folder / "config.yaml"), "upstream", "test", *arguments])
+
+
+async def test_a_good_upstream_is_told_step_by_step(terminal, upstream):
+    """
+    Addresses, connection, list, a stream of the cheapest listed model: each on a line, with what it found.
+    """
+    upstream.script = answers([*stream_of("Hello")[:2], ping(), ping(), *stream_of("Hello")[2:]])
+
+    test = await terminal.run(config_text(upstream.url, ", models: ['claude-*']"))
+
+    assert terminal.lines == [
+        f"main  {upstream.url}",
+        "  dns            ok           0 ms  127.0.0.1, a literal address",
+        f"  tcp            ok           0 ms  connected to 127.0.0.1:{port_of(upstream.url)}",
+        "  key 1 models   ok           0 ms  3 listed",
+        "  key 1 stream   ok           0 ms  claude-haiku-4-5: 200, first byte after 0 ms, "
+        "12 tokens in, 5 out, $0.000037, ended properly",
+        "  key 1 pings    ok                 2 seen",
+    ]
+    assert (test.is_good, test.keys, test.answered, test.cost_usd) == (True, 1, 1, 0.000037)
+    assert upstream.connections == 1
+
+
+async def test_the_call_is_a_real_one_by_the_rules_of_the_config(terminal, upstream):
+    """
+    Key, prefix, header rules and the renaming of models are those that users' calls meet.
+    """
+    upstream.script = answers(stream_of("Hello"))
+    rules = ", models: {'claude-*': '*', fast: claude-big}, headers: {set: {x-team: blue}, remove: [user-agent]}"
+
+    await terminal.run(config_text(upstream.url + "/base/v1", rules))
+
+    listed, asked = upstream.requests
+    assert (listed.method, listed.target) == ("GET", "/base/v1/models?limit=1000")
+    assert (asked.method, asked.target) == ("POST", "/base/v1/messages")
+    assert asked.header == {
+        "host": f"127.0.0.1:{port_of(upstream.url)}",
+        "content-length": str(len(asked.body)),
+        "accept-encoding": "identity",
+        "x-api-key": UPSTREAM_KEY,
+        "content-type": "application/json",
+        "anthropic-version": "2023-06-01",
+        "x-team": "blue",
+    }
+    assert asked.json == {
+        "model": "claude-big",
+        "max_tokens": 16,
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "stream": True,
+    }
+
+
+async def test_a_certificate_is_read_out_and_its_end_is_warned_of(terminal, secure):
+    """
+    With `ca_file` a private certificate is good; one that ends within two weeks is a warning and no failure.
+    """
+    secure.script = answers(stream_of("Hello"))
+
+    test = await terminal.run(config_text(secure.url, f', ca_file: "{secure.ca_file}"'))
+
+    assert terminal.lines[3:4] == [
+        "  tls            warn         0 ms  TLSv1.3, certificate of localhost by localhost, ends in 0 days"
+    ]
+    assert [step.step for step in test.steps] == ["dns", "tcp", "tls", "models", "stream", "pings"]
+    assert (test.is_good, test.answered, secure.connections) == (True, 1, 1)
+
+
+async def test_a_certificate_that_nobody_vouches_for_fails_with_the_remedy(terminal, secure):
+    """
+    Without `ca_file` the handshake fails, no key is sent, and the line says what would help.
+    """
+    test = await terminal.run(config_text(secure.url))
+
+    assert terminal.lines[3:] == [
+        "  tls            FAILED       0 ms  certificate verify failed: self-signed certificate; "
+        "if it is your own CA's, name its file in `ca_file`"
+    ]
+    assert (test.is_good, test.answered, secure.requests) == (False, 0, [])
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_the_way_through_a_proxy_is_the_real_one(terminal, upstream, secure, tls):
+    """
+    With `proxy:` the connection is a CONNECT, TLS stands inside it, and its password is not shown.
+    """
+    target, proxy = secure if tls else upstream, ConnectProxy()
+    await proxy.start()
+    target.script = answers(stream_of("Hello"))
+    via = proxy.url.replace("http://", f"http://user:{PASSWORD}@")
+
+    test = await terminal.run(config_text(target.url, f", proxy: '{via}', ca_file: '{secure.ca_file}'"))
+
+    host = target.url.partition("://")[2]
+    assert terminal.lines[1:3] == [
+        "  dns            ok           0 ms  the proxy: 127.0.0.1, a literal address",
+        f"  tcp            ok           0 ms  {host} through the proxy at 127.0.0.1:{port_of(proxy.url)}",
+    ]
+    assert (test.is_good, test.answered, proxy.lines) == (True, 1, [f"CONNECT {host} HTTP/1.1"])
+    assert PASSWORD not in "".join(terminal.lines)
+    await proxy.close()
+
+
+async def test_of_two_keys_the_refused_one_is_told_by_its_number(terminal, upstream):
+    """
+    A 401 is said in words, with the upstream's own message; the key itself is not, though the upstream echoes it.
+    """
+    good, bad = "sk-good-0123456789", "sk-bad-0123456789"
+
+    def script(request: Request) -> list[Step]:
+        if request.header["x-api-key"] == bad:
+            return refused(401, f"invalid key {bad}\x1b[31m")
+        return MODELS if request.method == "GET" else stream_of("Hello")
+
+    upstream.script = script
+    test = await terminal.run(config_text(upstream.url).replace(UPSTREAM_KEY, f"[{bad}, {good}]"))
+
+    assert terminal.lines[3:5] == [
+        "  key 1 models   FAILED       0 ms  401: the key is refused: invalid key [secret][31m",
+        "  key 2 models   ok           0 ms  3 listed",
+    ]
+    assert [(step.step, step.key) for step in test.steps[2:]] == [
+        ("models", 1), ("models", 2), ("stream", 2), ("pings", 2),
+    ]  # fmt: skip
+    assert (test.is_good, test.keys, test.answered) == (False, 2, 1)
+
+
+async def test_openai_is_asked_in_its_format_for_the_cheapest_model(terminal, upstream):
+    """
+    Chat completions with their usage; a model that wants max_completion_tokens gets it.
+    """
+
+    def script(request: Request) -> list[Step]:
+        if request.method == "GET":
+            return MODELS
+        if "max_tokens" in request.json:
+            return json_body({"error": {"message": "Use 'max_completion_tokens' instead."}}, 400)
+        return chat_hello(stream=True)
+
+    upstream.script = script
+    test = await terminal.run(config_text(upstream.url, ", format: openai"))
+
+    assert terminal.lines[4:] == [
+        "  key 1 stream   ok           0 ms  gpt-6-luna: 200, first byte after 0 ms, "
+        "12 tokens in, 5 out, $0.000004, ended properly",
+        "  key 1 pings    ok                 0 seen",
+    ]
+    assert upstream.requests[-1].target == "/v1/chat/completions"
+    assert upstream.requests[-1].header["authorization"] == f"Bearer {UPSTREAM_KEY}"
+    assert upstream.requests[-1].json == {
+        "model": "gpt-6-luna",
+        "max_completion_tokens": 16,
+        "messages": [{"role": "user", "content": "Say hello."}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    assert (test.answered, test.cost_usd) == (1, 3.7e-06)
+
+
+async def test_the_demo_answers_without_a_way_and_without_a_key(terminal):
+    """
+    The built-in upstream has no address: its report begins with its list.
+    """
+    test = await terminal.run(f"upstreams: [{{name: demo, format: demo}}]\nkeys: [{{name: me, key: {KEY}}}]\n")
+
+    assert terminal.lines == [
+        "demo  built in",
+        "  no key models  ok           0 ms  1 listed",
+        "  no key stream  ok           0 ms  claude-demo: 200, first byte after 0 ms, "
+        "10 tokens in, 16 out, $0.000900, ended properly",
+        "  no key pings   ok                 1 seen",
+    ]
+    assert (test.is_good, test.keys, test.answered) == (True, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("url", "line"),
+    [
+        ("http://127.0.0.1:{port}", "  tcp            FAILED       0 ms  Connection refused"),
+        (
+            "http://2852039166:{port}",
+            "  dns            FAILED       0 ms  2852039166 leads to 169.254.169.254, "
+            "a link-local or metadata address: see allow_private",
+        ),
+    ],
+)
+async def test_who_cannot_be_reached_is_asked_nothing(terminal, upstream, url, line):
+    """
+    The first step that fails says why, and is the last.
+    """
+    test = await terminal.run(config_text(url.format(port=upstream.refuse())))
+
+    assert terminal.lines[-1] == line
+    assert (test.is_good, test.keys, test.answered) == (False, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("models", "line"),
+    [
+        (refused(404, "no such path"), "ok           0 ms  not offered (404)"),
+        (json_body(["gpt"]), "ok           0 ms  not offered (the answer is no list of models)"),
+        (refused(500, "out of\norder"), "FAILED       0 ms  500: out of order"),
+        ([raw(b"\x00 no HTTP")], "FAILED       0 ms  sent something that is not HTTP"),
+    ],
+    ids=["not found", "another shape", "broken", "no HTTP"],
+)
+async def test_a_list_that_is_not_offered_is_no_failure(terminal, upstream, models, line):
+    """
+    Many compatible servers list nothing: the stream decides then. An error is one all the same.
+    """
+    upstream.script = answers(stream_of("Hello"), models)
+
+    test = await terminal.run(config_text(upstream.url), model="claude-test")
+
+    assert terminal.lines[3] == f"  key 1 models   {line}"
+    assert test.answered == line.startswith("ok") == test.is_good
+
+
+HTML = [head(200, "text/html", content_length="27"), raw(b"<html>Please log in.</html>")]
+
+
+@pytest.mark.parametrize(
+    ("stream", "line"),
+    [
+        (HTML, "200, first byte after 0 ms, but it sent something that is no answer: <html>Please log in.</html>"),
+        (refused(529, "Overloaded " + "x" * 300), "529: Overloaded " + "x" * 189),
+        (
+            [head(200, "text/event-stream"), message_start(12), text("Hel"), close()],
+            "200, first byte after 0 ms, but it closed the connection before its answer was whole",
+        ),
+        (
+            [head(200, "text/event-stream"), message_start(12), text("Hel"), end()],
+            "200, first byte after 0 ms, but it closed the connection before its answer was whole",
+        ),
+        (
+            [head(200, "text/event-stream"), message_start(12), text("Hel"), error_event("api_error", "Oh."), end()],
+            "200, first byte after 0 ms, but it answered with an error (api_error): Oh.",
+        ),
+        ([close()], "no answer, but it closed the connection before its answer was whole"),
+    ],
+    ids=["HTML", "overloaded", "cut", "without its end", "error event", "nothing"],
+)
+async def test_a_stream_that_is_none_fails_with_what_the_upstream_said(terminal, upstream, stream, line):
+    """
+    Status, then the upstream's own words, 200 characters of them; a cut stream looks cut here, too.
+    """
+    upstream.script = answers(stream)
+
+    test = await terminal.run(config_text(upstream.url), model="claude-test")
+
+    assert terminal.lines[4:] == [f"  key 1 stream   FAILED       0 ms  claude-test: {line}"]
+    assert (test.is_good, test.answered) == (False, 0)
+
+
+async def test_a_silent_upstream_is_waited_for_only_so_long(terminal, upstream):
+    """
+    --timeout bounds every step, and ends the upstream's work.
+    """
+    upstream.script = answers([head(200, "text/event-stream"), message_start(12), stall()])
+
+    await terminal.run(config_text(upstream.url), model="claude-test", timeout_s=0.2)
+
+    assert terminal.lines[4:] == ["  key 1 stream   FAILED       0 ms  not done within 0.2 s"]
+    await upstream.closed_by_peer()
+
+
+@pytest.mark.parametrize(
+    ("more", "model", "line"),
+    [
+        (", models: ['claude-*']", "gpt-x", "gpt-x is not served here: see `models`"),
+        (", models: ['llama-*']", "", "no model is named in `models` or listed: name one with --model"),
+        ("", "x" * 300, "model: expected at most 256 printable characters"),
+    ],
+)
+async def test_without_a_model_nobody_can_be_asked(terminal, upstream, more, model, line):
+    """
+    What real calls would be refused for is said instead of tried.
+    """
+    upstream.script = answers(stream_of("Hello"))
+
+    await terminal.run(config_text(upstream.url, more), model=model)
+
+    assert terminal.lines[4:] == [f"  key 1 stream   FAILED       0 ms  {line}"]
+    assert len(upstream.requests) == 1
+
+
+async def test_an_answer_that_is_no_stream_is_a_warning(terminal, upstream):
+    """
+    An upstream that cannot stream answers, but Claude Code asks twice then.
+    """
+    usage = {"input_tokens": 12, "output_tokens": 5}
+    upstream.script = answers(json_body({"type": "message", "model": "claude-test", "usage": usage}))
+
+    test = await terminal.run(config_text(upstream.url), model="claude-haiku-4-5")
+
+    assert terminal.lines[4] == (
+        "  key 1 stream   warn         0 ms  claude-haiku-4-5: 200, first byte after 0 ms, "
+        "12 tokens in, 5 out, $0.000037; answered whole, though a stream was asked for"
+    )
+    assert (test.is_good, test.answered) == (True, 1)
+
+
+async def test_a_chat_stream_without_usage_adds_nothing_to_the_cost(terminal, upstream):
+    """
+    What the upstream did not count is not summed up.
+    """
+    stream = [head(200, "text/event-stream"), chat_chunk("Hello"), chat_chunk("", "stop"), chat_done(), end()]
+    upstream.script = answers(stream)
+
+    test = await terminal.run(config_text(upstream.url, ", format: openai"))
+
+    assert (test.is_good, test.cost_usd) == (True, 0.0)
+
+
+# The command
+
+
+async def test_the_command_sums_up_and_books_nothing(tmp_path, upstream, capsys):
+    """
+    The last line counts keys and names the cost; the ledger does not learn of it. One failure: exit code 1.
+    """
+    upstream.script = answers(stream_of("Hello"))
+    good = config_text(upstream.url, ", models: [claude-haiku-4-5]")
+    bad = f"upstreams:\n  - {{name: dead, url: 'http://127.0.0.1:{upstream.refuse()}'}}\n"
+    (tmp_path / "config.yaml").write_text(good.replace("upstreams:\n", bad))
+
+    codes = [await command(tmp_path), await command(tmp_path, "main", "--timeout", "5s")]
+
+    lines = capsys.readouterr().out.splitlines()
+    assert codes == [1, 0]
+    assert [line for line in lines if "answered (" in line] == [
+        "1 of 2 keys answered (not booked; cost about $0.000037 in all)",
+        "1 of 1 keys answered (not booked; cost about $0.000037 in all)",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+async def test_as_json_the_report_says_the_same(tmp_path, upstream, capsys):
+    """
+    For monitoring: one document with every step and the sums, and nothing else on stdout.
+    """
+    upstream.script = answers(stream_of("Hello"))
+    (tmp_path / "config.yaml").write_text(config_text(upstream.url))
+
+    code = await command(tmp_path, "--json", "--model", "claude-haiku-4-5")
+
+    report = json.loads(capsys.readouterr().out)
+    (tested,) = report.pop("upstreams")
+    stream = tested["steps"][3]
+    assert (code, report) == (
+        0,
+        {"keys": 1, "answered": 1, "cost_usd": 0.000037, "booked": False, "ok": True},
+    )
+    assert (tested["name"], tested["url"]) == ("main", upstream.url)
+    assert [(step["step"], step["key"], step["state"]) for step in tested["steps"]] == [
+        ("dns", None, "ok"), ("tcp", None, "ok"), ("models", 1, "ok"), ("stream", 1, "ok"), ("pings", 1, "ok"),
+    ]  # fmt: skip
+    assert stream["ms"] >= stream["facts"].pop("first_byte_ms") > 0
+    assert stream["facts"] == {
+        "model": "claude-haiku-4-5",
+        "status": 200,
+        "ended": True,
+        "cost_usd": 0.000037,
+        "input_tokens": 12,
+        "output_tokens": 5,
+        "pings": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["mein"], "error: there is no upstream named 'mein', did you mean main?\n"),
+        (["xyz"], "error: there is no upstream named 'xyz'; there are: main\n"),
+    ],
+)
+async def test_an_unknown_name_is_told_with_what_was_meant(tmp_path, upstream, capsys, arguments, error):
+    """
+    A slip of the keyboard asks nobody.
+    """
+    (tmp_path / "config.yaml").write_text(config_text(upstream.url))
+
+    code = await command(tmp_path, *arguments)
+
+    assert (code, capsys.readouterr().err, upstream.requests) == (1, error, [])
+
+
+@pytest.mark.parametrize("timeout", ["0s", "soon", "2h"])
+def test_a_timeout_that_is_none_is_refused(timeout, capsys):
+    """
+    A step is bounded, by something between nothing and an hour.
+    """
+    with pytest.raises(SystemExit) as exit_:
+        g.main(["upstream", "test", "--timeout", timeout])
+
+    assert exit_.value.code == 2
+    assert "argument --timeout: expected " in capsys.readouterr().err
