@@ -6054,7 +6054,9 @@ class Scrape(NamedTuple):
         yield HistogramMetricFamily("claude_gateway_first_byte_seconds", text, first_bytes.buckets(), first_bytes.sum_s)
 
     def _calls(self) -> Iterator[Series]:
-        sums, by_upstream = self.metrics.sums, dict[str, list[Spent]]()
+        sums = self.metrics.sums
+        # Each configured upstream from the start, with 0: what appears with its first call has no rate for it.
+        by_upstream: dict[str, list[Spent]] = {upstream.name: [] for upstream in self.config.upstreams}
         for (upstream, _), each in sums.items():
             by_upstream.setdefault(upstream, []).append(each)
         yield Series(

@@ -17,7 +17,7 @@ from upstream import ScriptedUpstream, end, head, hello_json, json_body, message
 import gateway as g
 
 PRICES = 'prices: {"*": {input: 1, output: 5, cache_write_5m: 1.25, cache_write_1h: 2, cache_read: 0.1}}\n'
-NO_TOKENS = dict.fromkeys(("input", "output", "cache_write_5m", "cache_write_1h", "cache_read"), 0)
+TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
 
 
 def numbers(reply: Reply, name: str, *labels: str) -> dict:
@@ -61,6 +61,8 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "first_byte_seconds": "histogram",
     }
     assert [family.name for family in families if not family.documentation.endswith(".")] == []
+    assert numbers(reply, "tokens_total", "upstream", "class") == {("main", name): 0 for name in TOKEN_CLASSES}
+    assert numbers(reply, "cost_usd_total", "upstream") == {("main",): 0}
 
 
 async def test_a_call_counts_with_its_tokens_and_what_they_cost(start_gateway, upstream):
@@ -106,7 +108,7 @@ async def test_a_refusal_counts_by_its_status_and_as_no_call(gateway, upstream):
     assert numbers(reply, "refused_total", "status") == {("401",): 2, ("400",): 1}
     assert numbers(reply, "calls_total", "upstream", "outcome") == {("main", "refused"): 1}
     assert numbers(reply, "attempts_total", "upstream", "outcome") == {("main", "refused"): 1}
-    assert numbers(reply, "tokens_total", "upstream", "class") == {("main", name): 0 for name in NO_TOKENS}
+    assert numbers(reply, "tokens_total", "upstream", "class") == {("main", name): 0 for name in TOKEN_CLASSES}
 
 
 async def test_an_attempt_that_was_billed_in_vain_costs_its_upstream(start_gateway, upstream):
