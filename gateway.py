@@ -16,9 +16,10 @@ The file is read from top to bottom; each section uses what stands above it:
      7. Upstreams     connections, health, choice
      8. Demo          an upstream that needs no API key
      9. Relay         attempts, the gate, failover, bytes through
-    10. Gateway       owns all state, tells the story
-    11. HTTP          the front door, no policy
-    12. Command line  serve, init, check, key, seal, upstream, usage; status, whose code stands first
+    10. Metrics       counters for Prometheus
+    11. Gateway       owns all state, tells the story
+    12. HTTP          the front door, no policy
+    13. Command line  serve, init, check, key, seal, upstream, usage; status, whose code stands first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -117,6 +118,7 @@ if __name__ == "__main__" and sys.argv[1:] == ["status"]:
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import csv
 import datetime as dt
@@ -152,7 +154,20 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, get_args, get_origin
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+)
 
 import httptools
 import msgspec
@@ -169,6 +184,9 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
+
+if TYPE_CHECKING:
+    import prometheus_client
 
 VERSION = "0.1.0"
 
@@ -355,7 +373,7 @@ class KeyRefused(GatewayError):
 
 
 class KeyForbidden(GatewayError):
-    """A good key that must not be used: disabled, or from this address."""
+    """A good key that must not be used: disabled, or from this address, which may also not read /metrics."""
 
     status, type, code, should_retry = 403, "permission_error", "permission_denied", False
 
@@ -881,6 +899,9 @@ BUILT_IN_PRICES = {
 }
 
 
+PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+
+
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the gateway listens and what it accepts."""
 
@@ -888,6 +909,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 8000
     timezone: str = "UTC"
     trusted_proxies: tuple[str, ...] = ("127.0.0.1/32",)
+    metrics_from: tuple[str, ...] = PRIVATE_NETWORKS
     max_body: Size = Size(32 * 2**20)
     drain: Duration = Duration(600)
     contact: str = ""
@@ -1729,6 +1751,7 @@ class Config:
         self.server = self.file.server
         self.timezone = builder.timezone()
         self.trusted = builder.networks(("server", "trusted_proxies"), self.server.trusted_proxies)
+        self.metrics_from = builder.networks(("server", "metrics_from"), self.server.metrics_from)
         self.upstreams = builder.upstreams()
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
@@ -6076,7 +6099,220 @@ class Relay:
         self.keep_only(())
 
 
-# --- 10. Gateway: owns all state, tells the story -----------------------------------
+# --- 10. Metrics: counters for Prometheus -------------------------------------------
+
+HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
+TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
+STATES = ("ok", "slow", "cooling", "half_open")
+
+
+class Spent:
+    """What the calls with one outcome at one upstream add up to."""
+
+    __slots__ = ("calls", "cost_usd", "tokens")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.tokens = [0] * len(TOKEN_CLASSES)
+        self.cost_usd = 0.0
+
+
+class Histogram:
+    """How many waits were how long."""
+
+    __slots__ = ("counts", "sum_s")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(HISTOGRAM_S) + 1)  # each without those below it: a call adds to one of them
+        self.sum_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one wait."""
+        self.counts[bisect.bisect_left(HISTOGRAM_S, seconds)] += 1
+        self.sum_s += seconds
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Upper bounds and how many were not longer, as Prometheus counts them."""
+        names = [*map(str, HISTOGRAM_S), "+Inf"]
+        return list(zip(names, itertools.accumulate(self.counts), strict=True))
+
+
+class Metrics:
+    """What was counted since the start. A call costs a few additions here; everything else waits for a scrape.
+
+    Upstreams are told apart, keys of users are not: a series for each would never end, and tell who works when.
+    """
+
+    def __init__(self, started_at: float) -> None:
+        self.started_at = started_at  # wall time
+        self.sums: dict[tuple[str, str], Spent] = {}  # by upstream and outcome; of a discarded attempt that is ""
+        self.refused: Counter[int] = Counter()  # by status
+        self.call_seconds, self.first_byte_seconds = Histogram(), Histogram()
+
+    def book(self, entry: Entry) -> None:
+        """A call has ended."""
+        self._add(entry, entry.outcome).calls += 1
+        self.call_seconds.observe(entry.duration_ms / 1e3)
+        if entry.first_byte_ms is not None:
+            self.first_byte_seconds.observe(entry.first_byte_ms / 1e3)
+
+    def discard(self, line: Discarded) -> None:
+        """An attempt of which the client saw nothing costs tokens and money, and is no call."""
+        self._add(line, "")
+
+    def refuse(self, error: GatewayError) -> None:
+        """A request is turned away, and no upstream was asked."""
+        self.refused[error.status] += 1
+
+    def _add(self, line: Entry | Discarded, outcome: str) -> Spent:
+        place = line.upstream, outcome
+        sums = self.sums.get(place)
+        if sums is None:
+            sums = self.sums[place] = Spent()
+        tokens = sums.tokens  # as in TOKEN_CLASSES
+        tokens[0] += line.input_tokens
+        tokens[1] += line.output_tokens
+        tokens[2] += line.cache_write_5m_tokens
+        tokens[3] += line.cache_write_1h_tokens
+        tokens[4] += line.cache_read_tokens
+        sums.cost_usd += line.cost_usd
+        return sums
+
+
+class Series(NamedTuple):
+    """One metric without its prefix: a counter where its name ends in _total, else a gauge."""
+
+    name: str
+    text: str
+    labels: tuple[str, ...]
+    samples: Iterable[tuple[Sequence[str], float]]  # the labels' values, and the number
+
+
+class Scrape(NamedTuple):
+    """The gateway as it stands, for one answer to Prometheus: a collector, as prometheus_client has it."""
+
+    metrics: Metrics
+    relay: Relay
+    ledger: Ledger
+    config: Config
+    loaded_at: float  # wall time
+    reload_failed_at: float | None
+
+    def text(self) -> bytes:
+        """The state in Prometheus' text format (0.0.4)."""
+        # Imported by the first scrape: 10 ms and 1 MB that a start, and a gateway that nobody scrapes, do without.
+        from prometheus_client import generate_latest
+
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """What `prometheus_client.registry.Collector` promises."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        for series in itertools.chain(self._calls(), self._upstreams(), self._gateway()):
+            family = CounterMetricFamily if series.name.endswith("_total") else GaugeMetricFamily
+            made = family(f"claude_gateway_{series.name}", series.text, labels=series.labels)
+            for labels, number in series.samples:
+                made.add_metric(labels, number)
+            yield made
+        calls, first_bytes = self.metrics.call_seconds, self.metrics.first_byte_seconds
+        text = "Seconds from the beginning of a call to its end."
+        yield HistogramMetricFamily("claude_gateway_call_seconds", text, calls.buckets(), calls.sum_s)
+        text = "Seconds from the beginning of a call to the first byte of its answer."
+        yield HistogramMetricFamily("claude_gateway_first_byte_seconds", text, first_bytes.buckets(), first_bytes.sum_s)
+
+    def _calls(self) -> Iterator[Series]:
+        sums = self.metrics.sums
+        # Each configured upstream from the start, with 0: what appears with its first call has no rate for it.
+        by_upstream: dict[str, list[Spent]] = {upstream.name: [] for upstream in self.config.upstreams}
+        for (upstream, _), each in sums.items():
+            by_upstream.setdefault(upstream, []).append(each)
+        yield Series(
+            "calls_total",
+            "Calls that have ended, by the upstream asked last (none where nobody was) and the outcome in the ledger.",
+            ("upstream", "outcome"),
+            [(place, each.calls) for place, each in sums.items() if each.calls],
+        )
+        yield Series(
+            "tokens_total",
+            "Tokens of calls, and of attempts that were billed in vain.",
+            ("upstream", "class"),
+            [
+                ((upstream, name), sum(each.tokens[i] for each in found))
+                for upstream, found in by_upstream.items()
+                for i, name in enumerate(TOKEN_CLASSES)
+            ],
+        )
+        yield Series(
+            "cost_usd_total",
+            "What these tokens cost, by the prices in the config, in USD.",
+            ("upstream",),
+            [((upstream,), sum(each.cost_usd for each in found)) for upstream, found in by_upstream.items()],
+        )
+        yield Series(
+            "refused_total",
+            "Requests refused before an upstream was asked, by the status of the answer.",
+            ("status",),
+            [((str(status),), count) for status, count in self.metrics.refused.items()],
+        )
+        yield Series(
+            "attempts_total",
+            "Attempts that have ended; the outcome is that of the call, or the failure's row in the table of verdicts.",
+            ("upstream", "outcome"),
+            self.relay.upstreams.attempts.items(),
+        )
+
+    def _upstreams(self) -> Iterator[Series]:
+        """How upstreams and their API keys stand; `key` counts from 1, and is empty for the upstream as a whole."""
+        now, labels, healths = self.relay.clock.monotonic(), ("upstream", "key"), dict[tuple[str, str], Health]()
+        for upstream in self.config.upstreams:
+            for choice in self.relay.upstreams.choices(upstream):
+                healths[upstream.name, ""] = choice.health
+                healths[upstream.name, str(choice.number)] = choice.key_health
+        yield Series(
+            "upstream_state",
+            "1 for the state that an upstream (key empty) or one of its API keys is in, 0 for the others.",
+            (*labels, "state"),
+            [((*place, state), health.state(now) == state) for place, health in healths.items() for state in STATES],
+        )
+        yield Series(
+            "upstream_cooldown_seconds",
+            "For how long it is still left alone.",
+            labels,
+            [(place, max(0.0, health.cooling_until - now)) for place, health in healths.items()],
+        )
+        yield Series(
+            "upstream_failures",
+            "Failures in a row.",
+            labels,
+            [(place, health.failures) for place, health in healths.items()],
+        )
+        yield Series(
+            "upstream_running",
+            "Attempts that run.",
+            labels,
+            [(place, health.running) for place, health in healths.items()],
+        )
+
+    def _gateway(self) -> Iterator[Series]:
+        ledger = self.ledger
+        for name, text, number in (
+            ("calls_running", "Admitted calls that have not ended.", len(self.relay.running)),
+            ("ledger_waiting_entries", "Entries of the ledger that are not in its file yet.", ledger.waiting),
+            ("ledger_failing", "Whether the disk refuses the ledger's entries.", bool(ledger.failure)),
+            (
+                "config_reload_failing",
+                "Whether config.yaml has a mistake and an older one holds.",
+                self.reload_failed_at is not None,
+            ),
+            ("config_loaded_timestamp_seconds", "When the configuration that holds was loaded.", self.loaded_at),
+            ("start_time_seconds", "When the gateway started; counters begin there.", self.metrics.started_at),
+        ):
+            yield Series(name, text, (), [((), number)])
+        yield Series("info", "The version.", ("version",), [((VERSION,), 1)])
+
+
+# --- 11. Gateway: owns all state, tells the story -----------------------------------
 
 
 class Collected:
@@ -6223,6 +6459,7 @@ class Gateway:
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
         self.probes = Probes(self.relay)
+        self.metrics = Metrics(config.clock.wall())
         self.loaded_at = config.clock.wall()
         self.reload_failed_at: float | None = None
         self.reload_error = ""
@@ -6295,6 +6532,7 @@ class Gateway:
 
     def refuse(self, call: Call, sink: Sink, error: GatewayError) -> None:
         """Turn a call away before it cost anything: a line in the log, none in the ledger."""
+        self.metrics.refuse(error)
         log.info(
             "%s: %s %s %s refused: %d %s", call.id, call.key, call.route.path, call.model, error.status, error.message
         )
@@ -6306,9 +6544,12 @@ class Gateway:
             return
         exchange.is_booked = True
         for attempt, tried in exchange.discarded:
-            self.ledger.append(self._discarded(exchange.call, attempt, tried))
+            line = self._discarded(exchange.call, attempt, tried)
+            self.ledger.append(line)
+            self.metrics.discard(line)
         entry = self._entry(exchange, outcome)
         self.ledger.append(entry)
+        self.metrics.book(entry)
         log.info(
             "%s: %s %s %s %d %s in %d out %d $%.6f %.0f ms",
             entry.request_id,
@@ -6478,6 +6719,14 @@ class Gateway:
             "upstreams": self.relay.upstreams.report(self.config.upstreams),
         }
 
+    def scrape(self, headers: Headers, peer: str) -> bytes:
+        """What /metrics says to those who may read it. Raises KeyForbidden."""
+        address = self.client_address(headers, peer)
+        if not address_in(address, self.config.metrics_from):
+            raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
+        present = (self.config, self.loaded_at, self.reload_failed_at)
+        return Scrape(self.metrics, self.relay, self.ledger, *present).text()
+
     def tick(self) -> None:
         """Look at deadlines and at the ledger; to be called often."""
         self.relay.check()
@@ -6578,7 +6827,7 @@ class ConfigWatch(FileSystemEventHandler):
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-# --- 11. HTTP: the front door, no policy -------------------------------------------
+# --- 12. HTTP: the front door, no policy -------------------------------------------
 
 
 class State(enum.Enum):
@@ -6766,6 +7015,7 @@ class ClientConnection(asyncio.Protocol):
     def _reject(self, error: GatewayError, api: Api = "anthropic") -> None:
         """Refuse without reading on: answer at once, then leave."""
         request_id = "req_" + secrets.token_hex(12)
+        self._door.gateway.metrics.refuse(error)
         log.info("%s: %s refused: %d %s", request_id, self._peer, error.status, error.message)
         self._keep_alive = False
         self.refuse(error, api, request_id)
@@ -6953,10 +7203,15 @@ class GatewayHandler(tornado.web.RequestHandler):
             raise BadRequest(f"{name}: expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00")
         return text
 
+    @property
+    def origin(self) -> tuple[Headers, str]:
+        """The request's headers and its peer's address: what tells who asks."""
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.request.headers.get_all()]
+        return headers, self.request.remote_ip or ""
+
     def authenticate(self) -> Key:
         """The key of this request. Raises GatewayError."""
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.request.headers.get_all()]
-        return self.gateway.authenticate(headers, self.request.remote_ip or "")[0]
+        return self.gateway.authenticate(*self.origin)[0]
 
 
 class HealthHandler(GatewayHandler):
@@ -6965,6 +7220,17 @@ class HealthHandler(GatewayHandler):
     def get(self) -> None:
         health = self.gateway.health()
         self.reply(200 if health["ready"] else 503, health)
+
+    head = get
+
+
+class MetricsHandler(GatewayHandler):
+    """GET /metrics: what Prometheus reads, for the networks of server.metrics_from; no key needed."""
+
+    def get(self) -> None:
+        text = self.gateway.scrape(*self.origin)
+        self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.finish(text)
 
     head = get
 
@@ -7081,6 +7347,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     return tornado.web.Application(
         [
             (r"/health/?", HealthHandler, own),
+            (r"/metrics/?", MetricsHandler, own),
             (r"(?:/v1)?/(?:v1|api)/usage/?", UsageHandler, own),
             (r"/api/usage/stats/?", StatsHandler, own),
             (r"/api/usage/logs/?", LogsHandler, own),
@@ -7145,7 +7412,7 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 12. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
+# --- 13. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.

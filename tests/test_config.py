@@ -55,6 +55,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         "port": 8000,
         "timezone": "UTC",
         "trusted_proxies": ("127.0.0.1/32",),
+        "metrics_from": ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
         "max_body": 33554432,
         "drain": 600.0,
         "contact": "",
@@ -689,7 +690,7 @@ BAD = {
     "unknown setting": (
         DEMO + "server:\n  port: 1\n  prot: 1\n",
         "4: server.prot: unknown setting, did you mean port? "
-        "(there are: host, port, timezone, trusted_proxies, max_body, drain, contact)",
+        "(there are: host, port, timezone, trusted_proxies, metrics_from, max_body, drain, contact)",
     ),
     "unknown setting of a list's item": (
         DEMO.replace("}", ", colour: red}"),
@@ -788,6 +789,11 @@ BAD = {
     "network": (
         DEMO + "server:\n  trusted_proxies:\n    - 10.0.0.0/8\n    - 10.0.0.1/8\n",
         "5: server.trusted_proxies[1]: 10.0.0.1/8 has host bits set; as in 10.0.0.0/8 or 192.0.2.7",
+    ),
+    "network that may read the metrics": (
+        DEMO + "server:\n  metrics_from: [10.0.0.0/8, monitoring]\n",
+        "3: server.metrics_from[1]: 'monitoring' does not appear to be an IPv4 or IPv6 network; "
+        "as in 10.0.0.0/8 or 192.0.2.7",
     ),
     "address": (
         KEYS + f"  - name: a\n    key: {HASH}\n    allow_ips: [home]\n",

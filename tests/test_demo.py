@@ -1,4 +1,4 @@
-"""The demo: an upstream that needs no API key and speaks like a real one (section 7)."""
+"""The demo: an upstream that needs no API key and speaks like a real one (section 8)."""
 
 from __future__ import annotations
 

@@ -60,6 +60,7 @@ def test_every_path_that_is_served_stands_in_the_readme():
         *g.ROUTES,
         "/v1/models",
         "/health",
+        "/metrics",
         "/v1/usage",
         "/api/usage",
         "/api/usage/stats",

@@ -1,4 +1,4 @@
-"""`usage reconcile`: the ledger against what the providers' own exports say (section 11)."""
+"""`usage reconcile`: the ledger against what the providers' own exports say (section 13)."""
 
 from __future__ import annotations
 

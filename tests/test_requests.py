@@ -1,4 +1,4 @@
-"""Which requests are served, which are refused, and how (section 10, with section 9's checks)."""
+"""Which requests are served, which are refused, and how (section 12, with section 11's checks)."""
 
 from __future__ import annotations
 
