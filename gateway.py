@@ -2055,7 +2055,6 @@ class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded")
     model_served: str
     path: str
     outcome: str
-    requests: int
     input_tokens: int
     output_tokens: int
     cache_write_5m_tokens: int
@@ -2066,6 +2065,7 @@ class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded")
     price: Price
     session: str
     upstream_request_id: str
+    requests: int = 0
     chain: str = ""
 
 
@@ -5893,10 +5893,6 @@ class Exchange:
         else:
             self.sink.cut()
 
-    def usage(self) -> Usage:
-        """What to book."""
-        return self.attempt.usage() if self.attempt else Usage()
-
 
 class Relay:
     """Carries calls to upstreams. Owns the connections and the running exchanges; both survive reloads."""
@@ -6544,29 +6540,32 @@ class Gateway:
             return
         exchange.is_booked = True
         for attempt, tried in exchange.discarded:
-            line = self._discarded(exchange.call, attempt, tried)
+            thrown_away = self._entry(exchange, attempt, Outcome(tried))
+            line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
             self.ledger.append(line)
             self.metrics.discard(line)
-        entry = self._entry(exchange, outcome)
+        entry = self._entry(exchange, exchange.attempt, outcome)
         self.ledger.append(entry)
         self.metrics.book(entry)
         log.info(
-            "%s: %s %s %s %d %s in %d out %d $%.6f %.0f ms",
+            "%s: %s %s %s by %s: %d %s in %d out %d $%.6f %.0f ms%s",
             entry.request_id,
             exchange.call.key,
             entry.path,
             entry.model,
+            entry.upstream or "nobody",
             entry.status,
             entry.outcome,
             entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens,
             entry.output_tokens,
             entry.cost_usd,
             entry.duration_ms,
+            f", {len(exchange.attempts)} attempts" if len(exchange.attempts) > 1 else "",
         )
 
-    def _entry(self, exchange: Exchange, outcome: Outcome) -> Entry:
-        call, usage, attempt = exchange.call, exchange.usage(), exchange.attempt
-        price = call.config.price(call.upstream_model).at(usage.total_input_tokens)
+    def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
+        call, usage = exchange.call, attempt.usage() if attempt else Usage()
+        price = call.config.price(attempt.ticket.model if attempt else call.upstream_model).at(usage.total_input_tokens)
         first = attempt.first_byte_at if attempt else None
         return Entry(
             time=utc_time(self.clock.wall()),
@@ -6598,32 +6597,6 @@ class Gateway:
             client=call.address,
             user_agent=call.header(b"user-agent").partition(" ")[0][:64],
             upstream_request_id=attempt.upstream_request_id if attempt else "",
-        )
-
-    def _discarded(self, call: Call, attempt: Attempt, outcome: str) -> Discarded:
-        usage, model = attempt.usage(), attempt.ticket.model
-        price = call.config.price(model).at(usage.total_input_tokens)
-        return Discarded(
-            time=utc_time(self.clock.wall()),
-            request_id=call.id,
-            key=call.key.name,
-            team=call.key.team,
-            upstream=attempt.upstream.name,
-            model=call.model,
-            model_served=attempt.meter.model[:MAX_NAME],
-            path=call.route.path,
-            outcome=outcome,
-            requests=0,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_write_5m_tokens=usage.cache_write_5m_tokens,
-            cache_write_1h_tokens=usage.cache_write_1h_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            estimated=usage.estimated,
-            cost_usd=price.cost_usd(usage),
-            price=price,
-            session=call.session,
-            upstream_request_id=attempt.upstream_request_id,
         )
 
     # What a key's holder can ask
