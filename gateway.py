@@ -4759,6 +4759,7 @@ class Choice(NamedTuple):
         return max(0.0, self.health.cooling_until - now, self.key_health.cooling_until - now)
 
 
+@functools.lru_cache(maxsize=8192)  # a session asks again and again
 def rendezvous(affinity: str, name: str, weight: float) -> float:
     """How much `name` is the home of `affinity`; the highest wins (weighted rendezvous hashing).
 
