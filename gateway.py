@@ -1165,7 +1165,7 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def settings_at(kind: Any, steps: Sequence[str | int]) -> dict[str, Any]:
     """The settings, with their types, of the mapping that `steps` lead to."""
-    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
     for i, step in enumerate(steps):
         if isinstance(step, str):
             inner = fields.get(step)
@@ -4277,7 +4277,7 @@ class AttemptFailed(Exception):
     """An attempt failed; `detail` is for the log. The upstream may have said when to come again."""
 
     def __init__(self, failure: Failure, detail: str = "", retry_after_s: float | None = None) -> None:
-        super().__init__(detail or failure.sentence)
+        super().__init__(f"{failure.sentence} ({detail})" if detail else failure.sentence)
         self.failure, self.retry_after_s = failure, retry_after_s
 
 
@@ -6034,7 +6034,7 @@ class Relay:
         assert attempt is not None
         attempt.end()
         exchange.close_attempt(failure.case)
-        log.info("%s: upstream %s %s (%s)", call.id, choice, failure.sentence, error)
+        log.info("%s: upstream %s %s", call.id, choice, error)
         if failure is THINKING_REFUSED:
             self.upstreams.answered(ticket)
             call.body, exchange.is_repaired = without_thinking(call.body), True
@@ -6065,9 +6065,7 @@ class Relay:
             return Outcome("unavailable", error=Overloaded(message, retry_after_s=wait_s or 5))
         failure = failed.failure
         name = exchange.attempt.upstream.name if exchange.attempt else ""
-        log.warning(
-            "%s: no answer after %d attempts: upstream %s %s (%s)", call.id, tries, name, failure.sentence, failed
-        )
+        log.warning("%s: no answer after %d attempts: upstream %s %s", call.id, tries, name, failed)
         message = f"The upstream {name} {failure.sentence}{f' (the last of {tries} attempts)' * (tries > 1)}."
         if failure.case in ("401", "402", "403"):
             message = f"The upstream {name} refuses this gateway's own API key ({failure.case}).{call.config.contact}"

@@ -700,6 +700,11 @@ BAD = {
         "upstreams:\n  - name: a\n    url: https://a.test\n    timeouts:\n      idel: 5m\n",
         "5: upstreams[0].timeouts.idel: unknown setting, did you mean idle? (there are: connect, first_byte, idle)",
     ),
+    "unknown setting beside one that has another name in the code": (
+        "upstreams:\n  - name: a\n    url: https://a.test\n    verdicts: {500: {passes: true}}\n",
+        "4: upstreams[0].verdicts.500.passes: unknown setting, did you mean pass? "
+        "(there are: next, blame, cooldown, pass)",
+    ),
     "no upstreams": ("server: {}\n", "1: upstreams: is required, and missing"),
     "empty upstreams": ("\nupstreams: []\n", "2: upstreams: at least one upstream is needed"),
     "upstreams is a number": ("upstreams: 5\n", "1: upstreams: Expected `array`, got `int`"),

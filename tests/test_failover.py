@@ -284,7 +284,7 @@ async def test_when_all_fail_the_client_gets_the_most_useful_answer(
 
 @pytest.mark.logs("its API key is left alone")
 @pytest.mark.logs("no answer after 1 attempts")
-async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, upstreams):
+async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, upstreams, caplog):
     """
     A 401 would make Claude Code ask its user to log in; what is wrong is for whoever runs the gateway.
     """
@@ -295,6 +295,8 @@ async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, u
 
     assert (reply.status, reply.headers["x-should-retry"]) == (502, "false")
     assert reply.error["message"] == "The upstream a refuses this gateway's own API key (401). Ask ops."
+    told = [message.partition(": ")[2] for message in caplog.messages if "answered" in message]
+    assert told == ["no answer after 1 attempts: upstream a answered 401"]
 
 
 async def test_a_request_that_is_wrong_is_wrong_everywhere(start_gateway, upstreams):
