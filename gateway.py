@@ -5818,7 +5818,6 @@ class Exchange:
         status = attempt.status
         if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
             status = STATUS_OF_ERROR.get(attempt.meter.error_type, 500)
-        self.discarded = [(other, case) for other, case in self.discarded if other is not attempt]
         if not self.is_committed:
             self.status = status
             if self.sink:
@@ -6003,7 +6002,6 @@ class Relay:
         call, tries = exchange.call, len(exchange.attempts)
         if exchange.best:
             return exchange.hand_on(exchange.best)
-        exchange.discarded = [each for each in exchange.discarded if each[0] is not exchange.attempt]  # in the entry
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         if failed is None:
@@ -6272,7 +6270,8 @@ class Gateway:
             return
         exchange.is_booked = True
         for attempt, tried in exchange.discarded:
-            self.ledger.append(self._discarded(exchange.call, attempt, tried))
+            if attempt is not exchange.attempt:  # else it is the entry's own
+                self.ledger.append(self._discarded(exchange.call, attempt, tried))
         entry = self._entry(exchange, outcome)
         self.ledger.append(entry)
         log.info(

@@ -532,6 +532,28 @@ async def test_what_was_billed_and_thrown_away_is_booked_and_marked(start_gatewa
     caplog.clear()
 
 
+async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_next_attempt(
+    start_gateway, upstreams, caplog
+):
+    """
+    The last attempt's usage stands in the call's own entry, whatever ended the call: not in a second line as well.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    failing = [head(200, SSE), message_start(input_tokens=1000), error_event("overloaded_error", "no"), end()]
+    upstreams["a"].script = failing
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+
+    client.abort()
+    await until(lambda: not gateway.gateway.relay.running)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["type"], entry["outcome"], entry["input_tokens"]) == ("call", "client_gone", 1000)
+    caplog.clear()
+
+
 async def first_asked(gateway: GatewayUnderTest, upstreams: dict[str, ScriptedUpstream], request: dict) -> str:
     """Who is asked first for a request."""
     before = {name: len(each.requests) for name, each in upstreams.items()}
