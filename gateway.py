@@ -5910,6 +5910,8 @@ class Relay:
             if ticket is None:
                 break
             with ticket:
+                if exchange.done.done():  # nobody waits for an answer any more
+                    break
                 exchange.open_attempt(ticket.choice)
                 try:
                     outcome = await self._send(exchange, ticket)

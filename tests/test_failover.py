@@ -495,6 +495,30 @@ async def test_a_client_that_leaves_between_two_attempts_ends_the_call(start_gat
     caplog.clear()
 
 
+async def test_nobody_else_is_asked_for_a_client_that_has_gone(start_gateway, upstreams, caplog):
+    """
+    `drain` hears one upstream out for the ledger; when that one fails, the call is over.
+    """
+    more = dict.fromkeys("ab", ", on_disconnect: drain")
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, more=more))
+    go_on = asyncio.Event()
+    for name in "ab":
+        upstreams[name].script = [wait_for(go_on), *api_error(529, "overloaded_error")]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
+
+    client.abort()
+    await until(lambda: any(exchange.is_draining for exchange in gateway.gateway.relay.running))
+    go_on.set()
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], [attempt["outcome"] for attempt in entry["attempts"]]) == ("client_gone", ["529"])
+    assert upstreams["a"].connections + upstreams["b"].connections == 1
+    caplog.clear()
+
+
 # --- the ledger ---------------------------------------------------------------------------------
 
 
