@@ -5815,6 +5815,7 @@ class Exchange:
     def hand_on(self, attempt: Attempt) -> Outcome:
         """Give the client the answer of an attempt that failed: its own words are worth more than ours."""
         self.attempt, data = attempt, attempt.text()
+        self.call.upstream_model = attempt.ticket.model  # whose price holds
         status = attempt.status
         if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
             status = STATUS_OF_ERROR.get(attempt.meter.error_type, 500)

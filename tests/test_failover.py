@@ -578,6 +578,27 @@ async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_
     caplog.clear()
 
 
+@pytest.mark.logs("is left alone for")
+async def test_the_price_is_that_of_the_upstream_whose_answer_the_client_gets(start_gateway, upstreams):
+    """
+    Upstreams may know a model under other names: an answer that is handed on late is not paid at the last one's price.
+    """
+    more = {
+        "a": ", models: {'claude-*': claude-opus-4-8}",
+        "b": ", models: {'claude-*': claude-haiku-4-5}, priority: 2",
+    }
+    urls = {"a": upstreams["a"].url, "b": f"http://127.0.0.1:{upstreams['b'].refuse()}"}
+    routing = "max_attempts: 2, breaker: {failures: 1}"
+    gateway = await start_gateway(config_of(urls, routing, more))
+    upstreams["a"].script = [head(200, SSE), message_start(input_tokens=1000), error_event("api_error", "no"), end()]
+
+    await gateway.post("/v1/messages", HELLO_STREAM)
+
+    (entry,) = gateway.entries()
+    assert [attempt["upstream"] for attempt in entry["attempts"]] == ["a", "b"]
+    assert (entry["upstream"], entry["input_tokens"], entry["price"]["input"]) == ("a", 1000, 5)
+
+
 async def first_asked(gateway: GatewayUnderTest, upstreams: dict[str, ScriptedUpstream], request: dict) -> str:
     """Who is asked first for a request."""
     before = {name: len(each.requests) for name, each in upstreams.items()}
