@@ -5550,6 +5550,11 @@ class Attempt:
         return b"".join(self.held or ())
 
     @property
+    def is_told(self) -> bool:
+        """Whether what is held back is all that there is to say; a stream's error needs no end."""
+        return self.is_whole or (self.is_streaming and self.status == 200 and bool(self.meter.error_type))
+
+    @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
         if self.status != 200 or not self.meter.charged or self.meter.seen_input:
@@ -5992,7 +5997,7 @@ class Relay:
         self.upstreams.failed(ticket, failure.case, error.retry_after_s)
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
-        if verdict.passes and attempt.is_whole:
+        if verdict.passes and attempt.is_told:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream)
         exchange.tried = exchange.tried | {key.place for key in keys}

@@ -439,6 +439,22 @@ async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams
     caplog.clear()
 
 
+@pytest.mark.parametrize("ending", [[end()], [stall()], [reset_peer()]])
+async def test_an_error_event_is_passed_on_whether_or_not_an_end_follows(start_gateway, upstreams, caplog, ending):
+    """
+    The error is told with its event; what may come later, or in another read, changes nothing for the client.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    said = [head(200, SSE), message_start(input_tokens=3), error_event("overloaded_error", "Overloaded")]
+    upstreams["a"].script = [*said, *ending]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert (reply.status, reply.was_cut, reply.body) == (200, False, written(said))
+    assert gateway.entries()[-1]["outcome"] == "upstream_error"
+    caplog.clear()
+
+
 async def test_a_call_waits_through_a_short_cooldown(start_gateway, upstreams, caplog):
     """
     One upstream, left alone for twenty seconds: the client notices nothing but a pause with pings.
