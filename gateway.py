@@ -5555,6 +5555,11 @@ class Attempt:
         return self.is_whole or (self.is_streaming and self.status == 200 and bool(self.meter.error_type))
 
     @property
+    def is_event(self) -> bool:
+        """Whether what is held back can stand in a stream that has begun: a client that reads events reads no HTML."""
+        return self.is_streaming or self.text().lstrip().startswith(b"{")
+
+    @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
         if self.status != 200 or not self.meter.charged or self.meter.seen_input:
@@ -6008,7 +6013,7 @@ class Relay:
     def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:
         """The most useful answer: an upstream's own words, else what went wrong and when to come again."""
         call, tries = exchange.call, len(exchange.attempts)
-        if exchange.best:
+        if exchange.best and (not exchange.is_committed or exchange.best.is_event):
             return exchange.hand_on(exchange.best)
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None

@@ -412,7 +412,7 @@ async def test_a_silent_gate_says_pings_that_commit_to_nothing(start_gateway, up
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
-@pytest.mark.parametrize("fault", ["529", "401", "silence", "an error event", "HTML with 200"])
+@pytest.mark.parametrize("fault", ["529", "401", "silence", "an error event", "HTML with 200", "502 in HTML"])
 async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams, caplog, fault):
     """
     Once 200 is out, an error is an event of the client's format, with the upstream's own words where it has some.
