@@ -5908,7 +5908,11 @@ class Relay:
         """Ask one after the other until one answers, or nobody is left; then what is most useful."""
         call, failed, not_before, rounds = exchange.call, None, 0.0, 0
         out: set[tuple[str, int]] = set()  # who need not be asked again
-        while len(exchange.attempts) < call.config.routing.max_attempts and self.clock.monotonic() < exchange.deadline:
+        # A repair is one more try: else the last one's complaint would be lost, and its cure known.
+        while (
+            len(exchange.attempts) < call.config.routing.max_attempts + exchange.is_repaired
+            and self.clock.monotonic() < exchange.deadline
+        ):
             if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
                 # Everybody was asked who can be: once more, after a moment.
                 exchange.tried = set(out)

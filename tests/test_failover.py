@@ -920,6 +920,20 @@ async def test_a_thinking_block_of_another_account_is_left_out_once(start_gatewa
         assert (reply.status, len(requests)) == (400, 1)
 
 
+async def test_a_repair_is_made_even_where_no_other_attempt_is_left(start_gateway, upstreams):
+    """
+    `max_attempts` bounds what is tried again as it is; the repaired request is asked once all the same.
+    """
+    more = {"a": ", retry_without_thinking: true"}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1", more))
+    upstreams["a"].scripts = [BAD_SIGNATURE]
+
+    reply = await gateway.post("/v1/messages", THOUGHTFUL)
+
+    assert reply.texts == ["a ", "heard ", "question 9"]
+    assert [attempt["outcome"] for attempt in gateway.entries()[0]["attempts"]] == ["400", "completed"]
+
+
 async def test_a_signature_that_stays_wrong_is_told_once(start_gateway, upstreams):
     """
     One repair, no more: the second refusal is the client's.
