@@ -5555,6 +5555,17 @@ class Attempt:
         return self.is_whole or (self.is_streaming and self.status == 200 and bool(self.meter.error_type))
 
     @property
+    def is_refusal(self) -> bool:
+        """Whether an error, or what is no answer at all, came in an answer's place: nobody charges for that."""
+        meter = self.meter
+        if self.status not in (0, 200):
+            return True
+        if meter.error_type:
+            return not (meter.seen_input or meter.has_content)
+        is_judged = self.is_whole and not self.is_streaming and self.held is not None
+        return is_judged and not self.text().lstrip().startswith(b"{")
+
+    @property
     def is_event(self) -> bool:
         """Whether what is held back can stand in a stream that has begun: a client that reads events reads no HTML."""
         return self.is_streaming or self.text().lstrip().startswith(b"{")
@@ -5609,7 +5620,7 @@ class Attempt:
 
     def usage(self) -> Usage:
         """What to book."""
-        return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
+        return self.meter.result(reached_upstream=self.sent_at is not None and not self.is_refusal)
 
 
 class Exchange:

@@ -594,6 +594,21 @@ async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_
     caplog.clear()
 
 
+@pytest.mark.parametrize("fault", ["529", "an error with 200", "HTML with 200", "a redirect", "nothing at all"])
+async def test_what_is_no_answer_costs_nothing(start_gateway, upstreams, caplog, fault):
+    """
+    An error with status 200 counts as the status of its type, in the ledger too; and nobody charges for HTML.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    upstreams["a"].script = FAULTS[fault]
+
+    await gateway.post("/v1/messages", HELLO)
+
+    (entry,) = gateway.entries()
+    assert (entry["input_tokens"], entry["output_tokens"], entry["cost_usd"]) == (0, 0, 0)
+    caplog.clear()
+
+
 @pytest.mark.logs("is left alone for")
 async def test_the_price_is_that_of_the_upstream_whose_answer_the_client_gets(start_gateway, upstreams):
     """
