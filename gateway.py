@@ -5053,7 +5053,7 @@ RESET = "upstream.reset"  # beside the ledger: the name of an upstream whose hea
 def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
     """Leave word for the gateway whose ledger is in `directory`; whether it took it. Raises OSError."""
     wanted, written = directory / RESET, directory / f"{RESET}.{os.getpid()}"
-    written.write_text(name)
+    written.write_text(name, "utf-8")
     until, is_there = time.monotonic() + within_s, False
     try:
         while not is_there or wanted.exists():
@@ -5074,7 +5074,7 @@ def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
 def take_reset(directory: Path) -> str:
     """The upstream that somebody wants forgiven, or ""."""
     try:
-        name = (directory / RESET).read_text()
+        name = (directory / RESET).read_text("utf-8", "replace")  # whatever it holds, the gateway's clock goes on
         os.unlink(directory / RESET)
     except OSError:
         return ""

@@ -847,6 +847,20 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     assert [path.name for path in gateway.gateway.ledger.directory.glob("upstream*")] == []
 
 
+async def test_a_reset_that_cannot_be_read_stops_nothing(start_gateway, upstreams):
+    """
+    Whoever wrote it, in whatever encoding: it is taken away, and deadlines go on being looked at.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    await gateway.post("/v1/messages", HELLO)
+    wanted = gateway.gateway.ledger.directory / g.RESET
+    wanted.write_bytes("Zürich".encode("latin-1"))
+
+    gateway.tick()
+
+    assert not wanted.exists()
+
+
 def test_upstream_reset_says_when_nobody_listens(tmp_path, monkeypatch, capsys):
     """
     A name that is not there is told with what was meant, and a reset that nobody took leaves nothing behind.
