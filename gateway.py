@@ -958,7 +958,21 @@ STATUS_OF_ERROR = {
     "rate_limit_exceeded": 429,
     "timeout_error": 504,
     "overloaded_error": 529,
-}  # any other: 500 (platform.claude.com/docs/en/api/errors)
+    "api_error": 500,
+    "server_error": 500,
+    "context_length_exceeded": 400,
+    "failed_to_download_image": 400,
+    "empty_image_file": 400,
+    "unsupported_image_media_type": 400,
+}  # platform.claude.com/docs/en/api/errors; OpenAI's codes: `ResponseError` in its API reference
+
+
+def status_of_error(name: str) -> int | None:
+    """The status that an error's type or code stands for, None where it tells nothing."""
+    if re.fullmatch(r"[45]\d\d", name):
+        return int(name)
+    is_clients = name.startswith(("invalid_", "image_"))  # OpenAI's: what is wrong with a prompt or an image
+    return STATUS_OF_ERROR.get(name, 400 if is_clients else None)
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -3976,6 +3990,7 @@ class ResponsesEvent(msgspec.Struct):
     response: OpenAIAnswer | None = None
     delta: Any = None
     code: str | None = None
+    error: ApiError | None = None
 
 
 class Meter:
@@ -4046,9 +4061,10 @@ class Meter:
         raise NotImplementedError
 
     def read_error(self, error: ApiError | None) -> None:
-        """Remember an error's type."""
+        """Remember an error's type, or its code where that tells more."""
         if error:
-            self.error_type = error.type or str(error.code or "error")
+            names = [str(name) for name in (error.type, error.code) if name] or ["error"]
+            self.error_type = next((name for name in names if status_of_error(name)), names[0])
 
     def end(self) -> None:
         """The answer is whole."""
@@ -4178,7 +4194,7 @@ class ResponsesMeter(OpenAIMeter):
             self.answer(event.response)
             self.finished = True
         elif event.type == "error":
-            self.error_type = event.code or "error"
+            self.read_error(event.error or ApiError(code=event.code))
 
 
 class EmbeddingsMeter(OpenAIMeter):
@@ -5516,7 +5532,7 @@ class Attempt:
         if status != 200:
             return UNEXPECTED
         if meter.error_type:
-            case = str(STATUS_OF_ERROR.get(meter.error_type, 500))
+            case = str(status_of_error(meter.error_type) or 500)
             return self._unless_it_passes(
                 Failure("upstream_error", f"answered with an error ({meter.error_type})", case)
             )
@@ -5839,7 +5855,7 @@ class Exchange:
         self.call.upstream_model = attempt.ticket.model  # whose price holds
         status = attempt.status
         if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
-            status = STATUS_OF_ERROR.get(attempt.meter.error_type, 500)
+            status = status_of_error(attempt.meter.error_type) or 500
         if not self.is_committed:
             self.status = status
             if self.sink:
@@ -5994,7 +6010,7 @@ class Relay:
             return self.upstreams.finished(ticket) if is_fine else None
         case = "mid_stream"
         if outcome == "upstream_error" and attempt:
-            status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
+            status = str(status_of_error(attempt.meter.error_type) or 500)
             blame = attempt.upstream.verdict(status).blame
             case, is_theirs = status if blame == "key" else case, blame != "none"
         if is_theirs:

@@ -237,6 +237,42 @@ async def test_one_upstream_that_fails_once_is_asked_again(start_gateway, upstre
     caplog.clear()
 
 
+@pytest.mark.parametrize(
+    ("path", "error", "case"),
+    [
+        ("responses", {"code": "invalid_prompt", "message": "no"}, "400"),
+        ("responses", {"code": "image_too_large", "message": "no"}, "400"),
+        ("responses", {"type": "invalid_request_error", "code": "context_length_exceeded", "message": "no"}, "400"),
+        ("responses", {"code": "rate_limit_exceeded", "message": "no"}, "429"),
+        ("responses", {"code": "server_error", "message": "no"}, "500"),
+        ("chat/completions", {"type": "requests", "code": "rate_limit_exceeded", "message": "no"}, "429"),
+        ("chat/completions", {"code": 429, "message": "no"}, "429"),
+        ("chat/completions", {"type": "BadRequestError", "code": 400, "message": "no"}, "400"),
+        ("chat/completions", {"type": "server_error", "code": 503, "message": "no"}, "500"),
+    ],
+)
+async def test_openais_errors_in_a_stream_count_as_the_status_that_they_stand_for(
+    start_gateway, upstreams, caplog, path, error, case
+):
+    """
+    A prompt that is wrong is the client's fault everywhere: asked once, and no upstream is left alone for it.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 2", {"a": ", format: openai"}))
+    failed = {"type": "response.failed", "response": {"id": "r", "model": "m", "error": error}}
+    upstreams["a"].script = [head(200, SSE), event("", failed if path == "responses" else {"error": error}), end()]
+
+    async with passing_time(gateway):
+        reply = await gateway.post(f"/v1/{path}", HELLO_STREAM)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    attempts = [attempt["outcome"] for attempt in entry["attempts"]]
+    assert attempts == (["upstream_error"] if case == "400" else [case] * len(attempts)) and b'"no"' in reply.body
+    failures = (await gateway.get("/health")).json["upstreams"][0]
+    assert failures["failures"] + failures["keys"][0]["failures"] == (0 if case == "400" else len(attempts))
+    caplog.clear()
+
+
 # --- the table: who is blamed, and what the client gets if nobody does better -------------
 
 
