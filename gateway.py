@@ -5757,7 +5757,9 @@ class Exchange:
             self.done.set_exception(error)
 
     def retry(self) -> None:
-        """Forget a failed attempt; but a client that went away meanwhile wants no other."""
+        """Forget a failed attempt; but a call that has ended meanwhile wants no other."""
+        if self.done.done() and not self.done.exception():
+            return
         self.done = asyncio.get_running_loop().create_future()
         if self.sink is None:
             self._finish(Outcome("client_gone", self.status))
@@ -5846,6 +5848,8 @@ class Exchange:
     def _finish(self, outcome: Outcome) -> None:
         self.paused_at = None
         self.close_attempt(outcome.name)
+        if self.done.done() and self.done.exception():  # the attempt has failed this very moment: no other follows
+            self.done = asyncio.get_running_loop().create_future()
         if not self.done.done():
             self.done.set_result(outcome)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -568,6 +569,48 @@ async def test_nobody_else_is_asked_for_a_client_that_has_gone(start_gateway, up
     (entry,) = gateway.entries()
     assert (entry["outcome"], [attempt["outcome"] for attempt in entry["attempts"]]) == ("client_gone", ["529"])
     assert upstreams["a"].connections + upstreams["b"].connections == 1
+    caplog.clear()
+
+
+async def test_a_stop_in_the_moment_in_which_an_attempt_fails_ends_the_call(start_gateway, upstreams, caplog):
+    """
+    No other attempt follows a stop, and the entry says that it was one.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}))
+    upstreams["a"].script = upstreams["b"].script = [stall()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
+    (exchange,) = gateway.gateway.relay.running
+
+    exchange.attempt.drop_line()
+    exchange.attempt.lost(g.CUT)
+    await gateway.gateway.close()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], len(entry["attempts"])) == ("gateway_stopped", 1)
+    caplog.clear()
+
+
+async def test_a_connection_that_fails_after_a_stop_is_not_tried_again(start_gateway, upstreams, caplog):
+    """
+    A call that still connects when the gateway stops ends with that, not as a bug of ours.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as fillers:
+        for _ in range(3):  # its queue is full: whoever comes now waits
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        gateway = await start_gateway(config_of({"a": url}, more={"a": ", timeouts: {connect: 50ms}"}))
+        client = await gateway.connect()
+        await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+        await until(lambda: any(exchange.attempt for exchange in gateway.gateway.relay.running))
+
+        await gateway.gateway.close()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], len(entry["attempts"])) == ("gateway_stopped", 1)
     caplog.clear()
 
 
