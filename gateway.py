@@ -3707,7 +3707,7 @@ def read_request(call: Call) -> None:
     if len(peek.model) > MAX_NAME or not peek.model.isprintable():
         raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
     call.model = call.upstream_model = peek.model
-    call.stream = bool(peek.stream)
+    call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
     call.bytes_up = len(call.body)
     call.input_estimate = estimate_input(call.body)
     call.max_output = max_output(call.route, peek)

@@ -492,6 +492,25 @@ async def test_an_error_event_is_passed_on_whether_or_not_an_end_follows(start_g
     caplog.clear()
 
 
+@pytest.mark.parametrize(("path", "more"), [("messages/count_tokens", ""), ("embeddings", ", format: openai")])
+async def test_what_is_never_streamed_gets_no_ping(start_gateway, upstreams, path, more):
+    """
+    A `stream: true` that its API ignores must not be answered with events: the JSON that comes would not fit.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more={"a": more}))
+    go_on = asyncio.Event()
+    upstreams["a"].script = [wait_for(go_on), *json_body({"input_tokens": 5})]
+    asking = asyncio.ensure_future(gateway.post(f"/v1/{path}", HELLO_STREAM))
+    await upstreams["a"].request_came()
+
+    gateway.tick(16)
+    committed = [exchange.is_committed for exchange in gateway.gateway.relay.running]
+    go_on.set()
+
+    assert committed == [False]
+    assert (await asking).json == {"input_tokens": 5}
+
+
 async def test_a_call_waits_through_a_short_cooldown(start_gateway, upstreams, caplog):
     """
     One upstream, left alone for twenty seconds: the client notices nothing but a pause with pings.
