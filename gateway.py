@@ -4939,9 +4939,9 @@ class Upstreams:
             self.wake()
 
     def finished(self, ticket: Ticket) -> None:
-        """An answer came to its end: what was before is forgiven."""
-        health, key = ticket.choice.health, ticket.choice.key_health
-        health.failures = health.trips = key.failures = key.trips = 0
+        """An answer came to its end: what was before it began is forgiven, not what the others found out meanwhile."""
+        for health in filter(ticket.is_of_now, (ticket.choice.health, ticket.choice.key_health)):
+            health.failures = health.trips = 0
 
     def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
         """An attempt failed: the verdict says who is left alone for it, and how long."""

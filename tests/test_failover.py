@@ -920,6 +920,28 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
+@pytest.mark.logs("is left alone for")
+@pytest.mark.logs("no answer after 1 attempts")
+async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_gateway, upstreams):
+    """
+    It began before the upstream broke: with its end the count of trips, by which cooldowns double, is not forgotten.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "breaker: {failures: 1}, max_attempts: 1"))
+    go_on, script = asyncio.Event(), stream_of("Hello")
+    upstreams["a"].scripts = [[*script[:4], wait_for(go_on), *script[4:]], [close()]]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
+    await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
+    await gateway.post("/v1/messages", ask_of(2))
+
+    go_on.set()
+    reply = await asking
+    await gateway.settled()
+
+    (choice,) = gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])
+    assert reply.texts == ["Hello"] and not reply.was_cut
+    assert (choice.health.failures, choice.health.trips) == (1, 1)
+
+
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
 @pytest.mark.logs("no answer after 1 attempts")
 async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, capsys):
