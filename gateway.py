@@ -5722,7 +5722,7 @@ class Exchange:
         """Bytes for the client."""
         self._told_at = now
         self.bytes_down += len(data)
-        if self.sink and data:
+        if self.sink:  # without data: the head must leave all the same
             self.sink.write(data, False)
 
     def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:

@@ -882,6 +882,23 @@ async def test_an_errors_body_is_read_so_that_its_connection_serves_again(start_
     caplog.clear()
 
 
+async def test_a_refusal_without_its_body_reaches_the_client(start_gateway, upstreams):
+    """
+    An error whose body does not come is not kept from the client until the connection breaks.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = [head(413, "application/json"), stall()]
+    gateway.tick(1)
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: any(e.attempt and e.attempt.status for e in gateway.gateway.relay.running))
+
+    gateway.tick(6)
+
+    async with asyncio.timeout(2):
+        assert (await client.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+
+
 # --- what is left alone, and how it comes back ----------------------------------------------------
 
 
@@ -907,7 +924,7 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     go_on = asyncio.Event()
     upstreams["a"].script = lambda request: [wait_for(go_on), *stream_of("Hello")]
     calls = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(5)]
-    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4)
+    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4 and len(upstreams["a"].requests) > 3)
     asked = len(upstreams["a"].requests)
     go_on.set()
     replies = await asyncio.gather(*calls)
