@@ -982,7 +982,21 @@ STATUS_OF_ERROR = {
     "rate_limit_exceeded": 429,
     "timeout_error": 504,
     "overloaded_error": 529,
-}  # any other: 500 (platform.claude.com/docs/en/api/errors)
+    "api_error": 500,
+    "server_error": 500,
+    "context_length_exceeded": 400,
+    "failed_to_download_image": 400,
+    "empty_image_file": 400,
+    "unsupported_image_media_type": 400,
+}  # platform.claude.com/docs/en/api/errors; OpenAI's codes: `ResponseError` in its API reference
+
+
+def status_of_error(name: str) -> int | None:
+    """The status that an error's type or code stands for, None where it tells nothing."""
+    if re.fullmatch(r"[45]\d\d", name):
+        return int(name)
+    is_clients = name.startswith(("invalid_", "image_"))  # OpenAI's: what is wrong with a prompt or an image
+    return STATUS_OF_ERROR.get(name, 400 if is_clients else None)
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -3722,7 +3736,7 @@ def read_request(call: Call) -> None:
     if len(peek.model) > MAX_NAME or not peek.model.isprintable():
         raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
     call.model = call.upstream_model = peek.model
-    call.stream = bool(peek.stream)
+    call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
     call.bytes_up = len(call.body)
     call.input_estimate = estimate_input(call.body)
     call.max_output = max_output(call.route, peek)
@@ -4005,6 +4019,7 @@ class ResponsesEvent(msgspec.Struct):
     response: OpenAIAnswer | None = None
     delta: Any = None
     code: str | None = None
+    error: ApiError | None = None
 
 
 class Meter:
@@ -4075,9 +4090,10 @@ class Meter:
         raise NotImplementedError
 
     def read_error(self, error: ApiError | None) -> None:
-        """Remember an error's type."""
+        """Remember an error's type, or its code where that tells more."""
         if error:
-            self.error_type = error.type or str(error.code or "error")
+            names = [str(name) for name in (error.type, error.code) if name] or ["error"]
+            self.error_type = next((name for name in names if status_of_error(name)), names[0])
 
     def end(self) -> None:
         """The answer is whole."""
@@ -4207,7 +4223,7 @@ class ResponsesMeter(OpenAIMeter):
             self.answer(event.response)
             self.finished = True
         elif event.type == "error":
-            self.error_type = event.code or "error"
+            self.read_error(event.error or ApiError(code=event.code))
 
 
 class EmbeddingsMeter(OpenAIMeter):
@@ -4971,9 +4987,9 @@ class Upstreams:
             self.wake()
 
     def finished(self, ticket: Ticket) -> None:
-        """An answer came to its end: what was before is forgiven."""
-        health, key = ticket.choice.health, ticket.choice.key_health
-        health.failures = health.trips = key.failures = key.trips = 0
+        """An answer came to its end: what was before it began is forgiven, not what the others found out meanwhile."""
+        for health in filter(ticket.is_of_now, (ticket.choice.health, ticket.choice.key_health)):
+            health.failures = health.trips = 0
 
     def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
         """An attempt failed: the verdict says who is left alone for it, and how long."""
@@ -5101,7 +5117,7 @@ RESET = "upstream.reset"  # beside the ledger: the name of an upstream whose hea
 def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
     """Leave word for the gateway whose ledger is in `directory`; whether it took it. Raises OSError."""
     wanted, written = directory / RESET, directory / f"{RESET}.{os.getpid()}"
-    written.write_text(name)
+    written.write_text(name, "utf-8")
     until, is_there = time.monotonic() + within_s, False
     try:
         while not is_there or wanted.exists():
@@ -5122,7 +5138,7 @@ def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
 def take_reset(directory: Path) -> str:
     """The upstream that somebody wants forgiven, or ""."""
     try:
-        name = (directory / RESET).read_text()
+        name = (directory / RESET).read_text("utf-8", "replace")  # whatever it holds, the gateway's clock goes on
         os.unlink(directory / RESET)
     except OSError:
         return ""
@@ -5564,7 +5580,7 @@ class Attempt:
         if status != 200:
             return UNEXPECTED
         if meter.error_type:
-            case = str(STATUS_OF_ERROR.get(meter.error_type, 500))
+            case = str(status_of_error(meter.error_type) or 500)
             return self._unless_it_passes(
                 Failure("upstream_error", f"answered with an error ({meter.error_type})", case)
             )
@@ -5599,9 +5615,21 @@ class Attempt:
 
     @property
     def is_from_api(self) -> bool:
-        """Whether what is held back is a whole answer in the API's words, and no page of something in between."""
-        is_json = not self.meter.is_broken and self.text().lstrip().startswith(b"{")
-        return self.is_whole and (self.is_streaming or is_json)
+        """Whether what is held back is all that the API had to say (a stream's error needs no end), and no HTML."""
+        if self.is_streaming and self.status == 200:
+            return self.is_whole or bool(self.meter.error_type)
+        return self.is_whole and not self.meter.is_broken and self.text().lstrip().startswith(b"{")
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether an error, or what is no answer at all, came in an answer's place: nobody charges for that."""
+        meter = self.meter
+        if self.status not in (0, 200):
+            return True
+        if meter.error_type:
+            return not (meter.seen_input or meter.has_content)
+        is_judged = self.is_whole and not self.is_streaming and self.held is not None
+        return is_judged and not self.text().lstrip().startswith(b"{")
 
     @property
     def was_billed(self) -> bool:
@@ -5653,7 +5681,7 @@ class Attempt:
 
     def usage(self) -> Usage:
         """What to book."""
-        return self.meter.result(reached_upstream=self.sent_at is not None and self.status < 400)
+        return self.meter.result(reached_upstream=self.sent_at is not None and not self.is_refusal)
 
 
 class Exchange:
@@ -5739,7 +5767,7 @@ class Exchange:
         """Bytes for the client."""
         self._told_at = now
         self.bytes_down += len(data)
-        if self.sink and data:
+        if self.sink:  # without data: the head must leave all the same
             self.sink.write(data, False)
 
     def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:
@@ -5774,7 +5802,9 @@ class Exchange:
             self.done.set_exception(error)
 
     def retry(self) -> None:
-        """Forget a failed attempt; but a client that went away meanwhile wants no other."""
+        """Forget a failed attempt; but a call that has ended meanwhile wants no other."""
+        if self.done.done() and not self.done.exception():
+            return
         self.done = asyncio.get_running_loop().create_future()
         if self.sink is None:
             self._finish(Outcome("client_gone", self.status))
@@ -5863,6 +5893,8 @@ class Exchange:
     def _finish(self, outcome: Outcome) -> None:
         self.paused_at = None
         self.close_attempt(outcome.name)
+        if self.done.done() and self.done.exception():  # the attempt has failed this very moment: no other follows
+            self.done = asyncio.get_running_loop().create_future()
         if not self.done.done():
             self.done.set_result(outcome)
 
@@ -5871,8 +5903,7 @@ class Exchange:
         self.attempt, data = attempt, attempt.text()
         status = attempt.status
         if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
-            status = STATUS_OF_ERROR.get(attempt.meter.error_type, 500)
-        self.discarded = [(other, case) for other, case in self.discarded if other is not attempt]
+            status = status_of_error(attempt.meter.error_type) or 500
         if not self.is_committed:
             self.status = status
             if self.sink:
@@ -5948,7 +5979,11 @@ class Relay:
         """Ask one after the other until one answers, or nobody is left; then what is most useful."""
         call, failed, not_before, rounds = exchange.call, None, 0.0, 0
         out: set[tuple[str, int]] = set()  # who need not be asked again
-        while len(exchange.attempts) < call.config.routing.max_attempts and self.clock.monotonic() < exchange.deadline:
+        # A repair is one more try: else the last one's complaint would be lost, and its cure known.
+        while (
+            len(exchange.attempts) < call.config.routing.max_attempts + exchange.is_repaired
+            and self.clock.monotonic() < exchange.deadline
+        ):
             if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
                 # Everybody was asked who can be: once more, after a moment.
                 exchange.tried = set(out)
@@ -5961,6 +5996,8 @@ class Relay:
             if ticket is None:
                 break
             with ticket:
+                if exchange.done.done():  # nobody waits for an answer any more
+                    break
                 exchange.open_attempt(ticket.choice)
                 try:
                     outcome = await self.send(exchange, ticket)
@@ -6020,7 +6057,7 @@ class Relay:
             return self.upstreams.finished(ticket) if is_fine else None
         case = "mid_stream"
         if outcome == "upstream_error" and attempt:
-            status = str(STATUS_OF_ERROR.get(attempt.meter.error_type, 500))
+            status = str(status_of_error(attempt.meter.error_type) or 500)
             blame = attempt.upstream.verdict(status).blame
             case, is_theirs = status if blame == "key" else case, blame != "none"
         if is_theirs:
@@ -6056,7 +6093,6 @@ class Relay:
         call, tries = exchange.call, len(exchange.attempts)
         if exchange.best:
             return exchange.hand_on(exchange.best)
-        exchange.discarded = [each for each in exchange.discarded if each[0] is not exchange.attempt]  # in the entry
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         if failed is None:
@@ -6539,10 +6575,11 @@ class Gateway:
             return
         exchange.is_booked = True
         for attempt, tried in exchange.discarded:
-            thrown_away = self._entry(exchange, attempt, Outcome(tried))
-            line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
-            self.ledger.append(line)
-            self.metrics.discard(line)
+            if attempt is not exchange.attempt:  # else it is the entry's own
+                thrown_away = self._entry(exchange, attempt, Outcome(tried))
+                line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
+                self.ledger.append(line)
+                self.metrics.discard(line)
         entry = self._entry(exchange, exchange.attempt, outcome)
         self.ledger.append(entry)
         self.metrics.book(entry)

@@ -717,8 +717,9 @@ class NaiveBreaker:
         if self.trial is ticket:
             self.open_until = self.trial = None
 
-    def finished(self) -> None:
-        self.failures = self.trips = 0
+    def finished(self, ticket: g.Ticket) -> None:
+        if self.began[ticket] == self.era:
+            self.failures = self.trips = 0
 
     def failed(self, ticket: g.Ticket, now: float, at_once: float) -> None:
         if self.began[ticket] == self.era:
@@ -782,8 +783,8 @@ class BreakerMachine(RuleBasedStateMachine):
         if case in ("ok", "400", "429"):
             self.upstream.answered(ticket)
         if case == "ok":
-            self.upstream.finished()
-            self.key.finished()
+            self.upstream.finished(ticket)
+            self.key.finished(ticket)
         elif case == "429":
             self.key.failed(ticket, self.now, 10.0)
         elif case in ("529", "unreachable"):

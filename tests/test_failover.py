@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -237,6 +238,42 @@ async def test_one_upstream_that_fails_once_is_asked_again(start_gateway, upstre
     caplog.clear()
 
 
+@pytest.mark.parametrize(
+    ("path", "error", "case"),
+    [
+        ("responses", {"code": "invalid_prompt", "message": "no"}, "400"),
+        ("responses", {"code": "image_too_large", "message": "no"}, "400"),
+        ("responses", {"type": "invalid_request_error", "code": "context_length_exceeded", "message": "no"}, "400"),
+        ("responses", {"code": "rate_limit_exceeded", "message": "no"}, "429"),
+        ("responses", {"code": "server_error", "message": "no"}, "500"),
+        ("chat/completions", {"type": "requests", "code": "rate_limit_exceeded", "message": "no"}, "429"),
+        ("chat/completions", {"code": 429, "message": "no"}, "429"),
+        ("chat/completions", {"type": "BadRequestError", "code": 400, "message": "no"}, "400"),
+        ("chat/completions", {"type": "server_error", "code": 503, "message": "no"}, "500"),
+    ],
+)
+async def test_openais_errors_in_a_stream_count_as_the_status_that_they_stand_for(
+    start_gateway, upstreams, caplog, path, error, case
+):
+    """
+    A prompt that is wrong is the client's fault everywhere: asked once, and no upstream is left alone for it.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 2", {"a": ", format: openai"}))
+    failed = {"type": "response.failed", "response": {"id": "r", "model": "m", "error": error}}
+    upstreams["a"].script = [head(200, SSE), event("", failed if path == "responses" else {"error": error}), end()]
+
+    async with passing_time(gateway):
+        reply = await gateway.post(f"/v1/{path}", HELLO_STREAM)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    attempts = [attempt["outcome"] for attempt in entry["attempts"]]
+    assert attempts == (["upstream_error"] if case == "400" else [case] * len(attempts)) and b'"no"' in reply.body
+    failures = (await gateway.get("/health")).json["upstreams"][0]
+    assert failures["failures"] + failures["keys"][0]["failures"] == (0 if case == "400" else len(attempts))
+    caplog.clear()
+
+
 # --- the table: who is blamed, and what the client gets if nobody does better -------------
 
 
@@ -413,7 +450,7 @@ async def test_a_silent_gate_says_pings_that_commit_to_nothing(start_gateway, up
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
-@pytest.mark.parametrize("fault", ["529", "401", "silence", "an error event", "HTML with 200"])
+@pytest.mark.parametrize("fault", ["529", "401", "silence", "an error event", "HTML with 200", "502 in HTML"])
 async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams, caplog, fault):
     """
     Once 200 is out, an error is an event of the client's format, with the upstream's own words where it has some.
@@ -438,6 +475,41 @@ async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams
     expected = {"529": "overloaded_error", "silence": "timeout_error", "an error event": "overloaded_error"}
     assert error["type"] == expected.get(fault, "api_error")
     caplog.clear()
+
+
+@pytest.mark.parametrize("ending", [[end()], [stall()], [reset_peer()]])
+async def test_an_error_event_is_passed_on_whether_or_not_an_end_follows(start_gateway, upstreams, caplog, ending):
+    """
+    The error is told with its event; what may come later, or in another read, changes nothing for the client.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    said = [head(200, SSE), message_start(input_tokens=3), error_event("overloaded_error", "Overloaded")]
+    upstreams["a"].script = [*said, *ending]
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert (reply.status, reply.was_cut, reply.body) == (200, False, written(said))
+    assert gateway.entries()[-1]["outcome"] == "upstream_error"
+    caplog.clear()
+
+
+@pytest.mark.parametrize(("path", "more"), [("messages/count_tokens", ""), ("embeddings", ", format: openai")])
+async def test_what_is_never_streamed_gets_no_ping(start_gateway, upstreams, path, more):
+    """
+    A `stream: true` that its API ignores must not be answered with events: the JSON that comes would not fit.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more={"a": more}))
+    go_on = asyncio.Event()
+    upstreams["a"].script = [wait_for(go_on), *json_body({"input_tokens": 5})]
+    asking = asyncio.ensure_future(gateway.post(f"/v1/{path}", HELLO_STREAM))
+    await upstreams["a"].request_came()
+
+    gateway.tick(16)
+    committed = [exchange.is_committed for exchange in gateway.gateway.relay.running]
+    go_on.set()
+
+    assert committed == [False]
+    assert (await asking).json == {"input_tokens": 5}
 
 
 async def test_a_call_waits_through_a_short_cooldown(start_gateway, upstreams, caplog):
@@ -496,6 +568,72 @@ async def test_a_client_that_leaves_between_two_attempts_ends_the_call(start_gat
     caplog.clear()
 
 
+async def test_nobody_else_is_asked_for_a_client_that_has_gone(start_gateway, upstreams, caplog):
+    """
+    `drain` hears one upstream out for the ledger; when that one fails, the call is over.
+    """
+    more = dict.fromkeys("ab", ", on_disconnect: drain")
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, more=more))
+    go_on = asyncio.Event()
+    for name in "ab":
+        upstreams[name].script = [wait_for(go_on), *api_error(529, "overloaded_error")]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
+
+    client.abort()
+    await until(lambda: any(exchange.is_draining for exchange in gateway.gateway.relay.running))
+    go_on.set()
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], [attempt["outcome"] for attempt in entry["attempts"]]) == ("client_gone", ["529"])
+    assert upstreams["a"].connections + upstreams["b"].connections == 1
+    caplog.clear()
+
+
+async def test_a_stop_in_the_moment_in_which_an_attempt_fails_ends_the_call(start_gateway, upstreams, caplog):
+    """
+    No other attempt follows a stop, and the entry says that it was one.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}))
+    upstreams["a"].script = upstreams["b"].script = [stall()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
+    (exchange,) = gateway.gateway.relay.running
+
+    exchange.attempt.drop_line()
+    exchange.attempt.lost(g.CUT)
+    await gateway.gateway.close()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], len(entry["attempts"])) == ("gateway_stopped", 1)
+    caplog.clear()
+
+
+async def test_a_connection_that_fails_after_a_stop_is_not_tried_again(start_gateway, upstreams, caplog):
+    """
+    A call that still connects when the gateway stops ends with that, not as a bug of ours.
+    """
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as fillers:
+        for _ in range(3):  # its queue is full: whoever comes now waits
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        gateway = await start_gateway(config_of({"a": url}, more={"a": ", timeouts: {connect: 50ms}"}))
+        client = await gateway.connect()
+        await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+        await until(lambda: any(exchange.attempt for exchange in gateway.gateway.relay.running))
+
+        await gateway.gateway.close()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], len(entry["attempts"])) == ("gateway_stopped", 1)
+    caplog.clear()
+
+
 # --- the ledger ---------------------------------------------------------------------------------
 
 
@@ -531,6 +669,64 @@ async def test_what_was_billed_and_thrown_away_is_booked_and_marked(start_gatewa
     usage = (await gateway.get("/v1/usage")).json["today"]
     assert usage["calls"] == len([entry for entry in gateway.entries() if entry["type"] == "call"])
     caplog.clear()
+
+
+async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_next_attempt(
+    start_gateway, upstreams, caplog
+):
+    """
+    The last attempt's usage stands in the call's own entry, whatever ended the call: not in a second line as well.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    failing = [head(200, SSE), message_start(input_tokens=1000), error_event("overloaded_error", "no"), end()]
+    upstreams["a"].script = failing
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+
+    client.abort()
+    await until(lambda: not gateway.gateway.relay.running)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["type"], entry["outcome"], entry["input_tokens"]) == ("call", "client_gone", 1000)
+    caplog.clear()
+
+
+@pytest.mark.parametrize("fault", ["529", "an error with 200", "HTML with 200", "a redirect", "nothing at all"])
+async def test_what_is_no_answer_costs_nothing(start_gateway, upstreams, caplog, fault):
+    """
+    An error with status 200 counts as the status of its type, in the ledger too; and nobody charges for HTML.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    upstreams["a"].script = FAULTS[fault]
+
+    await gateway.post("/v1/messages", HELLO)
+
+    (entry,) = gateway.entries()
+    assert (entry["input_tokens"], entry["output_tokens"], entry["cost_usd"]) == (0, 0, 0)
+    caplog.clear()
+
+
+@pytest.mark.logs("is left alone for")
+async def test_the_price_is_that_of_the_upstream_whose_answer_the_client_gets(start_gateway, upstreams):
+    """
+    Upstreams may know a model under other names: an answer that is handed on late is not paid at the last one's price.
+    """
+    more = {
+        "a": ", models: {'claude-*': claude-opus-4-8}",
+        "b": ", models: {'claude-*': claude-haiku-4-5}, priority: 2",
+    }
+    urls = {"a": upstreams["a"].url, "b": f"http://127.0.0.1:{upstreams['b'].refuse()}"}
+    routing = "max_attempts: 2, breaker: {failures: 1}"
+    gateway = await start_gateway(config_of(urls, routing, more))
+    upstreams["a"].script = [head(200, SSE), message_start(input_tokens=1000), error_event("api_error", "no"), end()]
+
+    await gateway.post("/v1/messages", HELLO_STREAM)
+
+    (entry,) = gateway.entries()
+    assert [attempt["upstream"] for attempt in entry["attempts"]] == ["a", "b"]
+    assert (entry["upstream"], entry["input_tokens"], entry["price"]["input"]) == ("a", 1000, 5)
 
 
 async def first_asked(gateway: GatewayUnderTest, upstreams: dict[str, ScriptedUpstream], request: dict) -> str:
@@ -687,6 +883,23 @@ async def test_an_errors_body_is_read_so_that_its_connection_serves_again(start_
     caplog.clear()
 
 
+async def test_a_refusal_without_its_body_reaches_the_client(start_gateway, upstreams):
+    """
+    An error whose body does not come is not kept from the client until the connection breaks.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = [head(413, "application/json"), stall()]
+    gateway.tick(1)
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: any(e.attempt and e.attempt.status for e in gateway.gateway.relay.running))
+
+    gateway.tick(6)
+
+    async with asyncio.timeout(2):
+        assert (await client.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+
+
 # --- what is left alone, and how it comes back ----------------------------------------------------
 
 
@@ -712,7 +925,7 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     go_on = asyncio.Event()
     upstreams["a"].script = lambda request: [wait_for(go_on), *stream_of("Hello")]
     calls = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(5)]
-    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4)
+    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4 and len(upstreams["a"].requests) > 3)
     asked = len(upstreams["a"].requests)
     go_on.set()
     replies = await asyncio.gather(*calls)
@@ -723,6 +936,28 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     assert asked == 4  # three that failed, and the one that finds out
     assert [reply.texts for reply in replies] == [["Hello"]] * 5
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
+
+
+@pytest.mark.logs("is left alone for")
+@pytest.mark.logs("no answer after 1 attempts")
+async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_gateway, upstreams):
+    """
+    It began before the upstream broke: with its end the count of trips, by which cooldowns double, is not forgotten.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "breaker: {failures: 1}, max_attempts: 1"))
+    go_on, script = asyncio.Event(), stream_of("Hello")
+    upstreams["a"].scripts = [[*script[:4], wait_for(go_on), *script[4:]], [close()]]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
+    await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
+    await gateway.post("/v1/messages", ask_of(2))
+
+    go_on.set()
+    reply = await asking
+    await gateway.settled()
+
+    (choice,) = gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])
+    assert reply.texts == ["Hello"] and not reply.was_cut
+    assert (choice.health.failures, choice.health.trips) == (1, 1)
 
 
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
@@ -748,6 +983,20 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     reply = await gateway.post("/v1/messages", ask_of(2))
     assert reply.texts == ["a ", "heard ", "question 2"], reply
     assert [path.name for path in gateway.gateway.ledger.directory.glob("upstream*")] == []
+
+
+async def test_a_reset_that_cannot_be_read_stops_nothing(start_gateway, upstreams):
+    """
+    Whoever wrote it, in whatever encoding: it is taken away, and deadlines go on being looked at.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    await gateway.post("/v1/messages", HELLO)
+    wanted = gateway.gateway.ledger.directory / g.RESET
+    wanted.write_bytes("Zürich".encode("latin-1"))
+
+    gateway.tick()
+
+    assert not wanted.exists()
 
 
 def test_upstream_reset_says_when_nobody_listens(tmp_path, monkeypatch, capsys):
@@ -836,6 +1085,20 @@ async def test_a_thinking_block_of_another_account_is_left_out_once(start_gatewa
         assert requests[1] | {"messages": 0} == THOUGHTFUL | {"messages": 0}
     else:
         assert (reply.status, len(requests)) == (400, 1)
+
+
+async def test_a_repair_is_made_even_where_no_other_attempt_is_left(start_gateway, upstreams):
+    """
+    `max_attempts` bounds what is tried again as it is; the repaired request is asked once all the same.
+    """
+    more = {"a": ", retry_without_thinking: true"}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1", more))
+    upstreams["a"].scripts = [BAD_SIGNATURE]
+
+    reply = await gateway.post("/v1/messages", THOUGHTFUL)
+
+    assert reply.texts == ["a ", "heard ", "question 9"]
+    assert [attempt["outcome"] for attempt in gateway.entries()[0]["attempts"]] == ["400", "completed"]
 
 
 async def test_a_signature_that_stays_wrong_is_told_once(start_gateway, upstreams):

@@ -771,10 +771,11 @@ async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gat
     sink = g.ClientConnection(gateway.door)
     exchange = sink.exchange = g.Exchange(call, sink, gateway.gateway.relay)
 
+    attempt_over = exchange.done
     exchange.failed(g.CUT)
     exchange.client_gone()
     with pytest.raises(g.AttemptFailed):
-        await exchange.done
+        await attempt_over
     exchange.retry()
 
     assert await exchange.done == g.Outcome("client_gone", 0)
