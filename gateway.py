@@ -218,7 +218,8 @@ class Pace(NamedTuple):
     drain_idle_s: float = 10.0  # … at most so long in silence …
     drain_calls: int = 64  # … and so many at once
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
-    waiting_calls: int = 256  # calls that may wait for an upstream, with their bodies
+    waiting_calls: int = 256  # calls that may wait for an upstream …
+    waiting_bytes: int = 128 << 20  # … and their bodies
     backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
     max_backoff_s: float = 8.0  # … and at most
     error_body_s: float = 5.0  # an error's body must be whole by then
@@ -970,6 +971,7 @@ VERDICT_MEANINGS = {
     "4xx": "the request itself is wrong: 400, 413, 422 and all others",
     "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
 }
+REFUSED_KEY = ("401", "402", "403")  # what waits for a person
 STATUS_OF_ERROR = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -1299,6 +1301,8 @@ def parse_verdicts(value: object) -> VerdictTable:
     if not isinstance(value, dict):
         raise ValueError("expected cases such as {404: {next: false}, 5xx: {cooldown: 1m}}")
     for case in value:
+        if isinstance(value[case], dict) and value[case].get("next") and case == "mid_stream":
+            raise Misplaced([case, "next"], "bytes are out: nobody else can be asked")
         if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
             raise Misplaced([case], f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
     table = VerdictTable()
@@ -1592,6 +1596,12 @@ class ConfigBuilder:
         """The upstreams with their keys open."""
         if not self._file.upstreams:
             raise self._document.problem(("upstreams",), "at least one upstream is needed")
+        routing = self._file.routing
+        if 0 < routing.slow < 1.5:
+            raise self._document.problem(("routing", "slow"), "expected at least 1.5, or 0 for never")
+        if routing.breaker.max_cooldown < routing.breaker.cooldown:
+            problem = "expected at least the cooldown, which is the first of them"
+            raise self._document.problem(("routing", "breaker", "max_cooldown"), problem)
         if not 0 <= self._file.server.port < 65536:
             raise self._document.problem(("server", "port"), "expected 0 to 65535")
         seen: set[str] = set()
@@ -1614,6 +1624,10 @@ class ConfigBuilder:
             self._warn_of_plain((*at, "proxy"), upstream.name, upstream.proxy)
         ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
         keys = Secrets(self._api_keys(at, upstream))
+        if 0 < upstream.probe < 1:
+            raise self._document.problem((*at, "probe"), "expected at least 1s, or 0s for none")
+        if len(set(keys)) < len(keys):
+            raise self._document.problem((*at, "api_key"), "the same key stands here twice")
         headers = self._headers((*at, "headers"), upstream)
         return msgspec.structs.replace(upstream, api_key=keys, headers=headers, ca_file=ca_file, proxy=proxy)
 
@@ -3980,11 +3994,14 @@ class ChatDelta(msgspec.Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ChatToolCall] | None = None
+    function_call: ChatFunction | None = None
+    audio: Any = None
 
     def characters(self) -> int:
         """How much was said."""
         said = (self.content, self.refusal, self.reasoning, self.reasoning_content)
-        calls = (call.function.arguments for call in self.tool_calls or () if call.function)
+        functions = (*(call.function for call in self.tool_calls or ()), self.function_call)
+        calls = (function.arguments for function in functions if function)
         return sum(len(text) for text in (*said, *calls) if text)
 
 
@@ -4048,7 +4065,7 @@ class Meter:
         self.model = ""
         self.error_type = ""
         self.finished = False  # the format's terminal event came, or the whole body did
-        self.is_broken = False  # the whole body is no JSON
+        self.is_broken = False  # the whole body, or an event, is no JSON
 
     def start(self, streaming: bool) -> None:
         """The answer begins: events, or one JSON body."""
@@ -4069,14 +4086,15 @@ class Meter:
         for data in self._events.feed(chunk):
             try:
                 self.event(self.decode_event(data))
-            except UNREADABLE:
-                self.unreadable(data)
+            except UNREADABLE as error:
+                self.unreadable(data, isinstance(error, msgspec.ValidationError))
 
     def event(self, event: Any) -> None:
         """Take in one event; a format without streams has none."""
 
-    def unreadable(self, data: bytes) -> None:
-        """An event that is no JSON of the expected shape."""
+    def unreadable(self, data: bytes, is_json: bool) -> None:
+        """An event that is no JSON, or of another shape than we know: that is for the client to judge."""
+        self.has_content, self.is_broken = self.has_content or is_json, self.is_broken or not is_json
 
     def answer(self, answer: Any) -> None:
         """Take in a whole non-stream answer."""
@@ -4197,15 +4215,18 @@ class ChatMeter(OpenAIMeter):
         for choice in event.choices:
             if choice.delta:
                 self._characters += choice.delta.characters()
+                self.has_content = self.has_content or choice.delta.audio is not None
             if choice.finish_reason:
                 self.finished = True  # some servers send no [DONE]
-        self.has_content = self.finished or self._characters > 0
+        self.has_content = self.has_content or self.finished or self._characters > 0
         if event.usage:
             self.usage(event.usage)
 
-    def unreadable(self, data: bytes) -> None:
+    def unreadable(self, data: bytes, is_json: bool) -> None:
         if data.strip() == b"[DONE]":
             self.finished = self.has_content = True
+        else:
+            super().unreadable(data, is_json)
 
 
 class ResponsesMeter(OpenAIMeter):
@@ -4928,7 +4949,8 @@ class Upstreams:
         """
         now = self._clock.monotonic()
         soonest = max(now + self.ready_in(call, tried), not_before)
-        if soonest > until or len(self.seekers) >= self._pace.waiting_calls:
+        waiting_bytes = sum(len(seeker.call.body) for seeker in self.seekers)
+        if waiting_bytes > self._pace.waiting_bytes or len(self.seekers) >= self._pace.waiting_calls or soonest > until:
             return None
         seeker = Seeker(call, tried, asyncio.get_running_loop().create_future(), not_before, until)
         self.seekers.append(seeker)
@@ -4949,6 +4971,13 @@ class Upstreams:
         now = self._clock.monotonic()
         choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
         return min((choice.ready_in(now) for choice in choices if choice.place not in tried), default=math.inf)
+
+    def refused(self, call: Call) -> tuple[str, str] | None:
+        """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
+        choices = [choice for serving in call.servings for choice in self.choices(serving.upstream)]
+        if not all(choice.key_health.cooling_until and choice.key_health.why in REFUSED_KEY for choice in choices):
+            return None
+        return choices[0].upstream.name, choices[0].key_health.why
 
     def wake(self) -> None:
         """Give what is free to those who wait, oldest first."""
@@ -5013,22 +5042,22 @@ class Upstreams:
         return None
 
     def _cooldown_s(self, trips: int, retry_after_s: float | None, verdict_s: float, breaker: BreakerConfig) -> float:
-        """What the upstream said, and the verdict; where neither did, or it went on failing, doubled each time."""
+        """What the upstream said, a little longer where that was too short; else the verdict's, doubled each time."""
         base = verdict_s or breaker.cooldown
         doubled = min(max(breaker.max_cooldown, base), base * 2.0 ** min(trips, 30))
         if retry_after_s:  # nobody is to come before its time, and not all at once
-            seconds = max(retry_after_s, doubled if trips else 0.0)
+            seconds = max(retry_after_s, min(breaker.cooldown, 2.0 ** min(trips, 30)))
             return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
         return doubled * (0.9 + 0.2 * self._chance())
 
     def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float) -> None:
         health.cool_down(seconds, case, self._clock)
-        if case in ("401", "402", "403"):
+        if case in REFUSED_KEY:
             log.error(
-                "upstream %s: its API key is left alone for %.0f s: %s, %s. Put a good one into the config; "
+                "upstream %s: its API key is left alone for %.0f m: %s, %s. Put a good one into the config; "
                 "when it is good again: gateway.py upstream reset %s",
                 choice,
-                seconds,
+                seconds / 60,
                 case,
                 VERDICT_MEANINGS[case].partition(":")[0],
                 choice.upstream.name,
@@ -5071,7 +5100,9 @@ class Upstreams:
 
     def probed(self, choice: Choice) -> None:
         """An upstream answered, though no call asked it. That says nothing of a key's limits or credit."""
-        healths = [choice.health] + [choice.key_health] * (choice.key_health.why in ("401", "403"))
+        healths = [choice.health] + [choice.key_health] * (
+            choice.key_health.why in REFUSED_KEY and choice.key_health.why != "402"
+        )
         if any(health.cooling_until for health in healths):
             log.info("upstream %s answers again", choice)
             for health in healths:
@@ -5555,7 +5586,8 @@ class Attempt:
 
     def _is_clear(self) -> bool:
         """Whether it can be said already what is held back."""
-        if self.is_streaming and self.status == 200 and (self.meter.has_content or self.meter.error_type):
+        meter = self.meter
+        if self.is_streaming and self.status == 200 and (meter.has_content or meter.error_type or meter.is_broken):
             return True
         return self.held_size > self.MAX_HELD
 
@@ -5585,7 +5617,8 @@ class Attempt:
                 Failure("upstream_error", f"answered with an error ({meter.error_type})", case)
             )
         if self.is_streaming:
-            return CUT if last and not meter.finished else None
+            bad = UNEXPECTED if meter.is_broken and not meter.has_content else None
+            return CUT if last and not meter.finished else bad
         if self.exchange.is_committed or meter.is_broken or not self.text().lstrip().startswith(b"{"):
             return UNEXPECTED
         return None
@@ -5612,6 +5645,13 @@ class Attempt:
     def text(self) -> bytes:
         """What is held back."""
         return b"".join(self.held or ())
+
+    @property
+    def client_status(self) -> int:
+        """The status for the client: the upstream's, but for an error under a wrong flag."""
+        if self.status == 200 and not self.is_streaming and self.meter.error_type:
+            return status_of_error(self.meter.error_type) or 500
+        return self.status
 
     @property
     def is_from_api(self) -> bool:
@@ -5759,9 +5799,9 @@ class Exchange:
         waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
         if not attempt.passed:
             self._relay.upstreams.answered(attempt.ticket, waited_s)
-        self.status = attempt.status
+        self.status = attempt.client_status
         if self.sink and not self.is_committed:
-            self.sink.head(attempt.status, attempt.headers, attempt.is_streaming)
+            self.sink.head(self.status, attempt.headers, attempt.is_streaming)
 
     def relay(self, data: bytes, now: float) -> None:
         """Bytes for the client."""
@@ -5901,13 +5941,10 @@ class Exchange:
     def hand_on(self, attempt: Attempt) -> Outcome:
         """Give the client the answer of an attempt that failed: its own words are worth more than ours."""
         self.attempt, data = attempt, attempt.text()
-        status = attempt.status
-        if status == 200 and not attempt.is_streaming:  # an error under a wrong flag
-            status = status_of_error(attempt.meter.error_type) or 500
         if not self.is_committed:
-            self.status = status
+            self.status = attempt.client_status
             if self.sink:
-                self.sink.head(status, attempt.headers, attempt.is_streaming)
+                self.sink.head(self.status, attempt.headers, attempt.is_streaming)
         elif not attempt.is_streaming:
             data = error_event(data, self.call.route.api)
         self.settle(Outcome("refused" if attempt.status >= 400 else "upstream_error", self.status), data, True)
@@ -5993,6 +6030,7 @@ class Relay:
             if ticket is None:
                 until = min(self.clock.monotonic() + call.config.routing.wait, exchange.deadline)
                 ticket = await self.upstreams.wait(call, exchange.tried, not_before, until, exchange.done)
+            not_before = 0.0
             if ticket is None:
                 break
             with ticket:
@@ -6090,24 +6128,34 @@ class Relay:
 
     def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:
         """The most useful answer: an upstream's own words, else what went wrong and when to come again."""
-        call, tries = exchange.call, len(exchange.attempts)
         if exchange.best:
             return exchange.hand_on(exchange.best)
+        if failed:
+            name = exchange.attempt.upstream.name if exchange.attempt else ""
+            log.warning(
+                "%s: no answer, attempts %d: upstream %s %s", exchange.call.id, len(exchange.attempts), name, failed
+            )
+        error = self._own_words(exchange, failed)
+        return Outcome(failed.failure.outcome, error=error) if failed else Outcome("unavailable", error=error)
+
+    def _own_words(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
+        """What the client is told where no upstream has said something for it."""
+        call, tries = exchange.call, len(exchange.attempts)
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
+        refused = self.upstreams.refused(call)
+        if refused:
+            name, case = refused
+            contact = call.config.contact
+            return UpstreamRefusesUs(f"The upstream {name} refuses this gateway's own API key ({case}).{contact}")
         if failed is None:
             names = ", ".join(dict.fromkeys(serving.upstream.name for serving in call.servings))
             message = f"No upstream is ready for {call.model} ({names}): they failed, or are full."
-            return Outcome("unavailable", error=Overloaded(message, retry_after_s=wait_s or 5))
-        failure = failed.failure
+            return Overloaded(message, retry_after_s=wait_s or 5)
         name = exchange.attempt.upstream.name if exchange.attempt else ""
-        log.warning("%s: no answer after %d attempts: upstream %s %s", call.id, tries, name, failed)
-        message = f"The upstream {name} {failure.sentence}{f' (the last of {tries} attempts)' * (tries > 1)}."
-        if failure.case in ("401", "402", "403"):
-            message = f"The upstream {name} refuses this gateway's own API key ({failure.case}).{call.config.contact}"
-            return Outcome(failure.outcome, error=UpstreamRefusesUs(message))
-        kind = UpstreamTimeout if failure.outcome == "timeout" else UpstreamFailed
-        return Outcome(failure.outcome, error=kind(message, retry_after_s=wait_s))
+        kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
+        last = f" (the last of {tries} attempts)" if tries > 1 else ""
+        return kind(f"The upstream {name} {failed.failure.sentence}{last}.", retry_after_s=wait_s)
 
     def may_drain(self) -> bool:
         """Whether one more answer may be read on for nobody."""
@@ -6126,7 +6174,8 @@ class Relay:
         """Cut what still runs and close every connection."""
         self.upstreams.close()
         for exchange in tuple(self.running):
-            exchange.end(Outcome("gateway_stopped", exchange.status))
+            error = None if exchange.status else Unavailable("The gateway is stopping.", retry_after_s=5)
+            exchange.end(Outcome("gateway_stopped", exchange.status, error))
         self.keep_only(())
 
 
@@ -6613,7 +6662,7 @@ class Gateway:
             model_served=attempt.meter.model[:MAX_NAME] if attempt else "",
             path=call.route.path,
             stream=call.stream,
-            status=outcome.status or (outcome.error.status if outcome.error else 0),
+            status=outcome.status or exchange.status or (outcome.error.status if outcome.error else 0),
             outcome=outcome.name,
             error_type=(attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else ""),
             attempts=exchange.attempts,
@@ -6699,7 +6748,8 @@ class Gateway:
         self.ledger.fsync_s = config.file.usage.fsync
         self.limits.reload(config)  # a higher limit lets those in that wait
         for warning in config.warnings:
-            log.warning("config: %s", warning)
+            if warning not in before.warnings:
+                log.warning("config: %s", warning)
         for name, old, new in (
             ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
             ("usage.directory", before.usage_directory, config.usage_directory),
@@ -7656,6 +7706,9 @@ def upstream_text(upstream: UpstreamConfig) -> str:
     keys = {0: "" if upstream.format == "demo" else ", no API key", 1: ""}
     share = f", priority {upstream.priority}, weight {upstream.weight:g}"
     many = keys.get(len(upstream.api_key), f", {len(upstream.api_key)} API keys")
+    many += f", at most {upstream.max_concurrent} calls a key" if upstream.max_concurrent else ""
+    many += f", own verdicts for {', '.join(upstream.verdicts)}" if upstream.verdicts else ""
+    many += f", probed every {upstream.probe:g} s" if upstream.probe else ""
     return f"{upstream.name}: {upstream.format}{' ' * bool(upstream.url)}{upstream.url}, models {models}{share}{many}"
 
 
@@ -7669,7 +7722,11 @@ def command_check(options: argparse.Namespace) -> None:
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")
     policies = ", ".join(f"{policy} for {pattern}" for pattern, policy in config.routing.policy) or "sticky"
-    print(f"\nchoice: {policies}; at most {config.routing.max_attempts} attempts in {config.routing.deadline:g} s")
+    routing, breaker = config.routing, config.routing.breaker
+    slow = f"rests when {routing.slow:g} times slower than its peers" if routing.slow else "never rests for being slow"
+    print(f"\nchoice: {policies}; at most {routing.max_attempts} attempts in {routing.deadline:g} s")
+    print(f"an upstream: left alone after {breaker.failures} failures in a row, for {breaker.cooldown:g} s to ", end="")
+    print(f"{breaker.max_cooldown:g} s; {slow}")
     print("\nkeys:")
     print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
     if config.warnings:

@@ -671,7 +671,7 @@ def test_reset_forgets_what_spoke_against_an_upstream_and_its_keys():
     assert during_the_next_trial is None
 
 
-@pytest.mark.logs("its API key is left alone for 1800 s: 401, the upstream refuses our API key")
+@pytest.mark.logs("its API key is left alone for 30 m: 401, the upstream refuses our API key")
 def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when():
     """
     For each upstream and each of its keys; a key is told by its number only.
@@ -1044,7 +1044,7 @@ async def test_a_wait_ends_when_the_client_leaves(is_early):
     assert world.running() == {"a": [0, 0]}
 
 
-@pytest.mark.logs("is left alone for 1800 s")
+@pytest.mark.logs("is left alone for 30 m")
 @pytest.mark.parametrize("until_s, is_kept", [(1799.0, False), (1800.0, True)])
 async def test_a_call_for_which_nobody_can_be_ready_in_time_does_not_wait(until_s, is_kept):
     """

@@ -221,6 +221,7 @@ upstreams, of those that serve a model the lowest priority is asked:
   open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, no API key
 
 choice: least_busy for gpt-*; at most 3 attempts in 600 s
+an upstream: left alone after 3 failures in a row, for 10 s to 600 s; rests when 4 times slower than its peers
 
 keys:
   alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, \

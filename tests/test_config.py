@@ -1081,6 +1081,41 @@ def test_each_of_several_api_keys_is_looked_at(tmp_path):
             load(text % bad, tmp_path / "config.yaml", TWO="sk-ant-two")
 
 
+@pytest.mark.parametrize(
+    ("upstream", "routing", "message"),
+    [
+        ("probe: 100ms", "", "1: upstreams[0].probe: expected at least 1s, or 0s for none"),
+        ("api_key: [sk-one, sk-one]", "", "1: upstreams[0].api_key: the same key stands here twice"),
+        (
+            "verdicts: {mid_stream: {next: true}}",
+            "",
+            "1: upstreams[0].verdicts.mid_stream.next: bytes are out: nobody else can be asked",
+        ),
+        ("weight: 1", "slow: 0.5", "2: routing.slow: expected at least 1.5, or 0 for never"),
+        (
+            "weight: 1",
+            "breaker: {cooldown: 20m}",
+            "2: routing.breaker.max_cooldown: expected at least the cooldown, which is the first of them",
+        ),
+        (
+            "weight: 1",
+            "policy: {x: random}",
+            "2: routing.policy.x: expected sticky, round_robin or least_busy, got 'random'",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_told(tmp_path, upstream, routing, message):
+    """
+    A value that would do nothing, or harm, is an error with its place.
+    """
+    text = f"upstreams: [{{name: a, url: 'https://a.test', {upstream}}}]\nrouting: {{{routing}}}\n"
+
+    with pytest.raises(g.ConfigError) as caught:
+        load(text, tmp_path / "config.yaml")
+
+    assert str(caught.value) == f"{tmp_path}/config.yaml:{message}"
+
+
 def make_link_to_nowhere(path: Path) -> None:
     path.symlink_to("nowhere")
 

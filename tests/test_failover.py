@@ -175,6 +175,7 @@ FAULTS: dict[str, Script] = {
         error_event("api_error", "Internal server error"),
         end(),
     ],
+    "a first event that is no JSON": [head(200, SSE), body(b'event: message_start\ndata: {"type": "mess\n\n'), stall()],
     "message_start and an end": [head(200, SSE), message_start(input_tokens=12), end()],
     "message_start and a reset": [head(200, SSE), message_start(input_tokens=12), reset_peer()],
     "silence": [stall()],
@@ -320,7 +321,7 @@ async def test_when_all_fail_the_client_gets_the_most_useful_answer(
 
 
 @pytest.mark.logs("its API key is left alone")
-@pytest.mark.logs("no answer after 1 attempts")
+@pytest.mark.logs("no answer, attempts 1")
 async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, upstreams, caplog):
     """
     A 401 would make Claude Code ask its user to log in; what is wrong is for whoever runs the gateway.
@@ -330,10 +331,15 @@ async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, u
 
     reply = await gateway.post("/v1/messages", HELLO_STREAM)
 
-    assert (reply.status, reply.headers["x-should-retry"]) == (502, "false")
-    assert reply.error["message"] == "The upstream a refuses this gateway's own API key (401). Ask ops."
+    again = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    for each in (reply, again):  # for as long as the key is left alone
+        assert (each.status, each.headers["x-should-retry"]) == (502, "false")
+        assert each.error["message"] == "The upstream a refuses this gateway's own API key (401). Ask ops."
+    assert len(upstreams["a"].requests) == 1
+    assert [entry["outcome"] for entry in gateway.entries()] == ["refused", "unavailable"]
     told = [message.partition(": ")[2] for message in caplog.messages if "answered" in message]
-    assert told == ["no answer after 1 attempts: upstream a answered 401"]
+    assert told == ["no answer, attempts 1: upstream a answered 401"]
 
 
 async def test_a_request_that_is_wrong_is_wrong_everywhere(start_gateway, upstreams):
@@ -371,6 +377,81 @@ async def test_every_upstream_left_alone_is_told_at_once_with_the_time_to_come_a
     assert sum(len(each.requests) for each in upstreams.values()) == asked == 2
     entry = gateway.entries()[-1]
     assert (entry["outcome"], entry["attempts"], entry["cost_usd"]) == ("unavailable", [], 0.0)
+
+
+@pytest.mark.logs("is left alone for")
+async def test_a_short_retry_after_is_believed_and_one_that_goes_on_a_little_less(start_gateway, upstreams):
+    """
+    What the upstream says holds; who says one second for ever is asked after 1, 2, 4, 8 and then 10 seconds.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 6, wait: 1m"))
+    upstreams["a"].scripts = [api_error(429, "rate_limit_error", retry_after="1") for _ in range(5)]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", ask_of(1))
+
+    assert reply.texts == ["a ", "heard ", "question 1"]
+    assert 25_000 <= gateway.entries()[0]["duration_ms"] <= 30_000  # 1 + 2 + 4 + 8 + 10, up to a tenth more, and ticks
+
+
+@pytest.mark.parametrize("api", ["messages", "chat"])
+async def test_an_event_of_a_shape_that_nobody_knows_is_for_the_client(start_gateway, upstreams, api):
+    """
+    JSON that is not as we know it is neither held back nor a failure.
+    """
+    more = {"a": ", format: openai" if api == "chat" else ""}
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more=more))
+    odd = (
+        {"type": "message_start", "message": "odd"} if api == "messages" else {"choices": [{"delta": {"content": [1]}}]}
+    )
+    go_on = asyncio.Event()
+    done = event("message_stop", {"type": "message_stop"}) if api == "messages" else body(b"data: [DONE]\n\n")
+    upstreams["a"].script = [head(200, SSE), event("", odd), wait_for(go_on), done, end()]
+    path = "/v1/messages" if api == "messages" else "/v1/chat/completions"
+    asking = asyncio.ensure_future(gateway.post(path, HELLO_STREAM))
+    await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
+
+    go_on.set()
+    reply = await asking
+
+    assert reply.body == written([event("", odd), done]) and not reply.was_cut
+    assert [entry["outcome"] for entry in gateway.entries()] == ["completed"]
+
+
+async def test_a_stop_is_told_to_those_whose_answer_has_not_begun(start_gateway, upstreams):
+    """
+    A call that is still at the gate gets a 503 with the time to come again, and an entry.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = [stall()]
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", HELLO_STREAM))
+    await upstreams["a"].request_came()
+
+    await gateway.gateway.close()
+    reply = await asking
+
+    assert (reply.status, reply.error["type"], reply.headers["retry-after"]) == (503, "overloaded_error", "5")
+    assert [(entry["outcome"], entry["status"]) for entry in gateway.entries()] == [("gateway_stopped", 503)]
+
+
+async def test_bodies_that_wait_are_bounded(start_gateway, upstreams, caplog):
+    """
+    Calls that wait for an upstream keep their bodies: so many bytes and no more, the next one is told at once.
+    """
+    pace = GatewayUnderTest.PACE._replace(waiting_bytes=10)
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}), pace)
+    upstreams["a"].script = FAULTS["529 with retry-after"]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+
+    refused = await gateway.post("/v1/messages", HELLO)
+
+    assert (refused.status, refused.error["type"]) == (529, "overloaded_error")
+    assert len(gateway.gateway.relay.upstreams.seekers) == 1
+    client.abort()
+    await until(lambda: not gateway.gateway.relay.upstreams.seekers)
+    caplog.clear()
 
 
 async def test_verdicts_can_be_overridden(start_gateway, upstreams):
@@ -912,7 +993,7 @@ async def open_breaker(gateway: GatewayUnderTest, upstream: ScriptedUpstream, fa
 
 
 @pytest.mark.logs("upstream a is left alone for")
-@pytest.mark.logs("no answer after 1 attempts")
+@pytest.mark.logs("no answer, attempts 1")
 async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upstreams):
     """
     After three failures in a row nobody is sent there; then one call finds out, and its answer lets the others in.
@@ -939,7 +1020,7 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
 
 
 @pytest.mark.logs("is left alone for")
-@pytest.mark.logs("no answer after 1 attempts")
+@pytest.mark.logs("no answer, attempts 1")
 async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_gateway, upstreams):
     """
     It began before the upstream broke: with its end the count of trips, by which cooldowns double, is not forgotten.
@@ -961,7 +1042,7 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
 
 
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
-@pytest.mark.logs("no answer after 1 attempts")
+@pytest.mark.logs("no answer, attempts 1")
 async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, capsys):
     """
     `gateway.py upstream reset NAME` reaches the running gateway through its ledger's folder, at its next tick.
