@@ -310,6 +310,7 @@ class Call:
         "started_wall",
         "stream",
         "upstream_model",
+        "user_agent",
     )
 
     def __init__(self, config: Config, key: Key, route: Route, query: bytes, headers: Headers, address: str) -> None:
@@ -320,6 +321,7 @@ class Call:
         self.query = query
         self.headers = headers
         self.named = {name.lower(): value for name, value in reversed(headers)}  # the first of each name
+        self.user_agent = self.header(b"user-agent").partition(" ")[0][:64]
         self.address = address
         self.started = config.clock.monotonic()
         self.started_wall = config.clock.wall()
@@ -331,6 +333,10 @@ class Call:
         self.servings: tuple[Serving, ...] = ()  # who may be asked, the best first
         self.affinity = ""  # what has a home upstream, where that has been looked for
         self.stream = False
+
+    def let_go(self) -> None:
+        """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
+        self.body, self.headers, self.named = b"", [], {}
 
     def header(self, name: bytes) -> str:
         """The first value of a header (`name` in lower case), or ""."""
@@ -4384,7 +4390,8 @@ class UpstreamConnection(asyncio.Protocol):
         """Tell what one read brought: a head, a piece of the body, an end; what was good before a fault as well."""
         if self._head_whole and not self._head_given:
             self._head_given = True
-            answer.head(self._status, self._headers)
+            headers, self._headers = self._headers, []
+            answer.head(self._status, headers)
             if self._answer is None:  # it has heard enough
                 return
         pieces = self._pieces
@@ -5795,13 +5802,15 @@ class Exchange:
 
     def opened(self, attempt: Attempt) -> None:
         """The first content: the answer is the client's."""
-        self.call.body = b""  # no attempt will need it again
+        self.call.let_go()  # no attempt will follow
         waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
         if not attempt.passed:
             self._relay.upstreams.answered(attempt.ticket, waited_s)
         self.status = attempt.client_status
         if self.sink and not self.is_committed:
             self.sink.head(self.status, attempt.headers, attempt.is_streaming)
+        if not attempt.passed:  # else they may say when to come again
+            attempt.headers = []
 
     def relay(self, data: bytes, now: float) -> None:
         """Bytes for the client."""
@@ -6680,7 +6689,7 @@ class Gateway:
             bytes_down=exchange.bytes_down,
             session=call.session,
             client=call.address,
-            user_agent=call.header(b"user-agent").partition(" ")[0][:64],
+            user_agent=call.user_agent,
             upstream_request_id=attempt.upstream_request_id if attempt else "",
         )
 
@@ -7048,7 +7057,7 @@ class ClientConnection(asyncio.Protocol):
         if call is None:
             return self._respond(200, [("content-type", "application/json")], b"{}")
         call.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body = []
+        self._body, self._headers = [], []
         self._door.gateway.start(call, self)
 
     # Steps of a request
@@ -7638,7 +7647,6 @@ class Server:
 
 async def serve(config: Config, key: str) -> None:
     """Run the gateway until it is told to stop."""
-    gc.set_threshold(5000, 20, 50)  # calls leave no circles behind: looking for some more rarely saves 3 % of a call
     server = Server(config)
     port = await server.start()
     print(greeting(config, port, key), flush=True)
