@@ -579,6 +579,26 @@ def test_a_second_seal_changes_nothing(shell):
     assert shell.config == sealed
 
 
+def test_seal_finds_each_of_several_keys_and_headers_that_carry_one(shell):
+    """
+    A list of API keys and a header by the name of a token are secrets as well; other headers stay readable.
+    """
+    shell.run("init")
+    shell.write(
+        f"upstreams: [{{name: a, url: https://a.test, api_key: [{PLAIN}-1, {PLAIN}-2],\n"
+        "  headers: {set: {X-Token: hidden, x-team: red}}}]\n"
+    )
+
+    assert shell.run("seal") == 0
+
+    assert shell.out == "Sealed: upstreams[0].api_key[0], upstreams[0].api_key[1], upstreams[0].headers.set.X-Token\n"
+    config = g.Config.load(shell.folder / "config.yaml")
+    assert config.upstreams[0].api_key == (f"{PLAIN}-1", f"{PLAIN}-2")
+    assert config.upstreams[0].headers.set == {"X-Token": "hidden", "x-team": "red"}
+    assert PLAIN not in shell.config and "hidden" not in shell.config and "x-team: red" in shell.config
+    assert config.warnings == []
+
+
 def test_seal_rotate_encrypts_with_the_newest_secret(shell):
     """
     The new secret goes on the first line; afterwards the old one can be removed.
