@@ -6130,9 +6130,10 @@ class Relay:
         if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream)
-        exchange.tried = exchange.tried | {key.place for key in keys}
+        places = {key.place for key in keys}
+        exchange.tried = exchange.tried | places
         if verdict.blame == "none":
-            out |= exchange.tried
+            out |= places
         return verdict.try_next
 
     def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:

@@ -379,6 +379,26 @@ async def test_every_upstream_left_alone_is_told_at_once_with_the_time_to_come_a
     assert (entry["outcome"], entry["attempts"], entry["cost_usd"]) == ("unavailable", [], 0.0)
 
 
+async def test_who_does_not_know_the_model_is_not_asked_again_and_the_others_are(start_gateway, upstreams):
+    """
+    A 404 says something of the upstream that gave it, and nothing of those that were asked before it.
+    """
+    gateway = await start_gateway(config_of({name: upstreams[name].url for name in "ab"}, more={"b": ", priority: 2"}))
+    upstreams["a"].scripts = [FAULTS["500"]]
+    upstreams["b"].script = FAULTS["404"]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", ask_of(1))
+
+    assert reply.texts == ["a ", "heard ", "question 1"]
+    attempts = gateway.entries()[0]["attempts"]
+    assert [(each["upstream"], each["outcome"]) for each in attempts] == [
+        ("a", "500"),
+        ("b", "404"),
+        ("a", "completed"),
+    ]
+
+
 @pytest.mark.logs("is left alone for")
 async def test_a_short_retry_after_is_believed_and_one_that_goes_on_a_little_less(start_gateway, upstreams):
     """
