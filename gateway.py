@@ -5479,7 +5479,6 @@ NO_CREDIT = re.compile(
 )  # a 400 of Anthropic's that is no fault of the request
 BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
 THINKING_REFUSED = Failure("refused", "does not know the signature of a thinking block", "400")
-JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
 
 
@@ -5565,7 +5564,7 @@ class Attempt:
                 self.line, self.is_whole = None, True
                 self.meter.end()
             if self.held is not None:
-                self._hold(body, last)
+                self._hold(self.held, body, last)
             elif last:
                 self._settle(body)
             elif body:
@@ -5584,12 +5583,11 @@ class Attempt:
 
     # The gate
 
-    def _hold(self, body: bytes, last: bool) -> None:
-        if self.held is not None:
-            self.held.append(body)
-            self.held_size += len(body)
-            if last or self._is_clear():
-                self._decide(last)
+    def _hold(self, held: list[bytes], body: bytes, last: bool) -> None:
+        held.append(body)
+        self.held_size += len(body)
+        if last or self._is_clear():
+            self._decide(last)
 
     def _is_clear(self) -> bool:
         """Whether it can be said already what is held back."""
@@ -5619,14 +5617,12 @@ class Attempt:
         if status != 200:
             return UNEXPECTED
         if meter.error_type:
-            case = str(status_of_error(meter.error_type) or 500)
-            return self._unless_it_passes(
-                Failure("upstream_error", f"answered with an error ({meter.error_type})", case)
-            )
+            sentence = f"answered with an error ({meter.error_type})"
+            return self._unless_it_passes(Failure("upstream_error", sentence, str(self.error_status)))
         if self.is_streaming:
             bad = UNEXPECTED if meter.is_broken and not meter.has_content else None
             return CUT if last and not meter.finished else bad
-        if self.exchange.is_committed or meter.is_broken or not self.text().lstrip().startswith(b"{"):
+        if self.exchange.is_committed or meter.is_broken or not self.is_json:
             return UNEXPECTED
         return None
 
@@ -5654,18 +5650,27 @@ class Attempt:
         return b"".join(self.held or ())
 
     @property
+    def is_json(self) -> bool:
+        """Whether what is held back begins as every JSON answer does, and no page does."""
+        return self.text().lstrip().startswith(b"{")
+
+    @property
+    def error_status(self) -> int:
+        """The status that the answer's error stands for."""
+        return status_of_error(self.meter.error_type) or 500
+
+    @property
     def client_status(self) -> int:
         """The status for the client: the upstream's, but for an error under a wrong flag."""
-        if self.status == 200 and not self.is_streaming and self.meter.error_type:
-            return status_of_error(self.meter.error_type) or 500
-        return self.status
+        is_misnamed = self.status == 200 and not self.is_streaming and self.meter.error_type
+        return self.error_status if is_misnamed else self.status
 
     @property
     def is_from_api(self) -> bool:
         """Whether what is held back is all that the API had to say (a stream's error needs no end), and no HTML."""
         if self.is_streaming and self.status == 200:
             return self.is_whole or bool(self.meter.error_type)
-        return self.is_whole and not self.meter.is_broken and self.text().lstrip().startswith(b"{")
+        return self.is_whole and not self.meter.is_broken and self.is_json
 
     @property
     def is_refusal(self) -> bool:
@@ -5676,15 +5681,15 @@ class Attempt:
         if meter.error_type:
             return not (meter.seen_input or meter.has_content)
         is_judged = self.is_whole and not self.is_streaming and self.held is not None
-        return is_judged and not self.text().lstrip().startswith(b"{")
+        return is_judged and not self.is_json
 
     @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
-        if self.status != 200 or not self.meter.charged or self.meter.seen_input:
-            return self.status == 200 and self.meter.charged
-        is_answer = not self.is_streaming and not self.meter.error_type
-        return is_answer and self.text().lstrip().startswith(b"{")
+        meter = self.meter
+        if self.status != 200 or not meter.charged:
+            return False
+        return meter.seen_input or (not self.is_streaming and not meter.error_type and self.is_json)
 
     # The end
 
@@ -6064,7 +6069,7 @@ class Relay:
         Raises AttemptFailed.
         """
         call, choice = exchange.call, ticket.choice
-        upstream, call.upstream_model = choice.upstream, ticket.model
+        upstream = choice.upstream
         body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
         target = UpstreamTarget.of(upstream.url, upstream.proxy)
         head = request_head(call, upstream, choice.api_key, target, len(body))
@@ -6104,7 +6109,7 @@ class Relay:
             return self.upstreams.finished(ticket) if is_fine else None
         case = "mid_stream"
         if outcome == "upstream_error" and attempt:
-            status = str(status_of_error(attempt.meter.error_type) or 500)
+            status = str(attempt.error_status)
             blame = attempt.upstream.verdict(status).blame
             case, is_theirs = status if blame == "key" else case, blame != "none"
         if is_theirs:
@@ -6141,10 +6146,8 @@ class Relay:
         if exchange.best:
             return exchange.hand_on(exchange.best)
         if failed:
-            name = exchange.attempt.upstream.name if exchange.attempt else ""
-            log.warning(
-                "%s: no answer, attempts %d: upstream %s %s", exchange.call.id, len(exchange.attempts), name, failed
-            )
+            tries, name = len(exchange.attempts), exchange.attempts[-1].upstream
+            log.warning("%s: no answer, attempts %d: upstream %s %s", exchange.call.id, tries, name, failed)
         error = self._own_words(exchange, failed)
         return Outcome(failed.failure.outcome, error=error) if failed else Outcome("unavailable", error=error)
 
@@ -6162,7 +6165,7 @@ class Relay:
             names = ", ".join(dict.fromkeys(serving.upstream.name for serving in call.servings))
             message = f"No upstream is ready for {call.model} ({names}): they failed, or are full."
             return Overloaded(message, retry_after_s=wait_s or 5)
-        name = exchange.attempt.upstream.name if exchange.attempt else ""
+        name = exchange.attempts[-1].upstream
         kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
         last = f" (the last of {tries} attempts)" if tries > 1 else ""
         return kind(f"The upstream {name} {failed.failure.sentence}{last}.", retry_after_s=wait_s)
