@@ -189,6 +189,7 @@ if TYPE_CHECKING:
     import prometheus_client
 
 VERSION = "0.1.0"
+PROGRAM = "claude-gateway" if Path(sys.argv[0]).name == "claude-gateway" else "gateway.py"  # as it was installed
 
 log = logging.getLogger("gateway")
 
@@ -198,6 +199,14 @@ UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what 
 Headers = list[tuple[bytes, bytes]]
 Api = Literal["anthropic", "openai"]
 ScopeKind = Literal["key", "team", "gateway"]  # whose limits
+
+
+def why_not(error: OSError) -> str:
+    """What the system refused; where rights are missing also to whom, which is not obvious in a container."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.EACCES, errno.EPERM):
+        reason += f" for user {os.geteuid()}: it must be that user's (chown), or the gateway must run as its owner"
+    return reason
 
 
 class Clock(NamedTuple):
@@ -556,7 +565,9 @@ class Vault:
             return cls(path.read_text().split(), str(path))
         except FileNotFoundError:
             return cls([], str(path))
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise SealError(f"cannot read the sealing secret {path}: {why_not(error)}") from None
+        except UnicodeDecodeError as error:
             raise SealError(f"cannot read the sealing secret {path}: {error}") from None
 
     @staticmethod
@@ -572,7 +583,7 @@ class Vault:
         if not self._keys:
             raise SealError(
                 f"there is no sealing secret (looked in {self.source}); "
-                "`gateway.py init` makes one, or set GATEWAY_SECRET"
+                f"`{PROGRAM} init` makes one, or set GATEWAY_SECRET"
             )
         try:
             return MultiFernet([Fernet(key) for key in self._keys])
@@ -1668,7 +1679,7 @@ class ConfigBuilder:
 
     def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
         if not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled:
-            self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `gateway.py seal`")
+            self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `{PROGRAM} seal`")
 
     def _check_literal(self, steps: Steps, upstream: UpstreamConfig) -> None:
         """An address in a URL is looked at here, a name's when it is connected to."""
@@ -1754,7 +1765,7 @@ class ConfigBuilder:
         if entry.key.lower().startswith(("sha256:", "enc:")):
             raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
         if len(entry.key) < 20:
-            raise self._document.problem(steps, "too short to be safe (20 characters); `gateway.py key add` makes one")
+            raise self._document.problem(steps, f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
         self._warn_of_plain(steps, entry.name, entry.key)
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
@@ -1764,13 +1775,16 @@ def read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `gateway.py init` makes one") from None
+        raise ConfigError(f"{path}: no such file; `{PROGRAM} init` makes one") from None
     except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder, not a file (a bind mount of a missing file makes one)") from None
+        raise ConfigError(
+            f"{path}: is a folder, not a file: mounting a file that is not there makes one; "
+            "remove it, and mount the folder in which config.yaml lies"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
 
 
 class Config:
@@ -1789,6 +1803,11 @@ class Config:
         self.upstreams = builder.upstreams()
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
+        asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
+        if asked not in (None, port):
+            self.warnings.append(
+                f"server.port is {port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
+            )
         self.usage_directory = self.path.parent / self.file.usage.directory
         self.limits = self.file.limits
         self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
@@ -1846,7 +1865,7 @@ def write_in_place(path: Path, data: bytes) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}{kept}") from None
+        raise ConfigError(f"{path}: cannot be written: {why_not(error)}{kept}") from None
     return backup
 
 
@@ -1860,7 +1879,7 @@ def replace_file(path: Path, data: bytes) -> Path | None:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError as error:
-        raise ConfigError(f"{path.parent}: cannot write here: {error.strerror}") from None
+        raise ConfigError(f"{path.parent}: cannot write here: {why_not(error)}") from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -1872,7 +1891,7 @@ def replace_file(path: Path, data: bytes) -> Path | None:
         os.replace(name, path)
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
-            raise ConfigError(f"{path}: cannot be replaced: {error.strerror}") from None
+            raise ConfigError(f"{path}: cannot be replaced: {why_not(error)}") from None
         return write_in_place(path, data)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -5062,11 +5081,12 @@ class Upstreams:
         if case in REFUSED_KEY:
             log.error(
                 "upstream %s: its API key is left alone for %.0f m: %s, %s. Put a good one into the config; "
-                "when it is good again: gateway.py upstream reset %s",
+                "when it is good again: %s upstream reset %s",
                 choice,
                 seconds / 60,
                 case,
                 VERDICT_MEANINGS[case].partition(":")[0],
+                PROGRAM,
                 choice.upstream.name,
             )
         else:
@@ -7487,7 +7507,7 @@ class Door:
 # --- 13. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
 
 CONFIG_TEMPLATE = """\
-# The gateway's configuration. A save is live within a second; `gateway.py check` tells what it means.
+# The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
 # Every setting with its default stands in config.example.yaml.
 
 server:
@@ -7497,14 +7517,14 @@ server:
 upstreams:
   - name: demo                  # built in: answers without an API key, so that you can try the whole way
     format: demo
-  # A real upstream: remove the two lines above, take these in, save, and run `gateway.py seal`.
+  # A real upstream: remove the two lines above, take these in, save, and run `%(program)s seal`.
   # - name: anthropic
   #   url: https://api.anthropic.com
   #   api_key: sk-ant-...       # sealed afterwards: enc:...; or ${ANTHROPIC_API_KEY}
 
 keys:
   - name: me
-    key: %s
+    key: %(key)s
 """
 
 EXPORTS = """\
@@ -7531,7 +7551,7 @@ def write_new(path: Path, text: str, mode: int) -> None:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
             file.write(text)
     except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+        raise CommandError(f"cannot write {path}: {why_not(error)}") from None
 
 
 def init_config(path: Path) -> str:
@@ -7545,7 +7565,7 @@ def init_config(path: Path) -> str:
     if path.exists() or path.is_symlink():
         raise CommandError(f"{path} is there already; nothing was changed{made}")
     key = new_key()
-    write_new(path, CONFIG_TEMPLATE % seal_key(key), 0o640)
+    write_new(path, CONFIG_TEMPLATE % {"program": PROGRAM, "key": seal_key(key)}, 0o640)
     return key
 
 
@@ -7563,14 +7583,12 @@ def greeting(config: Config, port: int, key: str) -> str:
     lines = [f"claude-gateway {VERSION} listens on {url} ({path})", ""]
     lines += ["Point Claude Code at it:", "", EXPORTS % (url, key or "sk-proxy-...")]
     if key:
-        lines.append(
-            f"This key is shown once; {config.path.name} keeps only its hash. Another: gateway.py key add NAME"
-        )
+        lines.append(f"This key is shown once; {config.path.name} keeps only its hash. Another: {PROGRAM} key add NAME")
     else:
-        lines.append("Make a key: gateway.py key add NAME")
+        lines.append(f"Make a key: {PROGRAM} key add NAME")
     if all(upstream.format == "demo" for upstream in config.upstreams):
         lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {path},")
-        lines.append("save (it is live within a second), and run: gateway.py seal")
+        lines.append(f"save (it is live within a second), and run: {PROGRAM} seal")
     return "\n".join(lines)
 
 
@@ -7598,7 +7616,7 @@ class Server:
             self.gateway.ledger.load()
         except OSError as error:
             raise CommandError(
-                f"cannot write the ledger in {self.gateway.ledger.directory}: {error.strerror}"
+                f"cannot write the ledger in {self.gateway.ledger.directory}: {why_not(error)}"
             ) from None
         self._watch.start()
         return port
@@ -7654,9 +7672,9 @@ async def serve(config: Config, key: str) -> None:
     gc.set_threshold(2000, 10, 10)  # calls leave no circles behind: some that others leave can wait a little
     server = Server(config)
     port = await server.start()
-    print(greeting(config, port, key), flush=True)
     for warning in config.warnings:
         log.warning("config: %s", warning)
+    print(greeting(config, port, key), flush=True)
     await server.run()
 
 
@@ -7671,6 +7689,9 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 def command_serve(options: argparse.Namespace) -> None:
     """Run the gateway; where there is no config yet, make one first."""
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(0)
+    )  # until it serves: as process 1 of a container nothing else ends it
     path: Path = options.config
     key = "" if path.exists() or path.is_symlink() else init_config(path)
     config = Config.load(path)
@@ -7682,7 +7703,7 @@ def command_init(options: argparse.Namespace) -> None:
     """Write config.yaml, the sealing secret and one key."""
     key = init_config(options.config)
     print(f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n")
-    print("It is shown once. Start the gateway with: gateway.py serve")
+    print(f"It is shown once. Start the gateway with: {PROGRAM} serve")
 
 
 def limits_text(budget: Budget) -> str:
@@ -7741,7 +7762,7 @@ def command_check(options: argparse.Namespace) -> None:
     print(f"an upstream: left alone after {breaker.failures} failures in a row, for {breaker.cooldown:g} s to ", end="")
     print(f"{breaker.max_cooldown:g} s; {slow}")
     print("\nkeys:")
-    print(key_table(config) or "  none: nobody can call; gateway.py key add NAME")
+    print(key_table(config) or f"  none: nobody can call; {PROGRAM} key add NAME")
     if config.warnings:
         print("\nwarnings:")
         for warning in config.warnings:
@@ -7776,7 +7797,7 @@ def key_index(editor: ConfigEditor, name: str) -> int:
         found = editor.document.find("keys", i, "name")
         if isinstance(found, yaml.ScalarNode) and found.value == name:
             return i
-    raise CommandError(f"there is no key named {name!r}; gateway.py key list shows them")
+    raise CommandError(f"there is no key named {name!r}; {PROGRAM} key list shows them")
 
 
 def command_key_add(options: argparse.Namespace) -> None:
@@ -7799,7 +7820,7 @@ def command_key_add(options: argparse.Namespace) -> None:
 
 def command_key_list(options: argparse.Namespace) -> None:
     """Show the keys."""
-    print(key_table(Config.load(options.config)) or "  none: gateway.py key add NAME makes one")
+    print(key_table(Config.load(options.config)) or f"  none: {PROGRAM} key add NAME makes one")
 
 
 def command_key_rotate(options: argparse.Namespace) -> None:
@@ -8519,7 +8540,7 @@ def append_correction(config: Config, line: LedgerLine) -> None:
     try:
         Ledger.correct(config.usage_directory, line, config.clock)
     except OSError as error:
-        raise CommandError(f"nothing was written to {config.usage_directory}: {error.strerror}") from None
+        raise CommandError(f"nothing was written to {config.usage_directory}: {why_not(error)}") from None
 
 
 def command_usage_reset(options: argparse.Namespace) -> None:
@@ -8582,7 +8603,7 @@ def command_usage_archive(options: argparse.Namespace) -> None:
     try:
         LedgerFiles(config.usage_directory).archive(tell)
     except OSError as error:
-        raise CommandError(f"cannot archive in {config.usage_directory}: {error.strerror}") from None
+        raise CommandError(f"cannot archive in {config.usage_directory}: {why_not(error)}") from None
     if not packed:
         print("Nothing to archive: no month is over that is not gzipped.")
 
@@ -8613,7 +8634,7 @@ def command_upstream_reset(options: argparse.Namespace) -> None:
     try:
         is_taken = ask_for_reset(config.usage_directory, upstream.name, RESET_WAIT_S)
     except OSError as error:
-        raise CommandError(f"cannot write to {config.usage_directory}: {error.strerror}") from None
+        raise CommandError(f"cannot write to {config.usage_directory}: {why_not(error)}") from None
     if not is_taken:
         raise CommandError(f"no gateway that runs on {config.usage_directory} took it in; a start forgets as well")
     print(f"{upstream.name}: what spoke against it is forgotten, it is asked again.")
@@ -8688,7 +8709,7 @@ def arguments() -> argparse.ArgumentParser:
         "--log-level", default=argparse.SUPPRESS, choices=["debug", "info", "warning", "error"], help="default: info"
     )
     parser = argparse.ArgumentParser(
-        prog="gateway.py",
+        prog=PROGRAM,
         parents=[common],
         description="A self-hosted gateway for Claude Code. Without a command it serves.",
     )
@@ -8765,6 +8786,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     return code or 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import errno
 import json
 import os
 import re
@@ -989,6 +990,42 @@ def test_the_commands_exit_code_is_the_programs(shell):
     assert run_as_a_program("--version").stdout == f"claude-gateway {g.VERSION}\n".encode()
     assert run_as_a_program("check", cwd=shell.folder).returncode == 1
     assert run_as_a_program("chekc", cwd=shell.folder).returncode == 2
+
+
+def test_an_installed_program_calls_itself_what_it_was_installed_as(shell):
+    """
+    pip, pipx and the image install it as `claude-gateway`; what to type next is then told with that name.
+    """
+    launcher = Path(g.__file__).parent / "deploy" / "claude-gateway"
+    environ = os.environ | {"PYTHONPATH": str(Path(g.__file__).parent)}
+    command = [sys.executable, str(launcher)]
+
+    made = subprocess.run([*command, "init"], capture_output=True, text=True, cwd=shell.folder, env=environ, check=True)
+    missing = subprocess.run(
+        [*command, "check", "--config", "other.yaml"], capture_output=True, text=True, cwd=shell.folder, env=environ
+    )
+
+    assert made.stdout.endswith("It is shown once. Start the gateway with: claude-gateway serve\n")
+    assert "and run `claude-gateway seal`." in (shell.folder / "config.yaml").read_text()
+    assert missing.stderr == f"error: {shell.folder}/other.yaml: no such file; `claude-gateway init` makes one\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            f"Permission denied for user {os.geteuid()}: it must be that user's (chown), "
+            "or the gateway must run as its owner",
+        ),
+    ],
+)
+def test_missing_rights_are_told_with_the_user_who_misses_them(error, reason):
+    """
+    In a container the process is rarely whom its owner thinks of, and a mounted folder is rarely its own.
+    """
+    assert g.why_not(error) == reason
 
 
 # Corrections, the chain, the archive

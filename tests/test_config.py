@@ -615,6 +615,19 @@ def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_i
     assert config.warnings == ["upstreams[2].api_key (c) is in clear text: run `gateway.py seal`"]
 
 
+def test_a_port_that_the_images_health_check_does_not_know_is_warned_about():
+    """
+    The check is part of the image and cannot read the config: it asks GATEWAY_PORT, which the image sets.
+    """
+    demo = "upstreams: [{name: demo, format: demo}]\n"
+
+    own = load("server: {port: 9000}\n" + demo, GATEWAY_PORT="8000")
+    taken = load("server:\n  port: ${GATEWAY_PORT}\n" + demo, GATEWAY_PORT="8000")
+
+    assert own.warnings == ["server.port is 9000, but GATEWAY_PORT, which the image's health check asks, 8000"]
+    assert taken.warnings == []
+
+
 YAML_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=12)
 YAML_NAMES = YAML_TEXT.filter(lambda name: name != "<<")
 YAML_SCALARS = (
@@ -1125,7 +1138,11 @@ def make_link_to_nowhere(path: Path) -> None:
     [
         (lambda path: None, ": no such file; `gateway.py init` makes one"),
         (make_link_to_nowhere, ": no such file; `gateway.py init` makes one"),
-        (Path.mkdir, ": is a folder, not a file (a bind mount of a missing file makes one)"),
+        (
+            Path.mkdir,
+            ": is a folder, not a file: mounting a file that is not there makes one; "
+            "remove it, and mount the folder in which config.yaml lies",
+        ),
         (lambda path: path.write_bytes(b"# \xe9t\xe9\n"), ": not UTF-8 at byte 2"),
         (lambda path: path.symlink_to(path), ": cannot be read: Too many levels of symbolic links"),
     ],

@@ -215,6 +215,20 @@ async def test_invariant_2_after_kill_9_the_ledger_is_what_it_was(tmp_path, proc
     assert code == 0 and "a torn last line of" in log
 
 
+def test_sigterm_ends_a_start_as_well(tmp_path):
+    """
+    As process 1 of a container it would otherwise not be heard until the gateway serves: with a long ledger, seconds.
+    """
+    os.mkfifo(tmp_path / "config.yaml")
+    starting = subprocess.Popen([sys.executable, str(PROGRAM)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+
+    with open(tmp_path / "config.yaml", "w"):  # opens when it has begun to read
+        starting.terminate()
+        _, log = starting.communicate(timeout=20)
+
+    assert (starting.returncode, log) == (0, "")
+
+
 def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
     """
     What stands in the way of a start is named with its remedy, without a traceback.

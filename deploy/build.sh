@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Builds the image on one machine, tests it and pushes it, with docker (buildx) or podman. The workflow's smoke test is
+# this script's --test-only.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() {
+  cat <<'TEXT'
+usage: deploy/build.sh [options]
+
+  --platform P   the platform to build for, such as linux/arm64; default: this machine's
+  --multi-arch   linux/amd64 and linux/arm64; --push makes one index of both
+  --tag T        the image's name; may be repeated; default: claude-gateway:VERSION and claude-gateway:latest
+  --test         try what was built with deploy/smoke.sh, every platform (foreign ones need emulation)
+  --test-only    build nothing, try the image of the (first) --tag
+  --push         push it to the registry that --tag names; after --test only what passed
+  --no-cache     from nothing, with the newest base
+  --verbose      show what the engine says
+  --help         this
+
+  ENGINE      docker or podman, with options if need be; default: the one that is here
+  BUILD_ARGS  more arguments for its build, such as --build-arg PYTHON=3.14-slim
+  SMOKE_ARGS, SMOKE_URL: see deploy/smoke.sh
+
+  deploy/build.sh --test
+  deploy/build.sh --multi-arch --test --push --tag ghcr.io/OWNER/claude-gateway:1.2.3
+TEXT
+}
+
+fail() { printf 'build.sh: %s\n' "$*" >&2; exit 2; }
+
+platforms=() tags=() test='' only='' push='' cache=() verbose=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --platform) platforms+=("${2:?--platform: which?}") && shift ;;
+    --multi-arch) platforms=(linux/amd64 linux/arm64) ;;
+    --tag) tags+=("${2:?--tag: which?}") && shift ;;
+    --test) test=1 ;;
+    --test-only) test=1 only=1 ;;
+    --push) push=1 ;;
+    --no-cache) cache=(--no-cache --pull) ;;
+    --verbose) verbose=1 ;;
+    --help | -h) usage && exit ;;
+    *) usage >&2 && fail "unknown option $1" ;;
+  esac
+  shift
+done
+
+read -ra engine <<<"${ENGINE:-$(command -v docker || command -v podman || fail "neither docker nor podman is here")}"
+read -ra more <<<"${BUILD_ARGS:-}"
+version=$(sed -n 's/^VERSION = "\(.*\)"$/\1/p' gateway.py)
+[ ${#platforms[@]} -gt 0 ] || platforms=("linux/$(uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')")
+if [ ${#tags[@]} = 0 ]; then
+  [ -z "$push" ] || fail "--push needs a --tag that names a registry, such as ghcr.io/OWNER/claude-gateway:$version"
+  tags=("claude-gateway:$version" claude-gateway:latest)
+fi
+
+# what the image tells of itself
+labels=(--label "org.opencontainers.image.version=$version" --label "org.opencontainers.image.created=$(date -u +%Y-%m-%dT%H:%M:%SZ)")
+if revision=$(git rev-parse HEAD 2>/dev/null); then labels+=(--label "org.opencontainers.image.revision=$revision"); fi
+remote=$(git remote get-url origin 2>/dev/null || true)
+source=$(sed -nE 's#^(git@|ssh://git@|https://)github\.com[:/](.*)#https://github.com/\2#p' <<<"${remote%.git}")
+[ -z "$source" ] || more+=(--build-arg "SOURCE=$source")
+
+# quietly COMMAND…: its output only if it fails
+quietly() {
+  if [ -n "$verbose" ]; then "$@"; return; fi
+  if ! output=$("$@" 2>&1); then
+    printf '%s\n' "$output" | tail -n 40 >&2
+    fail "failed: $*"
+  fi
+}
+
+build() {
+  if [[ ${engine[0]} == *podman ]]; then
+    quietly "${engine[@]}" build --format docker "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
+  else
+    quietly "${engine[@]}" buildx build --provenance=false "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
+  fi
+}
+
+# local_name PLATFORM: what one platform's image is called here, one of several by its architecture
+local_name() { if [ ${#platforms[@]} = 1 ]; then echo "${tags[0]}"; else echo "${tags[0]}-${1##*/}"; fi; }
+
+load=()
+if [[ ${engine[0]} != *podman ]]; then load=(--load); fi
+for platform in "${platforms[@]}"; do
+  image=$(local_name "$platform")
+  if [ -z "$only" ]; then
+    echo "== build $image for $platform"
+    names=(--tag "$image")
+    if [ ${#platforms[@]} = 1 ]; then names=("${tags[@]/#/--tag=}"); fi
+    build --platform "$platform" "${load[@]}" "${names[@]}"
+  fi
+  if [ -n "$test" ]; then
+    echo "== test $image"
+    SMOKE_ARGS="${SMOKE_ARGS:-}$([ -n "$only" ] || echo " --platform $platform")" deploy/smoke.sh "$image"
+  fi
+done
+
+if [ -z "$push" ]; then exit; fi
+for tag in "${tags[@]}"; do
+  echo "== push $tag"
+  if [[ ${engine[0]} != *podman ]]; then continue; fi
+  if [ ${#platforms[@]} = 1 ]; then quietly "${engine[@]}" push "$tag"; continue; fi
+  list=claude-gateway-push-$$
+  quietly "${engine[@]}" manifest create "$list" "${platforms[@]/#*\//${tags[0]}-}"
+  quietly "${engine[@]}" manifest push --all --rm "$list" "docker://$tag"
+done
+# docker makes index and push in one go, from the layers that it has
+if [[ ${engine[0]} != *podman ]]; then
+  build --platform "$(IFS=, && echo "${platforms[*]}")" --push "${tags[@]/#/--tag=}"
+fi
