@@ -22,12 +22,18 @@ COPY --chmod=0755 deploy/claude-gateway venv/bin/
 # As pip would lay it.
 RUN mv gateway.py venv/lib/python3.*/site-packages/
 
-FROM python:${PYTHON}
+# The base without what installs more: 8 MB less, and nothing in it that scanners find and nobody runs.
+FROM python:${PYTHON} AS base
+RUN python -c 'import ensurepip, pip; print(ensurepip.__path__[0], pip.__path__[0])' | xargs rm -r
+
+FROM scratch
+COPY --from=base / /
 ARG SOURCE=https://github.com/OWNER/claude-gateway
 LABEL org.opencontainers.image.title="claude-gateway" \
       org.opencontainers.image.description="A self-hosted gateway for Claude Code: one Python file, one config.yaml, usage in JSONL" \
       org.opencontainers.image.source="${SOURCE}"
-ENV PATH=/app/venv/bin:$PATH \
+ENV PATH=/app/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    LANG=C.UTF-8 \
     GATEWAY_CONFIG=/data/config.yaml \
     GATEWAY_HOST=0.0.0.0 \
     GATEWAY_PORT=8000
