@@ -8988,6 +8988,13 @@ def is_served(directory: Path, wait_s: float) -> bool:
     return False
 
 
+def give_to_owner_of(folder: Path, fd: int) -> None:
+    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
+    owner = folder.stat()
+    with contextlib.suppress(OSError):
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
 def keep_aside(path: Path, stamp: str) -> Path:
     """A second name for what a file holds, which is going to be replaced. Raises OSError."""
     kept = path.with_name(path.name + stamp)
@@ -9022,13 +9029,6 @@ def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
     return None
 
 
-def give_to_owner_of(folder: Path, fd: int) -> None:
-    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
-    owner = folder.stat()
-    with contextlib.suppress(OSError):
-        os.fchown(fd, owner.st_uid, owner.st_gid)
-
-
 class Restore:
     """Puts a backup in place: all that can be checked is checked first, what was there is kept.
 
@@ -9058,6 +9058,7 @@ class Restore:
         is_new = not self.directory.exists()
         folder = self._hold()
         try:
+            self._check_room()
             with tempfile.TemporaryDirectory(prefix=".restore-", dir=self.directory) as staged:
                 self._unpack(Path(staged))
                 self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
@@ -9093,18 +9094,18 @@ class Restore:
         )
 
     def _hold(self) -> int:
-        """Let no gateway start before all is in place; and find enough room."""
+        """Let no gateway start before all is in place."""
         try:
-            folder = hold_folder(self.directory, fcntl.LOCK_EX)
+            return hold_folder(self.directory, fcntl.LOCK_EX)
         except BlockingIOError:
             raise CommandError(f"a gateway runs on {self.directory}: stop it first; nothing was restored") from None
+
+    def _check_room(self) -> None:
         needed, free = sum(self.reader.manifest.files.values()), shutil.disk_usage(self.directory).free
         if needed > free:
-            os.close(folder)
             raise CommandError(
                 f"{self.directory} has {free:,} bytes of room, {needed:,} are needed; nothing was restored"
             )
-        return folder
 
     def _unpack(self, staged: Path) -> None:
         for name in self.reader.manifest.ledger:
