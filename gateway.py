@@ -9085,6 +9085,17 @@ class Restore:
             raise CommandError(
                 f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
             )
+        self._check_writable(self.path)
+        if secret and self.secret:
+            self._check_writable(secret)
+
+    @staticmethod
+    def _check_writable(path: Path) -> None:
+        real = Path(os.path.realpath(path))
+        nearest = next(place for place in (real, *real.parents) if place.exists())
+        if not os.access(nearest, os.W_OK) or (nearest != real and not nearest.is_dir()):
+            what = "cannot be written" if nearest == real else "is no folder that can be written"
+            raise CommandError(f"{nearest} {what}; nothing was restored")
 
     def _ledger_there(self) -> list[Path]:
         return sorted(
