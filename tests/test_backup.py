@@ -515,7 +515,7 @@ async def test_a_gateway_that_runs_keeps_a_restore_away(site, backup, processes)
     process = Process(site.folder)
     processes.append(process)
     os.kill(process.process.pid, signal.SIGSTOP)
-    os.waitpid(process.process.pid, os.WUNTRACED)
+    os.waitpid(process.process.pid, os.WUNTRACED)  # noqa: ASYNC222 - until it stands still
     before = everything(site.folder)
 
     code = site.run("restore", "b.tar.gz", "--force")
