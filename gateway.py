@@ -19,7 +19,7 @@ The file is read from top to bottom; each section uses what stands above it:
     10. Metrics       counters for Prometheus
     11. Gateway       owns all state, tells the story
     12. HTTP          the front door, no policy
-    13. Command line  serve, init, check, key, seal, upstream, usage; status, whose code stands first
+    13. Command line  serve, init, check, key, seal, upstream, usage, backup, restore; status, whose code is first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -132,6 +132,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import io
 import ipaddress
 import itertools
 import logging
@@ -145,6 +146,7 @@ import socket
 import ssl
 import stat
 import struct
+import tarfile
 import tempfile
 import time
 import zlib
@@ -558,9 +560,9 @@ class Vault:
     @classmethod
     def open(cls, directory: Path, environ: Mapping[str, str] = os.environ) -> Vault:
         """Read GATEWAY_SECRET, else the file that GATEWAY_SECRET_FILE names, else gateway.secret in `directory`."""
-        if environ.get("GATEWAY_SECRET"):
+        path = cls.file(directory, environ)
+        if path is None:
             return cls(environ["GATEWAY_SECRET"].replace(",", " ").split(), "GATEWAY_SECRET")
-        path = Path(environ.get("GATEWAY_SECRET_FILE") or directory / "gateway.secret")
         try:
             return cls(path.read_text().split(), str(path))
         except FileNotFoundError:
@@ -569,6 +571,13 @@ class Vault:
             raise SealError(f"cannot read the sealing secret {path}: {why_not(error)}") from None
         except UnicodeDecodeError as error:
             raise SealError(f"cannot read the sealing secret {path}: {error}") from None
+
+    @staticmethod
+    def file(directory: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+        """The file of the sealing secret, whether or not it is there; None where GATEWAY_SECRET holds it."""
+        if environ.get("GATEWAY_SECRET"):
+            return None
+        return Path(environ.get("GATEWAY_SECRET_FILE") or directory / "gateway.secret")
 
     @staticmethod
     def new_secret() -> str:
@@ -2630,8 +2639,9 @@ class LedgerFiles:
 
     def paths(self) -> list[Path]:
         """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts."""
-        found = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl.gz")}
-        found |= {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl")}
+        # The plain ones first: a month that is gzipped meanwhile is then seen twice, and never not at all.
+        plain = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl")}
+        found = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl.gz")} | plain
         return [found[month] for month in sorted(found)]
 
     @staticmethod
@@ -2737,19 +2747,40 @@ class LedgerFiles:
             path.unlink()
             tell(f"{packed.name}: {packed.stat().st_size:,} bytes, {before:,} before")
 
+    def span(self) -> tuple[int, str, str]:
+        """How many lines there are; the times of the first and of the last, "" where none can be read."""
+        count, first, last = 0, b"", b""
+        for path in self.paths():
+            with self.open(path) as lines:
+                for last in lines:
+                    first = first or last
+                    count += 1
+        decoder, times = msgspec.json.Decoder(Posting), []
+        for line in (first, last):
+            try:
+                times.append(utc_time(decoder.decode(line).time.timestamp()))
+            except UNREADABLE:
+                times.append("")
+        return count, times[0], times[1]
+
     def billed(self, since: str = "", until: str = "9") -> Iterator[Entry | Discarded]:
         """What upstreams charge for: calls, and attempts whose answer was thrown away."""
         return (line for line in self.lines(since, until) if isinstance(line, (Entry, Discarded)))
 
 
-def set_torn_line_aside(fd: int, path: Path) -> None:
-    """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
-    size = os.fstat(fd).st_size
+def unfinished_line(fd: int, size: int) -> bytes:
+    """What stands behind the last newline in the first `size` bytes of a file: a line being written, or torn."""
     torn = b""
     while b"\n" not in torn and len(torn) < size:
         step = min(size - len(torn), 1 << 16)
         torn = os.pread(fd, step, size - len(torn) - step) + torn
-    torn = torn[torn.rfind(b"\n") + 1 :]
+    return torn[torn.rfind(b"\n") + 1 :]
+
+
+def set_torn_line_aside(fd: int, path: Path) -> None:
+    """Cut a last line that has no end (a crash in mid-write) off the file and keep it in `….torn`."""
+    size = os.fstat(fd).st_size
+    torn = unfinished_line(fd, size)
     if not torn:
         return
     with open(path.with_suffix(".torn"), "ab") as aside:
@@ -2782,6 +2813,24 @@ def unlock(fd: int) -> None:
     """Let others write."""
     with contextlib.suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def hold_folder(directory: Path, how: int) -> int:
+    """Hold the folder of a ledger as long as the descriptor is open: a gateway with LOCK_SH, a restore with LOCK_EX.
+
+    Not the files, whose locks are for single lines; the kernel lets go when a process dies. Raises OSError, and
+    BlockingIOError where the other kind holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise
+    except OSError:
+        log.debug("ledger: the file system has no locks")
+    return fd
 
 
 class Checkpoint(msgspec.Struct):
@@ -2840,6 +2889,56 @@ class Checkpoint(msgspec.Struct):
                     raise ValueError(f"{paths[last].name} was changed")
 
 
+class Held(NamedTuple):
+    """A file as it was at one moment: open, and how many of its bytes belong to that moment."""
+
+    name: str
+    file: IO[bytes]
+    size: int
+
+    @classmethod
+    def of(cls, path: Path, opened: contextlib.ExitStack) -> Held:
+        """A file as it is now. Raises OSError."""
+        file = opened.enter_context(open(path, "rb"))  # noqa: SIM115 - the stack closes it
+        return cls(path.name, file, os.fstat(file.fileno()).st_size)
+
+    def to_last_line(self) -> Held:
+        """Without the line that is being written. An archive has none."""
+        if self.name.endswith(".gz"):
+            return self
+        return self._replace(size=self.size - len(unfinished_line(self.file.fileno(), self.size)))
+
+    def last_chain(self) -> bytes:
+        """The chain value of the last line; b"" where there is none."""
+        if not self.name.endswith(".gz"):
+            length = min(self.size, LINE_END + 9)
+            return chain_of(os.pread(self.file.fileno(), length, self.size - length))
+        last = b""
+        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(self.file) as lines:
+            last = next(iter(deque(lines, 1)), b"")  # a damaged one has none, and is copied as it is
+        self.file.seek(0)
+        return chain_of(last)
+
+
+def hold_ledger(directory: Path, opened: contextlib.ExitStack) -> list[Held]:
+    """All files of a ledger as they are at one moment, while others append to it, gzip months and begin new ones.
+
+    Their lines are a beginning of the chain, without a gap and without a half line. Raises OSError.
+    """
+    for _ in range(100):
+        with contextlib.ExitStack() as tried, contextlib.suppress(FileNotFoundError):  # gzipped since it was listed
+            # In this order: what the checkpoint counts is in the files by then; and a month's file grows no more
+            # once the next one can be listed. So no lock is needed, and the gateway does not notice.
+            checkpoint = [Held.of(path, tried) for path in directory.glob(Checkpoint.FILE)]
+            paths = LedgerFiles(directory).paths()
+            months = [Held.of(path, tried) for path in paths]
+            months[-1:] = [held.to_last_line() for held in months[-1:]]
+            torn = [Held.of(path, tried) for path in sorted(directory.glob("usage-????-??.torn"))]
+            opened.enter_context(tried.pop_all())
+            return [*checkpoint, *months, *torn]
+    raise OSError(errno.EAGAIN, "its files come and go too fast")
+
+
 class Ledger:
     """Appends lines to `usage-YYYY-MM.jsonl`, one write each, and keeps the counters.
 
@@ -2858,7 +2957,7 @@ class Ledger:
         self._sizes: dict[str, int] = {}  # bytes that are counted, by month
         self._chain = FIRST_CHAIN
         self._month = ""
-        self._fd = -1
+        self._fd = self._folder = -1
         self._dirty = False
         self._is_claimed = False  # nobody else writes, until the next tick
         self._was_moved = False
@@ -2896,6 +2995,10 @@ class Ledger:
         Raises OSError.
         """
         files, started = LedgerFiles(self.directory), time.monotonic()
+        try:
+            self._folder = hold_folder(self.directory, fcntl.LOCK_SH)
+        except BlockingIOError:
+            raise OSError(errno.EBUSY, "a backup is being restored there") from None
         checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
         if checkpoint:
             self.fold.restore(checkpoint.books)
@@ -3042,6 +3145,9 @@ class Ledger:
                 os.fsync(self._fd)
             os.close(self._fd)  # and with it the lock
             self._fd, self._is_claimed = -1, False
+        if self._folder >= 0:
+            os.close(self._folder)
+            self._folder = -1
         if self._waiting:
             log.error("ledger: %d entries could not be written: %s", len(self._waiting), self.failure)
 
@@ -7504,7 +7610,7 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 13. Command line: serve, init, check, key, seal, upstream, usage; status, whose code stands first ---
+# --- 13. Command line: serve, init, check, key, seal, upstream, usage, backup, restore; status is first of all ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -7557,11 +7663,10 @@ def write_new(path: Path, text: str, mode: int) -> None:
 def init_config(path: Path) -> str:
     """Write config.yaml, the sealing secret and one key; the key, which is shown only now. Raises CommandError."""
     made = ""
-    if not os.environ.get("GATEWAY_SECRET"):
-        secret = Path(os.environ.get("GATEWAY_SECRET_FILE") or path.parent / "gateway.secret")
-        if not secret.exists():
-            write_new(secret, Vault.new_secret() + "\n", 0o600)
-            made = f" but that the sealing secret {secret} was made"
+    secret = Vault.file(path.parent)
+    if secret and not secret.exists():
+        write_new(secret, Vault.new_secret() + "\n", 0o600)
+        made = f" but that the sealing secret {secret} was made"
     if path.exists() or path.is_symlink():
         raise CommandError(f"{path} is there already; nothing was changed{made}")
     key = new_key()
@@ -8608,6 +8713,518 @@ def command_usage_archive(options: argparse.Namespace) -> None:
         print("Nothing to archive: no month is over that is not gzipped.")
 
 
+def config_as_kept(text: str, path: Path, secret: bytes) -> Config:
+    """A snapshot of a config's text with the sealing secret that belongs to it, b"" for the one that is in use here.
+
+    Raises ConfigError.
+    """
+    clock, environ = Clock(), os.environ
+    try:
+        vault = Vault(secret.decode().split(), "the backup") if secret else Vault.open(path.parent)
+        return Config(Document(text, path), vault, clock, environ)
+    except (SealError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_secret(path: Path) -> bytes:
+    """The sealing secret's file that belongs to a config; b"" where there is none. Raises CommandError."""
+    place = Vault.file(path.parent)
+    try:
+        return place.read_bytes() if place and place.exists() else b""
+    except OSError as error:
+        raise CommandError(f"cannot read the sealing secret {place}: {error.strerror}") from None
+
+
+def read_steadily(path: Path) -> tuple[Config, bytes, bytes]:
+    """A good config, its text and its sealing secret, while editors and `seal --rotate` may be writing both.
+
+    Raises ConfigError, and CommandError.
+    """
+    for is_last in (*[False] * 20, True):
+        try:
+            text, secret = read_text(path), read_secret(path)
+            config = config_as_kept(text, path, secret)
+            time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
+            if (text, secret) == (read_text(path), read_secret(path)):
+                return config, text.encode(), secret
+        except ConfigError:
+            if is_last:
+                raise
+            time.sleep(0.05)
+    raise CommandError(f"{path} is being changed all the time; nothing was backed up")
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a backup says of itself before all else. `files` are names and sizes in the order in which they come."""
+
+    FILE: ClassVar = "manifest.json"
+    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
+    FORMAT: ClassVar = 1
+    SMALL: ClassVar = 16 << 20  # bytes; what is read into memory is smaller
+    NAMES: ClassVar = re.compile(
+        r"config\.yaml|gateway\.secret|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
+    )
+
+    format: int
+    version: str
+    time: str
+    chain: str  # of the last line
+    files: dict[str, int]
+
+    def problem(self) -> str:
+        """Why this cannot be restored; "" where it can."""
+        names = list(self.files)
+        foreign = [name for name in names if not self.NAMES.fullmatch(name)]
+        beside = [name for name in names if not name.startswith("usage/")]
+        if self.format != self.FORMAT:
+            return f"it has format {self.format}, this gateway ({VERSION}) knows {self.FORMAT}"
+        if foreign:
+            return f"{foreign[0]!a} does not belong into a backup"
+        if beside not in (["config.yaml"], ["config.yaml", "gateway.secret"]) or names[: len(beside)] != beside:
+            return "it does not begin with config.yaml"
+        if any(not 0 <= size <= self.SMALL for size in map(self.files.__getitem__, beside)) or any(
+            size < 0 for size in self.files.values()
+        ):
+            return "it names a size that cannot be"
+        return ""
+
+    @property
+    def ledger(self) -> list[str]:
+        """The names of the ledger's files, without the folder."""
+        return [name.removeprefix("usage/") for name in self.files if name.startswith("usage/")]
+
+
+class Digest:
+    """A file that is read or written through, and its SHA-256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    def line(self, name: str) -> bytes:
+        """What SHA256SUMS says of it (GNU coreutils, sha256sum)."""
+        return f"{self._digest.hexdigest()}  {name}\n".encode()
+
+
+def write_backup(out: IO[bytes], members: Sequence[Held], tell: Callable[[str], None]) -> None:
+    """Write files one after the other as a gzipped tar, then their digests. Tells each one. Raises OSError."""
+    sums = b""
+    # Level 4 packs lines of a ledger twice as fast as 6, a twentieth larger. GNU's format has files over 8 GB.
+    with (
+        gzip.GzipFile("", "wb", 4, out) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for name, file, size in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.mtime = size, 0o600, int(time.time())
+            digest = Digest(file)
+            tar.addfile(info, cast(IO[bytes], digest))
+            sums += digest.line(name)
+            tell(f"{name}: {size:,} bytes")
+        info = tarfile.TarInfo(Manifest.SUMS)
+        info.size, info.mode, info.mtime = len(sums), 0o600, int(time.time())
+        tar.addfile(info, io.BytesIO(sums))
+
+
+def held_bytes(name: str, data: bytes) -> Held:
+    """Bytes as a file of a backup."""
+    return Held(name, io.BytesIO(data), len(data))
+
+
+def sync_folder(path: Path) -> None:
+    """Let new names in a folder outlast a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        try:
+            os.link(name, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            os.rename(name, path)
+        sync_folder(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def standard_output() -> Iterator[IO[bytes]]:
+    """Where bytes can go. Raises CommandError for a terminal."""
+    if sys.stdout.isatty():
+        raise CommandError("a backup is no text for a terminal: redirect it, or name a file")
+    with open(os.dup(sys.stdout.fileno()), "wb") as file:
+        yield file
+
+
+def missing_from_backup(config: Config, secret: bytes, is_left_out: bool) -> Iterator[str]:
+    """What is needed to restore a backup and not in it."""
+    if is_left_out:
+        yield "the sealing secret is not in it: without it no upstream's key can be read"
+    elif Vault.file(config.path.parent) is None:
+        yield "the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere"
+    elif not secret:
+        yield "there is no sealing secret to keep"
+    for upstream in config.upstreams:
+        if upstream.ca_file:
+            yield f"the ca_file of {upstream.name} is not in it: {upstream.ca_file}"
+
+
+def manifest_of(members: Sequence[Held], now: float) -> Manifest:
+    """What is to stand in front of a backup's files."""
+    chains = (held.last_chain() for held in reversed(members) if ".jsonl" in held.name)
+    chain = next(filter(None, chains), FIRST_CHAIN).decode()
+    return Manifest(Manifest.FORMAT, VERSION, utc_time(now), chain, {held.name: held.size for held in members})
+
+
+def back_up(out: IO[bytes], directory: Path, small: Sequence[Held], now: float) -> Manifest:
+    """Write a backup of these files and of a ledger; its manifest. Tells each file if it takes long. Raises OSError."""
+    started = time.monotonic()
+
+    def tell(line: str) -> None:
+        if time.monotonic() - started > 2:
+            print(line, file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as opened:
+        ledger = [held._replace(name=f"usage/{held.name}") for held in hold_ledger(directory, opened)]
+        manifest = manifest_of([*small, *ledger], now)
+        text = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
+        write_backup(out, [held_bytes(Manifest.FILE, text), *small, *ledger], tell)
+    return manifest
+
+
+def command_backup(options: argparse.Namespace) -> None:
+    """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
+    config, text, secret = read_steadily(options.config)
+    now = config.clock.wall()
+    to = options.file or f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.tar.gz"
+    small = [held_bytes("config.yaml", text)]
+    if secret and not options.without_secret:
+        small.append(held_bytes("gateway.secret", secret))
+    try:
+        with standard_output() if to == "-" else new_file(Path(to).absolute()) as out:
+            manifest = back_up(out, config.usage_directory, small, now)
+    except OSError as error:
+        raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {os_reason(error)}") from None
+    for line in missing_from_backup(config, secret, options.without_secret):
+        print(f"note: {line}", file=sys.stderr)
+    found, size = ", ".join(manifest.files), sum(manifest.files.values())
+    print(
+        f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain}",
+        file=sys.stderr if to == "-" else sys.stdout,
+    )
+
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)  # what reading a damaged archive raises
+
+
+class BackupReader:
+    """A backup's files, one after the other, as its manifest names them. What differs raises CommandError.
+
+    No name of the archive is ever a path: only names that are known are asked for, and only plain files are taken.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._packed = gzip.GzipFile(fileobj=file)
+        self._tar = tarfile.open(fileobj=self._packed, mode="r|")  # noqa: SIM115 - who opened the file closes it
+        self._sums = b""
+        manifest = io.BytesIO()
+        info = self._tar.next()
+        if info is None or info.size > Manifest.SMALL:
+            raise self._bad("it does not begin with a manifest")
+        self._take(info, Manifest.FILE, info.size, manifest)
+        try:
+            self.manifest = msgspec.json.decode(manifest.getvalue(), type=Manifest)
+        except UNREADABLE as error:
+            raise self._bad(f"its manifest cannot be read: {error}") from None
+        if problem := self.manifest.problem():
+            raise self._bad(problem)
+
+    @staticmethod
+    def _bad(why: str) -> CommandError:
+        return CommandError(f"this is no whole backup: {why}; nothing was restored")
+
+    def _take(self, info: tarfile.TarInfo | None, name: str, size: int, to: IO[bytes]) -> None:
+        if info is None:
+            raise self._bad(f"it ends before {name}")
+        file = self._tar.extractfile(info) if info.type == tarfile.REGTYPE else None
+        if file is None or (info.name, info.size) != (name, size):
+            raise self._bad(f"{name} of {size:,} bytes should come where {info.name!a} of {info.size:,} comes")
+        digest = Digest(file)
+        while chunk := digest.read(1 << 20):
+            to.write(chunk)
+        self._sums += digest.line(name)
+
+    def copy(self, name: str, to: IO[bytes]) -> None:
+        """Write the next file, which must be the one of this name."""
+        self._take(self._tar.next(), name, self.manifest.files[name], to)
+
+    def small(self, name: str) -> bytes:
+        """The next file, or b"" where the manifest has none of this name."""
+        data = io.BytesIO()
+        if name in self.manifest.files:
+            self.copy(name, data)
+        return data.getvalue()
+
+    def finish(self) -> None:
+        """Find every digest right, and the end where it belongs."""
+        sums, found = self._sums, io.BytesIO()
+        self._take(self._tar.next(), Manifest.SUMS, len(sums), found)
+        if found.getvalue() != sums:
+            raise self._bad("what is in it does not have the digests that it names")
+        if info := self._tar.next():
+            raise self._bad(f"{info.name!a} comes behind its end")
+        while self._packed.read(1 << 20):  # to the checksum
+            pass
+
+
+def is_served(directory: Path, wait_s: float) -> bool:
+    """Whether a gateway runs on a ledger's folder; on file systems without locks it has so long to stir."""
+    if not directory.is_dir():
+        return False
+    try:
+        os.close(hold_folder(directory, fcntl.LOCK_EX))
+    except BlockingIOError:
+        return True
+    with contextlib.suppress(OSError):  # no hard links here, or a folder that cannot be written
+        return ask_for_reset(directory, "", wait_s)  # of no upstream: a gateway takes it in and does nothing
+    return False
+
+
+def give_to_owner_of(folder: Path, fd: int) -> None:
+    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
+    owner = folder.stat()
+    with contextlib.suppress(OSError):
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+def keep_aside(path: Path, stamp: str) -> Path:
+    """A second name for what a file holds, which is going to be replaced. Raises OSError."""
+    kept = path.with_name(path.name + stamp)
+    try:
+        os.link(path, kept)
+    except OSError:  # a mount of its own, or no hard links here
+        with os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(path.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    return kept
+
+
+def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
+    """Put a whole file in place; what it was before is kept and returned. A symlink stays one.
+
+    Raises OSError, and ConfigError.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and path.read_bytes() == data:
+        return None
+    if path.exists():
+        kept = keep_aside(path, stamp)
+        if in_place := replace_file(path, data):
+            in_place.unlink()
+        return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write(data)
+        os.fchmod(file.fileno(), mode)
+        give_to_owner_of(path.parent, file.fileno())
+    return None
+
+
+class Restore:
+    """Puts a backup in place: all that can be checked is checked first, what was there is kept.
+
+    The ledger is written into a folder inside its own (the one place that surely is on its file system), checked there
+    and then renamed file by file; config.yaml comes last. Raises CommandError, ConfigError, OSError, and DAMAGED.
+    """
+
+    WAIT_S = 1.5  # for a gateway to stir, where locks do not tell: several of its ticks
+
+    def __init__(self, reader: BackupReader, path: Path, is_forced: bool) -> None:
+        self.reader, self.path, self.is_forced = reader, path, is_forced
+        self.stamp = f".before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        self.kept: list[Path] = []
+        text, self.secret = reader.small("config.yaml"), reader.small("gateway.secret")
+        self.text = text
+        try:
+            used = self.secret if Vault.file(path.parent) else b""  # GATEWAY_SECRET is what a start will take
+            self.config = config_as_kept(text.decode("utf-8-sig"), path, used)
+        except (ConfigError, UnicodeDecodeError) as error:
+            hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
+            raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
+        self.directory = self.config.usage_directory
+
+    def run(self) -> None:
+        """Check and put in place."""
+        self._check_target()
+        is_new = not self.directory.exists()
+        folder = self._hold()
+        try:
+            self._check_room()
+            with tempfile.TemporaryDirectory(prefix=".restore-", dir=self.directory) as staged:
+                self._unpack(Path(staged))
+                self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
+                self._put(Path(staged))
+        finally:
+            os.close(folder)
+            if is_new:
+                with contextlib.suppress(OSError):  # there are entries in it
+                    self.directory.rmdir()
+
+    def _check_target(self) -> None:
+        """Refuse what would disturb a gateway that runs, or replace something unasked."""
+        directories = {self.directory}
+        with contextlib.suppress(ConfigError):  # none is there, or it is why one restores
+            directories.add(Config.load(self.path).usage_directory)
+        for directory in sorted(directories):
+            if is_served(directory, self.WAIT_S):
+                raise CommandError(f"a gateway runs on {directory}: stop it first; nothing was restored")
+        secret = Vault.file(self.path.parent)
+        there = [path for path in (self.path, *self._ledger_there()) if os.path.lexists(path)]
+        if secret and self.secret and secret.exists() and secret.read_bytes() != self.secret:
+            there.append(secret)
+        if there and not self.is_forced:
+            raise CommandError(
+                f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
+            )
+        self._check_writable(self.path)
+        if secret and self.secret:
+            self._check_writable(secret)
+
+    @staticmethod
+    def _check_writable(path: Path) -> None:
+        real = Path(os.path.realpath(path))
+        nearest = next(place for place in (real, *real.parents) if place.exists())
+        if not os.access(nearest, os.W_OK) or (nearest != real and not nearest.is_dir()):
+            what = "cannot be written" if nearest == real else "is no folder that can be written"
+            raise CommandError(f"{nearest} {what}; nothing was restored")
+
+    def _ledger_there(self) -> list[Path]:
+        return sorted(
+            path
+            for path in self.directory.glob("*")
+            if path.is_file() and Manifest.NAMES.fullmatch(f"usage/{path.name}")
+        )
+
+    def _hold(self) -> int:
+        """Let no gateway start before all is in place."""
+        try:
+            return hold_folder(self.directory, fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise CommandError(f"a gateway runs on {self.directory}: stop it first; nothing was restored") from None
+
+    def _check_room(self) -> None:
+        needed, free = sum(self.reader.manifest.files.values()), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise CommandError(
+                f"{self.directory} has {free:,} bytes of room, {needed:,} are needed; nothing was restored"
+            )
+
+    def _unpack(self, staged: Path) -> None:
+        for name in self.reader.manifest.ledger:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(staged / name, flags, 0o640), "wb") as file:
+                self.reader.copy(f"usage/{name}", file)
+                file.flush()
+                give_to_owner_of(self.directory, file.fileno())
+                os.fsync(file.fileno())
+        self.reader.finish()
+
+    def _verified(self, files: LedgerFiles) -> tuple[int, str, str]:
+        """Follow the chain; the span. What was broken when it was backed up is restored as it was, and told."""
+        try:
+            chain = files.verify("", lambda line: print(line, file=sys.stderr, flush=True))
+            if chain != self.reader.manifest.chain:
+                raise BrokenChain(f"its last value is {chain}, it was {self.reader.manifest.chain}")
+        except (BrokenChain, *DAMAGED) as error:
+            print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
+        try:
+            return files.span()
+        except DAMAGED:
+            return 0, "", ""
+
+    def _put(self, staged: Path) -> None:
+        """Ledger, secret, config: in this order a crash leaves the old config, and everything under some name."""
+        try:
+            self._put_ledger(staged)
+            secret = Vault.file(self.path.parent)
+            files = [(secret, self.secret, 0o600)] if secret and self.secret else []
+            for path, data, mode in [*files, (self.path, self.text, 0o640)]:
+                if kept := put_file(path, data, mode, self.stamp):
+                    self.kept.append(kept)
+        except (OSError, ConfigError) as error:
+            why = f"{error.filename or self.directory}: {os_reason(error)}" if isinstance(error, OSError) else error
+            kept_in = ", ".join(map(str, self.kept)) or "where it was"
+            raise CommandError(f"restored only in part, {why}; what was there before is {kept_in}") from None
+
+    def _put_ledger(self, staged: Path) -> None:
+        if there := self._ledger_there():
+            aside = self.directory / self.stamp.removeprefix(".")
+            aside.mkdir(0o750)
+            self.kept.append(aside)
+            for path in there:
+                path.rename(aside / path.name)
+        for name in sorted(self.reader.manifest.ledger, key=lambda name: (name == Checkpoint.FILE, name)):
+            (staged / name).rename(self.directory / name)
+        sync_folder(self.directory)
+
+    def report(self) -> Iterator[str]:
+        """What was restored, and what to do next."""
+        config, manifest = self.config, self.reader.manifest
+        keys, upstreams = len(list(config.keys)), len(config.upstreams)
+        span = f", {self.first} to {self.last}" if self.count else ""
+        yield f"Restored the backup of {manifest.time} to {self.path} and {self.directory}:"
+        yield f"  keys: {keys}, upstreams: {upstreams}, ledger lines: {self.count:,}{span}"
+        yield f"  the last chain value is {manifest.chain}"
+        if self.secret and Vault.file(self.path.parent) is None:
+            yield "  the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config"
+        for path in self.kept:
+            yield f"  what was there before is kept: {path}"
+        yield "Start the gateway with: gateway.py serve"
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[IO[bytes]]:
+    """A file, or stdin for `-`. Raises CommandError for a terminal, and OSError."""
+    if name == "-" and sys.stdin.isatty():
+        raise CommandError("a backup does not come from a terminal: redirect it, or name a file")
+    with open(os.dup(sys.stdin.fileno()) if name == "-" else name, "rb") as file:
+        yield file
+
+
+def command_restore(options: argparse.Namespace) -> None:
+    """Put a backup in place, after checking all of it; the gateway must not be running."""
+    try:
+        with readable(options.file) as file:
+            restore = Restore(BackupReader(file), options.config, options.force)
+            restore.run()
+    except DAMAGED as error:
+        raise CommandError(f"{options.file} is damaged, or no backup: {error}; nothing was restored") from None
+    except OSError as error:
+        where = error.filename or f"{options.file} to {options.config.parent}"
+        raise CommandError(f"cannot restore {where}: {os_reason(error)}; nothing was restored") from None
+    print("\n".join(restore.report()))
+
+
 def bounded_usd(text: str) -> float:
     """Dollars for the command line: an amount that sums and counters can take."""
     value = float(text)
@@ -8695,6 +9312,15 @@ def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.
     add(commands, "archive", command_usage_archive)
 
 
+def backup_arguments(backup: argparse.ArgumentParser, restore: argparse.ArgumentParser) -> None:
+    """`backup` and `restore`: their options."""
+    named = "default: claude-gateway-TIME.tar.gz; - for stdout"
+    backup.add_argument("file", nargs="?", default="", metavar="FILE", help=named)
+    backup.add_argument("--without-secret", action="store_true", help="leave out the sealing secret, to keep it apart")
+    restore.add_argument("file", metavar="FILE", help="what `backup` wrote; - for stdin")
+    restore.add_argument("--force", action="store_true", help="replace what is there, and keep it under another name")
+
+
 def arguments() -> argparse.ArgumentParser:
     """The command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -8742,6 +9368,7 @@ def arguments() -> argparse.ArgumentParser:
         commands.add_parser("upstream", parents=[common], help="Test upstreams, and let them be asked again."), add
     )
     usage_arguments(add(commands, "usage", command_usage), add)
+    backup_arguments(add(commands, "backup", command_backup), add(commands, "restore", command_restore))
     add(commands, "status", command_status)
     return parser
 

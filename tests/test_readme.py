@@ -48,7 +48,7 @@ def test_every_command_stands_in_the_readme(capsys):
     help_text = g.arguments().format_help()
     commands = re.findall(r"^    (\w+)  ", help_text, re.MULTILINE)
 
-    assert len(commands) == 8
+    assert len(commands) == 10
     assert [command for command in commands if f"gateway.py {command}" not in README] == []
 
 

@@ -1,0 +1,790 @@
+"""backup and restore: what is copied from under a running gateway, and what is put in place (sections 4 and 13)."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from client import Connection
+from conftest import HELLO, KEY, FakeClock
+from test_command_line import Shell
+from test_command_line import mounted as mounted  # a fixture
+from test_command_line import shell as shell  # a fixture
+from test_ledger import entry, mount_small_disk, needs_mount
+from test_stories import PROGRAM, Process
+from test_stories import processes as processes  # a fixture
+
+import gateway as g
+
+LEDGER_FILES = ["usage-2026-07.jsonl.gz", "usage-2026-08.jsonl", "usage-2026-09.jsonl"]
+API_KEY = "sk-ant-0123456789abcdef"
+ZEROS = "0" * 32
+
+
+def fill(directory: Path, count: int = 9, months: tuple[int, ...] = (7, 8, 9)) -> None:
+    """Write a ledger; as many lines in each month."""
+    clock = FakeClock()
+    clock.advance(-82 * 86400)
+    ledger = g.Ledger(directory, 3600, clock.clock)
+    ledger.load()
+    for month in months:
+        for number in range(count):
+            ledger.append(entry(number, f"2026-{month:02}-01T10:00:{number % 60:02}.000Z"))
+    ledger.close()
+
+
+def unpacked(backup: Path | bytes) -> dict[str, bytes]:
+    """What is in a backup, in its order."""
+    data = backup if isinstance(backup, bytes) else backup.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        return {info.name: tar.extractfile(info).read() for info in tar}
+
+
+def packed(files: dict[str, bytes], change: Callable[[tarfile.TarInfo], None] = lambda info: None) -> bytes:
+    """A tar as `backup` writes it, of these files."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            change(info)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def signed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same with a manifest and digests that fit, as somebody makes them who wants to be believed."""
+    inner = {name: data for name, data in files.items() if name not in (g.Manifest.FILE, g.Manifest.SUMS)}
+    manifest = json.loads(files[g.Manifest.FILE]) | {"files": {name: len(data) for name, data in inner.items()}}
+    whole = {g.Manifest.FILE: json.dumps(manifest).encode(), **inner}
+    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in whole.items())
+    return {**whole, g.Manifest.SUMS: sums.encode()}
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """All that lies below a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def mode(path: Path) -> int:
+    """The permissions of a file."""
+    return path.stat().st_mode & 0o777
+
+
+@pytest.fixture
+def site(shell) -> Shell:
+    """A config with a sealed key and a ledger of three months, one of them gzipped."""
+    shell.run("init")
+    shell.write(
+        "upstreams:\n"
+        f"  - {{name: main, url: 'http://127.0.0.1:1', api_key: {API_KEY}}}\n"
+        f"keys:\n  - {{name: alice, key: {g.seal_key(KEY)}}}\n"
+    )
+    assert shell.run("seal") == 0
+    fill(shell.folder / "usage")
+    g.LedgerFiles(shell.folder / "usage").archive(lambda text: None)
+    with gzip.open("usage/usage-2026-08.jsonl.gz") as file:
+        Path("usage/usage-2026-08.jsonl").write_bytes(file.read())
+    os.unlink("usage/usage-2026-08.jsonl.gz")
+    return shell
+
+
+@pytest.fixture
+def backup(site) -> Path:
+    """A backup of the site."""
+    assert site.run("backup", "b.tar.gz") == 0
+    return site.folder / "b.tar.gz"
+
+
+def last_chain(folder: Path) -> str:
+    """The value that `usage verify` finds last."""
+    return g.LedgerFiles(folder).verify("", lambda text: None)
+
+
+# What a backup holds
+
+
+def test_a_backup_holds_config_secret_and_ledger(site):
+    """
+    Names do not depend on the host; the manifest comes first, digests that `sha256sum -c` reads come last.
+    """
+    Path("usage/usage-2026-08.torn").write_text("half a li\n")
+    before = everything(site.folder)
+
+    assert site.run("backup", "b.tar.gz") == 0
+
+    files = unpacked(Path("b.tar.gz"))
+    names = ["config.yaml", "gateway.secret", "usage/counters.checkpoint"]
+    names += [f"usage/{name}" for name in (*LEDGER_FILES, "usage-2026-08.torn")]
+    assert list(files) == ["manifest.json", *names, "SHA256SUMS"]
+    assert {name: files[name] for name in names} == {name: before[name] for name in names}
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["files"] == {name: len(before[name]) for name in names}
+    assert (manifest["format"], manifest["chain"]) == (1, last_chain(Path("usage")))
+    assert signed(files)["SHA256SUMS"].splitlines()[1:] == files["SHA256SUMS"].splitlines()[1:]
+    assert mode(Path("b.tar.gz")) == 0o600
+    size = sum(manifest["files"].values())
+    assert site.out == (
+        f"b.tar.gz: {', '.join(names)}; {size:,} bytes before packing; the last chain value is {manifest['chain']}\n"
+    )
+    assert everything(site.folder) == before | {"b.tar.gz": Path("b.tar.gz").read_bytes()}
+
+
+def test_the_name_of_a_backup_is_its_time(site):
+    """
+    In the working directory, sorted by age.
+    """
+    assert site.run("backup") == 0
+
+    (name,) = site.folder.glob("claude-gateway-*")
+    assert re.fullmatch(r"claude-gateway-\d{8}T\d{6}Z\.tar\.gz", name.name)
+
+
+def test_a_backup_overwrites_nothing(site):
+    """
+    A cron line with a fixed name must not replace the good one of yesterday.
+    """
+    Path("b.tar.gz").write_text("yesterday's")
+
+    assert site.run("backup", "b.tar.gz") == 1
+
+    assert site.err == "error: no backup was written to b.tar.gz: File exists\n"
+    assert Path("b.tar.gz").read_text() == "yesterday's"
+
+
+@pytest.mark.parametrize("from_environment", [False, True])
+def test_a_secret_that_is_not_in_it_is_said_to_be_missing(site, monkeypatch, from_environment):
+    """
+    Kept apart on purpose, or in the environment: without it nobody can use the rest.
+    """
+    if from_environment:
+        monkeypatch.setenv("GATEWAY_SECRET", Path("gateway.secret").read_text())
+
+    assert site.run("backup", "b.tar.gz", *([] if from_environment else ["--without-secret"])) == 0
+
+    assert "gateway.secret" not in unpacked(Path("b.tar.gz"))
+    assert site.err == (
+        "note: the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere\n"
+        if from_environment
+        else "note: the sealing secret is not in it: without it no upstream's key can be read\n"
+    )
+
+
+def test_files_that_lie_elsewhere_are_in_it_under_their_usual_names(site, monkeypatch):
+    """
+    A config that is a symlink, a secret from a mounted folder, a ledger on a disk of its own; and back to such places.
+    """
+    for folder in ("etc", "run", "disk"):
+        Path(folder).mkdir()
+    shutil.move("usage", "disk/ledger")
+    shutil.move("gateway.secret", "run/s")
+    Path("etc/real.yaml").write_text(site.config + f"usage: {{directory: {site.folder}/disk/ledger}}\n")
+    os.unlink("config.yaml")
+    os.symlink("etc/real.yaml", "config.yaml")
+    monkeypatch.setenv("GATEWAY_SECRET_FILE", str(site.folder / "run/s"))
+    before = everything(site.folder)
+
+    assert site.run("backup", "b.tar.gz") == 0
+    for folder in ("etc/real.yaml", "run/s"):
+        os.unlink(folder)
+    shutil.rmtree("disk/ledger")
+    assert site.run("restore", "b.tar.gz", "--force") == 0
+
+    assert set(unpacked(Path("b.tar.gz"))) >= {"config.yaml", "gateway.secret", f"usage/{LEDGER_FILES[0]}"}
+    assert everything(site.folder) == before | {"b.tar.gz": Path("b.tar.gz").read_bytes()}
+    assert Path("config.yaml").is_symlink()
+
+
+def test_a_line_that_is_being_written_is_not_in_it(site):
+    """
+    The write of the gateway may be half done; what it will be is in the next backup.
+    """
+    newest = Path("usage") / LEDGER_FILES[-1]
+    whole = newest.read_bytes()
+    with open(newest, "ab") as file:
+        file.write(whole.splitlines()[0][:-20])
+
+    site.run("backup", "b.tar.gz")
+
+    assert unpacked(Path("b.tar.gz"))[f"usage/{newest.name}"] == whole
+
+
+def test_a_config_that_cannot_be_used_is_not_backed_up(site):
+    """
+    A backup that could not be restored would be found out too late.
+    """
+    site.write("upstreams: [")
+
+    assert site.run("backup", "b.tar.gz") == 1
+
+    assert "not YAML" in site.err and not Path("b.tar.gz").exists()
+
+
+def test_a_terminal_gets_no_backup(site):
+    """
+    Nobody wants that on the screen; nor does a restore wait for somebody to type one.
+    """
+    outer, inner = pty.openpty()
+    for command, stream in ((["backup", "-"], "stdout"), (["restore", "-"], "stdin")):
+        done = subprocess.run(
+            [sys.executable, PROGRAM, *command], **{stream: inner}, stderr=subprocess.PIPE, text=True, check=False
+        )
+        assert done.returncode == 1 and "terminal: redirect it, or name a file" in done.stderr
+    os.close(outer), os.close(inner)
+
+
+def test_a_backup_goes_through_a_pipe_and_back(site):
+    """
+    As `docker exec gw claude-gateway backup - > gw.tar.gz` has it.
+    """
+    out = subprocess.run([sys.executable, PROGRAM, "backup", "-"], capture_output=True, check=True)
+    back = subprocess.run(
+        [sys.executable, PROGRAM, "restore", "-", "--config", "new/config.yaml"],
+        input=out.stdout,
+        capture_output=True,
+        check=True,
+    )
+
+    assert out.stderr.startswith(b"-: config.yaml, gateway.secret, usage/")
+    assert back.stdout.endswith(b"Start the gateway with: gateway.py serve\n")
+    assert everything(Path("new/usage")) == everything(Path("usage"))
+
+
+def test_who_hangs_up_in_the_middle_makes_the_backup_fail(site):
+    """
+    `backup - | ssh …` whose other end dies must not look like a backup.
+    """
+    Path("usage/usage-2026-06.torn").write_bytes(os.urandom(1 << 20))
+    process = subprocess.Popen([sys.executable, PROGRAM, "backup", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+
+    assert process.stderr.read() == b"error: no backup was written to stdout: Broken pipe\n"
+    assert process.wait() == 1
+    process.stderr.close()
+
+
+@needs_mount
+def test_a_full_disk_leaves_no_half_backup(site):
+    """
+    What lies under the name is whole, or nothing lies there.
+    """
+    disk = site.folder / "disk"
+    disk.mkdir()
+    assert mount_small_disk(disk)
+    try:
+        Path("usage/usage-2026-06.torn").write_bytes(os.urandom(1 << 20))
+
+        assert site.run("backup", "disk/b.tar.gz") == 1
+
+        assert site.err == "error: no backup was written to disk/b.tar.gz: No space left on device\n"
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+# While others write
+
+
+@contextlib.contextmanager
+def in_a_thread(work: Callable[[], None]) -> Iterator[None]:
+    """Work goes on again and again while the body runs."""
+    done = threading.Event()
+
+    def go_on() -> None:
+        while not done.is_set():
+            work()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_months_that_are_gzipped_meanwhile_are_all_in_it(site):
+    """
+    `usage archive` takes a file away and puts another one there, at any moment between listing and copying.
+    """
+    wanted, seen = last_chain(site.folder / "usage"), set()
+
+    for i in range(40):
+        files = g.LedgerFiles(site.folder / f"round{i}")
+        files.directory.mkdir()
+        fill(files.directory)
+        archiving = threading.Thread(target=files.archive, args=[lambda text: None])
+        archiving.start()
+        while archiving.is_alive():
+            with contextlib.ExitStack() as opened:
+                held = [one for one in g.hold_ledger(files.directory, opened) if ".jsonl" in one.name]
+                chains = [one.last_chain().decode() for one in held]
+            assert [one.name[:13] for one in held] == ["usage-2026-07", "usage-2026-08", "usage-2026-09"]
+            assert all(chains) and chains[-1] == wanted
+            seen.add(tuple(one.name.endswith(".gz") for one in held))
+
+    assert len(seen) > 1  # it did happen meanwhile
+
+
+def test_a_backup_while_a_gateway_writes_and_months_turn_is_a_beginning_of_the_chain(site):
+    """
+    Whatever moment it is: no gap, no half line, and the checkpoint counts nothing that is missing.
+    """
+    shutil.rmtree("usage")
+    clock, number = FakeClock(), 0
+    ledger = g.Ledger(site.folder / "usage", 3600, clock.clock)
+    ledger.load()
+
+    def append() -> None:
+        nonlocal number
+        for _ in range(20):
+            number += 1
+            ledger.append(entry(number, g.utc_time(clock.clock.wall())))
+        clock.advance(7 * 86400)
+        ledger.tick()
+
+    lengths = []
+    with in_a_thread(append):
+        for i in range(8):
+            before = number
+            while number < before + 30:
+                time.sleep(0.001)
+            with contextlib.ExitStack() as opened:
+                copy = site.folder / f"copy{i}"
+                copy.mkdir()
+                for held in g.hold_ledger(site.folder / "usage", opened):
+                    (copy / held.name).write_bytes(held.file.read(held.size))
+                lengths.append(g.LedgerFiles(copy).span()[0])
+            last_chain(copy)  # raises where a line does not follow
+            requests = [line.request_id for line in g.LedgerFiles(copy).lines()]
+            assert requests == [f"req_{n}" for n in range(1, lengths[-1] + 1)]
+            if (copy / g.Checkpoint.FILE).exists():
+                assert g.Checkpoint.read(g.LedgerFiles(copy), "UTC")  # and logs no warning
+    ledger.close()
+
+    assert lengths == sorted(set(lengths)) and lengths[0] > 0
+    assert len(g.LedgerFiles(site.folder / "usage").paths()) > 1
+
+
+async def test_a_backup_of_a_running_gateway_starts_elsewhere_with_its_counters(tmp_path, processes):
+    """
+    The whole way, with processes: calls go on while it is copied; what is restored serves, with the same key, from
+    where the copy ends.
+    """
+    first = Process(tmp_path, "--log-level", "warning")
+    processes.append(first)
+    connection = await Connection.open(first.port)
+
+    async def call() -> None:
+        reply = await connection.request(
+            "POST", "/v1/messages", {"x-api-key": first.key}, json.dumps(HELLO | {"model": "claude-demo"}).encode()
+        )
+        assert reply.status == 200
+
+    for _ in range(10):
+        await call()
+    copying = subprocess.Popen([sys.executable, PROGRAM, "backup", "b.tar.gz"], cwd=tmp_path, stdout=subprocess.PIPE)
+    calls = 10
+    while copying.poll() is None:
+        await call()
+        calls += 1
+    assert copying.wait() == 0
+    seen = re.search(rb"value is (\w+)", copying.communicate()[0])[1].decode()
+    await connection.close()
+
+    new = tmp_path / "new"
+    restored = subprocess.run(
+        [sys.executable, PROGRAM, "--config", new / "config.yaml", "restore", "b.tar.gz"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    copied = int(re.search(r"ledger lines: ([\d,]+)", restored.stdout)[1].replace(",", ""))
+    second = Process(new)
+    processes.append(second)
+    connection = await Connection.open(second.port)
+    await call()
+    usage = await connection.request("GET", "/v1/usage", {"x-api-key": first.key}, b"")
+    await connection.close()
+
+    assert 10 <= copied <= calls
+    assert usage.json["month"]["calls"] == copied + 1
+    assert first.end()[0] == second.end()[0] == 0
+    assert g.LedgerFiles(new / "usage").verify(seen, lambda text: None) != seen
+    assert g.LedgerFiles(new / "usage").span()[0] == copied + 1
+    ours, theirs = ((folder / "usage").glob("*.jsonl") for folder in (tmp_path, new))
+    assert next(ours).read_bytes().splitlines()[:copied] == next(theirs).read_bytes().splitlines()[:copied]
+
+
+# Restore
+
+
+def test_what_is_restored_is_what_was_there(site, backup):
+    """
+    On a host that has nothing yet; the report says what came back and what to do next.
+    """
+    wanted = everything(Path("usage"))
+
+    assert site.run("--config", "new/config.yaml", "restore", "b.tar.gz") == 0
+
+    new = site.folder / "new"
+    assert everything(new / "usage") == wanted
+    assert (new / "config.yaml").read_text() == site.config
+    assert (new / "gateway.secret").read_text() == Path("gateway.secret").read_text()
+    assert [mode(new / name) for name in ("config.yaml", "gateway.secret")] == [0o640, 0o600]
+    assert {mode(path) for path in (new / "usage").iterdir()} <= {0o640}
+    assert g.Config.load(new / "config.yaml").upstreams[0].api_key == (API_KEY,)
+    made = json.loads(unpacked(backup)["manifest.json"])
+    assert site.out == (
+        f"Restored the backup of {made['time']} to {new}/config.yaml and {new}/usage:\n"
+        "  keys: 1, upstreams: 1, ledger lines: 27, 2026-07-01T10:00:00.000Z to 2026-09-01T10:00:08.000Z\n"
+        f"  the last chain value is {made['chain']}\n"
+        "Start the gateway with: gateway.py serve\n"
+    )
+
+
+def test_what_is_there_is_replaced_only_by_force_and_kept(site, backup):
+    """
+    A restore in the wrong folder can be undone by hand.
+    """
+    site.write(site.config + "# edited since\n")
+    Path("gateway.secret").write_text(g.Vault.new_secret() + "\n" + Path("gateway.secret").read_text())
+    g.Ledger.correct(site.folder / "usage", g.Adjustment(time="2026-09-21T00:00:00.000Z", cost_usd=1.0), g.Clock())
+    before = everything(site.folder)
+
+    assert site.run("restore", "b.tar.gz") == 1
+    refusal, untouched = site.err, everything(site.folder)
+    assert site.run("restore", "b.tar.gz", "--force") == 0
+
+    assert re.fullmatch(
+        rf"error: {site.folder}/config\.yaml is there already; --force keeps it as ….before-restore-\d{{8}}T\d{{6}}Z "
+        r"and restores; nothing was restored\n",
+        refusal,
+    )
+    assert untouched == before
+    (stamp,) = {re.search(r"before-restore-\w+", str(name))[0] for name in everything(site.folder) if "before" in name}
+    after = everything(site.folder)
+    assert {name: data for name, data in after.items() if "before-restore" not in name} == {
+        name: unpacked(backup).get(name, data) for name, data in before.items()
+    }
+    assert all(after[f"{name}.{stamp}"] == before[name] for name in ("config.yaml", "gateway.secret"))
+    kept = {name: data for name, data in before.items() if name.startswith("usage/")}
+    assert {name: after[name.replace("usage/", f"usage/{stamp}/")] for name in kept} == kept
+    assert site.out.count("  what was there before is kept: ") == 3
+
+
+def test_a_ledger_alone_is_not_replaced_unasked(site, backup):
+    """
+    Neither is a secret, which may open what nobody else can open.
+    """
+    os.unlink("config.yaml")
+
+    assert site.run("restore", "b.tar.gz") == 1
+    ledger = site.err
+    shutil.rmtree("usage")
+    Path("gateway.secret").write_text(g.Vault.new_secret())
+    assert site.run("restore", "b.tar.gz") == 1
+
+    assert ledger.startswith(f"error: {site.folder}/usage/counters.checkpoint is there already; --force")
+    assert site.err.startswith(f"error: {site.folder}/gateway.secret is there already; --force")
+    assert not Path("usage").exists()
+
+
+async def test_a_gateway_that_runs_keeps_a_restore_away(site, backup, processes):
+    """
+    It would go on writing into files that are moved, with counters of something else: by its lock, even while it hangs.
+    """
+    process = Process(site.folder)
+    processes.append(process)
+    os.kill(process.process.pid, signal.SIGSTOP)
+    os.waitpid(process.process.pid, os.WUNTRACED)  # noqa: ASYNC222 - until it stands still
+    before = everything(site.folder)
+
+    code = site.run("restore", "b.tar.gz", "--force")
+    os.kill(process.process.pid, signal.SIGCONT)
+
+    assert (code, site.err) == (
+        1,
+        f"error: a gateway runs on {site.folder}/usage: stop it first; nothing was restored\n",
+    )
+    assert everything(site.folder) == before
+    assert process.end()[0] == 0
+    assert site.run("restore", "b.tar.gz", "--force") == 0
+
+
+def test_where_locks_tell_nothing_a_gateway_is_known_by_what_it_does(tmp_path):
+    """
+    It takes in what `upstream reset` leaves; an empty one changes nothing.
+    """
+    directory = tmp_path / "usage"
+    directory.mkdir()
+    taken: list[str] = []
+
+    def take() -> None:
+        (directory / "upstream.reset").exists() and taken.append(g.take_reset(directory))
+        time.sleep(0.01)
+
+    with in_a_thread(take):
+        assert g.is_served(directory, 2.0)
+    assert taken == [""]
+    assert not g.is_served(directory, 0.05)
+    assert list(directory.iterdir()) == []
+
+
+def test_no_gateway_starts_into_a_restore(tmp_path, clock):
+    """
+    It would count half a ledger.
+    """
+    held = g.hold_folder(tmp_path, g.fcntl.LOCK_EX)
+
+    with pytest.raises(OSError, match="a backup is being restored there"):
+        g.Ledger(tmp_path, 0, clock.clock).load()
+    os.close(held)
+
+
+def test_a_secret_that_does_not_open_the_config_is_found_before_anything_is_put_in_place(site, monkeypatch):
+    """
+    None, another one, one in the environment: each is told with what would help.
+    """
+    secret = Path("gateway.secret").read_text()
+    site.run("backup", "with.tar.gz")
+    site.run("backup", "without.tar.gz", "--without-secret")
+    restore = ("--config", "new/config.yaml", "restore")
+
+    assert site.run(*restore, "without.tar.gz") == 1
+    none = site.err
+    monkeypatch.setenv("GATEWAY_SECRET", g.Vault.new_secret())
+    assert site.run(*restore, "with.tar.gz") == 1
+    another = site.err
+
+    assert none.startswith("error: the backup's config does not work here, nothing was restored: ")
+    assert "(the sealing secret is not in the backup: it must be here before)\n" in none
+    assert "cannot be opened with the secret in GATEWAY_SECRET: it was sealed with another" in another
+    assert not Path("new").exists()
+    monkeypatch.setenv("GATEWAY_SECRET", secret)
+    assert site.run(*restore, "with.tar.gz") == 0
+    assert "the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config" in site.out
+    assert sorted(path.name for path in Path("new").iterdir()) == ["config.yaml", "usage"]
+
+
+def test_a_chain_that_was_broken_before_is_restored_as_it_was(site):
+    """
+    Who has lost the host has lost enough; the warning names the line.
+    """
+    broken = Path("usage/usage-2026-08.jsonl")
+    broken.write_text(broken.read_text().replace("alice", "mallory", 1))
+    site.run("backup", "b.tar.gz")
+
+    assert site.run("--config", "new/config.yaml", "restore", "b.tar.gz") == 0
+
+    assert "warning: the ledger's chain was broken before the backup: usage-2026-08.jsonl:1: does not foll" in site.err
+    assert everything(Path("new/usage")) == everything(Path("usage"))
+
+
+def test_a_ledger_that_does_not_fit_is_refused(site, backup):
+    """
+    Room is looked for before anything is unpacked.
+    """
+    files = unpacked(backup)
+    manifest = json.loads(files["manifest.json"])
+    manifest["files"]["usage/usage-2026-09.jsonl"] = 1 << 60
+    backup.write_bytes(packed(files | {"manifest.json": json.dumps(manifest).encode()}))
+
+    assert site.run("--config", "new/config.yaml", "restore", "b.tar.gz") == 1
+
+    assert re.search(r"new/usage has [\d,]+ bytes of room, 1,152,[\d,]+ are needed; nothing was restored\n", site.err)
+    assert not Path("new/usage").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_first(site, backup):
+    """
+    Not when the ledger is in place already and the config cannot follow.
+    """
+    Path("file").write_text("")
+    config = site.config + f"usage: {{directory: {site.folder}/elsewhere}}\n"
+    backup.write_bytes(packed(signed(unpacked(backup) | {"config.yaml": config.encode()})))
+
+    assert site.run("--config", "file/config.yaml", "restore", "b.tar.gz") == 1
+
+    assert site.err == f"error: {site.folder}/file is no folder that can be written; nothing was restored\n"
+    assert not Path("elsewhere").exists()
+
+
+def test_a_config_that_is_mounted_cannot_be_replaced_and_is_written_in_place(mounted, shell):
+    """
+    As with `docker -v config.yaml`; what it was is kept all the same.
+    """
+    before = (mounted / "config.yaml").read_bytes()
+    shell.run("init", "--config", "other/config.yaml")
+    shell.run("backup", "b.tar.gz", "--config", "other/config.yaml")
+
+    assert shell.run("restore", "b.tar.gz", "--force", "--config", str(mounted / "config.yaml")) == 0
+
+    assert (mounted / "config.yaml").read_bytes() == Path("other/config.yaml").read_bytes()
+    (kept,) = mounted.glob("config.yaml.*")
+    assert kept.name.startswith("config.yaml.before-restore-") and kept.read_bytes() == before
+
+
+# Backups that are not what they should be
+
+
+def refused(site: Shell, data: bytes) -> str:
+    """What restore says of these bytes, having put nothing in place."""
+    Path("bad.tar.gz").write_bytes(data)
+    before = everything(site.folder)
+    assert site.run("--config", "new/config.yaml", "restore", "bad.tar.gz") == 1
+    after = everything(site.folder)
+    assert {name for name in after if name not in ("new",)} == set(before)
+    assert (
+        site.err.count("\n") == site.err.count("error: ") + site.err.count(" lines\n") and "Traceback" not in site.err
+    )
+    shutil.rmtree("new", ignore_errors=True)
+    return site.err
+
+
+def test_a_backup_that_was_cut_anywhere_is_refused(site, backup):
+    """
+    A copy that was interrupted; nothing of it is put in place.
+    """
+    data = backup.read_bytes()
+
+    for length in [*range(0, len(data), max(1, len(data) // 30)), len(data) - 1]:
+        assert "nothing was restored" in refused(site, data[:length])
+
+
+def test_a_flipped_byte_is_found(site, backup):
+    """
+    A bad disk: it is refused, or (in bytes of gzip's head that say nothing) all is as it was.
+    """
+    data, wanted = backup.read_bytes(), everything(Path("usage"))
+
+    for place in range(0, len(data), max(1, len(data) // 40)):
+        Path("bad.tar.gz").write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+        code = site.run("--config", "new/config.yaml", "restore", "bad.tar.gz")
+        assert (code, place >= 10) in ((1, True), (1, False), (0, False)), place
+        assert everything(Path("new/usage")) == ({} if code else wanted)
+        shutil.rmtree("new", ignore_errors=True)
+
+
+def test_a_byte_that_was_changed_before_packing_is_found_by_its_digest(site, backup):
+    """
+    gzip's checksum is right then; the digests are not.
+    """
+    files = unpacked(backup)
+    name = "usage/usage-2026-09.jsonl"
+    files[name] = files[name].replace(b"alice", b"malic", 1)
+
+    assert "does not have the digests that it names" in refused(site, packed(files))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "/tmp/evil",
+        "usage/../../evil",
+        "usage/",
+        "evil",
+        "usage/usage-2026-09.jsonl/x",
+        "usage/usage-2026-09.jsonl\n",
+        "usage/.hidden",
+        "usage/upstream.reset",
+        "usage/usage-２０２６-09.jsonl",
+    ],
+)
+def test_foreign_names_are_refused(site, backup, name):
+    """
+    Whether the manifest names them or not.
+    """
+    files = unpacked(backup)
+    named = signed(files | {name: b"evil"})
+    sums = files.pop("SHA256SUMS")
+
+    assert "does not belong into a backup" in refused(site, packed(named))
+    assert "should come where" in refused(site, packed(files | {name: b"evil", "SHA256SUMS": sums}))
+    assert "comes behind its end" in refused(site, packed(unpacked(backup) | {name: b"evil"}))
+    assert not Path("/tmp/evil").exists() and not list(site.folder.parent.glob("evil"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_only_plain_files_are_taken(site, backup, kind):
+    """
+    A link would lead elsewhere.
+    """
+
+    def change(info: tarfile.TarInfo) -> None:
+        if info.name == "usage/usage-2026-08.jsonl":
+            info.type, info.linkname = kind, "/etc/passwd"
+
+    assert "nothing was restored" in refused(site, packed(unpacked(backup), change))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"format": 2}, "it has format 2, this gateway (0.1.0) knows 1"),
+        ({"files": {}}, "it does not begin with config.yaml"),
+        ({"files": {"usage/usage-2026-09.jsonl": 1, "config.yaml": 1}}, "it does not begin with config.yaml"),
+        ({"files": {"config.yaml": -1}}, "it names a size that cannot be"),
+        ({"files": {"config.yaml": 1 << 40}}, "it names a size that cannot be"),
+        ({"files": 3}, "its manifest cannot be read: "),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(site, backup, change, problem):
+    """
+    Before what it says is used for anything.
+    """
+    files = unpacked(backup)
+    manifest = json.loads(files["manifest.json"]) | change
+
+    assert problem in refused(site, packed(files | {"manifest.json": json.dumps(manifest).encode()}))
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", gzip.compress(b""), gzip.compress(b"hello"), packed({"a": b""})])
+def test_what_is_no_backup_at_all_is_said_to_be_none(site, data):
+    """
+    The wrong file, named in a hurry.
+    """
+    assert "nothing was restored" in refused(site, data)
+
+
+@needs_mount
+def test_a_disk_that_fills_up_meanwhile_leaves_things_as_they_were(site, backup):
+    """
+    There is room by the numbers, but not for many small files.
+    """
+    disk = site.folder / "disk"
+    disk.mkdir()
+    assert mount_small_disk(disk)
+    try:
+        fill(disk / "usage", 2)
+        before = everything(disk)
+        config = site.config + f"usage: {{directory: {disk}/usage}}\n"
+        files = {name: data for name, data in unpacked(backup).items() if "jsonl" not in name}
+        many = {f"usage/usage-2025-{number:02}.torn": b"x" for number in range(20)}
+        backup.write_bytes(packed(signed(files | {"config.yaml": config.encode()} | many)))
+
+        assert site.run("--config", "new/config.yaml", "restore", "b.tar.gz", "--force") == 1
+
+        assert site.err.endswith(": No space left on device; nothing was restored\n")
+        assert everything(disk) == before and not Path("new").exists()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
