@@ -19,7 +19,8 @@ The file is read from top to bottom; each section uses what stands above it:
     10. Metrics       counters for Prometheus
     11. Gateway       owns all state, tells the story
     12. HTTP          the front door, no policy
-    13. Command line  serve, init, check, key, seal, upstream, usage, backup, restore; status, whose code is first
+    13. Backup        copied at one moment, checked, put back
+    14. Command line  serve, init, check, key, seal, upstream, usage, backup, restore; status, whose code is first
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -488,6 +489,10 @@ def error_body(error: GatewayError, api: Api, request_id: str) -> bytes:
     return msgspec.json.encode(
         {"type": "error", "error": {"type": error.type, "message": error.message}, "request_id": request_id}
     )
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message says why and what would help."""
 
 
 def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]:
@@ -2930,8 +2935,9 @@ def hold_ledger(directory: Path, opened: contextlib.ExitStack) -> list[Held]:
             # In this order: what the checkpoint counts is in the files by then; and a month's file grows no more
             # once the next one can be listed. So no lock is needed, and the gateway does not notice.
             checkpoint = [Held.of(path, tried) for path in directory.glob(Checkpoint.FILE)]
-            paths = LedgerFiles(directory).paths()
-            months = [Held.of(path, tried) for path in paths]
+            newest = max(map(month_of, LedgerFiles(directory).paths()), default="")
+            paths = LedgerFiles(directory).paths()  # again: one listing may miss what begins while it is made
+            months = [Held.of(path, tried) for path in paths if month_of(path) <= newest]
             months[-1:] = [held.to_last_line() for held in months[-1:]]
             torn = [Held.of(path, tried) for path in sorted(directory.glob("usage-????-??.torn"))]
             opened.enter_context(tried.pop_all())
@@ -7610,7 +7616,468 @@ class Door:
         await self._tornado.close_all_connections()
 
 
-# --- 13. Command line: serve, init, check, key, seal, upstream, usage, backup, restore; status is first of all ---
+# --- 13. Backup: copied at one moment, checked, put back ----------------------------
+
+
+def config_as_kept(text: str, path: Path, secret: bytes) -> Config:
+    """A snapshot of a config's text with the sealing secret that belongs to it, b"" for the one that is in use here.
+
+    Raises ConfigError.
+    """
+    clock, environ = Clock(), os.environ
+    try:
+        vault = Vault(secret.decode().split(), "the backup") if secret else Vault.open(path.parent)
+        return Config(Document(text, path), vault, clock, environ)
+    except (SealError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_secret(path: Path) -> bytes:
+    """The sealing secret's file that belongs to a config; b"" where there is none. Raises CommandError."""
+    place = Vault.file(path.parent)
+    try:
+        return place.read_bytes() if place and place.exists() else b""
+    except OSError as error:
+        raise CommandError(f"cannot read the sealing secret {place}: {error.strerror}") from None
+
+
+def read_steadily(path: Path) -> tuple[Config, bytes, bytes]:
+    """A good config, its text and its sealing secret, while editors and `seal --rotate` may be writing both.
+
+    Raises ConfigError, and CommandError.
+    """
+    for is_last in (*[False] * 20, True):
+        try:
+            text, secret = read_text(path), read_secret(path)
+            config = config_as_kept(text, path, secret)
+            time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
+            if (text, secret) == (read_text(path), read_secret(path)):
+                return config, text.encode(), secret
+        except ConfigError:
+            if is_last:
+                raise
+            time.sleep(0.05)
+    raise CommandError(f"{path} is being changed all the time; nothing was backed up")
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    """What a backup says of itself before all else. `files` are names and sizes in the order in which they come."""
+
+    FILE: ClassVar = "manifest.json"
+    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
+    FORMAT: ClassVar = 1
+    SMALL: ClassVar = 16 << 20  # bytes; what is read into memory is smaller
+    NAMES: ClassVar = re.compile(
+        r"config\.yaml|gateway\.secret|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
+    )
+
+    format: int
+    version: str
+    time: str
+    chain: str  # of the last line
+    files: dict[str, int]
+
+    def problem(self) -> str:
+        """Why this cannot be restored; "" where it can."""
+        names = list(self.files)
+        foreign = [name for name in names if not self.NAMES.fullmatch(name)]
+        beside = [name for name in names if not name.startswith("usage/")]
+        if self.format != self.FORMAT:
+            return f"it has format {self.format}, this gateway ({VERSION}) knows {self.FORMAT}"
+        if foreign:
+            return f"{foreign[0]!a} does not belong into a backup"
+        if beside not in (["config.yaml"], ["config.yaml", "gateway.secret"]) or names[: len(beside)] != beside:
+            return "it does not begin with config.yaml"
+        if any(not 0 <= size <= self.SMALL for size in map(self.files.__getitem__, beside)) or any(
+            size < 0 for size in self.files.values()
+        ):
+            return "it names a size that cannot be"
+        return ""
+
+    @property
+    def ledger(self) -> list[str]:
+        """The names of the ledger's files, without the folder."""
+        return [name.removeprefix("usage/") for name in self.files if name.startswith("usage/")]
+
+
+class Digest:
+    """A file that is read or written through, and its SHA-256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    def line(self, name: str) -> bytes:
+        """What SHA256SUMS says of it (GNU coreutils, sha256sum)."""
+        return f"{self._digest.hexdigest()}  {name}\n".encode()
+
+
+def write_backup(out: IO[bytes], members: Sequence[Held], tell: Callable[[str], None]) -> None:
+    """Write files one after the other as a gzipped tar, then their digests. Tells each one. Raises OSError."""
+    sums = b""
+    # Level 4 packs lines of a ledger twice as fast as 6, a twentieth larger. GNU's format has files over 8 GB.
+    with (
+        gzip.GzipFile("", "wb", 4, out) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for name, file, size in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode, info.mtime = size, 0o600, int(time.time())
+            digest = Digest(file)
+            tar.addfile(info, cast(IO[bytes], digest))
+            sums += digest.line(name)
+            tell(f"{name}: {size:,} bytes")
+        info = tarfile.TarInfo(Manifest.SUMS)
+        info.size, info.mode, info.mtime = len(sums), 0o600, int(time.time())
+        tar.addfile(info, io.BytesIO(sums))
+
+
+def held_bytes(name: str, data: bytes) -> Held:
+    """Bytes as a file of a backup."""
+    return Held(name, io.BytesIO(data), len(data))
+
+
+def sync_folder(path: Path) -> None:
+    """Let new names in a folder outlast a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        try:
+            os.link(name, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            os.rename(name, path)
+        sync_folder(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def missing_from_backup(config: Config, secret: bytes, is_left_out: bool) -> Iterator[str]:
+    """What is needed to restore a backup and not in it."""
+    if is_left_out:
+        yield "the sealing secret is not in it: without it no upstream's key can be read"
+    elif Vault.file(config.path.parent) is None:
+        yield "the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere"
+    elif not secret:
+        yield "there is no sealing secret to keep"
+    for upstream in config.upstreams:
+        if upstream.ca_file:
+            yield f"the ca_file of {upstream.name} is not in it: {upstream.ca_file}"
+
+
+def manifest_of(members: Sequence[Held], now: float) -> Manifest:
+    """What is to stand in front of a backup's files."""
+    chains = (held.last_chain() for held in reversed(members) if ".jsonl" in held.name)
+    chain = next(filter(None, chains), FIRST_CHAIN).decode()
+    return Manifest(Manifest.FORMAT, VERSION, utc_time(now), chain, {held.name: held.size for held in members})
+
+
+def back_up(out: IO[bytes], directory: Path, small: Sequence[Held], now: float) -> Manifest:
+    """Write a backup of these files and of a ledger; its manifest. Tells each file if it takes long. Raises OSError."""
+    started = time.monotonic()
+
+    def tell(line: str) -> None:
+        if time.monotonic() - started > 2:
+            print(line, file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as opened:
+        ledger = [held._replace(name=f"usage/{held.name}") for held in hold_ledger(directory, opened)]
+        manifest = manifest_of([*small, *ledger], now)
+        text = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
+        write_backup(out, [held_bytes(Manifest.FILE, text), *small, *ledger], tell)
+    return manifest
+
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)  # what reading a damaged archive raises
+
+
+class BackupReader:
+    """A backup's files, one after the other, as its manifest names them. What differs raises CommandError.
+
+    No name of the archive is ever a path: only names that are known are asked for, and only plain files are taken.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._packed = gzip.GzipFile(fileobj=file)
+        self._tar = tarfile.open(fileobj=self._packed, mode="r|")  # noqa: SIM115 - who opened the file closes it
+        self._sums = b""
+        manifest = io.BytesIO()
+        info = self._tar.next()
+        if info is None or info.size > Manifest.SMALL:
+            raise self._bad("it does not begin with a manifest")
+        self._take(info, Manifest.FILE, info.size, manifest)
+        try:
+            self.manifest = msgspec.json.decode(manifest.getvalue(), type=Manifest)
+        except UNREADABLE as error:
+            raise self._bad(f"its manifest cannot be read: {error}") from None
+        if problem := self.manifest.problem():
+            raise self._bad(problem)
+
+    @staticmethod
+    def _bad(why: str) -> CommandError:
+        return CommandError(f"this is no whole backup: {why}; nothing was restored")
+
+    def _take(self, info: tarfile.TarInfo | None, name: str, size: int, to: IO[bytes]) -> None:
+        if info is None:
+            raise self._bad(f"it ends before {name}")
+        file = self._tar.extractfile(info) if info.type == tarfile.REGTYPE else None
+        if file is None or (info.name, info.size) != (name, size):
+            raise self._bad(f"{name} of {size:,} bytes should come where {info.name!a} of {info.size:,} comes")
+        digest = Digest(file)
+        while chunk := digest.read(1 << 20):
+            to.write(chunk)
+        self._sums += digest.line(name)
+
+    def copy(self, name: str, to: IO[bytes]) -> None:
+        """Write the next file, which must be the one of this name."""
+        self._take(self._tar.next(), name, self.manifest.files[name], to)
+
+    def small(self, name: str) -> bytes:
+        """The next file, or b"" where the manifest has none of this name."""
+        data = io.BytesIO()
+        if name in self.manifest.files:
+            self.copy(name, data)
+        return data.getvalue()
+
+    def finish(self) -> None:
+        """Find every digest right, and the end where it belongs."""
+        sums, found = self._sums, io.BytesIO()
+        self._take(self._tar.next(), Manifest.SUMS, len(sums), found)
+        if found.getvalue() != sums:
+            raise self._bad("what is in it does not have the digests that it names")
+        if info := self._tar.next():
+            raise self._bad(f"{info.name!a} comes behind its end")
+        while self._packed.read(1 << 20):  # to the checksum
+            pass
+
+
+def is_served(directory: Path, wait_s: float) -> bool:
+    """Whether a gateway runs on a ledger's folder; on file systems without locks it has so long to stir."""
+    if not directory.is_dir():
+        return False
+    try:
+        os.close(hold_folder(directory, fcntl.LOCK_EX))
+    except BlockingIOError:
+        return True
+    with contextlib.suppress(OSError):  # no hard links here, or a folder that cannot be written
+        return ask_for_reset(directory, "", wait_s)  # of no upstream: a gateway takes it in and does nothing
+    return False
+
+
+def give_to_owner_of(folder: Path, fd: int) -> None:
+    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
+    owner = folder.stat()
+    with contextlib.suppress(OSError):
+        os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+def keep_aside(path: Path, stamp: str) -> Path:
+    """A second name for what a file holds, which is going to be replaced. Raises OSError."""
+    kept = path.with_name(path.name + stamp)
+    try:
+        os.link(path, kept)
+    except OSError:  # a mount of its own, or no hard links here
+        with os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(path.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+    return kept
+
+
+def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
+    """Put a whole file in place; what it was before is kept and returned. A symlink stays one.
+
+    Raises OSError, and ConfigError.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and path.read_bytes() == data:
+        return None
+    if path.exists():
+        kept = keep_aside(path, stamp)
+        if in_place := replace_file(path, data):
+            in_place.unlink()
+        return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write(data)
+        os.fchmod(file.fileno(), mode)
+        give_to_owner_of(path.parent, file.fileno())
+    return None
+
+
+class Restore:
+    """Puts a backup in place: all that can be checked is checked first, what was there is kept.
+
+    The ledger is written into a folder inside its own (the one place that surely is on its file system), checked there
+    and then renamed file by file; config.yaml comes last. Raises CommandError, ConfigError, OSError, and DAMAGED.
+    """
+
+    WAIT_S = 1.5  # for a gateway to stir, where locks do not tell: several of its ticks
+
+    def __init__(self, reader: BackupReader, path: Path, is_forced: bool) -> None:
+        self.reader, self.path, self.is_forced = reader, path, is_forced
+        self.stamp = f".before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        self.kept: list[Path] = []
+        text, self.secret = reader.small("config.yaml"), reader.small("gateway.secret")
+        self.text = text
+        try:
+            used = self.secret if Vault.file(path.parent) else b""  # GATEWAY_SECRET is what a start will take
+            self.config = config_as_kept(text.decode("utf-8-sig"), path, used)
+        except (ConfigError, UnicodeDecodeError) as error:
+            hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
+            raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
+        self.directory = self.config.usage_directory
+
+    def run(self) -> None:
+        """Check and put in place."""
+        self._check_target()
+        is_new = not self.directory.exists()
+        folder = self._hold()
+        try:
+            self._check_room()
+            with tempfile.TemporaryDirectory(prefix=".restore-", dir=self.directory) as staged:
+                self._unpack(Path(staged))
+                self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
+                self._put(Path(staged))
+        finally:
+            os.close(folder)
+            if is_new:
+                with contextlib.suppress(OSError):  # there are entries in it
+                    self.directory.rmdir()
+
+    def _check_target(self) -> None:
+        """Refuse what would disturb a gateway that runs, or replace something unasked."""
+        directories = {self.directory}
+        with contextlib.suppress(ConfigError):  # none is there, or it is why one restores
+            directories.add(Config.load(self.path).usage_directory)
+        for directory in sorted(directories):
+            if is_served(directory, self.WAIT_S):
+                raise CommandError(f"a gateway runs on {directory}: stop it first; nothing was restored")
+        secret = Vault.file(self.path.parent)
+        there = [path for path in (self.path, *self._ledger_there()) if os.path.lexists(path)]
+        if secret and self.secret and secret.exists() and secret.read_bytes() != self.secret:
+            there.append(secret)
+        if there and not self.is_forced:
+            raise CommandError(
+                f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
+            )
+        self._check_writable(self.path)
+        if secret and self.secret:
+            self._check_writable(secret)
+
+    @staticmethod
+    def _check_writable(path: Path) -> None:
+        real = Path(os.path.realpath(path))
+        nearest = next(place for place in (real, *real.parents) if place.exists())
+        if not os.access(nearest, os.W_OK) or (nearest != real and not nearest.is_dir()):
+            what = "cannot be written" if nearest == real else "is no folder that can be written"
+            raise CommandError(f"{nearest} {what}; nothing was restored")
+
+    def _ledger_there(self) -> list[Path]:
+        return sorted(
+            path
+            for path in self.directory.glob("*")
+            if path.is_file() and Manifest.NAMES.fullmatch(f"usage/{path.name}")
+        )
+
+    def _hold(self) -> int:
+        """Let no gateway start before all is in place."""
+        try:
+            return hold_folder(self.directory, fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise CommandError(f"a gateway runs on {self.directory}: stop it first; nothing was restored") from None
+
+    def _check_room(self) -> None:
+        needed, free = sum(self.reader.manifest.files.values()), shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise CommandError(
+                f"{self.directory} has {free:,} bytes of room, {needed:,} are needed; nothing was restored"
+            )
+
+    def _unpack(self, staged: Path) -> None:
+        for name in self.reader.manifest.ledger:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with os.fdopen(os.open(staged / name, flags, 0o640), "wb") as file:
+                self.reader.copy(f"usage/{name}", file)
+                file.flush()
+                give_to_owner_of(self.directory, file.fileno())
+                os.fsync(file.fileno())
+        self.reader.finish()
+
+    def _verified(self, files: LedgerFiles) -> tuple[int, str, str]:
+        """Follow the chain; the span. What was broken when it was backed up is restored as it was, and told."""
+        try:
+            chain = files.verify("", lambda line: print(line, file=sys.stderr, flush=True))
+            if chain != self.reader.manifest.chain:
+                raise BrokenChain(f"its last value is {chain}, it was {self.reader.manifest.chain}")
+        except (BrokenChain, *DAMAGED) as error:
+            print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
+        try:
+            return files.span()
+        except DAMAGED:
+            return 0, "", ""
+
+    def _put(self, staged: Path) -> None:
+        """Ledger, secret, config: in this order a crash leaves the old config, and everything under some name."""
+        try:
+            self._put_ledger(staged)
+            secret = Vault.file(self.path.parent)
+            files = [(secret, self.secret, 0o600)] if secret and self.secret else []
+            for path, data, mode in [*files, (self.path, self.text, 0o640)]:
+                if kept := put_file(path, data, mode, self.stamp):
+                    self.kept.append(kept)
+        except (OSError, ConfigError) as error:
+            why = f"{error.filename or self.directory}: {why_not(error)}" if isinstance(error, OSError) else error
+            kept_in = ", ".join(map(str, self.kept)) or "where it was"
+            raise CommandError(f"restored only in part, {why}; what was there before is {kept_in}") from None
+
+    def _put_ledger(self, staged: Path) -> None:
+        if there := self._ledger_there():
+            aside = self.directory / self.stamp.removeprefix(".")
+            aside.mkdir(0o750)
+            self.kept.append(aside)
+            for path in there:
+                path.rename(aside / path.name)
+        for name in sorted(self.reader.manifest.ledger, key=lambda name: (name == Checkpoint.FILE, name)):
+            (staged / name).rename(self.directory / name)
+        sync_folder(self.directory)
+
+    def report(self) -> Iterator[str]:
+        """What was restored, and what to do next."""
+        config, manifest = self.config, self.reader.manifest
+        keys, upstreams = len(list(config.keys)), len(config.upstreams)
+        span = f", {self.first} to {self.last}" if self.count else ""
+        yield f"Restored the backup of {manifest.time} to {self.path} and {self.directory}:"
+        yield f"  keys: {keys}, upstreams: {upstreams}, ledger lines: {self.count:,}{span}"
+        yield f"  the last chain value is {manifest.chain}"
+        if self.secret and Vault.file(self.path.parent) is None:
+            yield "  the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config"
+        for path in self.kept:
+            yield f"  what was there before is kept: {path}"
+        yield f"Start the gateway with: {PROGRAM} serve"
+
+
+# --- 14. Command line: serve, init, check, key, seal, upstream, usage, backup, restore; status is first of all ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -7637,10 +8104,6 @@ EXPORTS = """\
   export ANTHROPIC_BASE_URL=%s
   export ANTHROPIC_AUTH_TOKEN=%s
 """
-
-
-class CommandError(Exception):
-    """A command cannot do what it was asked; the message says why and what would help."""
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
@@ -8713,159 +9176,6 @@ def command_usage_archive(options: argparse.Namespace) -> None:
         print("Nothing to archive: no month is over that is not gzipped.")
 
 
-def config_as_kept(text: str, path: Path, secret: bytes) -> Config:
-    """A snapshot of a config's text with the sealing secret that belongs to it, b"" for the one that is in use here.
-
-    Raises ConfigError.
-    """
-    clock, environ = Clock(), os.environ
-    try:
-        vault = Vault(secret.decode().split(), "the backup") if secret else Vault.open(path.parent)
-        return Config(Document(text, path), vault, clock, environ)
-    except (SealError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def read_secret(path: Path) -> bytes:
-    """The sealing secret's file that belongs to a config; b"" where there is none. Raises CommandError."""
-    place = Vault.file(path.parent)
-    try:
-        return place.read_bytes() if place and place.exists() else b""
-    except OSError as error:
-        raise CommandError(f"cannot read the sealing secret {place}: {error.strerror}") from None
-
-
-def read_steadily(path: Path) -> tuple[Config, bytes, bytes]:
-    """A good config, its text and its sealing secret, while editors and `seal --rotate` may be writing both.
-
-    Raises ConfigError, and CommandError.
-    """
-    for is_last in (*[False] * 20, True):
-        try:
-            text, secret = read_text(path), read_secret(path)
-            config = config_as_kept(text, path, secret)
-            time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
-            if (text, secret) == (read_text(path), read_secret(path)):
-                return config, text.encode(), secret
-        except ConfigError:
-            if is_last:
-                raise
-            time.sleep(0.05)
-    raise CommandError(f"{path} is being changed all the time; nothing was backed up")
-
-
-class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What a backup says of itself before all else. `files` are names and sizes in the order in which they come."""
-
-    FILE: ClassVar = "manifest.json"
-    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
-    FORMAT: ClassVar = 1
-    SMALL: ClassVar = 16 << 20  # bytes; what is read into memory is smaller
-    NAMES: ClassVar = re.compile(
-        r"config\.yaml|gateway\.secret|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
-    )
-
-    format: int
-    version: str
-    time: str
-    chain: str  # of the last line
-    files: dict[str, int]
-
-    def problem(self) -> str:
-        """Why this cannot be restored; "" where it can."""
-        names = list(self.files)
-        foreign = [name for name in names if not self.NAMES.fullmatch(name)]
-        beside = [name for name in names if not name.startswith("usage/")]
-        if self.format != self.FORMAT:
-            return f"it has format {self.format}, this gateway ({VERSION}) knows {self.FORMAT}"
-        if foreign:
-            return f"{foreign[0]!a} does not belong into a backup"
-        if beside not in (["config.yaml"], ["config.yaml", "gateway.secret"]) or names[: len(beside)] != beside:
-            return "it does not begin with config.yaml"
-        if any(not 0 <= size <= self.SMALL for size in map(self.files.__getitem__, beside)) or any(
-            size < 0 for size in self.files.values()
-        ):
-            return "it names a size that cannot be"
-        return ""
-
-    @property
-    def ledger(self) -> list[str]:
-        """The names of the ledger's files, without the folder."""
-        return [name.removeprefix("usage/") for name in self.files if name.startswith("usage/")]
-
-
-class Digest:
-    """A file that is read or written through, and its SHA-256."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        data = self._file.read(size)
-        self._digest.update(data)
-        return data
-
-    def line(self, name: str) -> bytes:
-        """What SHA256SUMS says of it (GNU coreutils, sha256sum)."""
-        return f"{self._digest.hexdigest()}  {name}\n".encode()
-
-
-def write_backup(out: IO[bytes], members: Sequence[Held], tell: Callable[[str], None]) -> None:
-    """Write files one after the other as a gzipped tar, then their digests. Tells each one. Raises OSError."""
-    sums = b""
-    # Level 4 packs lines of a ledger twice as fast as 6, a twentieth larger. GNU's format has files over 8 GB.
-    with (
-        gzip.GzipFile("", "wb", 4, out) as packed,
-        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar,
-    ):
-        for name, file, size in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mode, info.mtime = size, 0o600, int(time.time())
-            digest = Digest(file)
-            tar.addfile(info, cast(IO[bytes], digest))
-            sums += digest.line(name)
-            tell(f"{name}: {size:,} bytes")
-        info = tarfile.TarInfo(Manifest.SUMS)
-        info.size, info.mode, info.mtime = len(sums), 0o600, int(time.time())
-        tar.addfile(info, io.BytesIO(sums))
-
-
-def held_bytes(name: str, data: bytes) -> Held:
-    """Bytes as a file of a backup."""
-    return Held(name, io.BytesIO(data), len(data))
-
-
-def sync_folder(path: Path) -> None:
-    """Let new names in a folder outlast a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
-        try:
-            os.link(name, path)  # unlike a rename it replaces nothing
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links here
-            os.rename(name, path)
-        sync_folder(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def standard_output() -> Iterator[IO[bytes]]:
     """Where bytes can go. Raises CommandError for a terminal."""
@@ -8875,47 +9185,12 @@ def standard_output() -> Iterator[IO[bytes]]:
         yield file
 
 
-def missing_from_backup(config: Config, secret: bytes, is_left_out: bool) -> Iterator[str]:
-    """What is needed to restore a backup and not in it."""
-    if is_left_out:
-        yield "the sealing secret is not in it: without it no upstream's key can be read"
-    elif Vault.file(config.path.parent) is None:
-        yield "the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere"
-    elif not secret:
-        yield "there is no sealing secret to keep"
-    for upstream in config.upstreams:
-        if upstream.ca_file:
-            yield f"the ca_file of {upstream.name} is not in it: {upstream.ca_file}"
-
-
-def manifest_of(members: Sequence[Held], now: float) -> Manifest:
-    """What is to stand in front of a backup's files."""
-    chains = (held.last_chain() for held in reversed(members) if ".jsonl" in held.name)
-    chain = next(filter(None, chains), FIRST_CHAIN).decode()
-    return Manifest(Manifest.FORMAT, VERSION, utc_time(now), chain, {held.name: held.size for held in members})
-
-
-def back_up(out: IO[bytes], directory: Path, small: Sequence[Held], now: float) -> Manifest:
-    """Write a backup of these files and of a ledger; its manifest. Tells each file if it takes long. Raises OSError."""
-    started = time.monotonic()
-
-    def tell(line: str) -> None:
-        if time.monotonic() - started > 2:
-            print(line, file=sys.stderr, flush=True)
-
-    with contextlib.ExitStack() as opened:
-        ledger = [held._replace(name=f"usage/{held.name}") for held in hold_ledger(directory, opened)]
-        manifest = manifest_of([*small, *ledger], now)
-        text = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
-        write_backup(out, [held_bytes(Manifest.FILE, text), *small, *ledger], tell)
-    return manifest
-
-
 def command_backup(options: argparse.Namespace) -> None:
     """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
     config, text, secret = read_steadily(options.config)
     now = config.clock.wall()
-    to = options.file or f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.tar.gz"
+    name = f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.tar.gz"
+    to = options.file or str(options.config.with_name(name))
     small = [held_bytes("config.yaml", text)]
     if secret and not options.without_secret:
         small.append(held_bytes("gateway.secret", secret))
@@ -8923,7 +9198,7 @@ def command_backup(options: argparse.Namespace) -> None:
         with standard_output() if to == "-" else new_file(Path(to).absolute()) as out:
             manifest = back_up(out, config.usage_directory, small, now)
     except OSError as error:
-        raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {os_reason(error)}") from None
+        raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
     for line in missing_from_backup(config, secret, options.without_secret):
         print(f"note: {line}", file=sys.stderr)
     found, size = ", ".join(manifest.files), sum(manifest.files.values())
@@ -8931,275 +9206,6 @@ def command_backup(options: argparse.Namespace) -> None:
         f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain}",
         file=sys.stderr if to == "-" else sys.stdout,
     )
-
-
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)  # what reading a damaged archive raises
-
-
-class BackupReader:
-    """A backup's files, one after the other, as its manifest names them. What differs raises CommandError.
-
-    No name of the archive is ever a path: only names that are known are asked for, and only plain files are taken.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._packed = gzip.GzipFile(fileobj=file)
-        self._tar = tarfile.open(fileobj=self._packed, mode="r|")  # noqa: SIM115 - who opened the file closes it
-        self._sums = b""
-        manifest = io.BytesIO()
-        info = self._tar.next()
-        if info is None or info.size > Manifest.SMALL:
-            raise self._bad("it does not begin with a manifest")
-        self._take(info, Manifest.FILE, info.size, manifest)
-        try:
-            self.manifest = msgspec.json.decode(manifest.getvalue(), type=Manifest)
-        except UNREADABLE as error:
-            raise self._bad(f"its manifest cannot be read: {error}") from None
-        if problem := self.manifest.problem():
-            raise self._bad(problem)
-
-    @staticmethod
-    def _bad(why: str) -> CommandError:
-        return CommandError(f"this is no whole backup: {why}; nothing was restored")
-
-    def _take(self, info: tarfile.TarInfo | None, name: str, size: int, to: IO[bytes]) -> None:
-        if info is None:
-            raise self._bad(f"it ends before {name}")
-        file = self._tar.extractfile(info) if info.type == tarfile.REGTYPE else None
-        if file is None or (info.name, info.size) != (name, size):
-            raise self._bad(f"{name} of {size:,} bytes should come where {info.name!a} of {info.size:,} comes")
-        digest = Digest(file)
-        while chunk := digest.read(1 << 20):
-            to.write(chunk)
-        self._sums += digest.line(name)
-
-    def copy(self, name: str, to: IO[bytes]) -> None:
-        """Write the next file, which must be the one of this name."""
-        self._take(self._tar.next(), name, self.manifest.files[name], to)
-
-    def small(self, name: str) -> bytes:
-        """The next file, or b"" where the manifest has none of this name."""
-        data = io.BytesIO()
-        if name in self.manifest.files:
-            self.copy(name, data)
-        return data.getvalue()
-
-    def finish(self) -> None:
-        """Find every digest right, and the end where it belongs."""
-        sums, found = self._sums, io.BytesIO()
-        self._take(self._tar.next(), Manifest.SUMS, len(sums), found)
-        if found.getvalue() != sums:
-            raise self._bad("what is in it does not have the digests that it names")
-        if info := self._tar.next():
-            raise self._bad(f"{info.name!a} comes behind its end")
-        while self._packed.read(1 << 20):  # to the checksum
-            pass
-
-
-def is_served(directory: Path, wait_s: float) -> bool:
-    """Whether a gateway runs on a ledger's folder; on file systems without locks it has so long to stir."""
-    if not directory.is_dir():
-        return False
-    try:
-        os.close(hold_folder(directory, fcntl.LOCK_EX))
-    except BlockingIOError:
-        return True
-    with contextlib.suppress(OSError):  # no hard links here, or a folder that cannot be written
-        return ask_for_reset(directory, "", wait_s)  # of no upstream: a gateway takes it in and does nothing
-    return False
-
-
-def give_to_owner_of(folder: Path, fd: int) -> None:
-    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
-    owner = folder.stat()
-    with contextlib.suppress(OSError):
-        os.fchown(fd, owner.st_uid, owner.st_gid)
-
-
-def keep_aside(path: Path, stamp: str) -> Path:
-    """A second name for what a file holds, which is going to be replaced. Raises OSError."""
-    kept = path.with_name(path.name + stamp)
-    try:
-        os.link(path, kept)
-    except OSError:  # a mount of its own, or no hard links here
-        with os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(path.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-    return kept
-
-
-def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
-    """Put a whole file in place; what it was before is kept and returned. A symlink stays one.
-
-    Raises OSError, and ConfigError.
-    """
-    path = Path(os.path.realpath(path))
-    if path.exists() and path.read_bytes() == data:
-        return None
-    if path.exists():
-        kept = keep_aside(path, stamp)
-        if in_place := replace_file(path, data):
-            in_place.unlink()
-        return kept
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as file:
-        file.write(data)
-        os.fchmod(file.fileno(), mode)
-        give_to_owner_of(path.parent, file.fileno())
-    return None
-
-
-class Restore:
-    """Puts a backup in place: all that can be checked is checked first, what was there is kept.
-
-    The ledger is written into a folder inside its own (the one place that surely is on its file system), checked there
-    and then renamed file by file; config.yaml comes last. Raises CommandError, ConfigError, OSError, and DAMAGED.
-    """
-
-    WAIT_S = 1.5  # for a gateway to stir, where locks do not tell: several of its ticks
-
-    def __init__(self, reader: BackupReader, path: Path, is_forced: bool) -> None:
-        self.reader, self.path, self.is_forced = reader, path, is_forced
-        self.stamp = f".before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        self.kept: list[Path] = []
-        text, self.secret = reader.small("config.yaml"), reader.small("gateway.secret")
-        self.text = text
-        try:
-            used = self.secret if Vault.file(path.parent) else b""  # GATEWAY_SECRET is what a start will take
-            self.config = config_as_kept(text.decode("utf-8-sig"), path, used)
-        except (ConfigError, UnicodeDecodeError) as error:
-            hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
-            raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
-        self.directory = self.config.usage_directory
-
-    def run(self) -> None:
-        """Check and put in place."""
-        self._check_target()
-        is_new = not self.directory.exists()
-        folder = self._hold()
-        try:
-            self._check_room()
-            with tempfile.TemporaryDirectory(prefix=".restore-", dir=self.directory) as staged:
-                self._unpack(Path(staged))
-                self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
-                self._put(Path(staged))
-        finally:
-            os.close(folder)
-            if is_new:
-                with contextlib.suppress(OSError):  # there are entries in it
-                    self.directory.rmdir()
-
-    def _check_target(self) -> None:
-        """Refuse what would disturb a gateway that runs, or replace something unasked."""
-        directories = {self.directory}
-        with contextlib.suppress(ConfigError):  # none is there, or it is why one restores
-            directories.add(Config.load(self.path).usage_directory)
-        for directory in sorted(directories):
-            if is_served(directory, self.WAIT_S):
-                raise CommandError(f"a gateway runs on {directory}: stop it first; nothing was restored")
-        secret = Vault.file(self.path.parent)
-        there = [path for path in (self.path, *self._ledger_there()) if os.path.lexists(path)]
-        if secret and self.secret and secret.exists() and secret.read_bytes() != self.secret:
-            there.append(secret)
-        if there and not self.is_forced:
-            raise CommandError(
-                f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
-            )
-        self._check_writable(self.path)
-        if secret and self.secret:
-            self._check_writable(secret)
-
-    @staticmethod
-    def _check_writable(path: Path) -> None:
-        real = Path(os.path.realpath(path))
-        nearest = next(place for place in (real, *real.parents) if place.exists())
-        if not os.access(nearest, os.W_OK) or (nearest != real and not nearest.is_dir()):
-            what = "cannot be written" if nearest == real else "is no folder that can be written"
-            raise CommandError(f"{nearest} {what}; nothing was restored")
-
-    def _ledger_there(self) -> list[Path]:
-        return sorted(
-            path
-            for path in self.directory.glob("*")
-            if path.is_file() and Manifest.NAMES.fullmatch(f"usage/{path.name}")
-        )
-
-    def _hold(self) -> int:
-        """Let no gateway start before all is in place."""
-        try:
-            return hold_folder(self.directory, fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise CommandError(f"a gateway runs on {self.directory}: stop it first; nothing was restored") from None
-
-    def _check_room(self) -> None:
-        needed, free = sum(self.reader.manifest.files.values()), shutil.disk_usage(self.directory).free
-        if needed > free:
-            raise CommandError(
-                f"{self.directory} has {free:,} bytes of room, {needed:,} are needed; nothing was restored"
-            )
-
-    def _unpack(self, staged: Path) -> None:
-        for name in self.reader.manifest.ledger:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(os.open(staged / name, flags, 0o640), "wb") as file:
-                self.reader.copy(f"usage/{name}", file)
-                file.flush()
-                give_to_owner_of(self.directory, file.fileno())
-                os.fsync(file.fileno())
-        self.reader.finish()
-
-    def _verified(self, files: LedgerFiles) -> tuple[int, str, str]:
-        """Follow the chain; the span. What was broken when it was backed up is restored as it was, and told."""
-        try:
-            chain = files.verify("", lambda line: print(line, file=sys.stderr, flush=True))
-            if chain != self.reader.manifest.chain:
-                raise BrokenChain(f"its last value is {chain}, it was {self.reader.manifest.chain}")
-        except (BrokenChain, *DAMAGED) as error:
-            print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
-        try:
-            return files.span()
-        except DAMAGED:
-            return 0, "", ""
-
-    def _put(self, staged: Path) -> None:
-        """Ledger, secret, config: in this order a crash leaves the old config, and everything under some name."""
-        try:
-            self._put_ledger(staged)
-            secret = Vault.file(self.path.parent)
-            files = [(secret, self.secret, 0o600)] if secret and self.secret else []
-            for path, data, mode in [*files, (self.path, self.text, 0o640)]:
-                if kept := put_file(path, data, mode, self.stamp):
-                    self.kept.append(kept)
-        except (OSError, ConfigError) as error:
-            why = f"{error.filename or self.directory}: {os_reason(error)}" if isinstance(error, OSError) else error
-            kept_in = ", ".join(map(str, self.kept)) or "where it was"
-            raise CommandError(f"restored only in part, {why}; what was there before is {kept_in}") from None
-
-    def _put_ledger(self, staged: Path) -> None:
-        if there := self._ledger_there():
-            aside = self.directory / self.stamp.removeprefix(".")
-            aside.mkdir(0o750)
-            self.kept.append(aside)
-            for path in there:
-                path.rename(aside / path.name)
-        for name in sorted(self.reader.manifest.ledger, key=lambda name: (name == Checkpoint.FILE, name)):
-            (staged / name).rename(self.directory / name)
-        sync_folder(self.directory)
-
-    def report(self) -> Iterator[str]:
-        """What was restored, and what to do next."""
-        config, manifest = self.config, self.reader.manifest
-        keys, upstreams = len(list(config.keys)), len(config.upstreams)
-        span = f", {self.first} to {self.last}" if self.count else ""
-        yield f"Restored the backup of {manifest.time} to {self.path} and {self.directory}:"
-        yield f"  keys: {keys}, upstreams: {upstreams}, ledger lines: {self.count:,}{span}"
-        yield f"  the last chain value is {manifest.chain}"
-        if self.secret and Vault.file(self.path.parent) is None:
-            yield "  the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config"
-        for path in self.kept:
-            yield f"  what was there before is kept: {path}"
-        yield "Start the gateway with: gateway.py serve"
 
 
 @contextlib.contextmanager
@@ -9221,7 +9227,7 @@ def command_restore(options: argparse.Namespace) -> None:
         raise CommandError(f"{options.file} is damaged, or no backup: {error}; nothing was restored") from None
     except OSError as error:
         where = error.filename or f"{options.file} to {options.config.parent}"
-        raise CommandError(f"cannot restore {where}: {os_reason(error)}; nothing was restored") from None
+        raise CommandError(f"cannot restore {where}: {why_not(error)}; nothing was restored") from None
     print("\n".join(restore.report()))
 
 
@@ -9314,7 +9320,7 @@ def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.
 
 def backup_arguments(backup: argparse.ArgumentParser, restore: argparse.ArgumentParser) -> None:
     """`backup` and `restore`: their options."""
-    named = "default: claude-gateway-TIME.tar.gz; - for stdout"
+    named = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
     backup.add_argument("file", nargs="?", default="", metavar="FILE", help=named)
     backup.add_argument("--without-secret", action="store_true", help="leave out the sealing secret, to keep it apart")
     restore.add_argument("file", metavar="FILE", help="what `backup` wrote; - for stdin")

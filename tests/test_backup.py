@@ -148,7 +148,7 @@ def test_a_backup_holds_config_secret_and_ledger(site):
 
 def test_the_name_of_a_backup_is_its_time(site):
     """
-    In the working directory, sorted by age.
+    Beside the config, sorted by age.
     """
     assert site.run("backup") == 0
 
