@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import os
 import re
@@ -13,13 +12,13 @@ import signal
 import socket
 import ssl
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from client import Connection, Reply, request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, until
+from conftest import HELLO, HELLO_STREAM, KEY, passing_time, until
 from prometheus_client.parser import text_string_to_metric_families
 from upstream import (
     Step,
@@ -218,8 +217,8 @@ async def test_a_ping_of_the_gateway_is_the_first_that_comes_through(front, gate
 
     await stream.send(front.bytes(HELLO_STREAM))
     await until(lambda: upstream.requests)
-    gateway.tick(15)
-    pinged = await stream.read_until(b"event: ping")
+    async with passing_time(gateway):
+        pinged = await stream.read_until(b"event: ping")
     go_on.set()
     rest = await stream.read_until(b"0\r\n\r\n")
     stream.abort()
@@ -449,3 +448,44 @@ def test_a_proxy_is_more_patient_than_the_gateway(file, silence, idle):
     assert seconds(re.search(silence, shipped)[1]) > max(routing.deadline, timeouts.first_byte, timeouts.idle)
     assert seconds(re.search(idle, shipped)[1]) < g.Pace().keep_alive_s
     assert not re.search(r"^\s*(flush_interval|encode|write |read_body)", shipped, re.MULTILINE)
+
+
+# --- the other files ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gateway", "caddy", "nginx", "prometheus", "grafana"])
+def test_each_container_has_no_more_rights_than_it_needs(name):
+    """
+    Read-only, without capabilities and new privileges, bounded; what it mounts from here is here.
+    """
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"][name]
+
+    assert service["read_only"] and service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert {"pids_limit", "mem_limit", "logging", "restart"} <= set(service)
+    mounted = [v.split(":")[0] for v in service["volumes"] if isinstance(v, str) and v.startswith("./")]
+    assert [path for path in mounted if not (DEPLOY / path).exists()] == []
+
+
+async def test_rules_and_dashboard_ask_for_metrics_that_there_are(gateway):
+    """
+    A name that /metrics does not have would be an alert that never comes.
+    """
+    scraped = (await gateway.get("/metrics")).body.decode()
+    known = {family.name for family in text_string_to_metric_families(scraped)}
+    files = ("prometheus/rules.yml", "grafana/dashboards/claude-gateway.json")
+    asked = set(re.findall(r"claude_gateway_\w+", "".join((DEPLOY / file).read_text() for file in files)))
+
+    assert asked and {re.sub("_(total|bucket|count|sum)$", "", name) for name in asked} <= known
+
+
+@needs("promtool")
+def test_the_alerts_do_what_they_promise():
+    """
+    promtool takes the configuration and the rules, and their tests pass.
+    """
+    for command in (["check", "config", "prometheus.yml"], ["test", "rules", "rules.test.yml"]):
+        done = subprocess.run(
+            [program("promtool"), *command], cwd=DEPLOY / "prometheus", capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
