@@ -1,4 +1,4 @@
-"""What lies in deploy/: nginx and Caddy in front of a gateway, compose.yaml, the systemd unit, Prometheus and Grafana."""
+"""What lies in deploy/: nginx and Caddy before a gateway, compose.yaml, Prometheus and Grafana."""
 
 from __future__ import annotations
 
