@@ -29,7 +29,7 @@ TEXT
 
 fail() { printf 'build.sh: %s\n' "$*" >&2; exit 2; }
 
-platforms=() tags=() test='' only='' push='' cache=() verbose=''
+platforms=() tags=() test='' only='' push='' cache=() verbose='' run_on=''
 while [ $# -gt 0 ]; do
   case $1 in
     --platform) platforms+=("${2:?--platform: which?}") && shift ;;
@@ -49,7 +49,8 @@ done
 read -ra engine <<<"${ENGINE:-$(command -v docker || command -v podman || fail "neither docker nor podman is here")}"
 read -ra more <<<"${BUILD_ARGS:-}"
 version=$(sed -n 's/^VERSION = "\(.*\)"$/\1/p' gateway.py)
-[ ${#platforms[@]} -gt 0 ] || platforms=("linux/$(uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')")
+if [ ${#platforms[@]} -gt 0 ]; then run_on=--platform; fi
+[ -n "$run_on" ] || platforms=("linux/$(uname -m | sed 's/x86_64/amd64/; s/aarch64/arm64/')")
 if [ ${#tags[@]} = 0 ]; then
   [ -z "$push" ] || fail "--push needs a --tag that names a registry, such as ghcr.io/OWNER/claude-gateway:$version"
   tags=("claude-gateway:$version" claude-gateway:latest)
@@ -71,8 +72,10 @@ quietly() {
   fi
 }
 
+is_podman() { [[ ${engine[0]} == *podman ]]; }
+
 build() {
-  if [[ ${engine[0]} == *podman ]]; then
+  if is_podman; then
     quietly "${engine[@]}" build --format docker "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
   else
     quietly "${engine[@]}" buildx build --provenance=false "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
@@ -82,32 +85,37 @@ build() {
 # local_name PLATFORM: what one platform's image is called here, one of several by its architecture
 local_name() { if [ ${#platforms[@]} = 1 ]; then echo "${tags[0]}"; else echo "${tags[0]}-${1##*/}"; fi; }
 
-load=()
-if [[ ${engine[0]} != *podman ]]; then load=(--load); fi
+build_one() {
+  local names=(--tag "$(local_name "$1")")
+  if [ ${#platforms[@]} = 1 ]; then names=("${tags[@]/#/--tag=}"); fi
+  if is_podman; then build --platform "$1" "${names[@]}"; else build --platform "$1" --load "${names[@]}"; fi
+  echo "$(($("${engine[@]}" image inspect -f '{{.Size}}' "$(local_name "$1")") / 1000000)) MB"
+}
+
+# push_tag TAG: with podman, of what was built above
+push_tag() {
+  if [ ${#platforms[@]} = 1 ]; then quietly "${engine[@]}" push "$1"; return; fi
+  local list=claude-gateway-push-$$ images=()
+  for platform in "${platforms[@]}"; do images+=("$(local_name "$platform")"); done
+  quietly "${engine[@]}" manifest create "$list" "${images[@]}"
+  quietly "${engine[@]}" manifest push --all --rm "$list" "docker://$1"
+}
+
 for platform in "${platforms[@]}"; do
-  image=$(local_name "$platform")
   if [ -z "$only" ]; then
-    echo "== build $image for $platform"
-    names=(--tag "$image")
-    if [ ${#platforms[@]} = 1 ]; then names=("${tags[@]/#/--tag=}"); fi
-    build --platform "$platform" "${load[@]}" "${names[@]}"
+    echo "== build $(local_name "$platform") for $platform"
+    build_one "$platform"
   fi
   if [ -n "$test" ]; then
-    echo "== test $image"
-    SMOKE_ARGS="${SMOKE_ARGS:-}$([ -n "$only" ] || echo " --platform $platform")" deploy/smoke.sh "$image"
+    echo "== test $(local_name "$platform")"
+    SMOKE_ARGS="${SMOKE_ARGS:-}${run_on:+ $run_on $platform}" deploy/smoke.sh "$(local_name "$platform")"
   fi
 done
 
 if [ -z "$push" ]; then exit; fi
-for tag in "${tags[@]}"; do
-  echo "== push $tag"
-  if [[ ${engine[0]} != *podman ]]; then continue; fi
-  if [ ${#platforms[@]} = 1 ]; then quietly "${engine[@]}" push "$tag"; continue; fi
-  list=claude-gateway-push-$$
-  quietly "${engine[@]}" manifest create "$list" "${platforms[@]/#*\//${tags[0]}-}"
-  quietly "${engine[@]}" manifest push --all --rm "$list" "docker://$tag"
-done
-# docker makes index and push in one go, from the layers that it has
-if [[ ${engine[0]} != *podman ]]; then
+echo "== push ${tags[*]}"
+if is_podman; then
+  for tag in "${tags[@]}"; do push_tag "$tag"; done
+else # makes index and push in one go, from the layers that it has
   build --platform "$(IFS=, && echo "${platforms[*]}")" --push "${tags[@]/#/--tag=}"
 fi

@@ -490,3 +490,33 @@ def test_the_alerts_do_what_they_promise():
             [program("promtool"), *command], cwd=DEPLOY / "prometheus", capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs("systemd-analyze")
+def test_systemd_takes_the_unit_and_finds_it_locked_in(tmp_path):
+    """
+    No setting is misspelt, and what is exposed is as little as a network service can do with.
+    """
+    unit = tmp_path / "claude-gateway.service"
+    shipped = (DEPLOY / "claude-gateway.service").read_text()
+    unit.write_text(replaced(shipped, {"/opt/claude-gateway/venv/bin/claude-gateway": "/bin/true"}))
+    analyze = [program("systemd-analyze"), "--no-pager"]
+
+    verified = subprocess.run([*analyze, "verify", str(unit)], capture_output=True, text=True)
+    exposed = subprocess.run([*analyze, "security", "--offline=true", str(unit)], capture_output=True, text=True)
+
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert float(re.search(r"Overall exposure level .*: ([\d.]+)", exposed.stdout)[1]) <= 1.5
+
+
+def test_a_stop_waits_longer_than_the_gateway_lets_answers_run():
+    """
+    Docker's ten seconds, or systemd's ninety, would cut them.
+    """
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["gateway"]
+    unit = (DEPLOY / "claude-gateway.service").read_text()
+    readme = (DEPLOY.parent / "README.md").read_text()
+
+    waits = [compose["stop_grace_period"], re.search(r"TimeoutStopSec=(\w+)", unit)[1]]
+    waits.append(re.search(r"--stop-timeout (\d+)", readme)[1] + "s")
+    assert all(seconds(wait) > g.ServerConfig().drain for wait in waits), waits
