@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import msgspec
+import pytest
 from conftest import KEY
 
 import gateway as g
 
-README = (Path(g.__file__).parent / "README.md").read_text()
+ROOT = Path(g.__file__).parent
+README = (ROOT / "README.md").read_text()
 
 
 async def test_the_curl_of_the_first_screen_gets_the_answer_that_stands_below_it(start_gateway):
@@ -96,3 +98,48 @@ def test_every_outcome_stands_in_the_readme():
 
     assert len(outcomes) == 10
     assert [outcome for outcome in sorted(outcomes) if f"`{outcome}`" not in README] == []
+
+
+PAGES = ["README.md", "README.zh-CN.md", "CHANGELOG.md", "deploy/README.md"]
+
+
+def blocks(text: str) -> list[str]:
+    """The fenced blocks of a page."""
+    return re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_chinese_page_shows_the_same_commands_and_settings():
+    """
+    What is to be typed or pasted stands in both languages, letter by letter.
+    """
+    chinese = blocks((ROOT / "README.zh-CN.md").read_text())
+
+    assert len(chinese) >= 10
+    assert [block for block in chinese if block not in blocks(README)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """
+    To files and headings of this repository.
+    """
+    text = (ROOT / page).read_text()
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
+
+    missing = [
+        t for t in targets if not t.startswith("#") and not ((ROOT / page).parent / t.partition("#")[0]).exists()
+    ]
+    missing += [t for t in targets if t.startswith("#") and t[1:] not in headings]
+    assert missing == []
+
+
+def test_the_version_that_is_shown_is_the_programs():
+    """
+    The first screen is what a person sees who tries it.
+    """
+    text = "".join((ROOT / page).read_text() for page in PAGES)
+    shown = set(re.findall(r"claude-gateway (\d+\.\d+\.\d+)", text))
+
+    assert shown == {g.VERSION}
