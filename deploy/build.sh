@@ -89,7 +89,7 @@ build_one() {
   local names=(--tag "$(local_name "$1")")
   if [ ${#platforms[@]} = 1 ]; then names=("${tags[@]/#/--tag=}"); fi
   if is_podman; then build --platform "$1" "${names[@]}"; else build --platform "$1" --load "${names[@]}"; fi
-  echo "$(($("${engine[@]}" image inspect -f '{{.Size}}' "$(local_name "$1")") / 1000000)) MB"
+  echo "$(($("${engine[@]}" image inspect -f '{{.Size}}' "$(local_name "$1")") / 1000000)) MB, as the engine counts"
 }
 
 # push_tag TAG: with podman, of what was built above
