@@ -664,6 +664,15 @@ UPSTREAM_SETTINGS = (
 PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, tiers"
 TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
 A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
+
+
+def no_such_day() -> str:
+    """Python's words for February 30, which differ from version to version."""
+    with pytest.raises(ValueError) as caught:
+        dt.date(2027, 2, 30)
+    return str(caught.value)
+
+
 BAD = {
     "nothing": ("", "1: expected settings such as `upstreams:`, found nothing"),
     "comments": ("# soon\n", "1: expected settings such as `upstreams:`, found nothing"),
@@ -1004,7 +1013,7 @@ BAD = {
     ),
     "a day that is none": (
         KEYS + f"- {{name: a, key: {HASH}, expires: 2027-02-30}}\n",
-        "3: keys[0].expires: day is out of range for month",
+        f"3: keys[0].expires: {no_such_day()}",
     ),
     "enabled": (
         KEYS + f"- {{name: a, key: {HASH}, enabled: maybe}}\n",

@@ -545,9 +545,9 @@ def test_a_body_that_cannot_be_routed_is_refused(config, body, message):
         b'{"model": "\xff"}',
         b'{"model": "\\ud800"}',
         b'\xef\xbb\xbf{"model": "m"}',
-        b'{"model": "m", "messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"model": "m", "metadata": ' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
-        b"[" * 100_000,
+        b'{"model": "m", "messages": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}",
+        b'{"model": "m", "metadata": ' + b'{"a":' * 1_000_000 + b"1" + b"}" * 1_000_000 + b"}",
+        b"[" * 1_000_000,
     ],
     ids=["not UTF-8", "half a character", "a byte order mark", "deep messages", "deep metadata", "deep"],
 )
