@@ -46,7 +46,9 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-read -ra engine <<<"${ENGINE:-$(command -v docker || command -v podman || fail "neither docker nor podman is here")}"
+found=${ENGINE:-$(command -v docker || command -v podman || true)}
+[ -n "$found" ] || fail "neither docker nor podman is here"
+read -ra engine <<<"$found"
 read -ra more <<<"${BUILD_ARGS:-}"
 version=$(sed -n 's/^VERSION = "\(.*\)"$/\1/p' gateway.py)
 if [ ${#platforms[@]} -gt 0 ]; then run_on=--platform; fi
@@ -73,12 +75,13 @@ quietly() {
 }
 
 is_podman() { [[ ${engine[0]} == *podman ]]; }
+is_podman || [ -n "$only" ] || "${engine[@]}" buildx version >/dev/null 2>&1 || fail "docker has no buildx: install docker-buildx"
 
 build() {
   if is_podman; then
-    quietly "${engine[@]}" build --format docker "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
+    quietly "${engine[@]}" build --format docker ${cache[@]+"${cache[@]}"} "${labels[@]}" ${more[@]+"${more[@]}"} "$@" .
   else
-    quietly "${engine[@]}" buildx build --provenance=false "${cache[@]}" "${labels[@]}" "${more[@]}" "$@" .
+    quietly "${engine[@]}" buildx build --provenance=false ${cache[@]+"${cache[@]}"} "${labels[@]}" ${more[@]+"${more[@]}"} "$@" .
   fi
 }
 
@@ -116,6 +119,7 @@ if [ -z "$push" ]; then exit; fi
 echo "== push ${tags[*]}"
 if is_podman; then
   for tag in "${tags[@]}"; do push_tag "$tag"; done
-else # makes index and push in one go, from the layers that it has
+else # makes index and push in one go, from the layers that it has: what is pushed is what was built above
+  cache=()
   build --platform "$(IFS=, && echo "${platforms[*]}")" --push "${tags[@]/#/--tag=}"
 fi

@@ -7,7 +7,9 @@
 set -euo pipefail
 
 image=${1:?usage: deploy/smoke.sh IMAGE}
-read -ra engine <<<"${ENGINE:-$(command -v docker || command -v podman || { echo 'smoke.sh: neither docker nor podman is here' >&2; exit 2; })}"
+found=${ENGINE:-$(command -v docker || command -v podman || true)}
+[ -n "$found" ] || { echo "smoke.sh: neither docker nor podman is here" >&2; exit 2; }
+read -ra engine <<<"$found"
 read -ra more <<<"${SMOKE_ARGS:-}"
 name=claude-gateway-smoke-$$
 scratch=$(mktemp -d)
@@ -34,19 +36,21 @@ trap finish EXIT
 ok() { printf 'ok: %s\n' "$*"; }
 fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 
-# run [ARGUMENT…] IMAGE [COMMAND…]: hardened, as the README's line starts it
-run() {
+# hardened [ARGUMENT…] IMAGE [COMMAND…], as the README's line starts it
+hardened() {
   "${engine[@]}" run --name "$name" --read-only --cap-drop ALL --security-opt no-new-privileges --memory 256m --pids-limit 64 \
     "${more[@]}" "$@"
 }
 
+is_running() { [ "$("${engine[@]}" inspect -f '{{.State.Running}}' "$name")" = true ]; }
+
 # start: on the volume, until it listens
 start() {
-  run -d -v "$name:/data" "$@" >/dev/null
+  hardened -d -v "$name:/data" "$@" >/dev/null
   for _ in $(seq $((wait_s * 5))); do
     "${engine[@]}" logs "$name" >"$scratch/log" 2>&1
     if grep -q 'listens on' "$scratch/log"; then return; fi
-    if [ "$("${engine[@]}" inspect -f '{{.State.Running}}' "$name")" != true ]; then fail "it ended while it started"; fi
+    is_running || fail "it ended while it started"
     sleep 0.2
   done
   fail "it does not listen after $wait_s s"
@@ -81,9 +85,13 @@ stop() {
 # refuses EXPECTED SHELL-COMMAND: after the command on a new volume it ends with exit code 1 and one line that says so
 refuses() {
   "${engine[@]}" volume rm -f "$name" >/dev/null
-  run --rm --user 0 -v "$name:/data" --entrypoint sh "$image" -c "$2"
-  run -d -v "$name:/data" "$image" >/dev/null
-  code=$(timeout $wait_s "${engine[@]}" wait "$name" || true)
+  hardened --rm --user 0 -v "$name:/data" --entrypoint sh "$image" -c "$2"
+  hardened -d -v "$name:/data" "$image" >/dev/null
+  for _ in $(seq $((wait_s * 5))); do
+    is_running || break
+    sleep 0.2
+  done
+  code=$("${engine[@]}" inspect -f '{{.State.ExitCode}}' "$name")
   "${engine[@]}" logs "$name" >"$scratch/log" 2>&1
   "${engine[@]}" rm -f "$name" >/dev/null
   if [ "$code" != 1 ] || [ "$(wc -l <"$scratch/log")" != 1 ] || ! grep -q "$1" "$scratch/log"; then
