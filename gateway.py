@@ -2029,6 +2029,7 @@ class ConfigEditor:
 # --- 4. Ledger: what was spent, line by line ---------------------------------------
 
 FIRST_CHAIN = b"0" * 32
+UNFINISHED = "restore.unfinished"  # lies in the folder while a restore replaces its files
 SPANS = {"hour": 3600.0, "5h": 18000.0}  # seconds; these windows open with the first call
 STEP_S = 5  # seconds: the last minute slides in steps of so many …
 LAST_STEPS = 12  # … of which it has so many besides the present one, so that no 60 seconds ever hold more
@@ -3005,6 +3006,10 @@ class Ledger:
             self._folder = hold_folder(self.directory, fcntl.LOCK_SH)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "a backup is being restored there") from None
+        if (self.directory / UNFINISHED).exists():
+            os.close(self._folder)
+            self._folder = -1
+            raise OSError(errno.EBUSY, "a restore was broken off there: run it again, with --force")
         checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
         if checkpoint:
             self.fold.restore(checkpoint.books)
@@ -7641,22 +7646,55 @@ def read_secret(path: Path) -> bytes:
         raise CommandError(f"cannot read the sealing secret {place}: {error.strerror}") from None
 
 
-def read_steadily(path: Path) -> tuple[Config, bytes, bytes]:
-    """A good config, its text and its sealing secret, while editors and `seal --rotate` may be writing both.
+class Source(NamedTuple):
+    """What a backup is made of: the config's text, its secret, where the ledger lies; and what is to be told of it."""
+
+    text: bytes
+    secret: bytes
+    ledger: Path
+    mistake: str  # of the config, "" where it is good
+    ca_files: list[str]
+
+
+def ledger_place(text: str, path: Path) -> Path:
+    """Where the ledger lies, of a config that may be wrong elsewhere. Raises ConfigError."""
+    node = Document(text, path).find("usage", "directory")
+    if not isinstance(node, yaml.ScalarNode):
+        return path.parent / UsageConfig().directory
+    alone = Document(f"directory: {json.dumps(node.value)}", path)
+    return path.parent / str(alone.plain(os.environ)["directory"])
+
+
+def read_source(path: Path) -> Source | None:
+    """The config and its secret as they are now; None while an editor or `seal --rotate` is writing them.
+
+    A config with a mistake is taken as it is: the gateway serves from an older one, and its ledger is worth keeping.
+    Raises ConfigError, and CommandError.
+    """
+    text, secret = read_text(path), read_secret(path)
+    time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
+    if (text, secret) != (read_text(path), read_secret(path)):
+        return None
+    try:
+        config = config_as_kept(text, path, secret)
+    except ConfigError as error:
+        return Source(text.encode(), secret, ledger_place(text, path), str(error), [])
+    ca_files = [upstream.ca_file for upstream in config.upstreams if upstream.ca_file]
+    return Source(text.encode(), secret, config.usage_directory, "", ca_files)
+
+
+def read_steadily(path: Path) -> Source:
+    """What a backup of a config is made of, without a mistake if waiting a second helps.
 
     Raises ConfigError, and CommandError.
     """
-    for is_last in (*[False] * 20, True):
-        try:
-            text, secret = read_text(path), read_secret(path)
-            config = config_as_kept(text, path, secret)
-            time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
-            if (text, secret) == (read_text(path), read_secret(path)):
-                return config, text.encode(), secret
-        except ConfigError:
-            if is_last:
-                raise
-            time.sleep(0.05)
+    for _ in range(20):
+        with contextlib.suppress(ConfigError):
+            source = read_source(path)
+            if source and not source.mistake:
+                return source
+    if source := read_source(path):
+        return source
     raise CommandError(f"{path} is being changed all the time; nothing was backed up")
 
 
@@ -7787,17 +7825,18 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         Path(name).unlink(missing_ok=True)
 
 
-def missing_from_backup(config: Config, secret: bytes, is_left_out: bool) -> Iterator[str]:
-    """What is needed to restore a backup and not in it."""
+def missing_from_backup(source: Source, path: Path, is_left_out: bool) -> Iterator[str]:
+    """What a restore of a backup needs and does not find in it."""
     if is_left_out:
         yield "the sealing secret is not in it: without it no upstream's key can be read"
-    elif Vault.file(config.path.parent) is None:
+    elif Vault.file(path.parent) is None:
         yield "the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere"
-    elif not secret:
+    elif not source.secret:
         yield "there is no sealing secret to keep"
-    for upstream in config.upstreams:
-        if upstream.ca_file:
-            yield f"the ca_file of {upstream.name} is not in it: {upstream.ca_file}"
+    if source.mistake:
+        yield f"the config is in it as it is, with a mistake: {source.mistake}"
+    for ca_file in source.ca_files:
+        yield f"the ca_file {ca_file} is not in it"
 
 
 def manifest_of(members: Sequence[Held], now: float) -> Manifest:
@@ -7900,10 +7939,21 @@ def is_served(directory: Path, wait_s: float) -> bool:
 
 
 def give_to_owner_of(folder: Path, fd: int) -> None:
-    """Let a file that root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
+    """Let what root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
     owner = folder.stat()
     with contextlib.suppress(OSError):
         os.fchown(fd, owner.st_uid, owner.st_gid)
+
+
+def make_folder(path: Path, mode: int) -> None:
+    """A folder, and those above it, for the owner of the nearest that is there. Raises OSError."""
+    if path.exists():
+        return
+    make_folder(path.parent, 0o755)
+    path.mkdir(mode)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    give_to_owner_of(path.parent, fd)
+    os.close(fd)
 
 
 def keep_aside(path: Path, stamp: str) -> Path:
@@ -7919,20 +7969,25 @@ def keep_aside(path: Path, stamp: str) -> Path:
     return kept
 
 
+def is_already(path: Path, data: bytes) -> bool:
+    """Whether a file holds this."""
+    return path.exists() and path.read_bytes() == data
+
+
 def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
     """Put a whole file in place; what it was before is kept and returned. A symlink stays one.
 
     Raises OSError, and ConfigError.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and path.read_bytes() == data:
+    if is_already(path, data):
         return None
     if path.exists():
         kept = keep_aside(path, stamp)
         if in_place := replace_file(path, data):
             in_place.unlink()
         return kept
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, 0o755)
     with new_file(path) as file:
         file.write(data)
         os.fchmod(file.fileno(), mode)
@@ -7947,6 +8002,7 @@ class Restore:
     and then renamed file by file; config.yaml comes last. Raises CommandError, ConfigError, OSError, and DAMAGED.
     """
 
+    STAGED = ".restore-"  # the beginning of the folder's name
     WAIT_S = 1.5  # for a gateway to stir, where locks do not tell: several of its ticks
 
     def __init__(self, reader: BackupReader, path: Path, is_forced: bool) -> None:
@@ -7957,11 +8013,19 @@ class Restore:
         self.text = text
         try:
             used = self.secret if Vault.file(path.parent) else b""  # GATEWAY_SECRET is what a start will take
-            self.config = config_as_kept(text.decode("utf-8-sig"), path, used)
+            self.config: Config | None = config_as_kept(text.decode("utf-8-sig"), path, used)
+            self.directory = self.config.usage_directory
         except (ConfigError, UnicodeDecodeError) as error:
-            hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
+            self.config, self.directory = None, self._despite(error)
+
+    def _despite(self, error: Exception) -> Path:
+        """Where the ledger goes though the config does not work here, if that is wanted."""
+        hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
+        if not self.is_forced or isinstance(error, UnicodeDecodeError):
             raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
-        self.directory = self.config.usage_directory
+        place = ledger_place(self.text.decode("utf-8-sig"), self.path)
+        print(f"warning: the backup's config does not work here: {error}{hint}", file=sys.stderr)
+        return place
 
     def run(self) -> None:
         """Check and put in place."""
@@ -7969,8 +8033,10 @@ class Restore:
         is_new = not self.directory.exists()
         folder = self._hold()
         try:
+            for left in self.directory.glob(f"{self.STAGED}*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
             self._check_room()
-            with tempfile.TemporaryDirectory(prefix=".restore-", dir=self.directory) as staged:
+            with tempfile.TemporaryDirectory(prefix=self.STAGED, dir=self.directory) as staged:
                 self._unpack(Path(staged))
                 self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
                 self._put(Path(staged))
@@ -7990,14 +8056,14 @@ class Restore:
                 raise CommandError(f"a gateway runs on {directory}: stop it first; nothing was restored")
         secret = Vault.file(self.path.parent)
         there = [path for path in (self.path, *self._ledger_there()) if os.path.lexists(path)]
-        if secret and self.secret and secret.exists() and secret.read_bytes() != self.secret:
+        if secret and self.secret and secret.exists() and not is_already(secret, self.secret):
             there.append(secret)
         if there and not self.is_forced:
             raise CommandError(
                 f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
             )
         self._check_writable(self.path)
-        if secret and self.secret:
+        if secret and self.secret and not is_already(secret, self.secret):
             self._check_writable(secret)
 
     @staticmethod
@@ -8017,6 +8083,7 @@ class Restore:
 
     def _hold(self) -> int:
         """Let no gateway start before all is in place."""
+        make_folder(self.directory, 0o755)
         try:
             return hold_folder(self.directory, fcntl.LOCK_EX)
         except BlockingIOError:
@@ -8053,14 +8120,18 @@ class Restore:
             return 0, "", ""
 
     def _put(self, staged: Path) -> None:
-        """Ledger, secret, config: in this order a crash leaves the old config, and everything under some name."""
+        """Ledger, secret, config: so a crash leaves the old config, everything under some name, and the mark."""
+        mark = self.directory / UNFINISHED
         try:
+            mark.touch(0o640)
+            sync_folder(self.directory)
             self._put_ledger(staged)
             secret = Vault.file(self.path.parent)
             files = [(secret, self.secret, 0o600)] if secret and self.secret else []
             for path, data, mode in [*files, (self.path, self.text, 0o640)]:
                 if kept := put_file(path, data, mode, self.stamp):
                     self.kept.append(kept)
+            mark.unlink()
         except (OSError, ConfigError) as error:
             why = f"{error.filename or self.directory}: {why_not(error)}" if isinstance(error, OSError) else error
             kept_in = ", ".join(map(str, self.kept)) or "where it was"
@@ -8069,7 +8140,7 @@ class Restore:
     def _put_ledger(self, staged: Path) -> None:
         if there := self._ledger_there():
             aside = self.directory / self.stamp.removeprefix(".")
-            aside.mkdir(0o750)
+            make_folder(aside, 0o750)
             self.kept.append(aside)
             for path in there:
                 path.rename(aside / path.name)
@@ -8079,8 +8150,8 @@ class Restore:
 
     def report(self) -> Iterator[str]:
         """What was restored, and what to do next."""
-        config, manifest = self.config, self.reader.manifest
-        keys, upstreams = len(list(config.keys)), len(config.upstreams)
+        manifest = self.reader.manifest
+        keys, upstreams = (len(list(self.config.keys)), len(self.config.upstreams)) if self.config else ("?", "?")
         span = f", {self.first} to {self.last}" if self.count else ""
         yield f"Restored the backup of {manifest.time} to {self.path} and {self.directory}:"
         yield f"  keys: {keys}, upstreams: {upstreams}, ledger lines: {self.count:,}{span}"
@@ -8089,7 +8160,7 @@ class Restore:
             yield "  the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config"
         for path in self.kept:
             yield f"  what was there before is kept: {path}"
-        yield f"Start the gateway with: {PROGRAM} serve"
+        yield f"Start the gateway with: {PROGRAM} {'serve' if self.config else 'check, and mend what it names'}"
 
 
 # --- 14. Command line: serve, init, check, key, seal, upstream, usage, backup, restore; status is first of all ---
@@ -9202,19 +9273,18 @@ def standard_output() -> Iterator[IO[bytes]]:
 
 def command_backup(options: argparse.Namespace) -> None:
     """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
-    config, text, secret = read_steadily(options.config)
-    now = config.clock.wall()
+    source, now = read_steadily(options.config), time.time()
     name = f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.tar.gz"
     to = options.file or str(options.config.with_name(name))
-    small = [held_bytes("config.yaml", text)]
-    if secret and not options.without_secret:
-        small.append(held_bytes("gateway.secret", secret))
+    small = [held_bytes("config.yaml", source.text)]
+    if source.secret and not options.without_secret:
+        small.append(held_bytes("gateway.secret", source.secret))
     try:
         with standard_output() if to == "-" else new_file(Path(to).absolute()) as out:
-            manifest = back_up(out, config.usage_directory, small, now)
+            manifest = back_up(out, source.ledger, small, now)
     except OSError as error:
         raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
-    for line in missing_from_backup(config, secret, options.without_secret):
+    for line in missing_from_backup(source, options.config, options.without_secret):
         print(f"note: {line}", file=sys.stderr)
     found, size = ", ".join(manifest.files), sum(manifest.files.values())
     print(

@@ -236,6 +236,27 @@ def test_a_config_that_cannot_be_used_is_not_backed_up(site):
     assert "not YAML" in site.err and not Path("b.tar.gz").exists()
 
 
+def test_a_config_with_a_mistake_is_backed_up_with_its_ledger(site):
+    """
+    The gateway serves from an older one, and cron must not stop to copy the ledger; what is wrong is told each time.
+    """
+    wrong = site.config + "timeout: 5s\nusage:\n  directory: ${NOWHERE:-usage}\n"
+    site.write(wrong)
+
+    assert site.run("backup", "b.tar.gz") == 0
+    note = site.err
+    assert site.run("--config", "new/config.yaml", "restore", "b.tar.gz") == 1
+    refused = site.err
+    assert site.run("--config", "new/config.yaml", "restore", "--force", "b.tar.gz") == 0
+
+    assert "note: the config is in it as it is, with a mistake: " in note and "unknown" in note
+    assert refused.startswith("error: the backup's config does not work here, nothing was restored: ")
+    assert "warning: the backup's config does not work here: " in site.err
+    assert site.out.endswith("Start the gateway with: gateway.py check, and mend what it names\n")
+    assert Path("new/config.yaml").read_text() == wrong
+    assert everything(Path("new/usage")) == everything(Path("usage"))
+
+
 def test_a_terminal_gets_no_backup(site):
     """
     Nobody wants that on the screen; nor does a restore wait for somebody to type one.
@@ -459,6 +480,40 @@ def test_what_is_restored_is_what_was_there(site, backup):
         f"  the last chain value is {made['chain']}\n"
         "Start the gateway with: gateway.py serve\n"
     )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_root_restores_belongs_to_whom_the_place_belongs(site, backup):
+    """
+    The gateway runs as somebody else, who must be able to write its own ledger.
+    """
+    place = site.folder / "place"
+    place.mkdir()
+    os.chown(place, 10001, 10002)
+    config = ("--config", "place/below/config.yaml", "restore")
+
+    assert site.run(*config, "b.tar.gz") == 0
+    assert site.run(*config, "--force", "b.tar.gz") == 0
+
+    assert {(p.stat().st_uid, p.stat().st_gid) for p in place.rglob("*")} == {(10001, 10002)}
+    assert list(place.glob("below/usage/before-restore-*/usage-*"))
+
+
+def test_after_a_restore_that_was_broken_off_no_gateway_starts(site, backup, clock):
+    """
+    Between two renames the ledger has a gap, and limits would have forgotten what stood there.
+    """
+    usage = site.folder / "new" / "usage"
+    usage.mkdir(parents=True)
+    (usage / "restore.unfinished").touch()
+    (usage / ".restore-left").mkdir()
+
+    with pytest.raises(OSError, match="a restore was broken off there: run it again, with --force"):
+        g.Ledger(usage, 1, clock.clock).load()
+    assert site.run("--config", "new/config.yaml", "restore", "--force", "b.tar.gz") == 0
+
+    assert everything(usage) == everything(Path("usage"))
+    g.Ledger(usage, 1, clock.clock).load()
 
 
 def test_what_is_there_is_replaced_only_by_force_and_kept(site, backup):
