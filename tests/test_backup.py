@@ -92,6 +92,7 @@ def site(shell) -> Shell:
     """A config with a sealed key and a ledger of three months, one of them gzipped."""
     shell.run("init")
     shell.write(
+        "server: {port: 0}\n"
         "upstreams:\n"
         f"  - {{name: main, url: 'http://127.0.0.1:1', api_key: {API_KEY}}}\n"
         f"keys:\n  - {{name: alice, key: {g.seal_key(KEY)}}}\n"
@@ -575,14 +576,14 @@ async def test_a_gateway_that_runs_keeps_a_restore_away(site, backup, processes)
     os.waitpid(process.process.pid, os.WUNTRACED)  # noqa: ASYNC222 - until it stands still
     before = everything(site.folder)
 
-    code = site.run("restore", "b.tar.gz", "--force")
+    code, after = site.run("restore", "b.tar.gz", "--force"), everything(site.folder)
     os.kill(process.process.pid, signal.SIGCONT)
 
     assert (code, site.err) == (
         1,
         f"error: a gateway runs on {site.folder}/usage: stop it first; nothing was restored\n",
     )
-    assert everything(site.folder) == before
+    assert after == before
     assert process.end()[0] == 0
     assert site.run("restore", "b.tar.gz", "--force") == 0
 
