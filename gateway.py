@@ -8203,8 +8203,9 @@ def write_new(path: Path, text: str, mode: int) -> None:
     """Create a file that is not there yet. Raises CommandError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(text)
+        with new_file(path) as file:
+            file.write(text.encode())
+            os.fchmod(file.fileno(), mode)
     except OSError as error:
         raise CommandError(f"cannot write {path}: {why_not(error)}") from None
 
