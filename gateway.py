@@ -3003,13 +3003,13 @@ class Ledger:
         """
         files, started = LedgerFiles(self.directory), time.monotonic()
         try:
-            self._folder = hold_folder(self.directory, fcntl.LOCK_SH)
+            folder = hold_folder(self.directory, fcntl.LOCK_SH)
         except BlockingIOError:
             raise OSError(errno.EBUSY, "a backup is being restored there") from None
         if (self.directory / UNFINISHED).exists():
-            os.close(self._folder)
-            self._folder = -1
+            os.close(folder)
             raise OSError(errno.EBUSY, "a restore was broken off there: run it again, with --force")
+        self._folder = folder
         checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
         if checkpoint:
             self.fold.restore(checkpoint.books)
@@ -7629,10 +7629,9 @@ def config_as_kept(text: str, path: Path, secret: bytes) -> Config:
 
     Raises ConfigError.
     """
-    clock, environ = Clock(), os.environ
     try:
         vault = Vault(secret.decode().split(), "the backup") if secret else Vault.open(path.parent)
-        return Config(Document(text, path), vault, clock, environ)
+        return Config(Document(text, path), vault, Clock(), os.environ)
     except (SealError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -7643,7 +7642,7 @@ def read_secret(path: Path) -> bytes:
     try:
         return place.read_bytes() if place and place.exists() else b""
     except OSError as error:
-        raise CommandError(f"cannot read the sealing secret {place}: {error.strerror}") from None
+        raise CommandError(f"cannot read the sealing secret {place}: {why_not(error)}") from None
 
 
 class Source(NamedTuple):
@@ -7772,21 +7771,24 @@ class GzipWriter:
         self._out.write(self._packer.flush())
 
 
+def tar_member(name: str, size: int) -> tarfile.TarInfo:
+    """A file of a backup as the tar describes it: of now, and for its owner alone."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o600, int(time.time())
+    return info
+
+
 def write_backup(out: IO[bytes], members: Sequence[Held], tell: Callable[[str], None]) -> None:
     """Write files one after the other as a gzipped tar, then their digests. Tells each one. Raises OSError."""
     sums, packed = b"", GzipWriter(out)
     # GNU's format has files over 8 GB.
     with tarfile.open(fileobj=cast(IO[bytes], packed), mode="w|", format=tarfile.GNU_FORMAT) as tar:
         for name, file, size in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mode, info.mtime = size, 0o600, int(time.time())
             digest = Digest(file)
-            tar.addfile(info, cast(IO[bytes], digest))
+            tar.addfile(tar_member(name, size), cast(IO[bytes], digest))
             sums += digest.line(name)
             tell(f"{name}: {size:,} bytes")
-        info = tarfile.TarInfo(Manifest.SUMS)
-        info.size, info.mode, info.mtime = len(sums), 0o600, int(time.time())
-        tar.addfile(info, io.BytesIO(sums))
+        tar.addfile(tar_member(Manifest.SUMS, len(sums)), io.BytesIO(sums))
     packed.finish()
 
 
@@ -7962,10 +7964,8 @@ def keep_aside(path: Path, stamp: str) -> Path:
     try:
         os.link(path, kept)
     except OSError:  # a mount of its own, or no hard links here
-        with os.fdopen(os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with new_file(kept) as file:
             file.write(path.read_bytes())
-            file.flush()
-            os.fsync(file.fileno())
     return kept
 
 
