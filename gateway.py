@@ -6205,19 +6205,19 @@ class Relay:
 
         Raises AttemptFailed.
         """
-        call, choice = exchange.call, ticket.choice
-        upstream = choice.upstream
-        body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
-        target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        head = request_head(call, upstream, choice.api_key, target, len(body))
+        upstream = ticket.choice.upstream
         for fresh in (False, True):
+            request = self._request(exchange.call, ticket)
             attempt = exchange.attempt = Attempt(exchange, ticket, self._first_byte_s(exchange, ticket))
             line = await self.line(upstream, fresh)
             if exchange.done.done():  # the client went away meanwhile
                 line.abort()
                 break
             try:
-                attempt.begin(line, head, body)
+                attempt.begin(line, *request)
+                # The call lets go of its body at the first content; this frame stays for as long as the stream runs.
+                # 200 streams with bodies of 1 MB held 268 MB for it.
+                del request
                 return await exchange.done
             except AttemptFailed as failed:
                 if fresh or line.heard or not line.used_before or failed.failure is not CUT:
@@ -6225,6 +6225,14 @@ class Relay:
                 self.pool(upstream).forget_idle()  # they are as dead
                 exchange.retry()
         return exchange.done.result()
+
+    @staticmethod
+    def _request(call: Call, ticket: Ticket) -> tuple[bytes, bytes]:
+        """Head and body of the request for the upstream of a ticket. Raises BadRequest."""
+        choice, upstream = ticket.choice, ticket.choice.upstream
+        body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
+        target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        return request_head(call, upstream, choice.api_key, target, len(body)), body
 
     def _first_byte_s(self, exchange: Exchange, ticket: Ticket) -> float:
         """How long an upstream may be silent: less where another one stands ready to do better."""

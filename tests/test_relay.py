@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 from client import request_bytes
@@ -467,10 +468,10 @@ async def test_a_client_of_http_1_0_gets_its_answer_by_close_and_a_cut_by_reset(
 # --- the client goes away ---------------------------------------------------------------
 
 
-async def start_stream(gateway) -> object:
+async def start_stream(gateway, request: dict = HELLO_STREAM) -> object:
     """A client that has read the first bytes of a stream."""
     client = await gateway.connect()
-    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(request).encode()))
     await client.read_until(b'"Hel"')
     return client
 
@@ -932,6 +933,30 @@ async def test_a_client_that_never_reads_again_is_let_go(gateway, upstream):
     await gateway.settled()
 
     assert gateway.entries()[0]["outcome"] == "client_gone"
+
+
+@pytest.mark.parametrize("model", ["claude-test", "its-own-name"])
+async def test_a_stream_does_not_keep_its_request(start_gateway, upstream, model):
+    """
+    Streams run for hours: from their first content on the gateway holds nothing of the requests that began them.
+    """
+    upstream.script = [head(200, SSE), message_start(input_tokens=1), text("Hel"), stall()]
+    gateway = await start_gateway(config_text(upstream.url, f", models: {{claude-test: {model}}}"))
+    size, streams = 1 << 20, 8
+    request = HELLO_STREAM | {"system": "x" * size}
+    ours = tracemalloc.Filter(True, g.__file__)  # the fake upstream keeps every request
+
+    tracemalloc.start()
+    try:
+        before = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).traces)
+        for _ in range(streams):
+            await start_stream(gateway, request)
+        after = sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([ours]).traces)
+    finally:
+        tracemalloc.stop()
+
+    assert len(gateway.gateway.relay.running) == streams
+    assert after - before < size
 
 
 async def test_invariant_1_a_call_that_still_connects_at_the_stop_is_booked(start_gateway, upstream):
