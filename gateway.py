@@ -3784,31 +3784,93 @@ def downstream_headers(headers: Headers) -> Headers:
     ]
 
 
-class RequestPeek(msgspec.Struct):
-    """The few fields of a request's body that the gateway looks at; wrong types elsewhere are the upstream's matter."""
+# What is read of a request's body
+#
+# A body is up to `server.max_body` bytes of whatever a client likes, and all of it is read on the loop, before a limit
+# has been asked. A JSON tree in Python is up to 30 times as large as its text: 30 MB of nested lists as `metadata` took
+# 870 MB and stopped every other call for 6 s. So no value is built that is not looked at. `RequestPeek` keeps each
+# value as `msgspec.Raw`, a slice of the body, and msgspec skips its bytes in C (3 GB/s). A value that is looked at is
+# decoded by itself, into a typed struct, and only where it is short: what is longer than any honest one counts as not
+# said. Lists are walked item by item (`list_items`), with a bound on their number.
+
+Raw = msgspec.Raw | msgspec.UnsetType
+
+
+class RequestPeek(msgspec.Struct, gc=False):
+    """The fields of a request's body that the gateway looks at; wrong types elsewhere are the upstream's matter."""
 
     model: str = ""
-    stream: bool | None = None
-    metadata: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
+    stream: bool | msgspec.UnsetType | None = msgspec.UNSET
+    metadata: Raw = msgspec.UNSET
+    max_tokens: Raw = msgspec.UNSET
+    max_completion_tokens: Raw = msgspec.UNSET
+    max_output_tokens: Raw = msgspec.UNSET
+
+
+class Metadata(msgspec.Struct):
+    """`metadata` of a Messages request."""
+
+    user_id: str = ""
+
+
+class UserId(msgspec.Struct):
+    """What Claude Code 2.1.x writes into `metadata.user_id`, as JSON within JSON."""
+
+    session_id: str = ""
 
 
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
+MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
 PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
+RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
+Decoded = TypeVar("Decoded")
 
 
-def session_of(metadata: Any) -> str:
+def decode_short(value: Raw, kind: type[Decoded], default: Decoded) -> Decoded:
+    """Decode a value of at most MAX_SHORT bytes; `default` where it is absent, longer, or of another type."""
+    if value is msgspec.UNSET or len(cast(bytes, value)) > MAX_SHORT:
+        return default
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except UNREADABLE:
+        return default
+
+
+def value_end(text: memoryview, start: int) -> int:
+    """Find what follows the JSON value at `start`, white space skipped, without building the value.
+
+    msgspec skips one value and then complains of the byte behind it, counted from 1. Raises as decoding does.
+    """
+    try:
+        RAW_DECODER.decode(text[start:])
+    except msgspec.DecodeError as error:
+        trailing = re.search(r"trailing characters \(byte (\d+)\)", str(error))
+        if trailing is None:
+            raise
+        return start + int(trailing[1]) - 1
+    return len(text)
+
+
+def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
+    """The items of a JSON list, at most so many, each as its bytes; nothing where it is no list."""
+    start = 1
+    if not re.match(rb"\[[ \t\r\n]*[^\] \t\r\n]", text):
+        return
+    for _ in range(most):
+        end = value_end(text, start)
+        yield text[start:end]
+        if text[end] != ord(","):
+            return
+        start = end + 1
+
+
+def session_of(metadata: Raw) -> str:
     """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
-    user = metadata.get("user_id") if isinstance(metadata, dict) else None
-    if not isinstance(user, str):
-        return ""
+    user = decode_short(metadata, Metadata, Metadata()).user_id
     if user.startswith("{"):
         with contextlib.suppress(*UNREADABLE):
-            session = msgspec.json.decode(user, type=dict[str, Any]).get("session_id")
-            return session[:128] if isinstance(session, str) else ""
+            return msgspec.json.decode(user, type=UserId).session_id[:128]
     found = SESSION_ID.search(user)
     return found[1] if found else ""
 
@@ -3876,7 +3938,8 @@ def max_output(route: Route, peek: RequestPeek) -> float:
     if route.kind == "embeddings":
         return 0
     said = (peek.max_tokens, peek.max_completion_tokens, peek.max_output_tokens)
-    return min((value for value in said if isinstance(value, int) and value >= 0), default=math.inf)
+    counts = [decode_short(value, int, -1) for value in said if value is not msgspec.UNSET]
+    return min((count for count in counts if count >= 0), default=math.inf)
 
 
 def read_request(call: Call) -> None:
@@ -3902,24 +3965,47 @@ def read_request(call: Call) -> None:
 CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 
 
-class Speaker(msgspec.Struct):
+OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
+OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
+
+
+def has_value(value: Raw, text: bytes) -> bool:
+    """Whether a value stands there in just these bytes."""
+    return value is not msgspec.UNSET and len(cast(bytes, value)) == len(text) and bytes(cast(bytes, value)) == text
+
+
+def start_without_marks(text: memoryview) -> bytes:
+    """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
+    *pieces, last = CACHE_MARK.split(bytes(text[: OPENING_BYTES + 4096]))  # room for all the marks that there can be
+    return (b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last)[:OPENING_BYTES].rstrip()
+
+
+class Speaker(msgspec.Struct, gc=False):
     """Whose turn of a conversation it is."""
 
-    role: str = ""
+    role: Raw = msgspec.UNSET
 
 
-class Opening(msgspec.Struct):
+class Opening(msgspec.Struct, gc=False):
     """What stays the same in every request of a conversation."""
 
     system: msgspec.Raw = msgspec.Raw(b"")
-    messages: list[msgspec.Raw] = []
+    messages: msgspec.Raw = msgspec.Raw(b"")
 
-    def text(self) -> bytes:
-        """System and first user message, without the marks of prompt caching: they move on. Raises as decoding does."""
-        roles = (msgspec.json.decode(message, type=Speaker).role for message in self.messages)
-        first = next((i for i, role in enumerate(roles) if role == "user"), 0)
-        *pieces, last = CACHE_MARK.split(bytes(self.system) + b"".join(map(bytes, self.messages[: first + 1])))
-        return b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last
+    def digest(self) -> str:
+        """Hash system and the messages up to the first of the user; "" without messages. Raises as decoding does."""
+        opening = hashlib.blake2b(start_without_marks(memoryview(self.system)), digest_size=16)
+        starts: list[bytes] = []
+        for message in list_items(memoryview(self.messages), OPENING_MESSAGES):
+            starts.append(start_without_marks(message))
+            role = msgspec.json.decode(message, type=Speaker).role
+            if has_value(role, b'"user"'):
+                break
+        else:
+            starts = starts[:1]  # no user among them
+        for start in starts:
+            opening.update(start)
+        return opening.hexdigest() if starts else ""
 
 
 def find_affinity(call: Call) -> str:
@@ -3928,18 +4014,35 @@ def find_affinity(call: Call) -> str:
         call.affinity = call.session or call.key.name
         if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
             with contextlib.suppress(*UNREADABLE):
-                opening = msgspec.json.decode(call.body, type=Opening)
-                call.affinity = hashlib.blake2b(opening.text(), digest_size=16).hexdigest()
+                call.affinity = msgspec.json.decode(call.body, type=Opening).digest() or call.affinity
     return call.affinity
 
 
 THOUGHTS = ("thinking", "redacted_thinking")
+MAX_PIECES = 50_000  # messages and blocks of a request that is repaired: 1 µs each; 200,000 tokens are 2,000
 
 
-class Block(msgspec.Struct):
+class Turn(msgspec.Struct, gc=False):
+    """One message of a Messages request."""
+
+    content: msgspec.Raw
+    role: Raw = msgspec.UNSET
+
+
+class Block(msgspec.Struct, gc=False):
     """What kind of content a block is."""
 
     type: str = ""
+
+
+def with_content(message: memoryview, content: bytes) -> bytes:
+    """A message with another `content`. Raises BadRequest where it has more beside it than any honest one."""
+    old = msgspec.json.decode(message, type=Turn).content
+    if len(message) - len(bytes(old)) > MAX_SHORT:
+        raise BadRequest(f"A message has more than {MAX_SHORT} bytes beside its content, too many to be repaired.")
+    fields = msgspec.json.decode(message, type=dict[str, msgspec.Raw])
+    fields["content"] = msgspec.Raw(content)
+    return msgspec.json.encode(fields)
 
 
 def without_thinking(body: bytes) -> bytes:
@@ -3950,18 +4053,33 @@ def without_thinking(body: bytes) -> bytes:
     """
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        turns, kept = msgspec.json.decode(fields["messages"], type=list[dict[str, msgspec.Raw]]), []
-        in_chain = b'"tool_result"' in bytes(turns[-1].get("content", b"")) if turns else False
-        for turn in turns:
-            if bytes(turn.get("role", b"")) == b'"assistant"' and bytes(turn["content"])[:1] == b"[":
-                blocks = msgspec.json.decode(turn["content"], type=list[msgspec.Raw])
-                blocks = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
-                turn["content"] = msgspec.Raw(msgspec.json.encode(blocks))
-            if bytes(turn.get("content", b"")) != b"[]":
-                kept.append(turn)
+        messages = memoryview(fields["messages"])
+        if messages[0] != ord("["):
+            raise BadRequest("The request body is not as expected: messages is no list")
+        left = MAX_PIECES
+        kept: list[memoryview] = []
+        last = b""
+        for message in list_items(messages, left):
+            turn = msgspec.json.decode(message, type=Turn)
+            last = bytes(turn.content)
+            if has_value(turn.role, b'"assistant"') and last[:1] == b"[":
+                blocks = list(list_items(memoryview(last), left))
+                left -= len(blocks)
+                thoughtless = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
+                if len(thoughtless) < len(blocks):
+                    last = b"[%b]" % b",".join(thoughtless)
+                    message = memoryview(with_content(message, last))
+            left -= 1
+            if left <= 0:
+                raise BadRequest(
+                    f"The request has more than {MAX_PIECES} messages and blocks, too many to be repaired."
+                )
+            if last != b"[]":
+                kept.append(message)
+        in_chain = b'"tool_result"' in last
     except (*UNREADABLE, KeyError) as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
-    fields["messages"] = msgspec.Raw(msgspec.json.encode(kept))
+    fields["messages"] = msgspec.Raw(b"[%b]" % b",".join(kept))
     if in_chain:
         fields.pop("thinking", None)
         fields.pop("context_management", None)  # its clear_thinking edits need `thinking`

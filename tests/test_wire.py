@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sys
+import tracemalloc
 from collections.abc import Iterable
 
 import pytest
@@ -442,7 +445,7 @@ def test_the_session_is_found_in_the_metadata(metadata, session):
     """
     A session stays on its upstream, where its prompt cache lies; what names none is no error.
     """
-    assert g.session_of(metadata) == session
+    assert g.session_of(g.msgspec.Raw(json.dumps(metadata).encode())) == session
 
 
 REQUEST = {"model": "claude-test", "stream": True, "metadata": {"user_id": f"user_x_account__session_{UUID}"}}
@@ -573,6 +576,101 @@ def test_no_body_is_too_strange(config, body):
         return
 
     assert call.model == json.loads(body)["model"]
+
+
+# What reading a hostile body costs
+
+MANY = 1 << 20
+HOSTILE = {
+    "a tree as metadata": b'{"model": "m", "metadata": [%b0]}' % (b"[[]]," * MANY),
+    "a list as max_tokens": b'{"model": "m", "max_tokens": [%b0]}' % (b"0," * MANY),
+    "a list as stream": b'{"model": "m", "stream": [%b0]}' % (b"0," * MANY),
+    "tiny messages": b'{"model": "m", "messages": [%b0]}' % (b"{}," * MANY),
+    "a first message of pieces": b'{"model": "m", "messages": [{"role": "user", "content": [%b0]}]}' % (b"0," * MANY),
+    "a role that is a list": b'{"model": "m", "messages": [{"role": [%b0]}]}' % (b"0," * MANY),
+    "tiny messages with content": b'{"model": "m", "messages": [%b0]}' % (b'{"content":0},' * MANY),
+    "tiny blocks": b'{"model": "m", "messages": [{"role": "assistant", "content": [%b{}]}]}' % (b"{}," * MANY),
+    "blocks that are numbers": b'{"model": "m", "messages": [{"role": "assistant", "content": [%b0]}]}'
+    % (b"0," * MANY),
+    "many fields beside a thought": b'{"model": "m", "messages": [{"role": "assistant", %b"content": [%b]}]}'
+    % (b"".join(b'"%x":0,' % i for i in range(MANY // 4)), b'{"type": "thinking"}'),
+}
+
+
+@pytest.mark.parametrize("reader", [g.read_request, g.find_affinity, lambda call: g.without_thinking(call.body)])
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_reading_a_body_takes_less_memory_than_the_body_has(config, body, reader):
+    """
+    Any client can send 30 MB; a tree of them in Python would be 900 MB, and stop every other call for seconds.
+    """
+    call = call_of(config, body)
+    tracemalloc.start()
+
+    with contextlib.suppress(g.BadRequest):
+        reader(call)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak < 4 * len(body) + (8 << 20)
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_reading_a_body_makes_few_calls(config, body):
+    """
+    What Python does for a body is bounded; the rest is done in C, in one pass.
+    """
+    calls = 0
+
+    def count(frame, event, arg) -> None:
+        nonlocal calls
+        calls += 1
+
+    call = call_of(config, body)
+    sys.setprofile(count)
+    with contextlib.suppress(g.BadRequest):
+        g.read_request(call)
+        g.find_affinity(call)
+    sys.setprofile(None)
+
+    assert calls < 1000
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "read"),
+    [
+        (b"5", int, 5),
+        (b"1e2", int, 0),
+        (b'"x"', int, 0),
+        (b"true", int, 0),
+        (b"null", int, 0),
+        (b"[[[", int, 0),
+        (b'"%b"' % (b"x" * 8190), str, "x" * 8190),
+        (b'"%b"' % (b"x" * 8191), str, ""),
+    ],
+)
+def test_a_short_value_is_read_and_a_long_one_counts_as_not_said(value, kind, read):
+    """
+    No honest name or number has 8 KB; what has another type is the upstream's matter.
+    """
+    assert g.decode_short(g.msgspec.Raw(value), kind, kind()) == read
+
+
+SPACES = st.sampled_from([b"", b" ", b"\n\t", b"\r\n"])
+VALUES = st.sampled_from(
+    [b"0", b"-1.5e3", b"true", b"null", b'"a"', b'"]},\\""', b"[]", b"[1,[2]]", b'{"a":[{}]}', b"{}", b'"\\u005d"']
+)
+
+
+@given(st.lists(st.tuples(SPACES, VALUES, SPACES), max_size=6), SPACES, st.integers(0, 7))
+def test_a_list_is_walked_item_by_item(items, space, most):
+    """
+    The items are those of the list, however they are spaced, and no more than are wanted.
+    """
+    text = b"[%b]" % (b",".join(b"%b%b%b" % item for item in items) or space)
+
+    found = [bytes(item).strip() for item in g.list_items(memoryview(text), most)]
+
+    assert found == [value for _, value, _ in items][:most]
 
 
 # Another name for the model
