@@ -3792,6 +3792,12 @@ def downstream_headers(headers: Headers) -> Headers:
 # value as `msgspec.Raw`, a slice of the body, and msgspec skips its bytes in C (3 GB/s). A value that is looked at is
 # decoded by itself, into a typed struct, and only where it is short: what is longer than any honest one counts as not
 # said. Lists are walked item by item (`list_items`), with a bound on their number.
+#
+# Readers differ in which of two equal names of an object counts (msgspec: the last, others: the first), and Go's also
+# take `Model` for `model`: a client could be admitted by one model and served by another. So a name that stands twice
+# is refused (`check_names`), and any other spelling of a name that the gateway knows. To look at each name costs 1 µs
+# apiece; but what was read, written again without white space, is as long as an honest body, and each further name
+# would have made that longer. Only where the lengths differ are the names walked.
 
 Raw = msgspec.Raw | msgspec.UnsetType
 
@@ -3805,6 +3811,21 @@ class RequestPeek(msgspec.Struct, gc=False):
     max_tokens: Raw = msgspec.UNSET
     max_completion_tokens: Raw = msgspec.UNSET
     max_output_tokens: Raw = msgspec.UNSET
+
+
+# The other names that the APIs have, so that a body of these alone is known by its length.
+OTHER_NAMES = b"""
+    messages system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
+    service_tier container mcp_servers betas speed inference_geo fallbacks models diagnostics safeguards
+    stream_options stop n seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
+    reasoning_effort verbosity user input instructions prompt reasoning text store include parallel_tool_calls
+    previous_response_id prompt_cache_key prompt_cache_retention background client_metadata safety_identifier
+    truncation encoding_format dimensions
+""".split()
+KnownFields = msgspec.defstruct(
+    "KnownFields", [(name.decode(), Raw, msgspec.UNSET) for name in OTHER_NAMES], bases=(RequestPeek,), gc=False
+)
+KNOWN_NAMES = {b'"%b"' % name.encode(): name for name in KnownFields.__struct_fields__}
 
 
 class Metadata(msgspec.Struct):
@@ -3821,15 +3842,23 @@ class UserId(msgspec.Struct):
 
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
-PEEK_DECODER = msgspec.json.Decoder(RequestPeek)
+MAX_NAMES = 256  # at the top of a body; the APIs know 60
+MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
+PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
+ENCODER = msgspec.json.Encoder()
 RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
+NAME = re.compile(  # of an object's field, and its value if that is no object or list
+    rb"""[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]|\\.){0,%d}+")[ \t\r\n]*+:[ \t\r\n]*+"""
+    rb"""("[^"\\]*+(?:\\.[^"\\]*+)*+"|[^][{}", \t\r\n]++)?""" % MAX_NAME
+)
+END = re.compile(rb"[ \t\r\n]*+\{?[ \t\r\n]*+\}")
 SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
 Decoded = TypeVar("Decoded")
 
 
 def decode_short(value: Raw, kind: type[Decoded], default: Decoded) -> Decoded:
     """Decode a value of at most MAX_SHORT bytes; `default` where it is absent, longer, or of another type."""
-    if value is msgspec.UNSET or len(cast(bytes, value)) > MAX_SHORT:
+    if value is msgspec.UNSET or len(value) > MAX_SHORT:
         return default
     try:
         return msgspec.json.decode(value, type=kind)
@@ -3850,6 +3879,38 @@ def value_end(text: memoryview, start: int) -> int:
             raise
         return start + int(trailing[1]) - 1
     return len(text)
+
+
+def container_end(body: bytes, start: int, decoded: object) -> int:
+    """The end of the list or object at `start`; if it is the one that was decoded, by that one's length."""
+    if isinstance(decoded, msgspec.Raw) and body.startswith(decoded, start):
+        return start + len(decoded)
+    return value_end(memoryview(body), start)
+
+
+def check_names(body: bytes, fields: msgspec.Struct) -> None:
+    """Refuse a JSON object in which a name stands twice, or one that the gateway knows is spelled in another case.
+
+    `fields` is what was decoded of it. Raises BadRequest, and as decoding does.
+    """
+    if len(body) <= MAX_COPY and len(ENCODER.encode(fields)) == len(body):
+        return
+    found, at = set[str](), 0
+    while field := NAME.match(body, at):
+        spelled = folded = known = KNOWN_NAMES.get(field[1], "")
+        if not known:
+            spelled = msgspec.json.decode(field[1], type=str)
+            folded = spelled.casefold()
+            if spelled != folded and folded in fields.__struct_fields__:
+                raise BadRequest(f"{spelled}: this name is spelled {folded}")
+        if folded in found:
+            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case)")
+        found.add(folded)
+        if len(found) > MAX_NAMES:
+            raise BadRequest(f"The request has more than {MAX_NAMES} names")
+        at = field.end() if field[2] else container_end(body, field.end(), getattr(fields, known, None))
+    if not END.match(body, at):
+        raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
 
 
 def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
@@ -3946,6 +4007,7 @@ def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest."""
     try:
         peek = PEEK_DECODER.decode(call.body)
+        check_names(call.body, peek)
     except msgspec.ValidationError as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
     except UNREADABLE as error:
@@ -3971,7 +4033,7 @@ OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: t
 
 def has_value(value: Raw, text: bytes) -> bool:
     """Whether a value stands there in just these bytes."""
-    return value is not msgspec.UNSET and len(cast(bytes, value)) == len(text) and bytes(cast(bytes, value)) == text
+    return value is not msgspec.UNSET and len(value) == len(text) and bytes(value) == text
 
 
 def start_without_marks(text: memoryview) -> bytes:

@@ -492,8 +492,8 @@ def test_the_header_names_the_session_before_the_body_does(config, headers, sess
         b'{"model": "m", "stream": false, "metadata": null}',
         b'{"model": "m", "metadata": "x", "max_tokens": "many", "messages": 5}',
         b' \n{"messages": [{"role": "system"}], "unknown": {"model": "x", "stream": true}, "model": "m"} ',
-        b'{"model": "x", "model": "m"}',
         b'{"model": "m", "messages": "\xff"}',
+        b'{"model": "m", "__class__": {}, "": [1], "Unknown": {}, "unknown2": {"model": 1, "model": 2}}',
     ],
 )
 def test_what_a_body_says_beside_the_model_is_the_upstreams_matter(config, body):
@@ -671,6 +671,81 @@ def test_a_list_is_walked_item_by_item(items, space, most):
     found = [bytes(item).strip() for item in g.list_items(memoryview(text), most)]
 
     assert found == [value for _, value, _ in items][:most]
+
+
+# Names that stand twice
+
+DOUBLED = {
+    "the same name": (b'{"model": "a", "model": "b"}', "model: this name stands twice in the request (in any case)"),
+    "with the same value": (b'{"model":"a","model":"a"}', "model: this name stands twice"),
+    "in another case": (b'{"model": "a", "Model": "b"}', "Model: this name is spelled model"),
+    "in another case alone": (b'{"model": "a", "Max_Tokens": 5}', "Max_Tokens: this name is spelled max_tokens"),
+    "as Go folds it": ('{"model": "a", "me\u017f\u017fages": []}'.encode(), "me\u017f\u017fages: this name is spelled"),
+    "with an escape": (b'{"model": "a", "\\u006dodel": "b"}', "model: this name stands twice"),
+    "with an escape and another case": (b'{"model": "a", "\\u004dodel": "b"}', "Model: this name is spelled model"),
+    "an unknown name": (b'{"model": "a", "x-y": {}, "x-y": 1}', "x-y: this name stands twice"),
+    "an unknown name in another case": (b'{"model": "a", "xy": {}, "XY": 1}', "XY: this name stands twice"),
+    "a list and a part of it": (b'{"model": "a", "tools": [1], "tools": [1, 2]}', "tools: this name stands twice"),
+    "behind strings with brackets": (b'{"x": "\\"]}", "stop": ["}"], "model": "a", "stop": ["}"]}', "stop: "),
+    "with white space": (b'{\n"model"\t:\r"a" , "model" : "a" }', "model: this name stands twice"),
+    "a long name": (b'{"model": "a", "%b": 1}' % (b"x" * 257), "The request has a name of more than 256 characters"),
+    "many names": (
+        b'{"model": "a", %b}' % b",".join(b'"%d": 0' % i for i in range(256)),
+        "The request has more than 256 names",
+    ),
+    "a large body": (b'{"messages":["%b"],"model":"a","model":"a"}' % (b"x" * (1 << 20)), "model: this name stands"),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), DOUBLED.values(), ids=DOUBLED)
+def test_a_name_that_stands_twice_is_refused(config, body, message):
+    """
+    The gateway could admit one model and the upstream serve another: readers differ in which of two names counts.
+    """
+    with pytest.raises(g.BadRequest) as caught:
+        g.read_request(call_of(config, body))
+
+    assert caught.value.message.startswith(message)
+
+
+NAMES = st.sampled_from(["model", "Model", "stream", "max_tokens", "MAX_TOKENS", "x", "X", "messages", "é", "É", "a b"])
+WRITTEN = st.sampled_from([json.dumps, lambda name: json.dumps(name, ensure_ascii=False)])
+FIELDS = st.tuples(WRITTEN, NAMES, SPACES, SPACES, VALUES, SPACES)
+
+
+@settings(max_examples=300)
+@example([(json.dumps, "stop", b"", b"", b"[]", b"")] * 2)
+@given(st.lists(FIELDS, max_size=6))
+def test_exactly_the_bodies_with_doubled_names_are_refused(config, fields):
+    """
+    Each name once, in the spelling of the API: however the body is spaced, escaped and ordered.
+    """
+    rest = [field for field in fields if field[1] not in ("model", "stream")]
+    pieces = [b"%b%b:%b%b%b" % (write(name).encode(), a, b, value, c) for write, name, a, b, value, c in rest]
+    body = b"{%b}" % b",".join([*pieces, b'"model":"m"'])
+    names = [name for _, name, *_ in rest]
+    is_good = len({name.casefold() for name in names}) == len(names) and not {"Model", "MAX_TOKENS"} & set(names)
+
+    try:
+        g.read_request(call_of(config, body))
+    except g.BadRequest:
+        assert not is_good
+    else:
+        assert is_good
+
+
+def test_a_body_as_clients_write_it_is_checked_by_its_length(config):
+    """
+    Claude Code's JSON has no white space and no unknown name: no name of it is looked at.
+    """
+    body = json.dumps(REQUEST | {"max_tokens": 5, "messages": [{"content": "é"}], "system": []}, separators=(",", ":"))
+    calls = []
+
+    sys.setprofile(lambda frame, event, arg: calls.append(frame.f_code.co_name))
+    g.read_request(call_of(config, body.encode()))
+    sys.setprofile(None)
+
+    assert "check_names" in calls and "container_end" not in calls and "value_end" not in calls
 
 
 # Another name for the model
