@@ -152,7 +152,7 @@ import tempfile
 import time
 import zlib
 import zoneinfo
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +163,7 @@ from typing import (
     Annotated,
     Any,
     ClassVar,
+    Generic,
     Literal,
     NamedTuple,
     Protocol,
@@ -230,7 +231,7 @@ class Pace(NamedTuple):
     drain_idle_s: float = 10.0  # … at most so long in silence …
     drain_calls: int = 64  # … and so many at once
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
-    waiting_calls: int = 256  # calls that may wait for an upstream …
+    waiting_calls: int = 256  # calls that may wait for the same upstreams …
     waiting_bytes: int = 128 << 20  # … and their bodies
     backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
     max_backoff_s: float = 8.0  # … and at most
@@ -315,6 +316,7 @@ class Call:
         "model",
         "named",
         "query",
+        "reservation",
         "route",
         "servings",
         "session",
@@ -337,6 +339,7 @@ class Call:
         self.address = address
         self.started = config.clock.monotonic()
         self.started_wall = config.clock.wall()
+        self.reservation = cast("Reservation", None)  # what it holds, from its admission on
         self.body = b""
         self.bytes_up = 0
         self.input_estimate = 0  # tokens
@@ -717,6 +720,13 @@ class KeyRing:
         if key is None:
             raise KeyRefused("This gateway does not know the key that was sent. Ask whoever runs it.")
         return key
+
+    def find_again(self, key: Key) -> Key:
+        """A key of an earlier snapshot as it is in this one. Raises KeyRefused."""
+        found = self._by_digest.get(key.digest)
+        if found is None:
+            raise KeyRefused(f"This gateway does not know the key {key} any more. Ask whoever runs it.")
+        return found
 
 
 def credentials(headers: Headers) -> list[str]:
@@ -1841,6 +1851,12 @@ class Config:
             return cls(Document(text, path), Vault.open(path.parent, environ), clock, environ)
         except SealError as error:
             raise ConfigError(f"{path}: {error}") from None
+
+    def check_again(self, call: Call) -> Key:
+        """The key of a call that began before this snapshot. Raises KeyRefused or KeyForbidden."""
+        key = self.keys.find_again(call.key)
+        key.check(call.address, self.clock.wall())
+        return key
 
     def _price(self, model: str) -> ModelPrice:
         return next(price for pattern, price in self.file.prices if matches(pattern, model))
@@ -3366,25 +3382,25 @@ def reset_text(at: float | None, now: float, timezone: dt.tzinfo) -> str:
 class Scope:
     """What runs right now on a key, a team or the gateway. Survives reloads; what was spent is in its counters."""
 
-    __slots__ = ("began", "counters", "reserved", "running")
+    __slots__ = ("admitted", "counters", "reserved", "running")
 
     def __init__(self, counters: Counters) -> None:
         self.counters = counters
         self.running = 0
         self.reserved = {"tokens": 0, "usd": 0, "requests": 0}  # usd in nano-USD
-        self.began: dict[int, int] = {}  # running calls by the step in which they began
+        self.admitted: dict[int, int] = {}  # running calls, by the step of the last minute in which they were admitted
 
     def held(self, limit: Limit, now: float) -> float:
-        """What running calls hold of a limit. A call counts into requests/minute when it begins, not while it runs."""
+        """What running calls hold of a limit. In requests/minute a call counts when it is admitted, not as it runs."""
         if limit.unit == "requests" and limit.window == "minute":
-            return sum(calls for step, calls in self.began.items() if abs(now // STEP_S - step) <= LAST_STEPS)
+            return sum(calls for step, calls in self.admitted.items() if abs(now // STEP_S - step) <= LAST_STEPS)
         return self.reserved[limit.unit]
 
     def wait_s(self, limit: Limit, excess: float, now: float, weights: Weights) -> int:
         """In how many seconds so much of a limit per minute will have left the last minute; 1 to 60."""
         amounts = dict(self.counters.recent(limit.unit, now, weights))
         if limit.unit == "requests":
-            for step, calls in self.began.items():
+            for step, calls in self.admitted.items():
                 amounts[step] = amounts.get(step, 0) + calls
         for step in sorted(amounts):
             excess -= amounts[step]
@@ -3416,64 +3432,172 @@ class Standing(NamedTuple):
         return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
 
 
+T = TypeVar("T")
+
+
+class Waiter(Generic[T]):
+    """A call that waits its turn. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
+
+    __slots__ = ("call", "turn", "until")
+
+    def __init__(self, call: Call, until: float) -> None:
+        self.call = call
+        self.until = until  # monotonic
+        self.turn: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
+
+    def end(self, result: T | GatewayError) -> None:
+        """End the wait, if it has not ended."""
+        if not self.turn.done():
+            self.turn.set_result(result)
+
+    async def wait(self, gone: asyncio.Future[Any], if_gone: T | GatewayError) -> T:
+        """Wait for the turn; once the client has left (`gone` is resolved), for `if_gone`. Raises the refusal."""
+
+        def leave(_: object) -> None:
+            self.end(if_gone)
+
+        gone.add_done_callback(leave)
+        try:
+            result = await self.turn
+        finally:
+            gone.remove_done_callback(leave)
+        if isinstance(result, GatewayError):
+            raise result
+        return result
+
+
+W = TypeVar("W", bound=Waiter[Any])
+
+
+class WaitQueue(Generic[W]):
+    """Calls that wait for the same thing: those of one key in the order in which they came, the keys in turn.
+
+    A full queue belongs to nobody: the newest call of the key that has most waiting makes room for a key that has fewer
+    (longest queue drop). Every step takes the same time, however many wait; only the drop looks at each key once.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self._bound = bound
+        self._size = 0
+        self._by_key: OrderedDict[str, OrderedDict[W, None]] = OrderedDict()  # the first key is the next to be served
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[W]:
+        for waiters in self._by_key.values():
+            yield from waiters
+
+    def push(self, waiter: W) -> W | None:
+        """Let a call wait. Where the queue was full, one has to leave, which is returned; it may be this very one."""
+        own = self._by_key.setdefault(waiter.call.key.name, OrderedDict())
+        own[waiter] = None
+        self._size += 1
+        if self._size <= self._bound:
+            return None
+        longest = max(self._by_key.values(), key=len)
+        if len(own) == len(longest):
+            longest = own
+        dropped = next(reversed(longest))
+        self.remove(dropped)
+        return dropped
+
+    def first(self) -> W:
+        """Whose turn it is."""
+        return next(iter(next(iter(self._by_key.values()))))
+
+    def pop(self) -> W:
+        """Take out whose turn it is; its key's next turn comes after those of the others."""
+        waiter = self.first()
+        self._by_key.move_to_end(waiter.call.key.name)
+        self.remove(waiter)
+        return waiter
+
+    def remove(self, waiter: W) -> None:
+        """Take one out, wherever it stands, if it is still there."""
+        name = waiter.call.key.name
+        waiters = self._by_key.get(name)
+        if waiters is not None and waiter in waiters:
+            del waiters[waiter]
+            self._size -= 1
+            if not waiters:
+                del self._by_key[name]
+
+
 class Reservation:
-    """What one call holds, from its admission until it is booked: a slot, a request, tokens and money.
+    """What one call holds, from its admission until it is booked: slots, a request, tokens and money.
 
     A context manager: leaving it gives everything back, whatever happened.
     """
 
-    __slots__ = ("_began", "_held", "_limits", "has_slot", "key", "scopes")
+    __slots__ = ("_amounts", "_limits", "_step", "call", "scopes", "slots", "waiter")
 
     def __init__(self, limits: Limits, call: Call) -> None:
         self._limits = limits
-        self.key = call.key
-        self.scopes = limits.scopes(call.key)
-        self.has_slot = False
-        self._began = int(call.started_wall // STEP_S)
-        self._held: dict[str, int] = {}
+        self.call = call
+        self.scopes = limits.scopes(call.key)  # of the key, of its team, of the gateway
+        self.slots = 0  # so many of the scopes, from the first on, have given it a slot
+        self.waiter: Waiter[bool] | None = None  # where it had to wait for one
+        self._step: int | None = None  # of the last minute: where its request counts
+        self._amounts: dict[str, int] = {}
 
-    def take_slot(self) -> None:
-        """Count as running."""
-        self.has_slot = True
-        for _, scope in self.scopes:
+    def take_slots(self) -> bool:
+        """Take the slots that are still missing, one scope after the other; whether it has all of them now."""
+        for budget, scope in self.scopes[self.slots :]:
+            if scope.running >= budget.concurrent:
+                return False
             scope.running += 1
+            self.slots += 1
+        return True
+
+    @property
+    def full(self) -> tuple[Budget, Scope]:
+        """The budget whose slot is the next that it needs."""
+        return self.scopes[self.slots]
+
+    def hold_request(self, now: float) -> None:
+        """Count a request that is admitted at `now`, in seconds since 1970."""
+        self._step = int(now // STEP_S)
+        for _, scope in self.scopes:
+            scope.reserved["requests"] += 1
+            scope.admitted[self._step] = scope.admitted.get(self._step, 0) + 1
 
     def hold(self, amounts: dict[str, int]) -> None:
-        """Hold amounts, by unit, of every limit."""
-        self._held = amounts
+        """Hold tokens and money, by unit, of every limit."""
+        self._amounts = amounts
         for _, scope in self.scopes:
             for unit, amount in amounts.items():
                 scope.reserved[unit] += amount
-            scope.began[self._began] = scope.began.get(self._began, 0) + 1
+
+    def release(self) -> None:
+        """Give everything back. A second time there is nothing left to give."""
+        step, self._step = self._step, None
+        amounts, self._amounts = self._amounts, {}
+        for _, scope in self.scopes:
+            for unit, amount in amounts.items():
+                scope.reserved[unit] -= amount
+            if step is not None:
+                scope.reserved["requests"] -= 1
+                scope.admitted[step] -= 1
+                if not scope.admitted[step]:
+                    del scope.admitted[step]
+        if self.waiter:
+            self._limits.leave_queue(self)
+        self.return_slots()
+
+    def return_slots(self) -> None:
+        """Give the slots to those who wait for them."""
+        scopes = [scope for _, scope in self.scopes[: self.slots]]
+        self.slots = 0
+        for scope in scopes:
+            scope.running -= 1
+        self._limits.wake(scopes)
 
     def __enter__(self) -> Reservation:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for _, scope in self.scopes:
-            scope.running -= self.has_slot
-            for unit, amount in self._held.items():
-                scope.reserved[unit] -= amount
-            if self._held:
-                scope.began[self._began] -= 1
-                if not scope.began[self._began]:
-                    del scope.began[self._began]
-        if self.has_slot:
-            self.has_slot, self._held = False, {}
-            self._limits.wake()
-
-
-class Waiter(NamedTuple):
-    """A call that waits for a slot. `turn` is resolved: True with the slot taken, False when the wait is over."""
-
-    reservation: Reservation
-    turn: asyncio.Future[bool]
-    until: float
-
-    def leave(self, _: object = None) -> None:
-        """End the wait without a slot."""
-        if not self.turn.done():
-            self.turn.set_result(False)
+        self.release()
 
 
 class Limits:
@@ -3482,12 +3606,19 @@ class Limits:
     How far a limit can be passed: by what the calls that run at that moment cost beyond their reservations. A
     reservation is the input (bytes ÷ 4) and the output that the client allows, but at most `limits.reserve_output`
     and what is left.
+
+    A call needs a slot of each of its budgets that has `concurrent`: of its key's, its team's and the gateway's, taken
+    in this order. Where one has none left, the call keeps the slots that it has and waits in that budget's queue. So
+    a slot that becomes free is handed to the first of one queue, and nobody else is looked at. An example: alice and
+    bob may have 2 calls at once, the gateway 3. Alice sends 9 calls: 2 run, 7 wait in her own queue. Bob sends 2:
+    1 runs, 1 has bob's slot and waits in the gateway's queue. One of alice's ends: her slot goes to her next call,
+    which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
     """
 
     def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
         self._fold, self._clock, self._pace = fold, clock, pace
         self._scopes: dict[tuple[str, str], Scope] = {}
-        self._queue: list[Waiter] = []  # oldest first
+        self._queues: dict[Scope, WaitQueue[Waiter[bool]]] = {}  # of the scopes for whose slots somebody waits
 
     def scopes(self, key: Key) -> list[tuple[Budget, Scope]]:
         """Each budget that a key's calls count in, with what runs on it."""
@@ -3503,85 +3634,135 @@ class Limits:
     @property
     def waiting(self) -> int:
         """Calls that wait for a slot."""
-        return len(self._queue)
+        return sum(map(len, self._queues.values()))
 
-    def refuse_spent(self, config: Config, key: Key) -> None:
-        """Refuse a key of which some limit is used up. Raises LimitSpent or LimitFull."""
+    def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]]) -> None:
+        """Refuse one more call where some limit is used up, or holds no request more. Raises LimitSpent, LimitFull."""
         now = self._clock.wall()
-        for budget, scope in self.scopes(key):
+        for budget, scope in scopes:
             for limit in budget.limits:
-                self._left(config, budget, scope, limit, 0, now)
+                need = 1 if limit.unit == "requests" else 0
+                self._left(config, budget, scope, limit, need, now)
 
-    async def admit(self, call: Call, reservation: Reservation, gone: asyncio.Future[Any]) -> None:
-        """Take a slot, wait for one if need be, and reserve; `gone` is resolved when the client has left.
+    def enter(self, reservation: Reservation) -> None:
+        """The first step of an admission: take the slots and count the request, or wait for a slot in its queue.
 
-        Raises LimitSpent, LimitFull or ClientLeft. What is held by then, the reservation gives back.
+        Raises LimitSpent or LimitFull. What is held by then, the reservation gives back.
         """
+        call = reservation.call
         if call.route.kind == "count_tokens":
             return  # free, and never refused
-        full = self._full(reservation)
-        if full is None:
-            reservation.take_slot()
-        else:
-            self.refuse_spent(call.config, call.key)
-            await self._wait(call, reservation, full, gone)
-        self._reserve(call, reservation)
-
-    def _full(self, reservation: Reservation) -> Budget | None:
-        """The first budget that has no slot left."""
-        for budget, scope in reservation.scopes:
-            if scope.running >= budget.concurrent:
-                return budget
-        return None
-
-    async def _wait(self, call: Call, reservation: Reservation, full: Budget, gone: asyncio.Future[Any]) -> None:
+        self.refuse_spent(call.config, reservation.scopes)
+        if reservation.take_slots():
+            reservation.hold_request(self._clock.wall())
+            return
         wait_s = call.config.limits.queue
-        ahead = sum(budget.is_of(full) for waiter in self._queue for budget, _ in waiter.reservation.scopes)
-        if wait_s > 0 and ahead < self._pace.queue_calls:
-            until = self._clock.monotonic() + wait_s
-            waiter = Waiter(reservation, asyncio.get_running_loop().create_future(), until)
-            self._queue.append(waiter)
-            gone.add_done_callback(waiter.leave)
-            try:
-                await waiter.turn
-            finally:
-                gone.remove_done_callback(waiter.leave)
-                if waiter in self._queue:
-                    self._queue.remove(waiter)
-        if gone.done():
-            raise ClientLeft("The client left while its call waited for its turn.")
-        if not reservation.has_slot:
-            what = f"{full.concurrent:,.0f} calls at once, the limit of {full}"
-            raise LimitFull(f"More than {what}. Try again in a moment.{call.config.contact}", retry_after_s=5)
+        if wait_s <= 0:
+            raise self._too_many(reservation)
+        waiter = reservation.waiter = Waiter(call, self._clock.monotonic() + wait_s)
+        self._enqueue(reservation, waiter)
+        if waiter.turn.done():
+            raise self._too_many(reservation)
 
-    def wake(self) -> None:
-        """Let those in whose way nothing stands any more have their turn, oldest first."""
-        for waiter in tuple(self._queue):
-            if not waiter.turn.done() and self._full(waiter.reservation) is None:
-                waiter.reservation.take_slot()
-                waiter.turn.set_result(True)
-                self._queue.remove(waiter)
+    async def admit(self, call: Call, gone: asyncio.Future[Any]) -> None:
+        """The second step: have the slots, and hold tokens and money. `gone` is resolved when the client has left.
+
+        Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
+        """
+        if call.route.kind == "count_tokens":
+            return
+        waiter = call.reservation.waiter
+        if waiter:
+            await waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
+        self._reserve(call, call.reservation)
+
+    def _too_many(self, reservation: Reservation) -> LimitFull:
+        budget, _ = reservation.full
+        what = f"{budget.concurrent:,.0f} calls at once, the limit of {budget}"
+        contact = reservation.call.config.contact
+        return LimitFull(f"More than {what}. Try again in a moment.{contact}", retry_after_s=5)
+
+    def _enqueue(self, reservation: Reservation, waiter: Waiter[bool]) -> None:
+        """Let a call wait for the next slot that it needs. In a full queue one call's wait ends (`push`)."""
+        _, scope = reservation.full
+        queue = self._queues.get(scope)
+        if queue is None:
+            queue = self._queues[scope] = WaitQueue(self._pace.queue_calls)
+        dropped = queue.push(waiter)
+        if dropped:
+            dropped.end(self._too_many(dropped.call.reservation))
+
+    def leave_queue(self, reservation: Reservation) -> None:
+        """Wait no more."""
+        if reservation.waiter and reservation.slots < len(reservation.scopes):
+            _, scope = reservation.full
+            queue = self._queues.get(scope)
+            if queue is not None:
+                queue.remove(reservation.waiter)
+                if not queue:
+                    del self._queues[scope]
+
+    def wake(self, scopes: list[Scope]) -> None:
+        """Hand slots that have become free to those who wait for them: the gateway's, the team's, then the key's."""
+        if not self._queues:
+            return
+        for scope in reversed(scopes):
+            queue = self._queues.get(scope)
+            while queue:
+                budget, _ = queue.first().call.reservation.full
+                if scope.running >= budget.concurrent:
+                    break
+                self._go_on(queue.pop())
+            if queue is not None and not queue:
+                self._queues.pop(scope, None)
+
+    def _go_on(self, waiter: Waiter[bool]) -> None:
+        """Let a call take the slots that it still needs, as far as there are any."""
+        reservation = waiter.call.reservation
+        if waiter.turn.done():  # its client has left, or its time is over: its slots come back in a moment
+            return
+        if not reservation.take_slots():
+            self._enqueue(reservation, waiter)
+            return
+        try:
+            self.refuse_spent(waiter.call.config, reservation.scopes)
+        except GatewayError as refusal:
+            waiter.end(refusal)  # and its slots come back in a moment
+        else:
+            reservation.hold_request(self._clock.wall())
+            waiter.end(True)
+
+    def _waiters(self) -> list[Waiter[bool]]:
+        return [waiter for queue in self._queues.values() for waiter in queue]
 
     def reload(self, config: Config) -> None:
-        """Let those who wait see a new config's limits; whose key is gone keeps those that it came with."""
-        keys = {key.name: key for key in config.keys} if self._queue else {}
-        for waiter in self._queue:
-            key = keys.get(waiter.reservation.key.name)
-            if key and not waiter.reservation.has_slot:
-                waiter.reservation.scopes = self.scopes(key)
-        self.wake()
+        """Let those who wait see a new config's limits; who may not use its key any more is told so."""
+        if not self._queues:
+            return
+        # All queues are made anew, those first who were nearest to their turn: a key may have another team now.
+        waiters = sorted(self._waiters(), key=lambda waiter: -waiter.call.reservation.slots)
+        self._queues.clear()
+        for waiter in waiters:
+            waiter.call.reservation.return_slots()
+        for waiter in waiters:
+            try:
+                waiter.call.reservation.scopes = self.scopes(config.check_again(waiter.call))
+            except GatewayError as refusal:
+                waiter.end(refusal)
+            else:
+                self._go_on(waiter)
 
     def check(self) -> None:
         """End the waits that have lasted long enough."""
         now = self._clock.monotonic()
-        for waiter in self._queue:
+        for waiter in self._waiters():
             if now >= waiter.until:
-                waiter.leave()
+                waiter.end(self._too_many(waiter.call.reservation))
 
     def close(self) -> None:
         """End every wait."""
-        for waiter in self._queue:
-            waiter.leave()
+        for waiter in self._waiters():
+            waiter.end(self._too_many(waiter.call.reservation))
 
     def _reserve(self, call: Call, reservation: Reservation) -> None:
         """Hold the estimated input and the expected output in every window at once. Raises LimitSpent, LimitFull."""
@@ -3591,13 +3772,14 @@ class Limits:
         need = {
             "tokens": math.ceil(call.input_estimate * weights.input),
             "usd": math.ceil(call.input_estimate * price.input * 1e3),
-            "requests": 1,
         }
         output: float = min(call.max_output, config.limits.reserve_output)
         for budget, scope in reservation.scopes:
             for limit in budget.limits:
+                if limit.unit == "requests":
+                    continue  # held since the first step
                 left = self._left(config, budget, scope, limit, need[limit.unit], now)
-                if each.get(limit.unit):
+                if each[limit.unit]:
                     output = min(output, left / each[limit.unit])
         for unit, per_token in each.items():
             need[unit] += math.floor(output * per_token)
@@ -5161,23 +5343,23 @@ class Ticket:
         for health in self.trials:  # it never came to an answer: let another one find out
             if self.is_of_now(health):
                 health.is_tried = False
-        if self._upstreams.seekers:
-            self._upstreams.wake()
+        self._upstreams.wake()
 
 
-class Seeker(NamedTuple):
-    """A call that waits for an upstream. `found` is resolved with its ticket, or with None when the wait is over."""
+Wanted = tuple[tuple[UpstreamConfig, ...], frozenset[tuple[str, int]]]
 
-    call: Call
-    tried: set[tuple[str, int]]
-    found: asyncio.Future[Ticket | None]
-    not_before: float
-    until: float
 
-    def leave(self, _: object = None) -> None:
-        """End the wait."""
-        if not self.found.done():
-            self.found.set_result(None)
+class Seeker(Waiter[Ticket | None]):
+    """A call that waits for an upstream: for a ticket, or for None where nobody will be ready in time."""
+
+    __slots__ = ("not_before", "tried", "wanted")
+
+    def __init__(self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float) -> None:
+        super().__init__(call, until)
+        self.tried = tried
+        self.not_before = not_before
+        # Whom it may be sent to: where one that wants the same finds nobody ready, so does this one.
+        self.wanted: Wanted = tuple(serving.upstream for serving in call.servings), frozenset(tried)
 
 
 class Upstreams:
@@ -5187,7 +5369,8 @@ class Upstreams:
         self._clock, self._pace, self._chance = clock, pace, chance
         self._healths: dict[tuple[str, ...], Health] = {}
         self._choices: dict[UpstreamConfig, tuple[Choice, ...]] = {}
-        self.seekers: deque[Seeker] = deque()
+        self._queues: OrderedDict[Wanted, WaitQueue[Seeker]] = OrderedDict()  # by whom they may be sent to
+        self._later: list[Seeker] = []  # who may not be sent anywhere yet, the first first
         self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome, since the start
 
     # Who is asked
@@ -5266,28 +5449,58 @@ class Upstreams:
     async def wait(
         self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float, gone: asyncio.Future[Any]
     ) -> Ticket | None:
-        """A slot to ask somebody, from `not_before` on; waited for, first come first served, at most to `until`.
+        """A slot to ask somebody, from `not_before` on; waited for, the keys in turn, at most to `until`.
 
-        None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved).
+        None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved). Raises what a
+        reload says against the call's key.
         """
         now = self._clock.monotonic()
-        soonest = max(now + self.ready_in(call, tried), not_before)
-        waiting_bytes = sum(len(seeker.call.body) for seeker in self.seekers)
-        if waiting_bytes > self._pace.waiting_bytes or len(self.seekers) >= self._pace.waiting_calls or soonest > until:
+        if max(now + self.ready_in(call, tried), not_before) > until or len(self._later) >= self._pace.waiting_calls:
             return None
-        seeker = Seeker(call, tried, asyncio.get_running_loop().create_future(), not_before, until)
-        self.seekers.append(seeker)
-        gone.add_done_callback(seeker.leave)
+        if sum(len(seeker.call.body) for seeker in self._seekers()) > self._pace.waiting_bytes:
+            return None
+        seeker = Seeker(call, tried, not_before, until)
+        if not_before > now:
+            bisect.insort(self._later, seeker, key=lambda seeker: seeker.not_before)
+        else:
+            self._enqueue(seeker)
         try:
-            return await seeker.found
+            return await seeker.wait(gone, None)
         except asyncio.CancelledError:
-            if seeker.found.done() and not seeker.found.cancelled() and (ticket := seeker.found.result()):
+            if (
+                seeker.turn.done()
+                and not seeker.turn.cancelled()
+                and isinstance(ticket := seeker.turn.result(), Ticket)
+            ):
                 ticket.__exit__()
             raise
         finally:
-            gone.remove_done_callback(seeker.leave)
-            if seeker in self.seekers:
-                self.seekers.remove(seeker)
+            self._forget(seeker)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for an upstream."""
+        return len(self._later) + sum(map(len, self._queues.values()))
+
+    def _enqueue(self, seeker: Seeker) -> None:
+        queue = self._queues.get(seeker.wanted)
+        if queue is None:
+            queue = self._queues[seeker.wanted] = WaitQueue(self._pace.waiting_calls)
+        dropped = queue.push(seeker)
+        if dropped:
+            dropped.end(None)
+
+    def _forget(self, seeker: Seeker) -> None:
+        if seeker in self._later:
+            self._later.remove(seeker)
+        queue = self._queues.get(seeker.wanted)
+        if queue is not None:
+            queue.remove(seeker)
+            if not queue:
+                del self._queues[seeker.wanted]
+
+    def _seekers(self) -> list[Seeker]:
+        return [*self._later, *(seeker for queue in self._queues.values() for seeker in queue)]
 
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
@@ -5303,23 +5516,41 @@ class Upstreams:
         return choices[0].upstream.name, choices[0].key_health.why
 
     def wake(self) -> None:
-        """Give what is free to those who wait, oldest first."""
+        """Give what is free to those who wait: to the first of each queue, the queues in turn, while there is any."""
+        if not (self._queues or self._later):
+            return
         now = self._clock.monotonic()
-        for seeker in tuple(self.seekers):
-            if now < seeker.not_before or seeker.found.done():
-                continue
-            if ticket := self.take(seeker.call, seeker.tried):
-                self.seekers.remove(seeker)
-                seeker.found.set_result(ticket)
+        while self._later and self._later[0].not_before <= now:
+            self._enqueue(self._later.pop(0))
+        queues = deque(self._queues)
+        while queues:
+            wanted = queues.popleft()
+            queue = self._queues[wanted]
+            while queue and queue.first().turn.done():  # its client has left
+                queue.pop()
+            ticket = self.take(queue.first().call, queue.first().tried) if queue else None
+            if ticket:
+                queue.pop().end(ticket)
+                queues.append(wanted)
+                self._queues.move_to_end(wanted)
+            elif not queue:
+                del self._queues[wanted]
 
     def check(self) -> None:
         """Give what has cooled down to those who wait, and end the waits that have lasted long enough."""
-        if self.seekers:
-            self.wake()
-            now = self._clock.monotonic()
-            for seeker in self.seekers:
-                if now >= seeker.until:
-                    seeker.leave()
+        self.wake()
+        now = self._clock.monotonic()
+        for seeker in self._seekers():
+            if now >= seeker.until:
+                seeker.end(None)
+
+    def refuse_keys(self, config: Config) -> None:
+        """End the waits of those who may not use their key any more."""
+        for seeker in self._seekers():
+            try:
+                config.check_again(seeker.call)
+            except GatewayError as refusal:
+                seeker.end(refusal)
 
     def backoff_s(self, rounds: int) -> float:
         """How long a call waits before it asks the same ones again."""
@@ -5462,8 +5693,8 @@ class Upstreams:
 
     def close(self) -> None:
         """End every wait."""
-        for seeker in self.seekers:
-            seeker.leave()
+        for seeker in self._seekers():
+            seeker.end(None)
 
 
 RESET = "upstream.reset"  # beside the ledger: the name of an upstream whose health is to be forgotten
@@ -6332,7 +6563,7 @@ class Relay:
         self.running.add(exchange)
         try:
             return await self._answer(exchange)
-        except BadRequest as error:  # a body that a rename or a repair cannot read
+        except GatewayError as error:  # a body that a rename or a repair cannot read, a key that was revoked
             return Outcome("refused", error=error)
         except asyncio.CancelledError:
             if not exchange.done.done():
@@ -6923,8 +7154,9 @@ class Gateway:
             exchange.book = self.book
             if sink.is_gone:
                 exchange.client_gone()
-            with Reservation(self.limits, call) as reservation:
-                await self.limits.admit(call, reservation, exchange.done)
+            with Reservation(self.limits, call) as call.reservation:
+                self.limits.enter(call.reservation)
+                await self.limits.admit(call, exchange.done)
                 await self._carry(exchange)  # and settle, by its entry
         except GatewayError as error:
             self.refuse(call, sink, error)
@@ -7084,6 +7316,7 @@ class Gateway:
         self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
         self.relay.keep_only(config.upstreams)
         self.ledger.fsync_s = config.file.usage.fsync
+        self.relay.upstreams.refuse_keys(config)
         self.limits.reload(config)  # a higher limit lets those in that wait
         for warning in config.warnings:
             if warning not in before.warnings:
@@ -7398,7 +7631,7 @@ class ClientConnection(asyncio.Protocol):
         gateway.check_open()
         config = gateway.config
         if route.kind != "count_tokens":
-            gateway.limits.refuse_spent(config, key)
+            gateway.limits.refuse_spent(config, gateway.limits.scopes(key))
         for name, value in self._headers:
             lower = name.lower()
             if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import json
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,22 @@ async def until(condition: Callable[[], object], within_s: float = 2.0) -> None:
     async with asyncio.timeout(within_s):
         while not condition():
             await asyncio.sleep(0.001)
+
+
+def calls_made(step: Callable[[], None]) -> int:
+    """How many Python and C functions a step calls."""
+    count = 0
+
+    def counted(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
 
 
 class FakeClock:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from pathlib import Path
 
+import msgspec
 import pytest
-from conftest import KEY, START, FakeClock, until
+from conftest import KEY, START, FakeClock, calls_made, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -940,7 +941,7 @@ def test_no_header_makes_reading_it_fail(headers, now):
 
 async def begun(world: World, number: int) -> None:
     """Let so many calls begin to wait."""
-    await until(lambda: len(world.upstreams.seekers) == number)
+    await until(lambda: world.upstreams.waiting == number)
 
 
 async def test_a_freed_slot_goes_to_whoever_has_waited_longest():
@@ -963,7 +964,7 @@ async def test_a_freed_slot_goes_to_whoever_has_waited_longest():
     await asyncio.gather(*tasks)
 
     assert order == [(i, 1) for i in range(5)]
-    assert (world.running(), len(world.upstreams.seekers)) == ({"a": [0, 0]}, 0)
+    assert (world.running(), world.upstreams.waiting) == ({"a": [0, 0]}, 0)
 
 
 async def test_a_freed_slot_goes_to_the_oldest_whom_it_fits():
@@ -1006,6 +1007,55 @@ async def test_so_many_wait_and_no_more():
     assert [await task for task in waiting] == [None, None]
 
 
+def of_bob(call: g.Call) -> g.Call:
+    """The call as another key's."""
+    call.key = msgspec.structs.replace(call.key, name="bob")
+    return call
+
+
+async def test_keys_that_wait_for_an_upstream_have_their_turns_one_after_the_other():
+    """
+    Many calls of one key do not keep another key's call behind all of them, nor out of a full queue.
+    """
+    world = World({"a": "max_connections: 1"}, pace=g.Pace(waiting_calls=3))
+    ticket, order = world.take(), []
+
+    async def wait(name: str, call: g.Call) -> None:
+        got = await world.waiting(call)[0]
+        order.append(name if got else f"{name} had to leave")
+        if got:
+            got.__exit__()
+
+    tasks = []
+    for i, call in enumerate([world.call(), world.call(), world.call(), of_bob(world.call())]):
+        tasks.append(asyncio.ensure_future(wait(f"{call.key.name} {i}", call)))
+        await begun(world, min(i + 1, 3))
+    await until(lambda: order)
+    ticket.__exit__()
+    await asyncio.gather(*tasks)
+
+    assert order == ["alice 2 had to leave", "alice 0", "bob 3", "alice 1"]
+
+
+async def test_a_freed_upstream_costs_the_same_however_many_wait():
+    """
+    The end of an attempt looks for one call that it suits, whoever else waits behind it.
+    """
+    found = []
+    for count in (10, 200):
+        world = World({"a": "max_connections: 1", "b": 'models: ["other"], max_connections: 1'})
+        ticket, at_b = world.take(), world.take(model="other")
+        tasks = [world.waiting(world.call(model=(MODEL, "other")[i % 2]))[0] for i in range(count)]
+        await begun(world, count)
+        found.append(calls_made(ticket.__exit__))
+        assert world.upstreams.waiting == count - 1
+        world.upstreams.close()
+        await asyncio.gather(*tasks)
+        at_b.__exit__()
+
+    assert found[1] <= found[0]
+
+
 async def test_a_wait_ends_at_its_deadline():
     """
     The clock's next look after it ends the wait with nothing; not one before.
@@ -1017,12 +1067,12 @@ async def test_a_wait_ends_at_its_deadline():
 
     world.clock.advance(29.9)
     world.upstreams.check()
-    before = world.upstreams.seekers[0].found.done()
+    before = task.done()
     world.clock.advance(0.1)
     world.upstreams.check()
 
     assert (before, await task) == (False, None)
-    assert not world.upstreams.seekers
+    assert not world.upstreams.waiting
 
 
 @pytest.mark.parametrize("is_early", [True, False])
@@ -1039,7 +1089,7 @@ async def test_a_wait_ends_when_the_client_leaves(is_early):
 
     found = await task
 
-    assert (found, len(world.upstreams.seekers)) == (None, 0)
+    assert (found, world.upstreams.waiting) == (None, 0)
     ticket.__exit__()
     assert world.running() == {"a": [0, 0]}
 
@@ -1054,8 +1104,8 @@ async def test_a_call_for_which_nobody_can_be_ready_in_time_does_not_wait(until_
     world.fail("401")
 
     task, _ = world.waiting(world.call(), until_s=until_s)
-    await until(lambda: task.done() or world.upstreams.seekers)
-    waits = len(world.upstreams.seekers)
+    await until(lambda: task.done() or world.upstreams.waiting)
+    waits = world.upstreams.waiting
     world.clock.advance(1800)
     world.upstreams.check()
     found = await task
@@ -1114,7 +1164,7 @@ async def test_a_cancelled_wait_gives_its_slot_back(has_ticket):
         ticket.__exit__()
     (await behind).__exit__()
 
-    assert (world.running(), len(world.upstreams.seekers)) == ({"a": [0, 0]}, 0)
+    assert (world.running(), world.upstreams.waiting) == ({"a": [0, 0]}, 0)
 
 
 @pytest.mark.logs("is left alone")

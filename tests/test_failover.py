@@ -463,14 +463,14 @@ async def test_bodies_that_wait_are_bounded(start_gateway, upstreams, caplog):
     upstreams["a"].script = FAULTS["529 with retry-after"]
     client = await gateway.connect()
     await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
-    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+    await until(lambda: gateway.gateway.relay.upstreams.waiting)
 
     refused = await gateway.post("/v1/messages", HELLO)
 
     assert (refused.status, refused.error["type"]) == (529, "overloaded_error")
-    assert len(gateway.gateway.relay.upstreams.seekers) == 1
+    assert gateway.gateway.relay.upstreams.waiting == 1
     client.abort()
-    await until(lambda: not gateway.gateway.relay.upstreams.seekers)
+    await until(lambda: not gateway.gateway.relay.upstreams.waiting)
     caplog.clear()
 
 
@@ -658,10 +658,10 @@ async def test_a_client_that_leaves_between_two_attempts_ends_the_call(start_gat
     upstreams["a"].script = FAULTS["529 with retry-after"]
     client = await gateway.connect()
     await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
-    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+    await until(lambda: gateway.gateway.relay.upstreams.waiting)
 
     client.abort()
-    await until(lambda: not gateway.gateway.relay.upstreams.seekers)
+    await until(lambda: not gateway.gateway.relay.upstreams.waiting)
     await gateway.settled()
 
     (entry,) = gateway.entries()
@@ -783,7 +783,7 @@ async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_
     upstreams["a"].script = failing
     client = await gateway.connect()
     await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
-    await until(lambda: gateway.gateway.relay.upstreams.seekers)
+    await until(lambda: gateway.gateway.relay.upstreams.waiting)
 
     client.abort()
     await until(lambda: not gateway.gateway.relay.running)
@@ -916,7 +916,7 @@ async def test_a_full_upstream_leaves_the_rest_to_others_and_then_lets_them_wait
     calls = []
     for i in range(4):
         calls.append(asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))))
-        await until(lambda i=i: len(order) + len(gateway.gateway.relay.upstreams.seekers) == i + 1)
+        await until(lambda i=i: len(order) + gateway.gateway.relay.upstreams.waiting == i + 1)
 
     assert order == ["question 0", "question 1"]
     gates[1].set()
@@ -1026,7 +1026,7 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     go_on = asyncio.Event()
     upstreams["a"].script = lambda request: [wait_for(go_on), *stream_of("Hello")]
     calls = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(5)]
-    await until(lambda: len(gateway.gateway.relay.upstreams.seekers) == 4 and len(upstreams["a"].requests) > 3)
+    await until(lambda: gateway.gateway.relay.upstreams.waiting == 4 and len(upstreams["a"].requests) > 3)
     asked = len(upstreams["a"].requests)
     go_on.set()
     replies = await asyncio.gather(*calls)

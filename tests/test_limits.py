@@ -6,13 +6,27 @@ import asyncio
 import base64
 import json
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from client import Reply, request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, GatewayUnderTest, until
+from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, FakeClock, GatewayUnderTest, calls_made, until
 from hypothesis import given
 from hypothesis import strategies as st
-from upstream import close, head, json_body, message_json, message_start, reset_peer, stall, text, wait_for
+from upstream import (
+    Request,
+    Step,
+    close,
+    head,
+    json_body,
+    message_json,
+    message_start,
+    reset_peer,
+    stall,
+    text,
+    wait_for,
+)
 
 import gateway as g
 
@@ -58,7 +72,7 @@ async def idle(gateway: GatewayUnderTest) -> None:
     """Wait for every call's end; then nobody holds anything."""
     await gateway.settled()
     limits = gateway.gateway.limits
-    held = {name: (s.running, s.reserved, s.began) for name, s in limits._scopes.items()}
+    held = {name: (s.running, s.reserved, s.admitted) for name, s in limits._scopes.items()}
     assert held and held == dict.fromkeys(held, (0, PLAIN, {}))
     assert limits.waiting == 0
 
@@ -505,6 +519,294 @@ async def test_a_queue_has_a_length(start_gateway, upstream):
     await stop(gateway)
     await asyncio.gather(*calls)
     await idle(gateway)
+
+
+async def test_keys_that_wait_have_their_turns_one_after_the_other(start_gateway, upstream):
+    """
+    A key with many calls in the gateway's queue does not keep another key's call behind all of them.
+    """
+    served: list[str] = []
+
+    def script(request: Request) -> list[Step]:
+        served.append(request.json["messages"][0]["content"])
+        return [wait_for(go[len(served) - 1]), *SPENDS]
+
+    go = [asyncio.Event() for _ in range(5)]
+    upstream.script = script
+    gateway = await start_gateway(config(upstream.url, whole="gateway: {concurrent: 1}"))
+    calls = []
+    for i, (name, token) in enumerate([("alice", KEY)] * 4 + [("bob", BOB)]):
+        request = HELLO | {"messages": [{"role": "user", "content": f"{name} {i}"}]}
+        calls.append(asyncio.ensure_future(gateway.post("/v1/messages", request, token)))
+        await until(lambda i=i: gateway.gateway.limits.waiting == i and len(served) == 1)
+
+    for i, signal in enumerate(go):
+        signal.set()
+        await until(lambda i=i: len(served) == min(i + 2, 5))
+
+    assert [(await call).status for call in calls] == [200] * 5
+    assert served == ["alice 0", "alice 1", "bob 4", "alice 2", "alice 3"]
+    await idle(gateway)
+
+
+async def test_one_key_cannot_fill_a_queue_that_others_share(start_gateway, upstream):
+    """
+    In a full queue the newest call of the key that has most waiting makes room for a key that has fewer.
+    """
+    upstream.script = [stall()]
+    pace = GatewayUnderTest.PACE._replace(queue_calls=3)
+    gateway = await start_gateway(config(upstream.url, whole="gateway: {concurrent: 1}"), pace)
+    running = post(gateway)
+    await upstream.request_came()
+    alice = []
+    for count in (1, 2, 3):
+        alice.append(post(gateway))
+        await until(lambda count=count: gateway.gateway.limits.waiting == count)
+
+    refused = await post(gateway)
+    bob = [post(gateway, BOB)]
+    made_room = await alice[2]
+    bob.append(post(gateway, BOB))
+    bobs_second = await bob[1]
+
+    words = "More than 1 calls at once, the limit of this gateway. Try again in a moment."
+    for reply in (refused, made_room, bobs_second):  # bob's second would leave him with as many as alice
+        assert refusal(reply) == (429, "rate_limit_error", None, "5") and reply.error["message"] == words
+    assert [call.done() for call in (*alice, *bob)] == [False, False, True, False, True]
+    await stop(gateway)
+    await asyncio.gather(running, *alice, *bob)
+    await idle(gateway)
+
+
+async def test_a_slot_of_the_key_is_kept_while_the_gateways_is_waited_for(start_gateway, upstream):
+    """
+    Slots are taken one budget after the other; a call that leaves half way gives back those that it has.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    limits = config(upstream.url, "concurrent: 1", team="concurrent: 2", whole="gateway: {concurrent: 1}")
+    gateway = await start_gateway(limits)
+    running = post(gateway, BOB)
+    await upstream.request_came()
+    first = await gateway.connect()
+    await first.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    second = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 2)
+    taken = {scope[0]: s.running for scope, s in gateway.gateway.limits._scopes.items() if scope[1] != "bob"}
+
+    first.abort()
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    go.set()
+
+    assert taken == {"key": 1, "team": 2, "gateway": 1}
+    assert [(await call).status for call in (running, second)] == [200, 200]
+    await idle(gateway)
+
+
+REVOKED = {
+    "removed": (", enabled: true", "", 401, "does not know the key alice (…stuv) any more"),
+    "disabled": (", enabled: true", ", enabled: false", 403, "is disabled"),
+    "expired": (", expires: 2026-09-22", ", expires: 2026-09-20", 401, "expired at 2026-09-21 00:00 UTC"),
+}
+
+
+@pytest.mark.parametrize("waits_for", ["a slot", "an upstream"])
+@pytest.mark.parametrize("how", REVOKED)
+async def test_a_revoked_keys_waiting_calls_end(start_gateway, upstream, how, waits_for):
+    """
+    Whoever waits when the key is removed, disabled or expires by a reload is told so at once, as a new call is.
+    """
+
+    def text_of(more: str, key: str = KEY) -> str:
+        limits, at_once = (", limits: {concurrent: 1}", "") if waits_for == "a slot" else ("", ", max_connections: 1")
+        return config(upstream.url, upstream=at_once).replace(f"key: {KEY}", f"key: {key}{limits}{more}")
+
+    before, after, status, words = REVOKED[how]
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    gateway = await start_gateway(text_of(before))
+    running = post(gateway)
+    await upstream.request_came()
+    waiting = post(gateway)
+    queue = gateway.gateway.limits if waits_for == "a slot" else gateway.gateway.relay.upstreams
+    await until(lambda: queue.waiting == 1)
+
+    assert await gateway.write(text_of(after, "sk-proxy-another-0123456789abcdef" if how == "removed" else KEY))
+    reply = await waiting
+    go.set()
+
+    assert (reply.status, reply.headers["x-should-retry"]) == (status, "false") and words in reply.error["message"]
+    assert (await running).status == 200
+    await idle(gateway)
+
+
+async def test_a_key_that_is_given_another_team_waits_in_its_queue(start_gateway, upstream):
+    """
+    A reload makes all queues anew: slots of budgets that are no longer the key's are given back.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+
+    def text_of(team: str) -> str:
+        text = config(upstream.url, team="concurrent: 1", whole="gateway: {concurrent: 2}")
+        text = text.replace(
+            "limits: {concurrent: 1}}]", "limits: {concurrent: 1}}, {name: spare, limits: {concurrent: 1}}]"
+        )
+        return text.replace(f"key: {KEY}, team: crew", f"key: {KEY}, team: {team}")
+
+    gateway = await start_gateway(text_of("crew"))
+    running = post(gateway, BOB)
+    await upstream.request_came()
+    waiting = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    await gateway.write(text_of("spare"))
+    await upstream.request_came(2)
+    go.set()
+
+    assert [(await call).status for call in (running, waiting)] == [200, 200]
+    await idle(gateway)
+
+
+async def waiters_in(limits: g.Limits, snapshot: g.Config, count: int) -> list[g.Reservation]:
+    """One call that runs and so many that wait, of keys in turn."""
+    held = []
+    for i in range(count + 1):
+        key = list(snapshot.keys)[i % 2]
+        call = g.Call(snapshot, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+        call.reservation = g.Reservation(limits, call)
+        limits.enter(call.reservation)
+        held.append(call.reservation)
+    return held
+
+
+async def test_a_freed_slot_costs_the_same_however_many_wait(clock):
+    """
+    The end of a call wakes the next one, and looks at none of the others.
+    """
+    text = config("http://127.0.0.1:1", "concurrent: 9k", bob="concurrent: 9k", whole="gateway: {concurrent: 1}")
+    snapshot = g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+    found = []
+    for count in (10, 2000):
+        limits = g.Limits(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock.clock, g.Pace(queue_calls=5000))
+        held = await waiters_in(limits, snapshot, count)
+        assert limits.waiting == count
+        found.append(calls_made(held[0].release))
+        assert limits.waiting == count - 1 and held[1].waiter.turn.done()
+
+    assert found[0] == found[1]
+
+
+class PlainQueue:
+    """What WaitQueue does, slowly: a list of all that wait, and whose turn was when."""
+
+    def __init__(self, bound: int) -> None:
+        self.bound, self.waiting, self.order = bound, [], []
+
+    def push(self, name: str, number: int) -> int | None:
+        self.waiting.append((name, number))
+        self.order += [name] * (name not in self.order)
+        if len(self.waiting) <= self.bound:
+            return None
+        counts = {each: sum(n == each for n, _ in self.waiting) for each in self.order}
+        most = max(counts.values())
+        longest = name if counts[name] == most else next(each for each in self.order if counts[each] == most)
+        return self.remove([number for n, number in self.waiting if n == longest][-1])
+
+    def pop(self) -> int:
+        name = self.order.pop(0)
+        self.order.append(name)
+        return self.remove(next(number for n, number in self.waiting if n == name))
+
+    def remove(self, number: int) -> int:
+        self.waiting = [each for each in self.waiting if each[1] != number]
+        self.order = [name for name in self.order if any(n == name for n, _ in self.waiting)]
+        return number
+
+
+@given(
+    st.integers(1, 6),
+    st.lists(st.one_of(st.sampled_from(["push a", "push b", "push c", "pop"]), st.integers(0, 20)), max_size=40),
+)
+def test_a_wait_queue_does_what_a_plain_list_would(bound, steps):
+    """
+    Pushed, dropped, popped and removed in any order: the same calls in the same turns.
+    """
+
+    async def run() -> None:
+        queue, plain = g.WaitQueue(bound), PlainQueue(bound)
+        waiters = {}
+        for number, step in enumerate(steps):
+            if isinstance(step, int):
+                if any(step == n for _, n in plain.waiting):
+                    plain.remove(step)
+                if step in waiters:
+                    queue.remove(waiters[step])
+            elif step == "pop":
+                if plain.waiting:
+                    assert queue.pop() is waiters[plain.pop()]
+            else:
+                call = SimpleNamespace(key=SimpleNamespace(name=step))
+                waiters[number] = g.Waiter(call, 0.0)
+                dropped = plain.push(step, number)
+                assert queue.push(waiters[number]) is (None if dropped is None else waiters[dropped])
+            assert len(queue) == len(plain.waiting) == len(list(queue)) <= bound
+            assert set(queue) == {waiters[n] for _, n in plain.waiting}
+
+    asyncio.run(run())
+
+
+SLOTS = st.integers(1, 3)
+
+
+@given(st.tuples(SLOTS, SLOTS, SLOTS, SLOTS), st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=60))
+def test_nobody_waits_where_a_slot_is_free(slots, steps):
+    """
+    Calls of three keys, two of them in a team, come, leave, end and wait: no budget is passed, no wake-up is lost.
+    """
+    clock = FakeClock()
+    one, two, crew, whole = slots
+    text = f"""
+upstreams: [{{name: d, format: demo}}]
+teams: [{{name: crew, limits: {{concurrent: {crew}}}}}]
+limits: {{gateway: {{concurrent: {whole}}}}}
+keys:
+  - {{name: a, key: sk-proxy-a-0123456789abcdef, team: crew, limits: {{concurrent: {one}}}}}
+  - {{name: b, key: sk-proxy-b-0123456789abcdef, team: crew, limits: {{concurrent: {two}}}}}
+  - {{name: c, key: sk-proxy-c-0123456789abcdef}}
+"""
+    snapshot = g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+
+    async def run() -> None:
+        limits = g.Limits(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock.clock, g.Pace(queue_calls=4))
+        keys, held = list(snapshot.keys), []
+        for which, at in steps:
+            if which < 3:
+                call = g.Call(snapshot, keys[which], g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+                call.reservation = g.Reservation(limits, call)
+                try:
+                    limits.enter(call.reservation)
+                    held.append(call.reservation)
+                except g.LimitFull:
+                    call.reservation.release()
+            elif held:
+                held.pop(at % len(held)).release()
+            for reservation in [
+                r for r in held if r.waiter and isinstance(r.waiter.turn.done() and r.waiter.turn.result(), Exception)
+            ]:
+                held.remove(reservation)
+                reservation.release()  # it had to make room
+            for reservation in held:
+                assert all(scope.running <= budget.concurrent for budget, scope in reservation.scopes)
+                if reservation.slots < len(reservation.scopes):
+                    budget, scope = reservation.full
+                    assert scope.running == budget.concurrent and not reservation.waiter.turn.done()
+        for reservation in held:
+            reservation.release()
+        assert limits.waiting == 0 and {s.running for s in limits._scopes.values()} <= {0}
+
+    asyncio.run(run())
 
 
 async def test_who_leaves_the_queue_leaves_no_gap(start_gateway, upstream):

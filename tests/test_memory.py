@@ -211,7 +211,7 @@ class Memory(RuleBasedStateMachine):
         self.furthest = max(self.furthest, self.clock.now)
         self.running.clear()
         for scope in gateway.limits._scopes.values():
-            assert (scope.running, scope.reserved, scope.began) == (0, {"tokens": 0, "usd": 0, "requests": 0}, {})
+            assert (scope.running, scope.reserved, scope.admitted) == (0, {"tokens": 0, "usd": 0, "requests": 0}, {})
         assert gateway.limits.waiting == 0
 
     @rule(

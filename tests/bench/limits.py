@@ -44,8 +44,9 @@ async def run(calls: int) -> None:
         for _ in range(calls):
             posting = g.POSTING_DECODER.decode(line % g.utc_time(config.clock.wall()).encode())
             begun = time.perf_counter()
-            with g.Reservation(limits, call) as reservation:
-                await limits.admit(call, reservation, gone)
+            with g.Reservation(limits, call) as call.reservation:
+                limits.enter(call.reservation)
+                await limits.admit(call, gone)
                 admitted = time.perf_counter()
                 fold.post(posting)
             spent["settle"] += time.perf_counter() - admitted
