@@ -304,6 +304,7 @@ class Call:
 
     __slots__ = (
         "address",
+        "admitted",
         "affinity",
         "body",
         "bytes_up",
@@ -321,7 +322,6 @@ class Call:
         "servings",
         "session",
         "started",
-        "started_wall",
         "stream",
         "upstream_model",
         "user_agent",
@@ -338,7 +338,7 @@ class Call:
         self.user_agent = self.header(b"user-agent").partition(" ")[0][:64]
         self.address = address
         self.started = config.clock.monotonic()
-        self.started_wall = config.clock.wall()
+        self.admitted = self.started  # later where it waits for a slot
         self.reservation = cast("Reservation", None)  # what it holds, from its admission on
         self.body = b""
         self.bytes_up = 0
@@ -2090,6 +2090,7 @@ class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
     price: Price
     first_byte_ms: float | None
     duration_ms: float
+    queued_ms: float = 0.0  # of these, until a slot was free and the call was admitted
     bytes_up: int
     bytes_down: int
     session: str
@@ -2174,6 +2175,7 @@ class Posting(msgspec.Struct, gc=False):
     cache_read_tokens: int = 0
     cost_usd: float = 0.0
     duration_ms: float = 0.0
+    queued_ms: float = 0.0
     scope: str = ""
     name: str = ""
     limit: str = ""
@@ -2324,7 +2326,7 @@ class Counters(msgspec.Struct, array_like=True):
     total: Packed = 0
     windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, 0)})
     left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
-    minute: dict[int, Packed] = msgspec.field(default_factory=dict)  # the last one, by steps; calls where they began
+    minute: dict[int, Packed] = msgspec.field(default_factory=dict)  # the last one, in steps; calls where admitted
     since: float = 0.0  # between these two no window turns over
     turn: float = 0.0
 
@@ -2362,11 +2364,11 @@ class Counters(msgspec.Struct, array_like=True):
         del left[: -self.LEFT]
         return Window(span.start, span.end, self.total - (again.mark if again else 0))
 
-    def post_minute(self, at: float, began: float, packed: Packed, requests: int) -> None:
-        """Count into the last minute: the tokens where the call ended, the call itself where it began."""
+    def post_minute(self, at: float, admitted: float, packed: Packed, requests: int) -> None:
+        """Count into the last minute: the tokens where the call ended, the call itself where it was admitted."""
         if len(self.minute) > 8 * LAST_STEPS:
             self.minute = {step: spent for step, spent in self.minute.items() if abs(at // STEP_S - step) <= LAST_STEPS}
-        for step, spent in ((at // STEP_S, packed - (requests << 64)), (began // STEP_S, requests << 64)):
+        for step, spent in ((at // STEP_S, packed - (requests << 64)), (admitted // STEP_S, requests << 64)):
             self.minute[int(step)] = self.minute.get(int(step), 0) + spent
 
     def reset(self, unit: str, window: str) -> None:
@@ -2523,8 +2525,9 @@ class Fold:
                 counters.turn_to(at, at - posting.duration_ms / 1000, self.calendar)
             counters.total += packed
         if at > self._fresh_since:
+            admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
             for counters in scopes:
-                counters.post_minute(at, at - posting.duration_ms / 1000, packed, posting.requests)
+                counters.post_minute(at, admitted, packed, posting.requests)
         history.post(at, posting.model, packed, self.calendar)
 
     def _learn(self, key: str, team: str) -> tuple[list[Counters], History]:
@@ -3645,9 +3648,11 @@ class Limits:
                 self._left(config, budget, scope, limit, need, now)
 
     def enter(self, reservation: Reservation) -> None:
-        """The first step of an admission: take the slots and count the request, or wait for a slot in its queue.
+        """The first step of an admission, before the body is read: slots and a request, or a place in a queue.
 
-        Raises LimitSpent or LimitFull. What is held by then, the reservation gives back.
+        The request counts in the moment in which the slots are there, however long the body then takes: 50 calls whose
+        bodies dripped for more than a minute passed a limit of 5. Raises LimitSpent or LimitFull. What is held by then,
+        the reservation gives back.
         """
         call = reservation.call
         if call.route.kind == "count_tokens":
@@ -3665,7 +3670,7 @@ class Limits:
             raise self._too_many(reservation)
 
     async def admit(self, call: Call, gone: asyncio.Future[Any]) -> None:
-        """The second step: have the slots, and hold tokens and money. `gone` is resolved when the client has left.
+        """The second step, once the body is read: tokens and money. `gone` is resolved when the client has left.
 
         Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
         """
@@ -3730,6 +3735,7 @@ class Limits:
             waiter.end(refusal)  # and its slots come back in a moment
         else:
             reservation.hold_request(self._clock.wall())
+            waiter.call.admitted = self._clock.monotonic()
             waiter.end(True)
 
     def _waiters(self) -> list[Waiter[bool]]:
@@ -7137,6 +7143,15 @@ class Gateway:
                 break
         return peer
 
+    def enter(self, call: Call) -> None:
+        """Take what a call needs before its body is read. Raises GatewayError; then it holds nothing."""
+        call.reservation = Reservation(self.limits, call)
+        try:
+            self.limits.enter(call.reservation)
+        except GatewayError:
+            call.reservation.release()
+            raise
+
     def start(self, call: Call, sink: Sink) -> None:
         """Handle a call in a task of its own."""
         task = asyncio.get_running_loop().create_task(self.handle(call, sink))
@@ -7144,18 +7159,17 @@ class Gateway:
         task.add_done_callback(self._tasks.discard)
 
     async def handle(self, call: Call, sink: Sink) -> None:
-        """The story of a call: read, route, admit, relay, book. An admitted call leaves exactly one entry."""
+        """The story of a call that has entered: read, route, admit, relay, book. If admitted it leaves one entry."""
         try:
-            read_request(call)
-            call.servings = call.config.route(call)
-            call.upstream_model = call.servings[0].model
-            self.check_open()
-            exchange = sink.exchange = Exchange(call, sink, self.relay)
-            exchange.book = self.book
-            if sink.is_gone:
-                exchange.client_gone()
-            with Reservation(self.limits, call) as call.reservation:
-                self.limits.enter(call.reservation)
+            with call.reservation:
+                read_request(call)
+                call.servings = call.config.route(call)
+                call.upstream_model = call.servings[0].model
+                self.check_open()
+                exchange = sink.exchange = Exchange(call, sink, self.relay)
+                exchange.book = self.book
+                if sink.is_gone:
+                    exchange.client_gone()
                 await self.limits.admit(call, exchange.done)
                 await self._carry(exchange)  # and settle, by its entry
         except GatewayError as error:
@@ -7246,6 +7260,7 @@ class Gateway:
             price=price,
             first_byte_ms=None if first is None else round((first - call.started) * 1e3, 1),
             duration_ms=round((self.clock.monotonic() - call.started) * 1e3, 1),
+            queued_ms=round((call.admitted - call.started) * 1e3, 1),
             bytes_up=call.bytes_up,
             bytes_down=exchange.bytes_down,
             session=call.session,
@@ -7498,7 +7513,8 @@ class ClientConnection(asyncio.Protocol):
         self._headers: Headers = []
         self._body: list[bytes] = []
         self._body_size = 0
-        self._call: Call | None = None
+        self._call: Call | None = None  # whose body is being read
+        self._owes_continue = False  # the client sends no body until it is asked for it
         self._keep_alive = True
         self._pipelined = False  # a request came ahead of the answer before it
         self._pending = b""  # the head of an answer, until the first bytes of its body
@@ -7550,6 +7566,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
         self._door.connections.discard(self)
+        self._forget_call()
         if self.exchange:
             self.exchange.client_gone()
 
@@ -7629,21 +7646,51 @@ class ClientConnection(asyncio.Protocol):
         gateway = self._door.gateway
         key, address = gateway.authenticate(self._headers, self._peer)
         gateway.check_open()
-        config = gateway.config
-        if route.kind != "count_tokens":
-            gateway.limits.refuse_spent(config, gateway.limits.scopes(key))
+        config, expects = gateway.config, False
         for name, value in self._headers:
             lower = name.lower()
             if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                 raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
             if lower == b"content-length" and int(value) > config.server.max_body:
                 raise too_large(config.server.max_body)
-            if lower == b"expect" and value.lower() == b"100-continue" and self._parser.get_http_version() == "1.1":
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return Call(config, key, route, query, self._headers, address)
+            if lower == b"expect" and value.lower() == b"100-continue":
+                expects = self._parser.get_http_version() == "1.1"
+        call = Call(config, key, route, query, self._headers, address)
+        gateway.enter(call)
+        self._owes_continue = expects
+        if call.reservation.waiter:
+            # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
+            call.reservation.waiter.turn.add_done_callback(self._end_wait)
+        else:
+            self._continue()
+        return call
+
+    def _end_wait(self, turn: asyncio.Future[bool | GatewayError]) -> None:
+        """A call has its slot, or will have none, while its body is still on its way."""
+        call = self._call
+        if call and call.reservation.waiter and call.reservation.waiter.turn is turn:
+            refusal = turn.result()
+            if isinstance(refusal, GatewayError):
+                self._reject(refusal, call.route.api)
+            else:
+                self._continue()
+
+    def _continue(self) -> None:
+        """Ask for the body, where the client waits to be asked."""
+        if self._owes_continue:
+            self._owes_continue = False
+            self._active_at = self._door.now()
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _forget_call(self) -> None:
+        """Give back what a call holds whose body will not come."""
+        call, self._call = self._call, None
+        if call:
+            call.reservation.release()
 
     def _reject(self, error: GatewayError, api: Api = "anthropic") -> None:
         """Refuse without reading on: answer at once, then leave."""
+        self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         self._door.gateway.metrics.refuse(error)
         log.info("%s: %s refused: %d %s", request_id, self._peer, error.status, error.message)
@@ -7755,6 +7802,8 @@ class ClientConnection(asyncio.Protocol):
                 self.transport.abort()
         elif self._state is State.IDLE and silence > pace.keep_alive_s:
             self._close()
+        elif self._owes_continue:
+            return  # it is silent because it waits for a slot; that has a deadline of its own
         elif silence > {State.HEAD: pace.head_s, State.BODY: pace.body_s}.get(self._state, math.inf):
             self._reject(RequestTimeout("The request did not come in time."))
 

@@ -381,30 +381,35 @@ def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
     assert made.scope("key", "alice").resets_at("hour", START + 1, calendar()) == START + 3600
 
 
-minute_calls = st.tuples(st.sampled_from([0, 1, 7, 30, 59, 60, 61, 200, -1, -30]), st.sampled_from([0, 1, 30, 61, 500]))
+minute_calls = st.tuples(
+    st.sampled_from([0, 1, 7, 30, 59, 60, 61, 200, -1, -30]),
+    st.sampled_from([0, 1, 30, 61, 500]),
+    st.sampled_from([0, 0, 2, 40, 61]),
+)
 
 
 @given(st.lists(minute_calls, min_size=1, max_size=300))
 @settings(deadline=None)
 def test_the_last_minute_is_counted_in_steps_of_five_seconds(calls):
     """
-    Tokens where a call ended, the call itself where it began; what is older than a minute counts no more.
+    Tokens where a call ended, the call itself where it was admitted; what is older than a minute counts no more.
     """
 
     def is_recent(at: float, now: float) -> bool:
         return abs(at // 5 - now // 5) <= 12  # in steps of five seconds, and never less than a minute
 
-    made, seconds, ended, began = fold(), 0, [], []
-    for moved, duration_s in calls:
+    made, seconds, ended, admitted = fold(), 0, [], []
+    for moved, ran_s, queued_s in calls:
         seconds += moved
         ended.append(seconds)
-        began.append(seconds - duration_s)
-        made.post(posting(seconds, output_tokens=3, duration_ms=duration_s * 1000.0))
+        admitted.append(seconds - ran_s)
+        times = {"duration_ms": (queued_s + ran_s) * 1000.0, "queued_ms": queued_s * 1000.0}
+        made.post(posting(seconds, output_tokens=3, **times))
 
     for now in (seconds, seconds + 1, seconds + 30, seconds + 60):
         alice = made.scope("key", "alice")
         assert alice.spent("tokens", "minute", START + now, WEIGHTS) == 15 * sum(is_recent(s, now) for s in ended)
-        assert alice.spent("requests", "minute", START + now, WEIGHTS) == sum(is_recent(s, now) for s in began)
+        assert alice.spent("requests", "minute", START + now, WEIGHTS) == sum(is_recent(s, now) for s in admitted)
     assert made.scope("key", "alice").spent("tokens", "minute", START + max(ended) + 65, WEIGHTS) == 0
     assert len(made.scope("key", "alice").minute) <= 98
 

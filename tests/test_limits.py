@@ -6,11 +6,12 @@ import asyncio
 import base64
 import json
 import struct
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from client import Reply, request_bytes
+from client import Connection, Reply, request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, FakeClock, GatewayUnderTest, calls_made, until
 from hypothesis import given
 from hypothesis import strategies as st
@@ -501,6 +502,145 @@ async def test_a_queue_of_no_time_refuses_at_once(start_gateway, upstream):
         call.cancel()
 
 
+async def begin(gateway: GatewayUnderTest, token: str = KEY, **headers: str) -> Connection:
+    """A client that has sent a head and the first half of its body."""
+    client, data = await gateway.connect(), json.dumps(HELLO).encode()
+    fields = {"x-api-key": token, "content-length": str(len(data))} | headers
+    await client.send(request_bytes("POST", "/v1/messages", fields) + data[:40])
+    return client
+
+
+async def finish(client: Connection) -> Reply:
+    """The answer, once the rest of the body is sent."""
+    await client.send(json.dumps(HELLO).encode()[40:])
+    return await client.answer()
+
+
+def states(gateway: GatewayUnderTest) -> Counter[str]:
+    """What the clients' connections are doing."""
+    return Counter(connection._state.name for connection in gateway.door.connections)
+
+
+async def test_a_slot_is_taken_before_the_body_is_read(start_gateway, upstream):
+    """
+    400 bodies of 30 MB must not come in where 4 calls may run at once: the fifth head is refused.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "concurrent: 2", whole="queue: 0s"))
+    first, second = await begin(gateway), await begin(gateway)
+    await until(lambda: states(gateway)["BODY"] == 2)
+
+    third = await (await begin(gateway)).answer()
+    second.abort()
+    await until(lambda: states(gateway)["BODY"] == 1)
+    fourth = await begin(gateway)
+    replies = [await finish(client) for client in (fourth, first)]
+
+    assert refusal(third) == (429, "rate_limit_error", None, "5")
+    assert [reply.status for reply in replies] == [200, 200]
+    await idle(gateway)
+
+
+@pytest.mark.parametrize("how", ["its time is over", "its client leaves", "the gateway stops"])
+async def test_a_wait_can_end_while_the_body_is_still_on_its_way(start_gateway, upstream, how):
+    """
+    Who waits for a slot is read from meanwhile: a client that leaves is noticed, a refusal does not wait for the body.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
+    running = post(gateway)
+    await upstream.request_came()
+    client = await begin(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    if how == "its client leaves":
+        client.abort()
+        await until(lambda: gateway.gateway.limits.waiting == 0)
+    else:
+        if how == "its time is over":
+            gateway.tick(10)
+        else:
+            await gateway.gateway.close()
+        assert refusal(await client.answer()) == (429, "rate_limit_error", None, "5")
+
+    await stop(gateway)
+    await running
+    await idle(gateway)
+
+
+async def test_a_body_is_asked_for_once_there_is_a_slot(start_gateway, upstream):
+    """
+    100 Continue is sent to whoever has its slot; whoever waits for one sends nothing yet, for as long as `queue` says.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1", whole="queue: 5m"))
+    running, data = post(gateway), json.dumps(HELLO).encode()
+    await upstream.request_came()
+    client = await gateway.connect()
+    fields = {"x-api-key": KEY, "content-length": str(len(data)), "expect": "100-continue"}
+    await client.send(request_bytes("POST", "/v1/messages", fields))
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    gateway.tick(200)
+    waited = gateway.gateway.limits.waiting
+    go.set()
+    await running
+    asked = await client.read_until(b"\r\n\r\n")
+    await client.send(data)
+    reply = await client.answer()
+
+    assert (waited, asked, reply.status) == (1, b"HTTP/1.1 100 Continue\r\n\r\n", 200)
+    await idle(gateway)
+
+
+async def test_requests_per_minute_count_when_a_call_is_admitted(start_gateway, upstream):
+    """
+    Fifty calls whose bodies take more than a minute to come are fifty requests: five are admitted at their heads.
+    """
+    upstream.script = SPENDS
+    gateway = await start_gateway(config(upstream.url, "requests/minute: 5"))
+    clients = [await begin(gateway) for _ in range(50)]
+    await until(lambda: states(gateway)["BODY"] == 5 and states(gateway)["LEAVING"] + states(gateway)["GONE"] == 45)
+
+    gateway.clock.advance(70)
+    replies = [await finish(client) for client in clients[:5]]
+    refused = [refusal(await client.answer()) for client in clients[5:]]
+
+    assert [reply.status for reply in replies] == [200] * 5
+    assert refused == [(429, "rate_limit_error", None, "60")] * 45
+    assert len(gateway.entries()) == 5
+    await idle(gateway)
+
+
+async def test_a_request_that_waited_counts_from_its_slot_on_also_after_a_restart(start_gateway, upstream):
+    """
+    The entry says how long a call waited: the fold finds the very step in which it was admitted.
+    """
+    go = asyncio.Event()
+    upstream.scripts = [[wait_for(go), *SPENDS], SPENDS]
+    text_of = config(upstream.url, "requests/minute: 5, concurrent: 1", whole="queue: 5m")
+    gateway = await start_gateway(text_of)
+    running = post(gateway)
+    await upstream.request_came()
+    waiting = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    gateway.tick(50)
+    go.set()
+    assert [(await call).status for call in (running, waiting)] == [200, 200]
+    await idle(gateway)
+    again = await start_gateway(text_of)
+    again.gateway.ledger.load()  # as the server does before it listens
+
+    used = []
+    for _ in range(3):
+        used.append([(await standing(each, "requests/minute"))["used"] for each in (gateway, again)])
+        gateway.clock.advance(30)
+
+    assert [entry["queued_ms"] for entry in gateway.entries()] == [0.0, 50_000.0]
+    assert used == [[2, 2], [1, 1], [1, 1]]
+
+
 async def test_a_queue_has_a_length(start_gateway, upstream):
     """
     So many wait for one limit, no more; those who wait for another are not counted.
@@ -974,6 +1114,7 @@ async def test_a_bug_gives_slots_and_reservations_back(start_gateway, upstream, 
     for _ in range(5):
         call = g.Call(gateway.gateway.config, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
         call.body = json.dumps(HELLO).encode()
+        gateway.gateway.enter(call)
         gateway.gateway.start(call, Broken())
     await idle(gateway)
 

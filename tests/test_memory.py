@@ -187,6 +187,11 @@ class Memory(RuleBasedStateMachine):
         body = {"model": "claude-opus-5-5", "max_tokens": max_tokens, "stream": stream}
         call.body = json.dumps(body | {"messages": [{"role": "user", "content": text}]}).encode()
         listener = Listener()
+        try:
+            self.gateway.enter(call)
+        except g.GatewayError as error:
+            listener.refuse(error, "anthropic", call.id)
+            return
         self.loop.call_soon(self.gateway.start, call, listener)
         self.running.append(listener)
         self.turns(turns)
