@@ -3603,12 +3603,45 @@ class Reservation:
         self.release()
 
 
+class InputRatios:
+    """How much more input calls have than was estimated, learnt per key and model from what upstreams say.
+
+    No rule by bytes holds for each script and each model's tokenizer, and a prompt may refer to what lies upstream. A
+    ratio goes half of the way up to a larger one and a fiftieth of the way down to a smaller: so it is near to the
+    largest of the last fifty. It is at least 1, so that padding does not talk it down, and at most 4. What one key
+    sends changes no other key's reservations.
+    """
+
+    MAX_RATIO = 4.0
+    MIN_TOKENS = 100  # estimated; of less, what the upstream adds by itself is the larger part
+    MAX_PAIRS = 4096
+
+    def __init__(self) -> None:
+        self._ratios: dict[tuple[str, str], float] = {}
+
+    def of(self, call: Call) -> float:
+        """The ratio for a call, 1 to MAX_RATIO."""
+        return self._ratios.get((call.key.name, call.model), 1.0)
+
+    def learn(self, call: Call, input_tokens: int) -> None:
+        """Take in how much input a call had, cached or not, by its upstream's count."""
+        if call.input_estimate < self.MIN_TOKENS:
+            return
+        pair, before = (call.key.name, call.model), self.of(call)
+        ratio = min(self.MAX_RATIO, max(1.0, input_tokens / call.input_estimate))
+        if ratio == before:
+            return
+        if pair not in self._ratios and len(self._ratios) >= self.MAX_PAIRS:
+            del self._ratios[next(iter(self._ratios))]  # the oldest
+        self._ratios[pair] = before + (ratio - before) * (0.5 if ratio > before else 0.02)
+
+
 class Limits:
     """Admits calls: every limit of the key, its team and the gateway is checked and reserved together or not at all.
 
     How far a limit can be passed: by what the calls that run at that moment cost beyond their reservations. A
-    reservation is the input (bytes ÷ 4) and the output that the client allows, but at most `limits.reserve_output`
-    and what is left.
+    reservation is the estimated input (`estimate_input`, times what `InputRatios` has learnt) and the output that the
+    client allows, but at most `limits.reserve_output` and what is left.
 
     A call needs a slot of each of its budgets that has `concurrent`: of its key's, its team's and the gateway's, taken
     in this order. Where one has none left, the call keeps the slots that it has and waits in that budget's queue. So
@@ -3621,6 +3654,7 @@ class Limits:
     def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
         self._fold, self._clock, self._pace = fold, clock, pace
         self._scopes: dict[tuple[str, str], Scope] = {}
+        self.ratios = InputRatios()
         self._queues: dict[Scope, WaitQueue[Waiter[bool]]] = {}  # of the scopes for whose slots somebody waits
 
     def scopes(self, key: Key) -> list[tuple[Budget, Scope]]:
@@ -3773,11 +3807,12 @@ class Limits:
     def _reserve(self, call: Call, reservation: Reservation) -> None:
         """Hold the estimated input and the expected output in every window at once. Raises LimitSpent, LimitFull."""
         config, now = call.config, self._clock.wall()
-        weights, price = config.limits.weights, config.price(call.upstream_model).at(call.input_estimate)
+        input_tokens = call.input_estimate * self.ratios.of(call)
+        weights, price = config.limits.weights, config.price(call.upstream_model).at(math.ceil(input_tokens))
         each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
         need = {
-            "tokens": math.ceil(call.input_estimate * weights.input),
-            "usd": math.ceil(call.input_estimate * price.input * 1e3),
+            "tokens": math.ceil(input_tokens * weights.input),
+            "usd": math.ceil(input_tokens * price.input * 1e3),
         }
         output: float = min(call.max_output, config.limits.reserve_output)
         for budget, scope in reservation.scopes:
@@ -3999,14 +4034,17 @@ class RequestPeek(msgspec.Struct, gc=False):
     max_tokens: Raw = msgspec.UNSET
     max_completion_tokens: Raw = msgspec.UNSET
     max_output_tokens: Raw = msgspec.UNSET
+    n: Raw = msgspec.UNSET
+    messages: Raw = msgspec.UNSET
+    input: Raw = msgspec.UNSET
 
 
 # The other names that the APIs have, so that a body of these alone is known by its length.
 OTHER_NAMES = b"""
-    messages system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
+    system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
     service_tier container mcp_servers betas speed inference_geo fallbacks models diagnostics safeguards
-    stream_options stop n seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
-    reasoning_effort verbosity user input instructions prompt reasoning text store include parallel_tool_calls
+    stream_options stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
+    reasoning_effort verbosity user instructions prompt reasoning text store include parallel_tool_calls
     previous_response_id prompt_cache_key prompt_cache_retention background client_metadata safety_identifier
     truncation encoding_format dimensions
 """.split()
@@ -4114,6 +4152,11 @@ def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
         start = end + 1
 
 
+def has_value(value: Raw, text: bytes) -> bool:
+    """Whether a value stands there in just these bytes."""
+    return value is not msgspec.UNSET and len(value) == len(text) and bytes(value) == text
+
+
 def session_of(metadata: Raw) -> str:
     """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
     user = decode_short(metadata, Metadata, Metadata()).user_id
@@ -4124,7 +4167,90 @@ def session_of(metadata: Raw) -> str:
     return found[1] if found else ""
 
 
-IMAGE_TOKENS = 1600  # of the largest image, scaled down (platform.claude.com/docs, "Vision")
+# What a request will cost
+#
+# A limit holds only if what is reserved for a call is near to what it will cost, so a client must not be able to talk
+# the estimate down: 1 MB of text behind 44 bytes of PNG counted 55 tokens, and a key with $1 a day spent $50. The
+# rules: every byte counts as text, of which none counts less than a quarter of a token and none more than one. Only
+# base64 in a place where the API takes an image or a document is taken out, and only if it is one; it counts what such
+# an image can cost at most. What comes by URL or from a file counts as the largest that there is.
+#
+# A byte ÷ 4 holds for English alone. Bytes are counted by class: Chinese is about 1.5 tokens for the 3 bytes of a
+# character, code is full of signs that are tokens of their own, and base64 or hexadecimal noise has a token for every
+# 1.5 to 2 characters. Of a large body 32 samples are counted, from places that a client cannot know.
+# What is left over is learnt from the answers, per key and model (`InputRatios`).
+
+SMALL_LETTERS = b"abcdefghijklmnopqrstuvwxyz \t\r\n"  # words, and white space: a quarter of a token for each
+CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # one token: 3 % of a text, 40 % of base64
+CAPITALS_AND_DIGITS = CAPITALS + b"0123456789"  # a digit: three quarters; any other byte, sign or script: a half
+SAMPLES, SAMPLE_SIZE = 32, 256
+BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
+
+IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels (platform.claude.com/docs, "Vision")
+DOCUMENT_TOKENS = 250_000  # of a large PDF: a quarter of the largest context, whatever its pages hold
+MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
+MIN_ATTACHMENT = 1024  # bytes of base64; what is smaller counts as text
+MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
+ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
+    "messages": (b'"source"',),
+    "count_tokens": (b'"source"',),
+    "chat": (b'"image_url"',),
+    "responses": (b'"image_url"', b'"input_file"'),
+    "embeddings": (),
+}  # without these in it a conversation has no attachment
+
+
+class Part(msgspec.Struct, gc=False):
+    """A message, or a block of its content, of any of the APIs."""
+
+    type: Raw = msgspec.UNSET
+    content: Raw = msgspec.UNSET
+    output: Raw = msgspec.UNSET
+    source: Raw = msgspec.UNSET
+    image_url: Raw = msgspec.UNSET
+    file: Raw = msgspec.UNSET
+    file_data: Raw = msgspec.UNSET
+
+
+class Attached(msgspec.Struct, gc=False):
+    """Where base64 stands within `source`, `image_url` or `file`."""
+
+    type: Raw = msgspec.UNSET
+    data: Raw = msgspec.UNSET
+    url: Raw = msgspec.UNSET
+    file_data: Raw = msgspec.UNSET
+
+
+# By a block's type: the field with the attachment, that field's own with the base64, and the most that it costs.
+ATTACHMENTS = {
+    "image": ("source", "data", IMAGE_TOKENS),
+    "document": ("source", "data", DOCUMENT_TOKENS),
+    "image_url": ("image_url", "url", IMAGE_TOKENS),
+    "input_image": ("image_url", "", IMAGE_TOKENS),
+    "computer_screenshot": ("image_url", "", IMAGE_TOKENS),
+    "file": ("file", "file_data", DOCUMENT_TOKENS),
+    "input_file": ("file_data", "", DOCUMENT_TOKENS),  # a data: URL, as its API has it
+}
+# By type ("" is a message): the field with further blocks.
+NESTED = {
+    "": "content",
+    "message": "content",
+    "tool_result": "content",
+    "function_call_output": "output",
+    "custom_tool_call_output": "output",
+    "computer_call_output": "output",
+}
+
+
+def jpeg_size(start: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG, segment by segment (ISO 10918-1, B.2.2): a thumbnail within one is not looked at."""
+    at = 2
+    while start[at : at + 1] == b"\xff" and at + 9 <= len(start):
+        marker, length, height, width = struct.unpack(">xBHxHH", start[at : at + 9])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return width, height
+        at += 2 + length
+    return None
 
 
 def image_size(start: bytes) -> tuple[int, int] | None:
@@ -4136,59 +4262,123 @@ def image_size(start: bytes) -> tuple[int, int] | None:
     if start[:4] == b"RIFF" and start[12:16] == b"VP8X" and len(start) >= 30:
         width, height = (int.from_bytes(start[i : i + 3], "little") + 1 for i in (24, 27))
         return width, height
-    if start[:2] != b"\xff\xd8":
+    if start[:4] == b"RIFF" and start[12:16] == b"VP8 " and len(start) >= 30:
+        width, height = struct.unpack("<HH", start[26:30])
+        return width & 0x3FFF, height & 0x3FFF
+    return jpeg_size(start) if start[:2] == b"\xff\xd8" else None
+
+
+def estimate_attachment(text: bytes) -> int | None:
+    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
+    if text.startswith(b"data:"):
+        text = text[text.find(b",", 0, 256) + 1 :]
+    step = max(1, len(text) // SAMPLES)
+    if any(not BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
         return None
-    frame = re.search(rb"\xff[\xc0-\xc3]\x00\x11\x08(..)(..)", start, re.DOTALL)  # ISO 10918-1, B.2.2
-    return (int.from_bytes(frame[2], "big"), int.from_bytes(frame[1], "big")) if frame else None
-
-
-def attachments(body: bytes) -> Iterator[tuple[int, int]]:
-    """Where base64 may stand in a body: after `"data":` (Anthropic), or after `;base64,` (OpenAI)."""
-    for marker, opening in ((b'"data"', b'"'), (b";base64,", b"")):
-        at = body.find(marker)
-        while at >= 0:
-            start = body.find(opening, at + len(marker)) + len(opening)
-            end = body.find(b'"', start)
-            if end - start > 1024:
-                yield start, end
-            at = body.find(marker, max(at + 1, end))
-
-
-def estimate_attachment(head: bytes, length: int) -> int:
-    """The tokens of an image or a document whose base64 begins with `head` and has `length` bytes."""
-    head = head.replace(b"\\/", b"/")
+    head = text[: 64 << 10].replace(b"\\/", b"/")
     try:
-        start = base64.b64decode(head[: len(head) // 4 * 4])
-    except ValueError:  # no base64: text
-        return length // 4
-    size = image_size(start)
-    if size:  # 750 pixels a token
-        return min(IMAGE_TOKENS, size[0] * size[1] // 750 + 1)
-    if start.startswith((b"\xff\xd8", b"RIFF")):
+        start = base64.b64decode(head[: len(head) // 4 * 4], validate=True)
+    except ValueError:
+        return None
+    if start.startswith(b"%PDF-"):
+        return min(DOCUMENT_TOKENS, len(text) // 4)
+    if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
+        return None
+    width, height = image_size(start) or (IMAGE_TOKENS, 750)
+    if len(text) // 4 * 3 > width * height * 8 + (64 << 10):  # more bytes than pixels can have: its size is a lie
         return IMAGE_TOKENS
-    # A page of a PDF, 1,500 to 3,000 tokens, rarely has less than 40 KB of base64.
-    return length // 16 if start.startswith(b"%PDF-") else length // 4
+    return min(IMAGE_TOKENS, width * height // 750 + 1)  # 750 pixels a token
 
 
-def estimate_input(body: bytes) -> int:
-    """The tokens of a request: bytes ÷ 4, but images by their size."""
-    if b"base64" not in body:
-        return len(body) // 4
-    # By their ends, because `"data": "data:image/png;base64,…"` is found twice and must be counted once.
-    found = {end: start for start, end in attachments(body)}
-    rest = len(body) - sum(end - start for end, start in found.items())
-    return rest // 4 + sum(
-        estimate_attachment(body[start : min(end, start + (64 << 10))], end - start) for end, start in found.items()
-    )
+def attached_base64(value: Raw, inner: str) -> bytes:
+    """The base64 of an attachment with its quotes; "" for one that is elsewhere."""
+    if inner and value is not msgspec.UNSET:
+        try:
+            source = msgspec.json.decode(value, type=Attached)
+        except UNREADABLE:
+            return b""
+        if has_value(source.type, b'"text"') or has_value(source.type, b'"content"'):
+            return b'""'  # a document in plain text: it counts as such
+        value = getattr(source, inner)
+    text = b"" if value is msgspec.UNSET else bytes(value)
+    is_url = inner in ("", "url") and not text.startswith(b'"data:')
+    return b"" if is_url or not text.startswith(b'"') else text
+
+
+def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, int]]:
+    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and the most that it costs."""
+    for item in list_items(parts, MAX_PARTS):
+        if next(budget, None) is None:
+            return
+        try:
+            part = msgspec.json.decode(item, type=Part)
+        except msgspec.ValidationError:
+            continue  # a text, a number
+        kind = decode_short(part.type, str, "")
+        if kind in ATTACHMENTS:
+            field, inner, most = ATTACHMENTS[kind]
+            yield attached_base64(getattr(part, field), inner), most
+        elif kind in NESTED and depth < 3:
+            within = getattr(part, NESTED[kind])
+            if within is not msgspec.UNSET:
+                text = bytes(within)
+                yield from attachments(memoryview(b"[%b]" % text if text[:1] == b"{" else text), budget, depth + 1)
+
+
+def token_rate(body: bytes, has_attachments: bool) -> float:
+    """Tokens per byte of a body's text, 0.25 to 1; beside attachments, samples that look like base64 are left out."""
+    text = body
+    if has_attachments or len(body) > SAMPLES * SAMPLE_SIZE:
+        step = max(SAMPLE_SIZE, len(body) // SAMPLES)
+        starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
+        samples = [body[start : start + SAMPLE_SIZE] for start in starts]
+        if has_attachments:
+            samples = [sample for sample in samples if not BASE64_ONLY.fullmatch(sample)]
+        text = b"".join(samples)
+    if not text:
+        return 0.25
+    rest = text.translate(None, SMALL_LETTERS)
+    without_capitals = len(rest.translate(None, CAPITALS))
+    signs = len(rest.translate(None, CAPITALS_AND_DIGITS))
+    capitals, digits = len(rest) - without_capitals, without_capitals - signs
+    return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
+
+
+def estimate_input(body: bytes, conversation: Raw, kind: str) -> int:
+    """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
+
+    `conversation` is the list of messages or input items within it. A byte of text is at least a quarter of a token.
+    """
+    text_bytes, tokens = len(body), 0
+    parts = b"" if conversation is msgspec.UNSET else bytes(conversation)
+    has_attachments = any(mark in parts for mark in ATTACHMENT_MARKS[kind])
+    if has_attachments:
+        found = attachments(memoryview(parts), iter(range(MAX_PARTS)))
+        for text, most in itertools.islice(found, MAX_ATTACHMENTS):
+            if not text:
+                tokens += most
+            elif len(text) > MIN_ATTACHMENT and (cost := estimate_attachment(text[1:-1])) is not None:
+                tokens += min(cost, most)
+                text_bytes -= len(text)
+    return tokens + math.ceil(text_bytes * token_rate(body, has_attachments))
 
 
 def max_output(route: Route, peek: RequestPeek) -> float:
-    """The output tokens that a request allows; infinite where it does not say."""
+    """The output tokens that a request allows, by the field that its route has; infinite if that says nothing.
+
+    A field that the upstream does not read must not make the reservation small. Servers differ in which of the two of
+    a chat they read: the larger counts, for each of `n` answers.
+    """
     if route.kind == "embeddings":
         return 0
-    said = (peek.max_tokens, peek.max_completion_tokens, peek.max_output_tokens)
+    if route.kind == "responses":
+        said, answers = [peek.max_output_tokens], 1
+    elif route.kind == "chat":
+        said, answers = [peek.max_completion_tokens, peek.max_tokens], max(1, decode_short(peek.n, int, 1))
+    else:
+        said, answers = [peek.max_tokens], 1
     counts = [decode_short(value, int, -1) for value in said if value is not msgspec.UNSET]
-    return min((count for count in counts if count >= 0), default=math.inf)
+    return max((count * answers for count in counts if count >= 0), default=math.inf)
 
 
 def read_request(call: Call) -> None:
@@ -4207,7 +4397,8 @@ def read_request(call: Call) -> None:
     call.model = call.upstream_model = peek.model
     call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
     call.bytes_up = len(call.body)
-    call.input_estimate = estimate_input(call.body)
+    conversation = peek.input if call.route.kind == "responses" else peek.messages
+    call.input_estimate = estimate_input(call.body, conversation, call.route.kind)
     call.max_output = max_output(call.route, peek)
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
@@ -4217,11 +4408,6 @@ CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 
 OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
 OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
-
-
-def has_value(value: Raw, text: bytes) -> bool:
-    """Whether a value stands there in just these bytes."""
-    return value is not msgspec.UNSET and len(value) == len(text) and bytes(value) == text
 
 
 def start_without_marks(text: memoryview) -> bytes:
@@ -7216,6 +7402,11 @@ class Gateway:
         entry = self._entry(exchange, exchange.attempt, outcome)
         self.ledger.append(entry)
         self.metrics.book(entry)
+        input_tokens = (
+            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
+        )
+        if exchange.attempt and exchange.attempt.meter.seen_input:
+            self.limits.ratios.learn(exchange.call, input_tokens)
         log.info(
             "%s: %s %s %s by %s: %d %s in %d out %d $%.6f %.0f ms%s",
             entry.request_id,
@@ -7225,7 +7416,7 @@ class Gateway:
             entry.upstream or "nobody",
             entry.status,
             entry.outcome,
-            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens,
+            input_tokens,
             entry.output_tokens,
             entry.cost_usd,
             entry.duration_ms,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import struct
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from client import Connection, Reply, request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, FakeClock, GatewayUnderTest, calls_made, until
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upstream import (
     Request,
@@ -37,7 +38,16 @@ SPENDS = message_json("hi", input_tokens=500, output_tokens=100)  # 600 tokens, 
 USAGE = {"prompt_tokens": 500, "completion_tokens": 100, "total_tokens": 600}
 CHOICES = [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "finish_reason": "stop"}]
 CHAT_SPENDS = json_body({"id": "c1", "object": "chat.completion", "model": "m", "choices": CHOICES, "usage": USAGE})
-INPUT = len(json.dumps(HELLO).encode()) // 4  # what HELLO is estimated at
+
+
+def estimate_of(body: object, kind: str = "messages") -> int:
+    """What a request is estimated at."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    fields = g.PEEK_DECODER.decode(data)
+    return g.estimate_input(data, fields.input if kind == "responses" else fields.messages, kind)
+
+
+INPUT = estimate_of(HELLO)
 
 
 def config(
@@ -264,14 +274,14 @@ async def test_count_tokens_is_free(start_gateway, upstream):
 )
 async def test_what_a_running_call_holds(start_gateway, upstream, max_tokens, settings, tokens):
     """
-    Bytes ÷ 4, and of the output the least of max_tokens, reserve_output and what is left; at the end none of it.
+    The estimated input, and of the output the least of max_tokens, reserve_output and what is left; then none of it.
     """
     go = asyncio.Event()
     upstream.script = [wait_for(go), *SPENDS]
     gateway = await start_gateway(config(upstream.url, "tokens/day: 1000, usd/day: 5", whole=settings))
     request = HELLO | {"max_tokens": max_tokens}
     if max_tokens is None:
-        tokens += len(json.dumps(request).encode()) // 4
+        tokens += estimate_of(request)
     running = asyncio.ensure_future(gateway.post("/v1/messages", request))
     await upstream.request_came()
 
@@ -284,7 +294,7 @@ async def test_what_a_running_call_holds(start_gateway, upstream, max_tokens, se
 
     assert (during["reserved"], during["used"], after["reserved"]) == (tokens, 0, 0)
     if "weights" not in settings:
-        estimate = len(json.dumps(request).encode()) // 4
+        estimate = estimate_of(request)
         assert money["reserved"] == pytest.approx((estimate * 10 + (tokens - estimate) * 50) / 1e6)
     await idle(gateway)
 
@@ -367,72 +377,267 @@ async def test_weights_apply_to_what_was_counted(start_gateway, upstream):
     assert after == 100 * 2 + 500 * 0.5
 
 
-# --- attachments ------------------------------------------------------------------------
+# --- estimates --------------------------------------------------------------------------
 
 FILLING = b"\x01" * 30_000
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+JPEG_THUMBNAIL = b"\xff\xe1\x00\x20Exif\0\0\xff\xd8\xff\xc0\x00\x11\x08\x00\x10\x00\x10" + bytes(13)
 IMAGES = {
-    "png": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 750, 100), 101),
+    "png": (PNG + struct.pack(">II", 750, 100), 101),
     "gif": (b"GIF89a" + struct.pack("<HH", 300, 200), 81),
     "webp": (b"RIFF\0\0\0\0WEBPVP8X" + bytes(8) + (749).to_bytes(3, "little") + (99).to_bytes(3, "little"), 101),
+    "webp with losses": (b"RIFF\0\0\0\0WEBPVP8 " + bytes(10) + struct.pack("<HH", 750, 100), 101),
     "jpeg": (b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 100, 750), 101),
-    "png of the largest": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 8000, 8000), 1600),
-    "jpeg of unknown size": (b"\xff\xd8\xff\xe0", 1600),
-    "webp of unknown size": (b"RIFF\0\0\0\0WEBPVP8L", 1600),
-    "pdf": (b"%PDF-1.7\n", None),
+    "jpeg with a thumbnail": (
+        b"\xff\xd8" + JPEG_THUMBNAIL + b"\xff\xc2\x00\x11\x08" + struct.pack(">HH", 100, 750),
+        101,
+    ),
+    "png of the largest": (PNG + struct.pack(">II", 8000, 8000), 5000),
+    "png of no size": (PNG + struct.pack(">II", 0, 0), 1),
+    "jpeg of unknown size": (b"\xff\xd8\xff\xe0", 5000),
+    "webp of unknown size": (b"RIFF\0\0\0\0WEBPVP8L", 5000),
 }
 WRAPPED = {
-    "anthropic": '{"type":"image","source":{"type":"base64","media_type":"x","data":"%s"}}',
-    "openai": '{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}',
-    "both": '{"type":"base64","data":"data:image/png;base64,%s"}',
+    "anthropic": ("messages", '{"type":"image","source":{"type":"base64","media_type":"image/png","data":"%s"}}'),
+    "chat": ("chat", '{"type":"image_url","image_url":{"url":"data:image/png;base64,%s"}}'),
+    "responses": ("responses", '{"type":"input_image","image_url":"data:image/png;base64,%s"}'),
+    "in a tool's result": (
+        "messages",
+        '{"type":"tool_result","content":[{"type":"text"},{"source":{"data":"%s","type":"base64"},"type":"image"}]}',
+    ),
 }
+
+
+def request_with(kind: str, block: str) -> bytes:
+    """A request with a block in its conversation."""
+    field = "input" if kind == "responses" else "messages"
+    return f'{{"model":"m","{field}":[{{"role":"user","content":[{block}]}}]}}'.encode()
+
+
+def text_estimate(kind: str, wrapped: str) -> int:
+    """What a request is estimated at whose attachment is empty."""
+    return estimate_of(request_with(kind, wrapped % ""), kind)
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
 @pytest.mark.parametrize("name", IMAGES)
-def test_attachments_are_estimated_by_what_they_are(name, wrapped):
+def test_images_are_estimated_by_their_size(name, wrapped):
     """
-    A screenshot is 1,600 tokens at most, not the 500,000 that its base64 ÷ 4 would be.
+    A screenshot is 5,000 tokens at most, not the 500,000 that its base64 would be.
     """
     start, tokens = IMAGES[name]
-    data = base64.b64encode(start + FILLING).decode()
-    around = len(WRAPPED[wrapped]) - 2
+    kind, block = WRAPPED[wrapped]
 
-    estimate = g.estimate_input((WRAPPED[wrapped] % data).encode())
+    estimate = estimate_of(request_with(kind, block % base64.b64encode(start + FILLING).decode()), kind)
 
-    assert estimate == around // 4 + (len(data) // 16 if tokens is None else tokens)
+    assert estimate == pytest.approx(text_estimate(kind, block) + tokens, abs=150)
 
 
-PIECES = st.sampled_from(
+@pytest.mark.parametrize("wrapped", ["anthropic", "chat", "responses"])
+def test_an_image_from_elsewhere_counts_as_the_largest(wrapped):
+    """
+    A URL has a hundred bytes, and its image costs as much as one in base64.
+    """
+    kind, block = WRAPPED[wrapped]
+    by_url = {"anthropic": '{"type":"image","source":{"type":"url","url":"%s"}}'}.get(
+        wrapped, block.replace("data:image/png;base64,", "")
+    )
+
+    assert estimate_of(request_with(kind, by_url % "https://x.test/a.png"), kind) > 5000
+
+
+TEXT = base64.b64encode(PNG + struct.pack(">II", 100, 100)).decode() + "word " * 200_000
+BEHIND_A_PNG = {
+    "an image that is text": '{"type":"image","source":{"type":"base64","media_type":"image/png","data":"%s"}}',
+    "a tool's input": '{"type":"tool_use","input":{"type":"image","source":{"type":"base64","data":"%s"}}}',
+    "a text": '{"type":"text","text":"x","data":"%s","source":{"type":"base64"}}',
+    "a text that is called data": '{"type":"text","text":"\\"data\\":\\"%s\\" ;base64, \\"source\\""}',
+    "a document in plain text": '{"type":"document","source":{"type":"text","media_type":"text/plain","data":"%s"}}',
+    "an unknown block": '{"type":"picture","source":{"type":"base64","data":"%s"}}',
+    "base64 that no image could have": None,
+}
+
+
+@pytest.mark.parametrize("name", BEHIND_A_PNG)
+def test_text_is_never_an_image(name):
+    """
+    1 MB of text behind the 44 bytes of a PNG counted 55 tokens, and a key with $1 a day spent $50.
+    """
+    block = BEHIND_A_PNG[name] or BEHIND_A_PNG["an image that is text"]
+    text = TEXT if BEHIND_A_PNG[name] else TEXT[:44] + "wordword" * 100_000
+    body = request_with("messages", block % text)
+
+    assert estimate_of(body) >= (len(body) / 4 if BEHIND_A_PNG[name] else g.IMAGE_TOKENS)
+
+
+def test_a_document_counts_by_its_bytes_up_to_a_quarter_of_the_largest_context():
+    """
+    What the pages of a PDF hold is compressed: there is no rule by bytes, but no call has more than the context.
+    """
+    block = WRAPPED["anthropic"][1].replace('"image"', '"document"')
+    small, large = (base64.b64encode(b"%PDF-1.7\n" + b"\x01" * size).decode() for size in (30_000, 3_000_000))
+
+    assert estimate_of(request_with("messages", block % small)) == pytest.approx(10_000, abs=100)
+    assert estimate_of(request_with("messages", block % large)) == pytest.approx(250_000, abs=100)
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "most"),
     [
-        b'"data"',
-        b":",
-        b'"',
-        b";base64,",
-        b"base64",
-        b"\\/",
-        b"\xff\xd8",
-        *(base64.b64encode(i[0] * 90) for i in IMAGES.values()),
-    ]
+        ("The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 50, 3.5, 4.0),
+        ("    for item in self.items[start:]:\n        yield Item(item.name, item.size + 1)\n" * 50, 2.6, 3.6),
+        ("敏捷的棕色狐狸跳过了懒狗，然后休息了一会儿。" * 200, 1.8, 2.1),
+        (base64.b64encode(bytes(i * i * 7 % 251 for i in range(9000))).decode(), 1.4, 2.0),
+        ("".join(f"{i * i * 7919 % 65521:04x}" for i in range(3000)), 1.5, 2.0),
+    ],
+    ids=["prose", "code", "Chinese", "base64", "hexadecimal"],
+)
+def test_bytes_of_a_token_depend_on_what_they_are(text, least, most):
+    """
+    Bytes ÷ 4 holds for English prose; a limit in dollars would let twice as much Chinese through.
+    """
+    body = json.dumps(HELLO | {"messages": [{"role": "user", "content": text}]}, ensure_ascii=False).encode()
+
+    assert least < len(body) / estimate_of(body) < most
+
+
+BLOCKS = st.one_of(
+    st.text(max_size=200).map(lambda text: {"type": "text", "text": text}),
+    st.text(max_size=200).map(lambda text: {"type": "tool_use", "input": {"data": text, "source": {"data": text}}}),
+    st.text(max_size=200).map(lambda text: {"type": "document", "source": {"type": "text", "data": text}}),
+    st.sampled_from([i[0] for i in IMAGES.values()]).map(
+        lambda start: {
+            "type": "image",
+            "source": {"type": "base64", "data": base64.b64encode(start + FILLING).decode()},
+        }
+    ),
+    st.builds(
+        lambda start, text: {"type": "image", "source": {"data": base64.b64encode(start).decode() + text * 40}},
+        st.sampled_from([i[0] for i in IMAGES.values()]),
+        st.text(min_size=30, max_size=60).filter(lambda text: not text.isascii() or " " in text),
+    ),
 )
 
 
-@given(st.lists(st.one_of(st.binary(max_size=64), PIECES, st.just(b"A" * 1100)), max_size=12).map(b"".join))
-def test_an_estimate_is_a_count_for_any_bytes(body):
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(BLOCKS, max_size=6), st.booleans())
+def test_an_estimate_is_never_below_a_quarter_of_the_texts_bytes(blocks, ascii_only):
     """
-    Nothing that a client sends raises, or is estimated below zero or above a token for four bytes, images apart.
+    Whatever blocks a client mixes: only true images are no text, and each of them is at least a token.
     """
-    images = body.count(b'"data"') + body.count(b";base64,")
+    true_images = [b for b in blocks if b["type"] == "image" and "type" in b["source"]]
+    body = json.dumps(HELLO | {"messages": [{"role": "user", "content": blocks}]}, ensure_ascii=ascii_only)
+    data = body.encode("utf-8", "surrogatepass")
+    text = len(data) - sum(len(b["source"]["data"]) + 2 for b in true_images)
 
-    assert 0 <= g.estimate_input(body) <= len(body) // 4 + images * (g.IMAGE_TOKENS + 1)
+    estimate = estimate_of(data)
+
+    assert text / 4 + len(true_images) <= estimate <= text + g.IMAGE_TOKENS * len(true_images) + 1
 
 
-@given(st.binary(max_size=200), st.integers(0, 1 << 25))
-def test_an_attachment_of_any_bytes_has_an_estimate(start, length):
+PIECES = st.sampled_from(
+    [b'"source"', b'{"type":"image"', b"[", b"]", b"}", b":", b",", b'"', b"\\/", b"A" * 1100, b"\xff"]
+)
+
+
+@given(st.lists(st.one_of(st.binary(max_size=64), PIECES), max_size=12).map(b"".join))
+def test_an_attachment_of_any_bytes_has_an_estimate(data):
     """
     The head may be cut anywhere and need not be base64.
     """
-    assert g.estimate_attachment(start, length) >= 0
-    assert g.estimate_attachment(base64.b64encode(start), length) >= 0
+    assert (g.estimate_attachment(data) or 0) >= 0
+    assert (g.estimate_attachment(base64.b64encode(data)) or 0) >= 0
+
+
+OUTPUTS = [
+    ("/v1/messages", {"max_tokens": 9, "max_output_tokens": 1, "max_completion_tokens": 1}, 9),
+    ("/v1/messages", {"max_completion_tokens": 1}, math.inf),
+    ("/v1/messages", {"max_tokens": -1}, math.inf),
+    ("/v1/messages", {"max_tokens": "1"}, math.inf),
+    ("/v1/chat/completions", {"max_tokens": 5, "max_output_tokens": 1}, 5),
+    ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 5}, 5),
+    ("/v1/chat/completions", {"max_completion_tokens": 5, "n": 3}, 15),
+    ("/v1/chat/completions", {"max_tokens": 5, "n": -3}, 5),
+    ("/v1/responses", {"max_tokens": 1, "max_output_tokens": 7, "n": 3}, 7),
+    ("/v1/responses", {"max_tokens": 1}, math.inf),
+    ("/v1/embeddings", {"max_tokens": 1}, 0),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "tokens"), OUTPUTS)
+def test_the_output_is_bounded_by_the_routes_own_field(path, fields, tokens):
+    """
+    A small number in a field that the upstream does not read must not make the reservation small.
+    """
+    peek = g.PEEK_DECODER.decode(json.dumps({"model": "m"} | fields).encode())
+
+    assert g.max_output(g.ROUTES[path], peek) == tokens
+
+
+class CallOf:
+    """As much of a call as its ratio is found by."""
+
+    def __init__(self, key: str, model: str, estimate: int) -> None:
+        self.key, self.model, self.input_estimate = type("Key", (), {"name": key}), model, estimate
+
+
+def test_the_ratio_rises_at_once_and_falls_slowly():
+    """
+    Half of the way up, a fiftieth of the way down, between 1 and 4, for one key and model.
+    """
+    ratios, call = g.InputRatios(), CallOf("alice", "m", 1000)
+
+    steps = [(3000, 2.0), (3000, 2.5), (2500, 2.5), (500, 2.47), (10**9, 3.235), (0, 3.1903)]
+    for tokens, ratio in steps:
+        ratios.learn(call, tokens)
+        assert ratios.of(call) == pytest.approx(ratio)
+
+    ratios.learn(CallOf("alice", "m", 99), 10**6)  # too small to learn from
+    assert ratios.of(call) == pytest.approx(3.1903)
+    assert ratios.of(CallOf("bob", "m", 1000)) == ratios.of(CallOf("alice", "n", 1000)) == 1.0
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=40))
+def test_a_ratio_stays_in_its_bounds(actual):
+    """
+    Nothing that upstreams say makes it less than 1 or more than 4.
+    """
+    ratios, call = g.InputRatios(), CallOf("alice", "m", 1000)
+    for tokens in actual:
+        ratios.learn(call, tokens)
+
+    assert 1.0 <= ratios.of(call) <= 4.0
+
+
+def test_ratios_are_kept_for_a_bounded_number_of_pairs():
+    """
+    A model's name is a client's own: it could invent one for each call.
+    """
+    ratios = g.InputRatios()
+    for i in range(5000):
+        ratios.learn(CallOf("alice", f"m{i}", 1000), 2000)
+
+    assert len(ratios._ratios) == 4096 and ratios.of(CallOf("alice", "m0", 1000)) == 1.0
+
+
+async def test_what_was_learnt_is_reserved(start_gateway, upstream):
+    """
+    The first answer says that the model counts twice as many tokens: the next call holds more.
+    """
+    request = HELLO | {"messages": [{"role": "user", "content": "word " * 500}]}
+    estimate, go = estimate_of(request), asyncio.Event()
+    spends = message_json("hi", input_tokens=estimate * 3, output_tokens=1)
+    upstream.scripts = [spends, [wait_for(go), *spends]]
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 1M"))
+    await gateway.post("/v1/messages", request)
+    running = asyncio.ensure_future(gateway.post("/v1/messages", request))
+    await until(lambda: len(upstream.requests) == 2)
+
+    row = await standing(gateway, "tokens/day")
+    go.set()
+    await running
+
+    assert row["reserved"] == estimate * 2 + 100
 
 
 # --- at once ----------------------------------------------------------------------------
@@ -1151,7 +1356,7 @@ async def test_64_clients_pass_a_limit_by_no_more_than_is_said(start_gateway, up
     hold, what is left can be too little for one call only: none ends below its reservation and makes room for more.
     """
     request = HELLO | {"max_tokens": 2000}  # within reserve_output
-    estimate = g.estimate_input(json.dumps(request).encode())
+    estimate = estimate_of(request)
     is_honest = input_tokens is None
     input_tokens = input_tokens or estimate
     upstream.script = message_json("hi", input_tokens=input_tokens, output_tokens=output_tokens)

@@ -453,14 +453,14 @@ REQUEST = {"model": "claude-test", "stream": True, "metadata": {"user_id": f"use
 
 def test_a_request_says_its_model_its_session_and_whether_it_streams(config):
     """
-    Nothing else in a body is looked at; its bytes are a quarter of a token each.
+    Nothing else in a body is looked at; its input is estimated.
     """
     call = call_of(config, REQUEST)
 
     g.read_request(call)
 
     assert (call.model, call.upstream_model, call.stream, call.session) == ("claude-test", "claude-test", True, UUID)
-    assert (call.bytes_up, call.input_estimate) == (129, 32)
+    assert (call.bytes_up, call.input_estimate) == (129, 49)
 
 
 @pytest.mark.parametrize(
