@@ -1090,7 +1090,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
     max_concurrent: AtLeastOne | None = None  # calls at once, for each API key
     max_connections: AtLeastOne = 4096
     timeouts: Timeouts = Timeouts()
-    on_disconnect: Literal["cancel", "drain"] = "cancel"
+    on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
     verdicts: VerdictTable = VerdictTable()
     probe: Duration = Duration(0)
     headers: HeaderRules = NO_RULES
@@ -2212,6 +2212,10 @@ class Tally(NamedTuple):
         """As one integer."""
         return sum(value << 64 * i for i, value in enumerate(self))
 
+    def within(self, bound: int) -> Tally:
+        """The same with no sum beyond a bound, on either side."""
+        return Tally(*(max(-bound, min(bound, value)) for value in self))
+
     @classmethod
     def of(cls, packed: int) -> Tally:
         """The sums in an integer."""
@@ -2226,8 +2230,14 @@ UNIT_FIELDS = {
 }
 
 
+MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
+LINE_MAX = 1 << 53  # of one field in one line: 9e15 tokens, or $9 million; more is taken for so much
+TOTAL_MAX = 1 << 62  # of one field in a total: half of what a field holds, so that no sum of two turns over
+LARGE = sum((FIELD_BIAS * 2 - (1 << 44)) << 64 * i for i in range(8))  # in some field more than 1.7e13: $17,592
+
+
 def pack(posting: Posting) -> Packed:
-    """What one line adds (`Tally.packed`)."""
+    """What one line adds (`Tally.packed`); no field of it is beyond LINE_MAX, whatever stands in the line."""
     tally = (
         round(posting.cost_usd * 1e9),
         posting.requests,
@@ -2239,9 +2249,19 @@ def pack(posting: Posting) -> Packed:
         posting.cache_read_tokens,
     )
     try:
-        return int.from_bytes(EIGHT_FIELDS.pack(*tally), "little")
-    except struct.error:  # something is negative: an adjustment
-        return Tally(*tally).packed
+        packed = int.from_bytes(EIGHT_FIELDS.pack(*tally), "little")
+    except struct.error:  # something is negative (an adjustment), or beyond all bounds
+        packed = -1
+    if packed & LARGE:
+        return Tally(*tally).within(LINE_MAX).packed
+    return packed
+
+
+def added(total: Packed, packed: Packed) -> Packed:
+    """A total with one line more. Large lines stop at TOTAL_MAX: a field that turned over would lift its limit."""
+    if packed & LARGE:
+        return Tally.of(total + packed).within(TOTAL_MAX).packed
+    return total + packed  # millions of such lines fit between TOTAL_MAX and the end of the field
 
 
 def in_unit(packed: Packed, unit: str, weights: Weights) -> float:
@@ -2438,7 +2458,7 @@ class History(msgspec.Struct, array_like=True):
         cells = self.hours[self.start]
         if model not in cells and len(cells) >= self.MODELS:
             model = "(others)"  # names come from clients, who may think up new ones all day
-        cells[model] = cells.get(model, 0) + packed
+        cells[model] = added(cells.get(model, 0), packed)
 
     def _turn_to(self, at: float, calendar: Calendar) -> None:
         span = calendar.spans(at)["clock_hour"]
@@ -2459,7 +2479,7 @@ class History(msgspec.Struct, array_like=True):
     def _sum_up(cells: Cells, to: dict[str, Cells], label: str) -> None:
         sums = to.setdefault(label, {})
         for model, packed in cells.items():
-            sums[model] = sums.get(model, 0) + packed
+            sums[model] = added(sums.get(model, 0), packed)
 
     def since(self, start: float) -> Packed:
         """What was spent from an hour on; of the last weeks."""
@@ -2523,11 +2543,12 @@ class Fold:
         for counters in scopes:
             if not counters.since <= at < counters.turn:
                 counters.turn_to(at, at - posting.duration_ms / 1000, self.calendar)
-            counters.total += packed
+            counters.total = added(counters.total, packed)
         if at > self._fresh_since:
             admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
+            requests = Tally.of(packed).calls if packed & LARGE else posting.requests
             for counters in scopes:
-                counters.post_minute(at, admitted, packed, posting.requests)
+                counters.post_minute(at, admitted, packed, requests)
         history.post(at, posting.model, packed, self.calendar)
 
     def _learn(self, key: str, team: str) -> tuple[list[Counters], History]:
@@ -4599,7 +4620,20 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 48)]  # tokens; anything else is no count
+Count = int | float  # as JSON has it: some servers write 12.0
+MAX_COUNT = 10**9  # tokens of one class in one call; the largest context of today is a thousandth of that
+
+
+class AbsurdCount(ValueError):
+    """A count that no call can have: negative, in pieces, or beyond MAX_COUNT."""
+
+
+def read_count(value: Count) -> int:
+    """A count of an answer as an integer. Raises AbsurdCount."""
+    count = int(value)
+    if count != value or not 0 <= count <= MAX_COUNT:
+        raise AbsurdCount(f"{value:.6g}")
+    return count
 
 
 class AnthropicCacheCreation(msgspec.Struct):
@@ -4693,12 +4727,12 @@ class ChatDelta(msgspec.Struct):
     function_call: ChatFunction | None = None
     audio: Any = None
 
-    def characters(self) -> int:
-        """How much was said."""
+    def text_bytes(self) -> int:
+        """How much was said, as UTF-8."""
         said = (self.content, self.refusal, self.reasoning, self.reasoning_content)
         functions = (*(call.function for call in self.tool_calls or ()), self.function_call)
         calls = (function.arguments for function in functions if function)
-        return sum(len(text) for text in (*said, *calls) if text)
+        return sum(len(text) if text.isascii() else len(text.encode()) for text in (*said, *calls) if text)
 
 
 class ChatChoice(msgspec.Struct):
@@ -4754,7 +4788,8 @@ class Meter:
         self._events: EventReader | None = None
         self._body: list[bytes] = []
         self._body_size = 0
-        self._characters = 0
+        self._text_bytes = 0  # of content that passed, as UTF-8
+        self.absurd = ""  # a count that nobody believes; then the whole usage is an estimate
         self.seen_input = self._seen_output = False
         self.has_content = False  # more than the events that only announce it
         self.counts = Usage()
@@ -4782,6 +4817,8 @@ class Meter:
         for data in self._events.feed(chunk):
             try:
                 self.event(self.decode_event(data))
+            except AbsurdCount as error:
+                self.absurd = str(error)
             except UNREADABLE as error:
                 self.unreadable(data, isinstance(error, msgspec.ValidationError))
 
@@ -4815,6 +4852,8 @@ class Meter:
             self.finished = True
             try:
                 self.answer(self.decode_answer(b"".join(self._body)))
+            except AbsurdCount as error:
+                self.absurd = str(error)
             except msgspec.ValidationError:
                 pass  # another shape than we know
             except UNREADABLE:
@@ -4822,17 +4861,28 @@ class Meter:
         self._body.clear()
 
     def result(self, reached_upstream: bool) -> Usage:
-        """The usage to book. What the upstream did not say is estimated: bytes and characters ÷ 4."""
+        """The usage to book. What the upstream did not say is estimated: bytes ÷ 4."""
         usage = self.counts
         if not (self.charged and reached_upstream):
             return Usage()
+        if self.absurd:
+            return self.estimate()
         if not self.seen_input:
             usage.input_tokens, usage.estimated = self._estimate, True
         if not (self._seen_output and self.finished):
-            guess = (self._characters or self._body_size) // 4 if self.speaks else 0
-            usage.output_tokens = max(usage.output_tokens, guess)
+            usage.output_tokens = max(usage.output_tokens, self._estimated_output())
             usage.estimated = True
         return usage
+
+    def estimate(self) -> Usage:
+        """The usage without anything that the upstream said of it."""
+        return Usage(input_tokens=self._estimate, output_tokens=self._estimated_output(), estimated=True)
+
+    def _estimated_output(self) -> int:
+        """By the content that passed; of a body that is no stream, by what was kept of it."""
+        if not self.speaks:
+            return 0
+        return (self._text_bytes or min(self._body_size, self.MAX_BODY)) // 4
 
 
 class MessagesMeter(Meter):
@@ -4841,7 +4891,8 @@ class MessagesMeter(Meter):
     def event(self, event: AnthropicEvent) -> None:
         delta = event.delta
         if event.type == "content_block_delta" and delta:
-            self._characters += len(delta.text or delta.thinking or delta.partial_json or "")
+            text = delta.text or delta.thinking or delta.partial_json or ""
+            self._text_bytes += len(text) if text.isascii() else len(text.encode())
             self.has_content = True
         elif event.message:
             self.model = event.message.model
@@ -4862,19 +4913,20 @@ class MessagesMeter(Meter):
     def usage(self, usage: AnthropicUsage) -> None:
         counts = self.counts
         if usage.input_tokens is not None:
-            counts.input_tokens, self.seen_input = usage.input_tokens, True
+            counts.input_tokens, self.seen_input = read_count(usage.input_tokens), True
         if usage.output_tokens is not None:
-            counts.output_tokens = usage.output_tokens
+            counts.output_tokens = read_count(usage.output_tokens)
         if usage.cache_read_input_tokens is not None:
-            counts.cache_read_tokens = usage.cache_read_input_tokens
+            counts.cache_read_tokens = read_count(usage.cache_read_input_tokens)
         split = usage.cache_creation
         if split and split.ephemeral_1h_input_tokens is not None:
-            counts.cache_write_1h_tokens = split.ephemeral_1h_input_tokens
+            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
         if split and split.ephemeral_5m_input_tokens is not None:
-            counts.cache_write_5m_tokens = split.ephemeral_5m_input_tokens
-        if usage.cache_creation_input_tokens is not None:
-            rest = usage.cache_creation_input_tokens - counts.cache_write_1h_tokens
-            counts.cache_write_5m_tokens = max(0, rest)
+            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
+        if usage.cache_creation_input_tokens is not None:  # the final one has no split, and counts all the same
+            whole = read_count(usage.cache_creation_input_tokens)
+            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
+            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
 
 
 class CountTokensMeter(MessagesMeter):
@@ -4892,12 +4944,12 @@ class OpenAIMeter(Meter):
         whole = usage.prompt_tokens if usage.input_tokens is None else usage.input_tokens
         output = usage.completion_tokens if usage.output_tokens is None else usage.output_tokens
         details = usage.prompt_tokens_details or usage.input_tokens_details
-        cached = (details.cached_tokens if details else None) or 0
         if whole is not None:  # OpenAI's input includes what was cached
-            self.counts.input_tokens, self.counts.cache_read_tokens = max(0, whole - cached), cached
+            cached = read_count(details.cached_tokens or 0) if details else 0
+            self.counts.input_tokens, self.counts.cache_read_tokens = max(0, read_count(whole) - cached), cached
             self.seen_input = self._seen_output = True
         if output is not None:
-            self.counts.output_tokens = output
+            self.counts.output_tokens = read_count(output)
 
 
 class ChatMeter(OpenAIMeter):
@@ -4910,11 +4962,11 @@ class ChatMeter(OpenAIMeter):
         self.read_error(event.error)
         for choice in event.choices:
             if choice.delta:
-                self._characters += choice.delta.characters()
+                self._text_bytes += choice.delta.text_bytes()
                 self.has_content = self.has_content or choice.delta.audio is not None
             if choice.finish_reason:
                 self.finished = True  # some servers send no [DONE]
-        self.has_content = self.has_content or self.finished or self._characters > 0
+        self.has_content = self.has_content or self.finished or self._text_bytes > 0
         if event.usage:
             self.usage(event.usage)
 
@@ -4935,7 +4987,7 @@ class ResponsesMeter(OpenAIMeter):
     def event(self, event: ResponsesEvent) -> None:
         self.has_content = self.has_content or event.type not in self.BEFORE_CONTENT
         if isinstance(event.delta, str):
-            self._characters += len(event.delta)
+            self._text_bytes += len(event.delta) if event.delta.isascii() else len(event.delta.encode())
         elif event.type in self.TERMINAL and event.response:
             self.answer(event.response)
             self.finished = True
@@ -6420,8 +6472,7 @@ class Attempt:
             return True
         if meter.error_type:
             return not (meter.seen_input or meter.has_content)
-        is_judged = self.is_whole and not self.is_streaming and self.held is not None
-        return is_judged and not self.is_json
+        return self.held is not None and self.held_size > 0 and not self.is_streaming and not self.is_json
 
     @property
     def was_billed(self) -> bool:
@@ -6628,10 +6679,19 @@ class Exchange:
         self.sink = None
         self.client_ready()
         attempt = self.attempt
-        if attempt and attempt.line and attempt.upstream.on_disconnect == "drain" and self._relay.may_drain():
+        if attempt and attempt.line and self._hears_out(attempt) and self._relay.may_drain():
             self._drain_until = self.clock() + self.pace.drain_s
+            self.call.reservation.return_slots()  # whoever asks again must not wait for what it left
         else:
             self.end(Outcome("client_gone", self.status))
+
+    def _hears_out(self, attempt: Attempt) -> bool:
+        """Whether the ledger wants the rest of an answer: by itself where a limit would be evaded by leaving early."""
+        how = attempt.upstream.on_disconnect
+        if how == "auto":
+            budgets = self.call.key.budgets
+            return any(limit.unit in ("tokens", "usd") for budget in budgets for limit in budget.limits)
+        return how == "drain"
 
     @property
     def is_draining(self) -> bool:
@@ -7426,6 +7486,15 @@ class Gateway:
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
         call, usage = exchange.call, attempt.usage() if attempt else Usage()
         price = call.config.price(attempt.ticket.model if attempt else call.upstream_model).at(usage.total_input_tokens)
+        error_type = (attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else "")
+        refused = f"a count of {attempt.meter.absurd} tokens" if attempt and attempt.meter.absurd else ""
+        if attempt and price.cost_usd(usage) > MAX_COST_USD:
+            refused = f"a cost of ${price.cost_usd(usage):,.0f}"
+            usage = attempt.meter.estimate()
+            price = call.config.price(attempt.ticket.model).at(usage.total_input_tokens)
+        if attempt and refused:
+            log.error("%s: %s of upstream %s is not believed, and estimated", call.id, refused, attempt.upstream.name)
+            error_type = error_type or "absurd_usage"
         first = attempt.first_byte_at if attempt else None
         return Entry(
             time=utc_time(self.clock.wall()),
@@ -7439,7 +7508,7 @@ class Gateway:
             stream=call.stream,
             status=outcome.status or exchange.status or (outcome.error.status if outcome.error else 0),
             outcome=outcome.name,
-            error_type=(attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else ""),
+            error_type=error_type,
             attempts=exchange.attempts,
             input_tokens=usage.input_tokens,
             output_tokens=usage.output_tokens,
@@ -9981,7 +10050,7 @@ def command_restore(options: argparse.Namespace) -> None:
 def bounded_usd(text: str) -> float:
     """Dollars for the command line: an amount that sums and counters can take."""
     value = float(text)
-    if not abs(value) <= 1e9:
+    if not abs(value) * 1e9 <= LINE_MAX:
         raise ValueError(text)
     return value
 

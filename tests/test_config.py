@@ -72,7 +72,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
             "max_concurrent": None,
             "max_connections": 4096,
             "timeouts": g.Timeouts(connect=10.0, first_byte=360.0, idle=300.0),
-            "on_disconnect": "cancel",
+            "on_disconnect": "auto",
             "verdicts": {},
             "probe": 0.0,
             "headers": g.HeaderRules({}, ()),
@@ -780,7 +780,7 @@ BAD = {
     ),
     "other on_disconnect": (
         "upstreams:\n  - name: a\n    format: demo\n    on_disconnect: wait\n",
-        "4: upstreams[0].on_disconnect: expected cancel or drain, got 'wait'",
+        "4: upstreams[0].on_disconnect: expected auto, cancel or drain, got 'wait'",
     ),
     "a model that is a number": (
         "upstreams:\n  - name: a\n    format: demo\n    models:\n      - claude-*\n      - 4\n",
@@ -1238,7 +1238,7 @@ def test_the_example_shows_the_defaults():
     real = config.upstreams[1]
     assert (config.server, config.file.usage, config.file.defaults) == (g.ServerConfig(), g.UsageConfig(), g.Defaults())
     assert (config.limits, config.contact) == (g.LimitsConfig(), "")
-    assert (real.format, real.timeouts, real.on_disconnect) == ("anthropic", g.Timeouts(), "cancel")
+    assert (real.format, real.timeouts, real.on_disconnect) == ("anthropic", g.Timeouts(), "auto")
     assert (real.ca_file, real.proxy) == (None, None)
     names = [name for name in real.__struct_fields__ if name not in ("name", "url", "api_key", "models", "headers")]
     plain = g.UpstreamConfig("", max_concurrent=real.max_concurrent)

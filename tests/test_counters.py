@@ -618,3 +618,59 @@ def test_corrections_are_shown_and_resets_are_not():
         ("(adjusted)", 0, -1.0),
         ("m", 1, 3.0),
     ]
+
+
+# Bounds
+
+HUGE = 1 << 60
+
+
+@pytest.mark.parametrize("unit", g.LIMIT_UNITS)
+@pytest.mark.parametrize("window", ["", *g.LIMIT_WINDOWS])
+@pytest.mark.parametrize("size", [1 << 44, 1 << 48, 1 << 53, HUGE, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30])
+def test_no_line_is_so_large_that_its_limit_is_lifted(unit, window, size):
+    """
+    Lines that somebody made by hand, or a count that an upstream made up: a counter stops at its end, and does not
+    begin again below zero.
+    """
+    made = fold()
+    line = {"usd": {"cost_usd": size / 1e9}, "tokens": {"output_tokens": size}, "requests": {"requests": size}}[unit]
+
+    for _ in range(3):
+        made.post(posting(0, **line))
+    after_three = made.scope("key", "alice").spent(unit, window, START + 1, WEIGHTS)
+    made.post(posting(0, output_tokens=1000, cost_usd=1.0))
+
+    assert after_three >= min(3 * size, 3 * g.LINE_MAX)
+    others = {"usd": 1e9, "tokens": 5000, "requests": 1}
+    for each in g.LIMIT_UNITS:
+        spent = made.scope("key", "alice").spent(each, window, START + 1, WEIGHTS)
+        before = after_three if each == unit else 3 if each == "requests" else 0
+        assert spent == before + others[each], each
+
+
+def test_a_total_stops_at_its_end():
+    """
+    However many absurd lines follow one another: what is spent never falls.
+    """
+    made, seen = fold(), [0.0]
+    for _ in range(1500):
+        made.post(posting(0, cost_usd=1e15, input_tokens=HUGE))
+        seen.append(made.scope("key", "alice").spent("usd", "", START + 1, WEIGHTS))
+
+    assert seen == sorted(seen) and seen[-1] >= g.TOTAL_MAX
+    assert g.Tally.of(made.books.histories["alice"].since(0)).nano_usd == g.TOTAL_MAX
+
+
+@given(st.lists(st.integers(-(1 << 70), 1 << 70), min_size=8, max_size=8))
+def test_a_line_is_packed_field_by_field_within_its_bounds(values):
+    """
+    Below zero, too, as corrections are.
+    """
+    names = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
+    line = posting(0, requests=values[1], **dict(zip(names, values[3:], strict=True)))
+
+    tally = g.Tally.of(g.pack(line))
+
+    bounded = [max(-g.LINE_MAX, min(g.LINE_MAX, value)) for value in values]
+    assert (tally.calls, *tally[3:]) == (bounded[1], *bounded[3:])

@@ -32,6 +32,7 @@ from upstream import (
     reset_peer,
     slicer,
     stall,
+    stream_of,
     text,
     wait_for,
 )
@@ -547,6 +548,63 @@ async def test_on_disconnect_drain_hears_the_answer_out_for_the_ledger(start_gat
     }
 
 
+def limited(url: str, limits: str, more: str = "") -> str:
+    """A config whose key has limits."""
+    return config_text(url, more).replace(f"key: {KEY}}}", f"key: {KEY}, limits: {limits}}}")
+
+
+@pytest.mark.parametrize(
+    ("limits", "more", "is_heard_out"),
+    [
+        ("{usd/day: 20}", "", True),
+        ("{tokens/month: 1M}", "", True),
+        ("{requests/day: 100, concurrent: 4}", "", False),
+        ("{}", "", False),
+        ("{usd/day: 20}", ", on_disconnect: cancel", False),
+    ],
+)
+async def test_leaving_early_does_not_evade_a_limit(start_gateway, upstream, limits, more, is_heard_out):
+    """
+    Where a limit in tokens or dollars holds, the answer is heard out and booked with its numbers; else it is cancelled.
+    """
+    gateway = await start_gateway(limited(upstream.url, limits, more))
+    go_on = asyncio.Event()
+    rest = [wait_for(go_on), message_delta(output_tokens=77), message_stop(), end()]
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *rest]
+    client = await start_stream(gateway)
+
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+    go_on.set()
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], entry["estimated"]) == ("client_gone", not is_heard_out)
+    assert entry["output_tokens"] == (77 if is_heard_out else 1)
+
+
+async def test_whoever_left_an_answer_may_ask_again_while_it_is_heard_out(start_gateway, upstream):
+    """
+    Esc and a new question: the slot is free at once, though the old answer is still read for the ledger.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, concurrent: 1}"))
+    go_on = asyncio.Event()
+    rest = [wait_for(go_on), message_delta(output_tokens=77), message_stop(), end()]
+    upstream.scripts = [[head(200, SSE), message_start(input_tokens=12), text("Hel"), *rest], HELLO_SCRIPT]
+    client = await start_stream(gateway)
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+
+    async with asyncio.timeout(1):
+        again = await gateway.post("/v1/messages", HELLO_STREAM)
+    go_on.set()
+    await gateway.settled()
+
+    assert again.texts == ["Hello", " world"]
+    assert [entry["output_tokens"] for entry in gateway.entries()] == [5, 77]
+    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+
+
 async def gateway_sees_it_gone(gateway) -> None:
     """Wait until no exchange has a client any more."""
     await until(lambda: not (any(exchange.sink for exchange in gateway.gateway.relay.running)))
@@ -1039,3 +1097,50 @@ async def test_an_error_that_is_passed_on_at_once_is_held_against_whom_the_verdi
     assert reply.status == status
     assert (row["state"], row["keys"][0]["state"]) == states
     caplog.clear()
+
+
+# --- numbers that nobody believes ---------------------------------------------------------------
+
+
+@pytest.mark.logs("is not believed, and estimated")
+@pytest.mark.parametrize("count", [1 << 48, 10**9])
+async def test_an_absurd_usage_is_refused_loudly_and_the_limit_holds(start_gateway, upstream, count):
+    """
+    2^48 tokens once turned the counter over and lifted the limit; a billion, which can be counted, would cost $50,000.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, tokens/day: 1M}"))
+    upstream.script = stream_of("Hello", " world", input_tokens=12, output_tokens=count)
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+
+    assert reply.texts == ["Hello", " world"]
+    (entry,) = gateway.entries()
+    assert ledger_line(entry, "outcome", "error_type", "estimated", "input_tokens", "output_tokens") == {
+        "outcome": "completed",
+        "error_type": "absurd_usage",
+        "estimated": True,
+        "input_tokens": len(json.dumps(HELLO_STREAM)) // 4,
+        "output_tokens": len("Hello world") // 4,
+    }
+    assert 0 < entry["cost_usd"] < 0.01
+    again = await gateway.post("/v1/messages", HELLO_STREAM)
+    assert again.status == 200  # it costs what it costs, and no more
+
+
+@pytest.mark.logs("no answer")
+async def test_garbage_that_was_thrown_away_unread_is_not_booked(gateway, upstream):
+    """
+    A page of megabytes where JSON was expected: the client gets a 502, and nobody charges for it.
+    """
+    page = b"<html>" + b"x" * (2 << 20)
+    upstream.script = [head(200, "text/html", content_length=str(len(page))), body(page)]
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    (entry,) = gateway.entries()
+    assert (reply.status, entry["outcome"]) == (502, "upstream_error")
+    assert ledger_line(entry, "input_tokens", "output_tokens", "cost_usd") == {
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "cost_usd": 0.0,
+    }

@@ -883,6 +883,10 @@ MESSAGES = {
         [START, message_delta(output_tokens=50, cache_creation_input_tokens=300, cache_read_input_tokens=4000), STOP],
         {**EXACT, "output_tokens": 50},
     ),
+    "a smaller total later": (
+        [START, message_delta(output_tokens=50, cache_creation_input_tokens=150), STOP],
+        {**EXACT, "cache_write_5m_tokens": 0, "cache_write_1h_tokens": 150, "output_tokens": 50},
+    ),
     "a larger total later": (
         [START, message_delta(output_tokens=50, cache_creation_input_tokens=450), STOP],
         {**EXACT, "cache_write_5m_tokens": 250, "output_tokens": 50},
@@ -977,14 +981,15 @@ CUT_SHORT = {
     "after a small delta": ([START, text_delta("x" * 400), message_delta(output_tokens=50)], 100),
     "after a large delta": ([START, text_delta("x" * 40), message_delta(output_tokens=50)], 50),
     "within the last event": ([START, text_delta("x" * 40), message_delta(output_tokens=50), sse(STOP)[:-1]], 50),
-    "in characters, not bytes": ([START, text_delta("é\u2028𝄞字" * 10)], 10),
+    "in bytes, not characters": ([START, text_delta("é\u2028𝄞字" * 10)], 30),
+    "in Chinese": ([START, text_delta("字" * 400)], 300),
 }
 
 
 @pytest.mark.parametrize(("events", "output"), CUT_SHORT.values(), ids=CUT_SHORT)
 def test_a_messages_stream_cut_short_is_booked_as_an_estimate(meter, events, output):
     """
-    The input is exact; the output is the larger of what was said last and a quarter of the characters that were sent.
+    The input is exact; the output is the larger of what was said last and a quarter of the text's bytes (UTF-8).
     """
     booked = meter("messages", sse(*events), ended=False)
 
@@ -1229,7 +1234,7 @@ def test_what_a_model_says_changes_nothing_of_what_it_cost(meter, text):
     cut_short = meter("messages", cut, ended=False)
 
     assert [b.usage for b in booked] == [g.Usage(**EXACT, output_tokens=50), CHAT_EXACT, CHAT_EXACT]
-    assert cut_short.usage == g.Usage(**EXACT, output_tokens=max(1, len(text) // 4), estimated=True)
+    assert cut_short.usage == g.Usage(**EXACT, output_tokens=max(1, len(text.encode()) // 4), estimated=True)
     assert not cut_short.finished
 
 
@@ -1261,10 +1266,6 @@ UNREADABLE = {
     "not UTF-8": b'data: {"type": "\xff", "model": "\xfe", "usage": {"output_tokens": 9, "completion_tokens": 9}}\n\n',
     "half a character": b'data: {"type": "\\ud800", "usage": {"output_tokens": 9, "completion_tokens": 9}}\n\n',
     "tokens in words": b'data: {"type": "message_delta", "usage": {"output_tokens": "9", "prompt_tokens": "9"}}\n\n',
-    "tokens in pieces": b'data: {"type": "message_delta", "usage": {"output_tokens": 0.5, "prompt_tokens": 0.5}}\n\n',
-    "tokens below zero": b'data: {"type": "message_delta", "usage": {"output_tokens": -9, "completion_tokens": -9, '
-    b'"input_tokens": -9, "prompt_tokens": -9}}\n\n',
-    "tokens beyond counting": b'data: {"usage": {"output_tokens": %b, "prompt_tokens": %b}}\n\n' % ((b"9" * 30,) * 2),
     "usage as a list": b'data: {"type": "message_delta", "usage": [1]}\n\n',
     "a message as a word": b'data: {"type": "message_start", "message": "usage", "response": "x", "choices": 1}\n\n',
     "deep": b'data: {"type": "x", "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n\n",
@@ -1289,6 +1290,56 @@ def test_an_unreadable_event_changes_nothing(meter, event):
         Booked(CHAT_EXACT, "gpt-served", "", True),
         Booked(CHAT_EXACT, "gpt-served", "", True),
     ]
+
+
+ABSURD = {"in pieces": 0.5, "below zero": -9, "beyond a billion": 10**9 + 1, "2^48": 1 << 48, "endless": 10**30}
+
+
+@pytest.mark.parametrize("count", ABSURD.values(), ids=ABSURD)
+@pytest.mark.parametrize("field", ["input_tokens", "output_tokens", "cache_read_input_tokens", "split"])
+def test_a_count_that_no_call_can_have_makes_the_whole_usage_an_estimate(meter, count, field):
+    """
+    An upstream that says 2^48 tokens once is believed in nothing: input by the request's size, output by the text's.
+    """
+    said = {"cache_creation": {"ephemeral_1h_input_tokens": count}} if field == "split" else {field: count}
+    estimate = g.Usage(input_tokens=1000, output_tokens=20, estimated=True)
+    message = START["message"]
+    whole = message | {"usage": message["usage"] | said, "content": [{"type": "text", "text": "x" * 4000}]}
+    stream = sse(START, text_delta("x" * 80), message_delta(**{"output_tokens": 50} | said), STOP)
+
+    answer = meter("messages", whole, every_cut=False)
+
+    assert meter("messages", stream, every_cut=False).usage == estimate
+    assert answer.usage == g.Usage(input_tokens=1000, output_tokens=len(json.dumps(whole)) // 4, estimated=True)
+
+
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize("count", ABSURD.values(), ids=ABSURD)
+def test_an_openai_count_that_no_call_can_have_makes_the_whole_usage_an_estimate(meter, kind, count):
+    """
+    Also where it stands among the details.
+    """
+    names = ("prompt_tokens", "completion_tokens") if kind == "chat" else ("input_tokens", "output_tokens")
+    usages = [{names[0]: count, names[1]: 5}, {names[0]: 5, names[1]: count}]
+    usages.append({names[0]: 5, names[1]: 5, f"{names[0]}_details": {"cached_tokens": count}})
+
+    booked = [meter(kind, {"model": "m", "usage": usage}, every_cut=False).usage for usage in usages]
+
+    assert [(usage.input_tokens, usage.estimated) for usage in booked] == [(1000, True)] * 3
+
+
+def test_counts_may_come_as_floats(meter):
+    """
+    Some servers write 12.0, and mean 12.
+    """
+    usage = {name: float(count) for name, count in START["message"]["usage"].items() if isinstance(count, int)}
+    start = {"type": "message_start", "message": START["message"] | {"usage": usage | {"cache_creation": SPLIT}}}
+    chat = {"prompt_tokens": 100.0, "completion_tokens": 30.0, "prompt_tokens_details": {"cached_tokens": 80.0}}
+
+    messages = meter("messages", sse(start, message_delta(output_tokens=50.0), STOP))
+
+    assert messages.usage == g.Usage(**EXACT, output_tokens=50)
+    assert meter("chat", sse(chunk({"content": "x"}), chunk({}, "stop"), chunk(usage=chat), DONE)).usage == CHAT_EXACT
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -1349,7 +1400,7 @@ def test_the_error_in_a_whole_answer_is_known_by_its_type(meter, kind, body, err
 
 def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     """
-    Memory has a bound; the call is booked as an estimate.
+    Memory has a bound; the call is booked as an estimate, without what was thrown away unread.
     """
     meter = g.METERS["messages"](call_of(config))
     meter.start(False)
@@ -1359,4 +1410,5 @@ def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     meter.feed(json.dumps(START["message"]).encode())
     meter.end()
 
-    assert meter.finished and meter.result(True).estimated
+    usage = meter.result(True)
+    assert meter.finished and usage.estimated and usage.output_tokens == g.Meter.MAX_BODY // 4
