@@ -4746,6 +4746,7 @@ class OpenAIAnswer(msgspec.Struct):
     """A non-stream answer, or the `response` of a responses event."""
 
     model: str = ""
+    status: str | int | None = None  # of a response
     usage: OpenAIUsage | None = None
     error: ApiError | None = None
 
@@ -4796,6 +4797,7 @@ class Meter:
         self.model = ""
         self.error_type = ""
         self.finished = False  # the format's terminal event came, or the whole body did
+        self.has_failed = False  # and it is an answer all the same, which says of itself that it failed
         self.is_broken = False  # the whole body, or an event, is no JSON
 
     def start(self, streaming: bool) -> None:
@@ -4859,6 +4861,11 @@ class Meter:
             except UNREADABLE:
                 self.is_broken = self._body_size <= self.MAX_BODY
         self._body.clear()
+
+    @property
+    def did_work(self) -> bool:
+        """Whether the upstream has begun to deliver, or counts tokens that it will charge for."""
+        return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
 
     def result(self, reached_upstream: bool) -> Usage:
         """The usage to book. What the upstream did not say is estimated: bytes ÷ 4."""
@@ -4982,7 +4989,9 @@ class ResponsesMeter(OpenAIMeter):
 
     decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
-    BEFORE_CONTENT = frozenset(("response.created", "response.queued", "response.in_progress", "error"))
+    BEFORE_CONTENT = frozenset(
+        ("response.created", "response.queued", "response.in_progress", "response.failed", "error")
+    )
 
     def event(self, event: ResponsesEvent) -> None:
         self.has_content = self.has_content or event.type not in self.BEFORE_CONTENT
@@ -4993,6 +5002,12 @@ class ResponsesMeter(OpenAIMeter):
             self.finished = True
         elif event.type == "error":
             self.read_error(event.error or ApiError(code=event.code))
+
+    def answer(self, answer: OpenAIAnswer) -> None:
+        super().answer(answer)
+        if answer.status == "failed":
+            self.has_failed = True
+            self.error_type = self.error_type or "response_failed"
 
 
 class EmbeddingsMeter(OpenAIMeter):
@@ -6408,6 +6423,8 @@ class Attempt:
             return self._refusal()
         if status != 200:
             return UNEXPECTED
+        if meter.has_failed and meter.did_work and (self.is_streaming or not self.exchange.is_committed):
+            return None  # it is paid for: another try would be paid for as well
         if meter.error_type:
             sentence = f"answered with an error ({meter.error_type})"
             return self._unless_it_passes(Failure("upstream_error", sentence, str(self.error_status)))
@@ -6454,7 +6471,8 @@ class Attempt:
     @property
     def client_status(self) -> int:
         """The status for the client: the upstream's, but for an error under a wrong flag."""
-        is_misnamed = self.status == 200 and not self.is_streaming and self.meter.error_type
+        meter = self.meter
+        is_misnamed = self.status == 200 and not self.is_streaming and meter.error_type and not meter.has_failed
         return self.error_status if is_misnamed else self.status
 
     @property
@@ -6480,7 +6498,9 @@ class Attempt:
         meter = self.meter
         if self.status != 200 or not meter.charged:
             return False
-        return meter.seen_input or (not self.is_streaming and not meter.error_type and self.is_json)
+        return (meter.seen_input and meter.did_work) or (
+            not self.is_streaming and not meter.error_type and self.is_json
+        )
 
     # The end
 
@@ -6552,6 +6572,7 @@ class Exchange:
         "is_booked",
         "is_committed",
         "is_repaired",
+        "is_served",
         "pace",
         "paused_at",
         "sink",
@@ -6572,6 +6593,7 @@ class Exchange:
         self.best: Attempt | None = None  # of those that failed: whose answer the client gets if nobody does better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
         self.is_repaired = False
+        self.is_served = False  # the client left, and had the format's terminal event by then
         self.is_committed = False  # the client was sent 200 and a ping, before any answer
         self.status = 0  # that the client was sent
         self.bytes_down = 0
@@ -6618,8 +6640,7 @@ class Exchange:
     def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:
         """The answer's last bytes. First the ledger, then the client: whoever has seen the end finds it booked."""
         self.bytes_down += len(body)
-        if self.sink is None:
-            outcome = Outcome("client_gone", outcome.status)
+        outcome = self._for_ledger(outcome)
         self._finish(outcome)
         if self.book:
             self.book(self, outcome)
@@ -6632,7 +6653,16 @@ class Exchange:
         """The answer broke off: what the client has so far must look cut."""
         if self.sink:
             self.sink.cut()
-        self._finish(Outcome("client_gone", outcome.status) if self.sink is None else outcome)
+        self._finish(self._for_ledger(outcome))
+
+    def _for_ledger(self, outcome: Outcome) -> Outcome:
+        """How the call ended for its client, who may have left; who had the terminal event has missed nothing."""
+        if self.sink is not None:
+            return outcome
+        if not self.is_served:
+            return Outcome("client_gone", outcome.status)
+        has_failed = self.attempt is not None and self.attempt.meter.error_type
+        return Outcome("upstream_error" if has_failed else "completed", outcome.status)
 
     def failed(self, failure: Failure) -> None:
         """The attempt failed, and the client has seen nothing of it."""
@@ -6675,15 +6705,18 @@ class Exchange:
         """The client went away: end the upstream's work at once, or hear it out for the ledger."""
         if self.sink is None:
             return
+        attempt = self.attempt
+        if attempt and attempt.held is None and attempt.is_streaming and self.paused_at is None:
+            self.is_served = attempt.meter.finished
         self.sink.exchange = None
         self.sink = None
         self.client_ready()
-        attempt = self.attempt
-        if attempt and attempt.line and self._hears_out(attempt) and self._relay.may_drain():
+        wants_rest = attempt is not None and (self.is_served or self._hears_out(attempt))
+        if attempt and attempt.line and wants_rest and self._relay.may_drain():
             self._drain_until = self.clock() + self.pace.drain_s
             self.call.reservation.return_slots()  # whoever asks again must not wait for what it left
         else:
-            self.end(Outcome("client_gone", self.status))
+            self.end(self._for_ledger(Outcome("client_gone", self.status)))
 
     def _hears_out(self, attempt: Attempt) -> bool:
         """Whether the ledger wants the rest of an answer: by itself where a limit would be evaded by leaving early."""
@@ -6707,7 +6740,7 @@ class Exchange:
         attempt = self.attempt
         if self._drain_until is not None:
             if attempt is None or now > self._drain_until or now - attempt.heard_at > self.pace.drain_idle_s:
-                self.end(Outcome("client_gone", self.status))
+                self.end(self._for_ledger(Outcome("client_gone", self.status)))
         elif self.paused_at is not None:
             if attempt and now - self.paused_at > attempt.upstream.timeouts.idle:
                 self.end(Outcome("client_gone", self.status))

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 from client import request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, config_text, until
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, config_text, passing_time, until
 from upstream import HELLO as HELLO_SCRIPT
 from upstream import (
     ConnectProxy,
@@ -17,10 +17,12 @@ from upstream import (
     body,
     chat_chunk,
     chat_done,
+    chat_hello,
     chat_usage,
     close,
     end,
     error_event,
+    event,
     garbage,
     head,
     hello_json,
@@ -30,6 +32,7 @@ from upstream import (
     message_stop,
     raw,
     reset_peer,
+    response_completed,
     slicer,
     stall,
     stream_of,
@@ -1099,6 +1102,136 @@ async def test_an_error_that_is_passed_on_at_once_is_held_against_whom_the_verdi
     caplog.clear()
 
 
+# --- answers that have ended --------------------------------------------------------------------
+
+
+def failed_response(usage: dict | None) -> dict:
+    """A Responses answer that failed, as the API reference has it."""
+    error = {"code": "server_error", "message": "The model failed to generate a response."}
+    return {"id": "r", "object": "response", "model": "gpt-test", "status": "failed", "error": error, "usage": usage}
+
+
+PAID = {"input_tokens": 1000, "output_tokens": 200, "total_tokens": 1200}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_response_that_failed_after_work_is_the_clients_answer(start_gateway, upstream, stream):
+    """
+    HTTP 200 and `status: failed` with its usage: relayed as it came, booked once, and not paid for four times.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", format: openai").replace("attempts: 1", "attempts: 4"))
+    failed = failed_response(PAID)
+    steps = [head(200, SSE), event("", {"type": "response.failed", "response": failed}), end()]
+    upstream.script = steps if stream else json_body(failed)
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/responses", {"model": "gpt-test", "input": "hi", "stream": stream})
+    await gateway.settled()
+
+    assert (reply.status, len(upstream.requests), reply.was_cut) == (200, 1, False)
+    assert stream or reply.json == failed
+    (entry,) = gateway.entries()
+    assert ledger_line(entry, "status", "outcome", "error_type", "input_tokens", "output_tokens", "estimated") == {
+        "status": 200,
+        "outcome": "upstream_error",
+        "error_type": "server_error",
+        "input_tokens": 1000,
+        "output_tokens": 200,
+        "estimated": False,
+    }
+
+
+@pytest.mark.parametrize("usage", [None, {"input_tokens": 0, "output_tokens": 0}], ids=["no usage", "zero"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_response_that_failed_before_any_work_is_tried_again(start_gateway, upstream, stream, usage):
+    """
+    Nothing of it is charged; when every try ends so, the client gets the upstream's own answer under its own status.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", format: openai").replace("attempts: 1", "attempts: 2"))
+    failed = failed_response(usage)
+    steps = [head(200, SSE), event("", {"type": "response.failed", "response": failed}), end()]
+    upstream.script = steps if stream else json_body(failed)
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/responses", {"model": "gpt-test", "input": "hi", "stream": stream})
+    await gateway.settled()
+
+    assert (reply.status, len(upstream.requests)) == (200, 2)
+    assert stream or reply.json == failed
+    (entry,) = gateway.entries()
+    assert ledger_line(entry, "outcome", "status", "cost_usd") == {
+        "outcome": "upstream_error",
+        "status": 200,
+        "cost_usd": 0.0,
+    }
+
+
+ENDED = {
+    "messages": (
+        "/v1/messages",
+        "",
+        [message_start(12), text("Hi"), message_delta(5), message_stop()],
+        b"message_stop",
+    ),
+    "chat": ("/v1/chat/completions", ", format: openai", chat_hello(stream=True)[1:-1], b"[DONE]"),
+    "responses": (
+        "/v1/responses",
+        ", format: openai",
+        [event("", {"type": "response.output_text.delta", "delta": "Hi"}), response_completed(12, 5)],
+        b'"total_tokens"',
+    ),
+}
+
+
+@pytest.mark.parametrize("does_end", [True, False], ids=["and the upstream ends", "and the upstream stays silent"])
+@pytest.mark.parametrize("kind", ENDED)
+async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(start_gateway, upstream, kind, does_end):
+    """
+    Codex does so after response.completed, others after message_stop or [DONE]: that is `completed`.
+    """
+    path, more, steps, mark = ENDED[kind]
+    gateway = await start_gateway(config_text(upstream.url, more))
+    go_on = asyncio.Event()
+    upstream.script = [head(200, SSE), *steps, wait_for(go_on), end()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", path, {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await client.read_until(mark)
+
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+    if does_end:
+        go_on.set()
+    else:
+        gateway.tick(11)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert ledger_line(entry, "outcome", "status", "input_tokens", "output_tokens", "estimated") == {
+        "outcome": "completed",
+        "status": 200,
+        "input_tokens": 12,
+        "output_tokens": 5,
+        "estimated": False,
+    }
+    assert entry["attempts"][0]["outcome"] == "completed"
+
+
+async def test_a_client_that_closes_before_the_terminal_event_is_gone(gateway, upstream):
+    """
+    message_delta has the usage, but the answer is not over.
+    """
+    upstream.script = [head(200, SSE), message_start(12), text("Hi"), message_delta(5), stall()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await client.read_until(b"message_delta")
+
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+    await gateway.settled()
+
+    assert gateway.entries()[0]["outcome"] == "client_gone"
+
+
 # --- numbers that nobody believes ---------------------------------------------------------------
 
 
@@ -1115,14 +1248,13 @@ async def test_an_absurd_usage_is_refused_loudly_and_the_limit_holds(start_gatew
 
     assert reply.texts == ["Hello", " world"]
     (entry,) = gateway.entries()
-    assert ledger_line(entry, "outcome", "error_type", "estimated", "input_tokens", "output_tokens") == {
+    assert ledger_line(entry, "outcome", "error_type", "estimated", "output_tokens") == {
         "outcome": "completed",
         "error_type": "absurd_usage",
         "estimated": True,
-        "input_tokens": len(json.dumps(HELLO_STREAM)) // 4,
         "output_tokens": len("Hello world") // 4,
     }
-    assert 0 < entry["cost_usd"] < 0.01
+    assert 0 < entry["input_tokens"] < len(json.dumps(HELLO_STREAM)) and 0 < entry["cost_usd"] < 0.01
     again = await gateway.post("/v1/messages", HELLO_STREAM)
     assert again.status == 200  # it costs what it costs, and no more
 
