@@ -522,6 +522,49 @@ def test_a_line_end_behind_an_answer_does_no_harm():
     assert answers in ([HELLO], [HELLO, HELLO])
 
 
+ENDLESS = {
+    "a header's value": (b"HTTP/1.1 200 OK\r\nX-Filler: ", b"x" * 1000),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"a: b\r\n" * 100),
+    "interim answers": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 10),
+    "a trailer": (CHUNKED + b"5\r\nhello\r\n0\r\nX-Trailer: ", b"x" * 1000),
+    "a chunk's extension": (CHUNKED + b"5;x=", b"x" * 1000),
+}
+
+
+@pytest.mark.parametrize(("start", "piece"), ENDLESS.values(), ids=ENDLESS)
+def test_what_is_no_body_has_a_bound_wherever_it_stands(start, piece):
+    """
+    The parser joins a header's value, or a trailer's, until it ends: 130 MB from an upstream were 20 s of a dead loop.
+    """
+    peer = Peer()
+    heard = peer.ask()
+    peer.says(start)
+    said = 0
+
+    while heard.answer[-1] is None and said < 2 << 20:
+        peer.says(piece)
+        said += len(piece)
+
+    assert heard.answer[-1] is g.NOT_HTTP
+    assert said <= g.UpstreamConnection.MAX_HEAD + len(piece)
+    assert not peer.connection.is_open
+
+
+def test_a_long_body_in_small_chunks_is_no_head():
+    """
+    The bound starts anew with each piece of the body, however much framing there is.
+    """
+    peer = Peer()
+    heard = peer.ask()
+    peer.says(CHUNKED)
+
+    for _ in range(3000):
+        peer.says(b"1;" + b"x" * 200, b"\r\nh\r\n")
+    peer.says(b"0\r\n\r\n")
+
+    assert (heard.answer[2], heard.answer[3]) == (b"h" * 3000, "end")
+
+
 def test_bytes_on_an_idle_connection_close_it():
     """
     An answer before the question is not to be trusted: a 408 on the way out, or worse.
