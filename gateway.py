@@ -140,6 +140,7 @@ import logging
 import math
 import random
 import re
+import resource
 import secrets
 import shutil
 import signal
@@ -240,7 +241,10 @@ class Pace(NamedTuple):
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
     keep_alive_s: float = 300.0  # silence allowed between a client's requests
-    linger_s: float = 2.0  # how long a refused body is read and thrown away
+    linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
+    leave_s: float = 10.0  # … at most so long
+    handed_s: float = 120.0  # for a request that Tornado answers, from its head to the last byte that is read
+    strangers: int = 256  # connections of one address (IPv6: /64) that have shown no good key
     models_s: float = 300.0  # how long a fetched list of models is good
     models_fetch_s: float = 2.5  # Claude Code waits 3 s for the list
     demo_s: float = 0.02  # between two words of the demo upstream
@@ -699,6 +703,21 @@ class Key(msgspec.Struct, frozen=True):
             raise KeyRefused(f"The key {self} expired at {when}. Ask whoever runs this gateway for a new one.")
         if self.networks and not address_in(address, self.networks):
             raise KeyForbidden(f"The key {self} may not be used from {address}.")
+
+
+def network_of(text: str) -> str:
+    """Who an address is counted with: an IPv4 address by itself, IPv6 by its /64, of which anybody has 2^64."""
+    address = parse_address(text)
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
+    return str(address or text)
+
+
+def decrement(counts: Counter[str], name: str) -> None:
+    """Count one less; a name of which there is none left is forgotten."""
+    counts[name] -= 1
+    if counts[name] <= 0:
+        del counts[name]
 
 
 class KeyRing:
@@ -7088,6 +7107,8 @@ class Metrics:
         self.started_at = started_at  # wall time
         self.sums: dict[tuple[str, str], Spent] = {}  # by upstream and outcome; of a discarded attempt that is ""
         self.refused: Counter[int] = Counter()  # by status
+        self.connections = 0  # open
+        self.connections_refused: Counter[str] = Counter()  # by reason: address, full, oldest
         self.call_seconds, self.first_byte_seconds = Histogram(), Histogram()
 
     def book(self, entry: Entry) -> None:
@@ -7197,6 +7218,13 @@ class Scrape(NamedTuple):
             [((str(status),), count) for status, count in self.metrics.refused.items()],
         )
         yield Series(
+            "connections_refused_total",
+            "Connections closed at once: an address has too many without a good key, all are in use (full), or they "
+            "were the oldest without a good key when there was no room for a new one.",
+            ("why",),
+            [((why,), count) for why, count in self.metrics.connections_refused.items()],
+        )
+        yield Series(
             "attempts_total",
             "Attempts that have ended; the outcome is that of the call, or the failure's row in the table of verdicts.",
             ("upstream", "outcome"),
@@ -7239,6 +7267,7 @@ class Scrape(NamedTuple):
         ledger = self.ledger
         for name, text, number in (
             ("calls_running", "Admitted calls that have not ended.", len(self.relay.running)),
+            ("connections", "Connections of clients that are open.", self.metrics.connections),
             ("ledger_waiting_entries", "Entries of the ledger that are not in its file yet.", ledger.waiting),
             ("ledger_failing", "Whether the disk refuses the ledger's entries.", bool(ledger.failure)),
             (
@@ -7800,7 +7829,8 @@ class ClientConnection(asyncio.Protocol):
     handed, socket and all, to Tornado (`Door.hand_over`).
     """
 
-    MAX_HEAD = 64 << 10
+    MAX_HEAD = 64 << 10  # bytes of a head; and in a row that are no body: chunk extensions, trailers
+    MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
     MAX_LOCAL_BODY = 1 << 20
 
     def __init__(self, door: Door) -> None:
@@ -7809,6 +7839,7 @@ class ClientConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._state = State.IDLE
         self._head_parts: list[bytes] = []  # the bytes of a head that is not whole
+        self._bodiless = 0  # bytes since the last piece of a body
         self._target = b""
         self._headers: Headers = []
         self._body: list[bytes] = []
@@ -7820,38 +7851,57 @@ class ClientConnection(asyncio.Protocol):
         self._pending = b""  # the head of an answer, until the first bytes of its body
         self._chunked = False
         self._is_slow = False  # the transport says so once, perhaps at the end of the answer before
-        self._active_at = door.now()
+        self._active_at = self._entered_at = door.now()  # when it last sent something, and when the state began
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self._peer = ""
+        self.peer = ""
+        self.key_name = ""  # of the first good key that it has shown
+        self._is_used = False  # whether a request of it was answered
 
     # What asyncio says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._peer = (transport.get_extra_info("peername") or ("",))[0]
-        self._door.connections.add(self)
+        self.peer = (transport.get_extra_info("peername") or ("",))[0]
+        if not self._door.enter(self):
+            self._state = State.GONE
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        if self._state is not State.HEAD:  # a head has its time as a whole, however it drips
-            self._active_at = self._door.now()
+        self._active_at = self._door.now()
+        if self._state is State.LEAVING or self._pipelined:
+            return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
+        if self._state is State.IDLE:
+            self._bodiless = 0
+        self._bodiless += len(data)
         if self._state in (State.IDLE, State.HEAD):
             self._head_parts.append(data)
         try:
             self._parser.feed_data(data)
+            if self._state is State.HEAD:
+                self._check_head(self._bodiless)
         except httptools.HttpParserUpgrade:
             self._keep_alive = False  # Tornado's matter; the parser reads no further here
         except httptools.HttpParserError as error:
             self._unreadable(error)
+        except HeadTooLarge as error:
+            self._reject(error)
         if self._state is State.FOREIGN and self.transport.get_write_buffer_size():
             self._close()  # an answer of ours is still on its way out
         elif self._state is State.FOREIGN:
             self._door.hand_over(self, b"".join(self._head_parts))
-        elif self._state is State.HEAD and sum(map(len, self._head_parts)) > self.MAX_HEAD:
-            self._reject(HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes."))
+        elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
+            self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
         elif self._pipelined and self._state is State.IDLE:
             self._close()
         elif self._state is State.IDLE:
             self._head_parts.clear()  # blank lines ahead of a request, without end perhaps
+
+    def _check_head(self, size: int) -> None:
+        """Raise HeadTooLarge where a head of `size` bytes, as far as it has come, is larger than any honest one."""
+        if len(self._headers) > self.MAX_HEADERS:
+            raise HeadTooLarge(f"The request has more than {self.MAX_HEADERS} headers.")
+        if size > self.MAX_HEAD:
+            raise HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes.")
 
     def _unreadable(self, error: httptools.HttpParserError) -> None:
         if isinstance(error, httptools.HttpParserCallbackError):
@@ -7865,7 +7915,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
-        self._door.connections.discard(self)
+        self._door.leave(self)
         self._forget_call()
         if self.exchange:
             self.exchange.client_gone()
@@ -7886,6 +7936,7 @@ class ClientConnection(asyncio.Protocol):
         # `_head_parts` of a request that follows in the same read are not known; no client sends ahead.
         if self._state is State.IDLE and self._head_parts and not self._pipelined:
             self._state = State.HEAD
+            self._entered_at = self._active_at
             self._target, self._headers, self._body, self._body_size = b"", [], [], 0
         else:
             self._pipelined, self._keep_alive = True, False
@@ -7900,24 +7951,36 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self._state is not State.HEAD:
-            return
+            return None
         self._keep_alive = self._parser.should_keep_alive()
+        try:
+            # The same read may have brought much of the body as well: then the head is measured by itself.
+            self._check_head(self._bodiless if self._bodiless <= self.MAX_HEAD else self._head_size())
+        except HeadTooLarge as error:
+            return self._reject(error)
+        self._bodiless = 0
         method = self._parser.get_method()
         path, query = normalize_target(self._target)
         route = ROUTES.get(path) if method == b"POST" else None
         if route is None and (method, path) not in LOCAL_ROUTES:
             self._state = State.FOREIGN
-            return
+            return None
         self._state = State.BODY
         self._head_parts = []
         try:
             self._call = self._accept(route, query) if route else None
         except GatewayError as error:
             self._reject(error, route.api if route else "anthropic")
+        return None
+
+    def _head_size(self) -> int:
+        """The bytes of the head that has just come, without its first line's method and version."""
+        return len(self._target) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def on_body(self, piece: bytes) -> None:
         if self._state is not State.BODY:
             return
+        self._bodiless = 0
         self._body_size += len(piece)
         call = self._call
         limit = call.config.server.max_body if call else self.MAX_LOCAL_BODY
@@ -7944,7 +8007,9 @@ class ClientConnection(asyncio.Protocol):
     def _accept(self, route: Route, query: bytes) -> Call:
         """Check what the head suffices for; only then is the body wanted."""
         gateway = self._door.gateway
-        key, address = gateway.authenticate(self._headers, self._peer)
+        key, address = gateway.authenticate(self._headers, self.peer)
+        if not self.key_name and not self._door.recognize(self, key):
+            self._keep_alive = False
         gateway.check_open()
         config, expects = gateway.config, False
         for name, value in self._headers:
@@ -7993,7 +8058,7 @@ class ClientConnection(asyncio.Protocol):
         self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         self._door.gateway.metrics.refuse(error)
-        log.info("%s: %s refused: %d %s", request_id, self._peer, error.status, error.message)
+        log.info("%s: %s refused: %d %s", request_id, self.peer, error.status, error.message)
         self._keep_alive = False
         self.refuse(error, api, request_id)
 
@@ -8014,23 +8079,28 @@ class ClientConnection(asyncio.Protocol):
     def _answered(self) -> None:
         """The answer is out: on to the next request, or close."""
         self._state = State.IDLE
+        self._is_used = True
         self.exchange = None
-        self._active_at = self._door.now()
+        self._entered_at = self._door.now()
         if not self._keep_alive or self._door.gateway.stopping:
             self._close()
 
     def _close(self) -> None:
-        self._state = State.LEAVING
-        self._active_at = self._door.now()
+        self._leave()
         self.transport.close()
+
+    def _leave(self) -> None:
+        """Keep nothing of a request: what still comes is thrown away."""
+        self._state = State.LEAVING
+        self._entered_at = self._active_at = self._door.now()
+        self._head_parts, self._headers, self._body = [], [], []
 
     def _linger(self) -> None:
         """End our side and read on for a moment (RFC 9112, 9.6).
 
         Closing while the client still sends would reset the connection before it has read the answer.
         """
-        self._state = State.LEAVING
-        self._active_at = self._door.now()
+        self._leave()
         self.transport.write_eof()
 
     # What the exchange says: the sink
@@ -8096,21 +8166,27 @@ class ClientConnection(asyncio.Protocol):
 
     def check(self, now: float, pace: Pace) -> None:
         """Close what takes too long: a head, a body, a pause between requests, a goodbye."""
-        silence = now - self._active_at
+        silence, age = now - self._active_at, now - self._entered_at
         if self._state is State.LEAVING:
-            if silence > (pace.body_s if self.transport.get_write_buffer_size() else pace.linger_s):
+            unsent = self.transport.get_write_buffer_size() > 0
+            if age > (pace.body_s if unsent else pace.leave_s) or (not unsent and silence > pace.linger_s):
                 self.transport.abort()
-        elif self._state is State.IDLE and silence > pace.keep_alive_s:
-            self._close()
+        elif self._state is State.IDLE:
+            if age > (pace.keep_alive_s if self._is_used else pace.head_s):
+                self._close()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
-        elif silence > {State.HEAD: pace.head_s, State.BODY: pace.body_s}.get(self._state, math.inf):
+        elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
+
+    def give_up(self) -> None:
+        """End at once, for want of room."""
+        self.transport.abort()
 
     def let_go(self) -> socket.socket:
         """Give the socket away; this object only sees its own end."""
         self._state = State.GONE
-        self._door.connections.discard(self)
+        self._door.leave(self)
         self.transport.pause_reading()
         own = cast(socket.socket, self.transport.get_extra_info("socket")).dup()
         self.transport.abort()  # closes its own descriptor only
@@ -8120,9 +8196,26 @@ class ClientConnection(asyncio.Protocol):
 class HandedStream(tornado.iostream.IOStream):
     """A socket of which something has been read already: that comes first."""
 
-    def __init__(self, sock: socket.socket, seen: bytes) -> None:
+    def __init__(self, sock: socket.socket, seen: bytes, door: Door, peer: str) -> None:
         super().__init__(sock)
         self._seen = memoryview(seen)
+        self._door, self.peer = door, peer
+        self.key_name = ""
+        self._entered_at = door.now()
+        door.take_over(self)
+
+    def check(self, now: float, pace: Pace) -> None:
+        """Close what takes too long, all in all: a client that does not read a page of logs would keep it in memory."""
+        if now - self._entered_at > pace.handed_s:
+            self.close()
+
+    def give_up(self) -> None:
+        """End at once, for want of room."""
+        self.close()
+
+    def close_fd(self) -> None:
+        super().close_fd()
+        self._door.leave(self)
 
     def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
         if not self._seen:
@@ -8339,13 +8432,50 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-class Door:
-    """Where clients come in: listens, and serves each connection itself or through Tornado."""
+MOST_DESCRIPTORS = 1 << 16
+KEPT_DESCRIPTORS = 64  # for files, pipes, lookups
 
-    def __init__(self, gateway: Gateway) -> None:
-        self.gateway = gateway
-        self.connections: set[ClientConnection] = set()
+
+def raise_descriptor_limit() -> int:
+    """Let this process open as many files as it may, at most MOST_DESCRIPTORS; how many clients may then connect.
+
+    Half of them, because each call needs a connection to an upstream as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    allowed = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(16, (allowed - KEPT_DESCRIPTORS) // 2)
+
+
+class Door:
+    """Where clients come in: listens, and serves each connection itself or through Tornado.
+
+    A connection costs a descriptor and up to 64 KB, and anybody may open one. So there are at most `most` of them.
+    Those that have shown no good key yet are the strangers. An address has only so many strangers, and where there is
+    no room for a new connection, the oldest stranger is closed for it: honest clients show their key at once.
+    Connections of one key are kept alive between requests only while there are not more of them than free places.
+    """
+
+    TELL_S = 60.0  # at most one line in the log per minute
+    WHY: ClassVar[dict[str, str]] = {
+        "address": "of an address that has too many without a good key",
+        "full": "because all are in use with good keys",
+        "oldest": "without a good key that made room for new ones",
+    }
+
+    def __init__(self, gateway: Gateway, most: int = 448) -> None:
+        self.gateway, self.most = gateway, most
         self.now = gateway.clock.monotonic
+        self.connections: set[ClientConnection | HandedStream] = set()
+        self._strangers: dict[ClientConnection | HandedStream, str] = {}  # with their network, the oldest first
+        self._by_network: Counter[str] = Counter()  # strangers
+        self._by_key: Counter[str] = Counter()
+        self._told_at = -math.inf
+        self._told = 0
         self._server: asyncio.Server | None = None
         self._tornado = tornado.httpserver.HTTPServer(
             tornado_application(gateway),
@@ -8356,6 +8486,57 @@ class Door:
             body_timeout=gateway.pace.body_s,
         )
 
+    def enter(self, connection: ClientConnection) -> bool:
+        """Count a new connection in; False where there is no place for it."""
+        network = network_of(connection.peer)
+        is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
+        if not is_proxy and self._by_network[network] >= self.gateway.pace.strangers:
+            return self._turn_away("address")
+        if len(self.connections) >= self.most:
+            oldest = next(iter(self._strangers), None)
+            if oldest is None:
+                return self._turn_away("full")
+            self._turn_away("oldest")
+            self.leave(oldest)
+            oldest.give_up()
+        self._count(connection, network)
+        return True
+
+    def take_over(self, stream: HandedStream) -> None:
+        """Count a connection on as Tornado's."""
+        self._count(stream, network_of(stream.peer))
+
+    def _count(self, connection: ClientConnection | HandedStream, network: str) -> None:
+        self.connections.add(connection)
+        self._strangers[connection] = network
+        self._by_network[network] += 1
+        self.gateway.metrics.connections = len(self.connections)
+
+    def _turn_away(self, why: str) -> bool:
+        self.gateway.metrics.connections_refused[why] += 1
+        return False
+
+    def recognize(self, connection: ClientConnection, key: Key) -> bool:
+        """A connection has shown a good key; whether it may be kept alive between requests."""
+        self._forget_stranger(connection)
+        connection.key_name = key.name
+        self._by_key[key.name] += 1
+        return self._by_key[key.name] <= self.most - len(self.connections)
+
+    def leave(self, connection: ClientConnection | HandedStream) -> None:
+        """Count a connection out; once is enough."""
+        self.connections.discard(connection)
+        self._forget_stranger(connection)
+        if connection.key_name:
+            decrement(self._by_key, connection.key_name)
+            connection.key_name = ""
+        self.gateway.metrics.connections = len(self.connections)
+
+    def _forget_stranger(self, connection: ClientConnection | HandedStream) -> None:
+        network = self._strangers.pop(connection, None)
+        if network is not None:
+            decrement(self._by_network, network)
+
     async def listen(self, host: str, port: int) -> int:
         """Start to listen; the port that was bound. Raises OSError."""
         loop = asyncio.get_running_loop()
@@ -8365,7 +8546,7 @@ class Door:
     def hand_over(self, connection: ClientConnection, seen: bytes) -> None:
         """Let Tornado serve a connection, starting with the bytes of it that were read here."""
         address = connection.transport.get_extra_info("peername")
-        stream = HandedStream(connection.let_go(), seen)
+        stream = HandedStream(connection.let_go(), seen, self, connection.peer)
         self._tornado.handle_stream(stream, address)
 
     def check(self) -> None:
@@ -8373,6 +8554,13 @@ class Door:
         now = self.now()
         for connection in tuple(self.connections):
             connection.check(now, self.gateway.pace)
+        refused = self.gateway.metrics.connections_refused
+        if refused.total() > self._told and now - self._told_at >= self.TELL_S:
+            counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
+            log.warning(
+                "connections refused since the start: %s; %d of %d are open", counts, len(self.connections), self.most
+            )
+            self._told, self._told_at = refused.total(), now
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are open go on."""
@@ -8382,11 +8570,12 @@ class Door:
     async def close(self) -> None:
         """Close every connection; what was said already is still given the time of a goodbye to go out."""
         self.stop_listening()
-        for connection in tuple(self.connections):
+        clients = {connection for connection in self.connections if isinstance(connection, ClientConnection)}
+        for connection in clients:
             connection.transport.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.gateway.pace.linger_s):
-                while self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
+                while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
                     await asyncio.sleep(0.01)
         await self._tornado.close_all_connections()
 
@@ -9022,7 +9211,7 @@ class Server:
 
     def __init__(self, config: Config, pace: Pace = Pace()) -> None:
         self.gateway = Gateway(config, pace)
-        self.door = Door(self.gateway)
+        self.door = Door(self.gateway, raise_descriptor_limit())
         self._watch = ConfigWatch(self.gateway)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()

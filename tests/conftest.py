@@ -67,10 +67,10 @@ class GatewayUnderTest:
 
     PACE = g.Pace(settle_s=0.005, demo_s=0.0)
 
-    def __init__(self, path: Path, clock: FakeClock, pace: g.Pace) -> None:
+    def __init__(self, path: Path, clock: FakeClock, pace: g.Pace, most: int = 4000) -> None:
         self.path, self.clock = path, clock
         self.gateway = g.Gateway(g.Config.load(path, clock.clock), pace)
-        self.door = g.Door(self.gateway)
+        self.door = g.Door(self.gateway, most)
         self.port = 0
         self._connections: list[Connection] = []
 
@@ -208,10 +208,10 @@ def start_gateway(io_loop, tmp_path, clock) -> Iterator[StartGateway]:
     """Start a gateway from a config's text."""
     started: list[GatewayUnderTest] = []
 
-    async def start(text: str, pace: g.Pace = GatewayUnderTest.PACE) -> GatewayUnderTest:
+    async def start(text: str, pace: g.Pace = GatewayUnderTest.PACE, most: int = 4000) -> GatewayUnderTest:
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        under_test = GatewayUnderTest(path, clock, pace)
+        under_test = GatewayUnderTest(path, clock, pace, most)
         await under_test.start()
         started.append(under_test)
         return under_test

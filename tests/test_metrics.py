@@ -51,6 +51,8 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "upstream_failures": "gauge",
         "upstream_running": "gauge",
         "calls_running": "gauge",
+        "connections": "gauge",
+        "connections_refused": "counter",
         "ledger_waiting_entries": "gauge",
         "ledger_failing": "gauge",
         "config_reload_failing": "gauge",
@@ -335,3 +337,17 @@ def test_prometheus_client_is_not_imported_before_it_is_asked_for():
     found = subprocess.run([sys.executable, "-c", code], cwd=Path(g.__file__).parent)
 
     assert found.returncode == 0
+
+
+async def test_connections_are_counted_and_those_refused(start_gateway):
+    """
+    An operator sees how many connections are open, and that some were turned away, by reason.
+    """
+    gateway = await start_gateway(config_text("http://127.0.0.1:9"), most=2)
+    idle = [await gateway.connect() for _ in range(2)]
+
+    reply = await gateway.get("/metrics", token="")
+
+    assert number(reply, "connections") == 2  # the scrape's own, in place of the oldest
+    assert numbers(reply, "connections_refused_total", "why") == {("oldest",): 1}
+    assert await idle[0].is_closed()

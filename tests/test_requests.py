@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
 
 import pytest
 from client import request_bytes
-from conftest import HELLO, KEY, UPSTREAM_KEY, config_text, until
-from upstream import hello_json, json_body
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, config_text, until
+from upstream import head, hello_json, json_body, message_start, stall, text
 
 import gateway as g
 
@@ -307,6 +312,244 @@ async def test_an_endless_head_is_refused(gateway):
 
     assert reply.status == 431
     await connection.close()
+
+
+async def test_a_head_has_a_bounded_number_of_headers(gateway, upstream):
+    """
+    16,000 headers of four bytes took 2 MB a connection before any key was looked at.
+    """
+    upstream.script = hello_json()
+    many = {f"x-{i}": "" for i in range(g.ClientConnection.MAX_HEADERS - 3)}  # and host, key, length
+
+    good = await gateway.post("/v1/messages", HELLO, **many)
+    bad = await gateway.post("/v1/messages", HELLO, **many, more="")
+    at_tornado = await gateway.get("/health", **many, more="", once_more="")
+
+    assert (good.status, bad.status, at_tornado.status) == (200, 431, 431)
+
+
+@pytest.mark.parametrize(("filler", "status"), [(60_000, 200), (70_000, 431)])
+async def test_a_head_is_measured_by_itself_however_much_of_the_body_comes_with_it(gateway, upstream, filler, status):
+    """
+    One read may bring a head and a large part of the body.
+    """
+    upstream.script = hello_json()
+
+    reply = await gateway.post("/v1/messages", HELLO | {"system": "x" * 200_000}, filler="y" * filler)
+
+    assert reply.status == status
+
+
+CALL = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+LOGS = request_bytes("POST", "/api/event_logging/batch", {"transfer-encoding": "chunked"})
+REFUSED = request_bytes("POST", "/v1/messages", {"x-api-key": "wrong", "transfer-encoding": "chunked"})
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (LOGS + b"2\r\n{}\r\n0\r\nx-trailer: ", 431),
+        (LOGS + b"2;extension=", 431),
+        (REFUSED + b"2\r\n{}\r\n0\r\nx-trailer: ", 401),
+        (b"POST /v1/messages HTTP/1.1\r\nx-filler: ", 431),
+        pytest.param(
+            CALL + b"POST /v1/messages HTTP/1.1\r\nx-filler: ",
+            504,
+            marks=pytest.mark.logs("upstream main did not answer in time"),
+        ),
+    ],
+    ids=["trailer", "chunk extension", "trailer after 401", "head", "ahead of the answer"],
+)
+async def test_a_value_without_end_is_not_kept_in_any_state(gateway, upstream, sent, status):
+    """
+    The parser joins a header's value until it ends, and copies it with each piece: 130 MB were 21 s of a dead loop.
+    """
+    upstream.script = [stall()]
+    connection = await gateway.connect()
+    await connection.send(sent)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ConnectionError):
+            for _ in range(64):
+                await connection.send(b"x" * (64 << 10))
+        await until(lambda: upstream.requests or status != 504)
+        gateway.tick(seconds=400 if status == 504 else 0)
+        reply = await connection.answer()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert reply.status == status
+    assert peak < 2 << 20  # of 4 MB, and what asyncio holds of them in this process
+
+
+async def test_a_refused_client_is_let_go_though_it_sends_on(gateway):
+    """
+    Invariant 8: what still comes behind a refusal does not prolong the goodbye; a byte a second held it for ever.
+    """
+    connection = await gateway.connect()
+    ours = await connection_of(gateway)
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": "wrong", "content-length": "1000"}))
+    reply = await connection.answer()
+
+    for _ in range(11):
+        if gateway.door.connections:
+            gateway.tick(seconds=1)
+            with contextlib.suppress(ConnectionError):
+                await connection.send(b"x")
+                await until(lambda: ours._active_at == gateway.clock.now or not gateway.door.connections)
+
+    assert reply.status == 401
+    await until(lambda: not gateway.door.connections)
+
+
+@pytest.mark.parametrize(("requests", "seconds"), [(0, 31), (1, 301)])
+async def test_a_connection_may_be_idle_longer_once_it_was_used(gateway, requests, seconds):
+    """
+    The first request comes within head_s, the next ones within keep_alive_s.
+    """
+    connection = await gateway.connect()
+    await connection_of(gateway)
+    for _ in range(requests):
+        assert (await connection.request("HEAD", "/", {})).status == 200
+
+    gateway.tick(seconds=seconds - 2)
+    still_open = len(gateway.door.connections)
+    gateway.tick(seconds=2)
+
+    assert await connection.is_closed()
+    assert still_open == 1
+
+
+@pytest.mark.parametrize(("proxies", "left"), [("", 2), ("127.0.0.0/8", 4)])
+async def test_an_address_has_only_so_many_connections_without_a_good_key(start_gateway, upstream, proxies, left):
+    """
+    A connection that shows its key counts no more; those of a trusted proxy are other people's.
+    """
+    upstream.script = hello_json()
+    config = config_text(upstream.url).replace("port: 0", f"port: 0, trusted_proxies: [{proxies}]")
+    gateway = await start_gateway(config, pace=GatewayUnderTest.PACE._replace(strangers=2))
+    known = await gateway.connect()
+    await known.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+
+    strangers = [await gateway.connect() for _ in range(4)]
+    await until(lambda: len(gateway.door.connections) == left + 1)
+    again = await known.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+
+    assert again.status == 200
+    assert gateway.gateway.metrics.connections_refused == ({"address": 2} if left == 2 else {})
+    for stranger in strangers[left:]:
+        assert await stranger.is_closed()
+
+
+async def test_the_oldest_connection_without_a_key_makes_room_for_a_new_one(start_gateway, upstream):
+    """
+    All connections are bounded. Whoever fills them without a key keeps nobody out who has one.
+    """
+    upstream.script = hello_json()
+    gateway = await start_gateway(config_text(upstream.url), most=6)
+    known = await gateway.connect()
+    first = await known.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+    strangers = []
+    for count in range(2, 7):
+        strangers.append(await gateway.connect())
+        await until(lambda count=count: len(gateway.door.connections) == count)
+
+    newcomer = await gateway.post("/v1/messages", HELLO)
+    again = await known.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+
+    assert (first.status, newcomer.status, again.status) == (200, 200, 200)
+    assert await strangers[0].is_closed()
+    assert gateway.gateway.metrics.connections_refused == {"oldest": 1}
+
+
+@pytest.mark.logs("connections refused since the start: 1 because all are in use with good keys; 2 of 2 are open")
+async def test_where_all_connections_are_in_use_a_new_one_is_closed(start_gateway, upstream):
+    """
+    A stream that runs is not given up for a stranger. The log says so, at most once a minute.
+    """
+    upstream.script = [head(200, "text/event-stream"), message_start(12), text("hello"), stall()]
+    gateway = await start_gateway(config_text(upstream.url), most=2)
+    streams = [await gateway.connect() for _ in range(2)]
+    for stream in streams:
+        await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+        await stream.read_until(b"hello")
+
+    late = await gateway.connect()
+    assert await late.is_closed()
+    gateway.tick()
+    gateway.tick()
+
+
+async def test_one_keys_idle_connections_do_not_fill_the_place(start_gateway, upstream):
+    """
+    A key's connections are kept alive while there are not more of them than free places.
+    """
+    upstream.script = hello_json()
+    gateway = await start_gateway(config_text(upstream.url), most=6)
+
+    replies = []
+    for _ in range(6):
+        connection = await gateway.connect()
+        body = json.dumps(HELLO).encode()
+        replies.append(await connection.request("POST", "/v1/messages", {"x-api-key": KEY}, body))
+
+    assert [reply.headers.get("connection") for reply in replies] == [None] * 3 + ["close"] * 3
+    await until(lambda: len(gateway.door.connections) == 3)
+
+
+async def test_an_answer_of_tornados_that_is_not_read_is_given_up(start_gateway, upstream):
+    """
+    Such a connection is counted like any other, and ends after handed_s, or a page of logs would stay in memory.
+    """
+    upstream.script = hello_json()
+    gateway = await start_gateway(config_text(upstream.url))
+    for _ in range(3):
+        await gateway.post("/v1/messages", HELLO)
+    connection = await gateway.connect()
+    await connection.send(request_bytes("GET", "/health", {"content-length": "1000"}))
+    await until(lambda: any(isinstance(each, g.HandedStream) for each in gateway.door.connections))
+
+    gateway.tick(seconds=119)
+    during = len(gateway.door.connections)
+    gateway.tick(seconds=2)
+
+    assert (during, len(gateway.door.connections)) == (1, 0)
+    assert await connection.is_closed()
+
+
+@pytest.mark.parametrize(("hard", "most"), [(1000, (1000 - 64) // 2), (90, 16)])
+def test_the_limit_of_descriptors_is_raised_and_halved(hard, most):
+    """
+    The soft limit is often 1,024, the hard one far above. Each call needs a connection on both sides.
+    """
+    script = (
+        "import gateway, resource\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (80, {hard}))\n"
+        "print(gateway.raise_descriptor_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+    )
+    root = Path(g.__file__).parent
+
+    out = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+
+    assert out.stdout.split() == [str(most), str(hard)]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "count"),
+    [
+        (["192.0.2.1", "192.0.2.2"], 2),
+        (["2001:db8::1", "2001:db8::ffff:1"], 1),
+        (["2001:db8::1", "2001:db8:0:1::1"], 2),
+        (["::ffff:192.0.2.1", "192.0.2.1"], 1),
+        (["", ""], 1),
+    ],
+)
+def test_whose_an_address_is(addresses, count):
+    """
+    Anybody has a /64 of IPv6, so that its addresses count as one.
+    """
+    assert len({g.network_of(address) for address in addresses}) == count
 
 
 async def test_blank_lines_ahead_of_a_request_are_not_kept(gateway):
