@@ -1079,11 +1079,34 @@ class VerdictTable(dict[str, VerdictConfig]):
     """Overrides by case: a status, 4xx, 5xx or a name of the table."""
 
 
+# What no client's header of such a name does upstream, even where `headers.pass` names it: it frames this hop, it is
+# a credential (see SECRET_HEADER as well), it chooses an account or a project of ours, or it says who the client is.
+WITHHELD = FRAMING | {
+    *("host", "accept-encoding", "keep-alive", "cookie", "set-cookie", "forwarded", "via", "x-real-ip", "client-ip"),
+    *("x-client-ip", "x-cluster-client-ip", "true-client-ip", "do-connecting-ip", "remote-addr", "x-remote-ip"),
+    *("x-remote-addr", "x-originating-ip", "x-original-host", "x-ms-client-principal", "x-envoy-external-address"),
+}
+WITHHELD_STARTS = (
+    *("proxy-", "x-forwarded", "x-original-forwarded", "cf-", "cloudfront-", "fastly-", "fly-", "akamai-", "x-vercel-"),
+    *("x-azure-", "x-appengine-", "x-goog-", "x-amz", "openai-organization", "openai-project", "chatgpt-account"),
+    *("anthropic-organization", "anthropic-workspace"),
+)
+
+
+def is_withheld(name: str) -> bool:
+    """Whether a client's header, its name in lower case, must not go upstream whatever the config says."""
+    return name in WITHHELD or name.startswith(WITHHELD_STARTS) or SECRET_HEADER.search(name) is not None
+
+
 class HeaderRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Headers of requests to an upstream that are set or removed; names in any case."""
+    """Headers of requests to an upstream: set, removed, and which of a client's go there beside the usual ones.
+
+    Names in any case; those of `pass` may be globs.
+    """
 
     set: dict[str, Secret] = {}
     remove: tuple[str, ...] = ()
+    passes: tuple[str, ...] = msgspec.field(default=(), name="pass")
 
 
 class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -1716,9 +1739,16 @@ class ConfigBuilder:
         for j, name in enumerate(upstream.headers.remove):
             if name.lower() in (*FRAMING, "accept-encoding", "host"):
                 raise self._document.problem((*steps, "remove", j), "no header that can be removed")
-        if not (opened or upstream.headers.remove):
+        for j, name in enumerate(upstream.headers.passes):
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z?\[\]-]+", name):
+                raise self._document.problem((*steps, "pass", j), "expected the name of a header, or a glob of names")
+            if is_withheld(name.lower()):
+                problem = "it frames the request, names an account or a client, or is a credential: see `headers.set`"
+                raise self._document.problem((*steps, "pass", j), f"no client's {name} may go upstream: {problem}")
+        rules = upstream.headers
+        if not (opened or rules.remove or rules.passes):
             return NO_RULES
-        return HeaderRules(opened, tuple(name.lower() for name in upstream.headers.remove))
+        return HeaderRules(opened, *(tuple(name.lower() for name in names) for names in (rules.remove, rules.passes)))
 
     def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
         if not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled:
@@ -3933,14 +3963,27 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
     b"transfer-encoding upgrade".split()
 )
-# Besides hop-by-hop: what is ours to say, credentials, and what tells the upstream who the client is.
-NOT_UPSTREAM = HOP_BY_HOP | frozenset(
-    b"host content-length expect authorization x-api-key accept-encoding cookie forwarded via "
-    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-real-ip".split()
+# The headers of a client that go upstream, and nothing else: what APIs read, and by what clients find their requests
+# and sessions again (Claude Code, the official SDKs, Codex, opencode).
+FORWARDED = frozenset(
+    (
+        *("accept", "content-type", "user-agent", "x-app", "openai-beta", "x-openai-subagent", "idempotency-key"),
+        *("x-client-request-id", "traceparent", "tracestate", "session-id", "session_id", "thread-id", "thread_id"),
+        *("conversation-id", "conversation_id", "originator", "version", "x-session-affinity", "x-parent-session-id"),
+    )
 )
-# Besides hop-by-hop: what describes the upstream's connection, or would bind the client to it.
-NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(b"content-length set-cookie alt-svc strict-transport-security".split())
-RATE_LIMITS = b"anthropic-ratelimit-"  # they describe the shared key
+FORWARDED_STARTS = ("anthropic-", "x-anthropic-", "x-claude-", "x-stainless-", "x-codex-", "x-opencode-")
+# Besides hop-by-hop: what describes the upstream's connection, or would bind the client to it; whose account it is;
+# and what is left to the key that all share.
+NOT_DOWNSTREAM = HOP_BY_HOP | frozenset(
+    b"content-length set-cookie alt-svc strict-transport-security ratelimit ratelimit-policy".split()
+)
+NOT_DOWNSTREAM_STARTS = (
+    *(b"anthropic-ratelimit-", b"x-ratelimit-", b"ratelimit-", b"x-rate-limit-", b"x-openai-", b"chatgpt-account"),
+    *(b"anthropic-organization", b"anthropic-workspace", b"openai-organization", b"openai-project"),
+    *(b"x-codex-primary-", b"x-codex-secondary-", b"x-codex-credits-"),
+)
+MAX_HEADER_NAME = 100  # bytes; what has a longer name is neither sent up nor down, and takes no place in a cache
 
 
 def normalize_target(target: bytes) -> tuple[str, bytes]:
@@ -3969,6 +4012,24 @@ def api_of(path: str) -> Api:
     return (
         "openai" if path.startswith(("/v1/chat", "/v1/responses", "/v1/embeddings", "/v1/completions")) else "anthropic"
     )
+
+
+@functools.lru_cache(maxsize=1024)  # clients send the same twenty names again and again
+def goes_up(name: bytes, passed: tuple[str, ...] = ()) -> bool:
+    """Whether a client's header goes upstream; `passed` are the globs that this upstream takes beside the table's."""
+    lower = name.decode("latin-1").lower()
+    if lower in FORWARDED:
+        return True
+    if is_withheld(lower):
+        return False
+    return lower.startswith(FORWARDED_STARTS) or any(matches(glob, lower) for glob in passed)
+
+
+@functools.lru_cache(maxsize=1024)
+def comes_down(name: bytes) -> bool:
+    """Whether an answer's header goes to the client."""
+    lower = name.lower()
+    return lower not in NOT_DOWNSTREAM and not lower.startswith(NOT_DOWNSTREAM_STARTS)
 
 
 def connection_options(headers: Headers) -> frozenset[bytes]:
@@ -4007,7 +4068,7 @@ def ruled(lines: list[bytes], upstream: UpstreamConfig) -> list[bytes]:
 
 
 def request_head(call: Call, upstream: UpstreamConfig, api_key: str, target: UpstreamTarget, length: int) -> bytes:
-    """The head of the request that goes upstream: the client's headers, the upstream's key."""
+    """The head of the request that goes upstream: the client's headers as far as they are its matter, our key."""
     query = b"?" + call.query if call.query else b""
     lines = [
         b"POST %b%b%b HTTP/1.1" % (target.prefix, call.route.path.encode(), query),
@@ -4016,10 +4077,13 @@ def request_head(call: Call, upstream: UpstreamConfig, api_key: str, target: Ups
         b"accept-encoding: identity",  # usage must be readable
     ]
     lines += credential_line(upstream, api_key)
-    dropped = NOT_UPSTREAM
-    if len(call.named) < len(call.headers) or call.named.get(b"connection", b"keep-alive") != b"keep-alive":
-        dropped = dropped | connection_options(call.headers)
-    lines += [b"%b: %b" % header for header in call.headers if header[0].lower() not in dropped]
+    headers, passed = call.headers, upstream.headers.passes
+    if len(call.named) < len(headers) or call.named.get(b"connection", b"keep-alive") != b"keep-alive":
+        options = connection_options(headers)
+        headers = [header for header in headers if header[0].lower() not in options]
+    lines += [
+        b"%b: %b" % header for header in headers if len(name := header[0]) <= MAX_HEADER_NAME and goes_up(name, passed)
+    ]
     if upstream.headers is not NO_RULES or upstream.betas.drop:
         lines = ruled(lines, upstream)
     return b"\r\n".join(lines) + b"\r\n\r\n"
@@ -4043,7 +4107,7 @@ def downstream_headers(headers: Headers) -> Headers:
     return [
         (name, value)
         for name, value in headers
-        if (lower := name.lower()) not in NOT_DOWNSTREAM and lower not in dropped and not lower.startswith(RATE_LIMITS)
+        if len(name) <= MAX_HEADER_NAME and comes_down(name) and (not dropped or name.lower() not in dropped)
     ]
 
 

@@ -1534,7 +1534,7 @@ CLIENT_HEADERS: g.Headers = [
     (b"Anthropic-Beta", b"a-2025,b-2025"),
     (b"anthropic-version", b"2023-06-01"),
     (b"User-Agent", b"claude-cli/2"),
-    (b"X-Empty", b""),
+    (b"X-App", b""),
     (b"x-api-key", b"sk-proxy-secret"),
     (b"anthropic-beta", b"a-2026"),
 ]
@@ -1549,21 +1549,21 @@ CLIENT_HEADERS: g.Headers = [
                 "Anthropic-Beta: a-2025,b-2025",
                 "anthropic-version: 2023-06-01",
                 "User-Agent: claude-cli/2",
-                "X-Empty: ",
+                "X-App: ",
                 "anthropic-beta: a-2026",
             ],
         ),
         (
             'betas: {drop: ["a-*"]}',
-            ["Anthropic-Beta: b-2025", "anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-Empty: "],
+            ["Anthropic-Beta: b-2025", "anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-App: "],
         ),
         (
-            "headers: {set: {user-agent: gateway, X-Org: o-1}, remove: [X-EMPTY, anthropic-beta]}",
+            "headers: {set: {user-agent: gateway, X-Org: o-1}, remove: [X-APP, anthropic-beta]}",
             ["anthropic-version: 2023-06-01", "user-agent: gateway", "X-Org: o-1"],
         ),
         (
             'headers: {set: {X-Org: o-1}}, betas: {drop: ["*"]}',
-            ["anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-Empty: ", "X-Org: o-1"],
+            ["anthropic-version: 2023-06-01", "User-Agent: claude-cli/2", "X-App: ", "X-Org: o-1"],
         ),
     ],
 )
@@ -1610,6 +1610,27 @@ def test_headers_that_the_gateway_needs_cannot_be_set_or_removed(clock, rule, na
 
     assert said.startswith("" if is_allowed else "config.yaml:5: upstreams[0].headers.")
     assert bool(said) is not is_allowed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Content-Length", "connection", "host", "accept-encoding", "Cookie", "Authorization", "x-api-key", "api-key"),
+        *("X-Goog-*", "x-amz-security-token", "OpenAI-Organization", "openai-project", "X-Forwarded-For", "CF-*"),
+        *("true-client-ip", "x-team-token", "x y", ""),
+    ],
+)
+def test_headers_that_no_client_may_send_up_cannot_be_let_through(clock, name):
+    """
+    A credential, an account or an address of a client is told when the config is read.
+    """
+    text = f"upstreams:\n  - name: a\n    url: http://a.test\n    headers:\n      pass: [x-team, '{name}']\n"
+
+    with pytest.raises(g.ConfigError, match=r"config\.yaml:5: upstreams\[0\]\.headers\.pass\[1\]: (no|expected) "):
+        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+
+    (upstream,) = g.Config.parse(text.replace(f", '{name}'", ""), Path("config.yaml"), clock.clock, {}).upstreams
+    assert upstream.headers.passes == ("x-team",)
 
 
 # --- without thinking -------------------------------------------------------------------------

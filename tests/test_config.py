@@ -1217,15 +1217,17 @@ def missing_settings(kind: type, plain: dict[str, Any], at: str = "") -> list[st
     """The settings of a struct, and of those below it, that a mapping does not have."""
     missing = []
     for field in msgspec.structs.fields(kind):
-        if field.name not in plain:
-            missing.append(at + field.name)
+        if field.encode_name not in plain:
+            missing.append(at + field.encode_name)
             continue
         inner = [
             a for a in (field.type, *get_args(field.type)) if isinstance(a, type) and issubclass(a, msgspec.Struct)
         ]
-        value = plain[field.name]
+        value = plain[field.encode_name]
         for below in inner:
-            missing += missing_settings(below, value[0] if isinstance(value, list) else value, f"{at}{field.name}.")
+            missing += missing_settings(
+                below, value[0] if isinstance(value, list) else value, f"{at}{field.encode_name}."
+            )
     return missing
 
 

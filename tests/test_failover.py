@@ -1239,6 +1239,23 @@ async def test_headers_and_betas_go_by_the_upstreams_rules(start_gateway, upstre
     assert found == {"x-team": "research", "user-agent": "gateway", "x-app": None, "anthropic-beta": "claude-code-1"}
 
 
+async def test_a_client_chooses_no_account_and_learns_of_none(start_gateway, upstreams):
+    """
+    What names an organization, a project or an address stays here in both directions; the rest goes its way.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more={"a": ", headers: {pass: [X-Title]}"}))
+    account = {"openai_organization": "org-1", "anthropic_ratelimit_tokens_remaining": "0", "x_ratelimit_limit": "5"}
+    upstreams["a"].script = json_body({"type": "message", "content": []}, **account, request_id="req_1")
+
+    fields = {"openai_organization": "org-2", "cf_connecting_ip": "10.0.0.1", "x_goog_api_key": "k", "x_title": "t"}
+    reply = await gateway.post("/v1/messages", HELLO, **fields, anthropic_version="2023-06-01")
+
+    (request,) = upstreams["a"].requests
+    own = {"host", "content-length", "accept-encoding", "x-api-key"}
+    assert set(request.header) - own == {"x-title", "anthropic-version"}
+    assert set(reply.headers) == {"content-type", "request-id", "content-length"}
+
+
 # --- SSRF ----------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,17 @@ def test_the_table_of_verdicts_is_the_one_that_the_program_goes_by():
     assert shown == rows and set(g.VERDICT_MEANINGS) == set(g.VERDICTS)
 
 
+def test_the_headers_that_go_upstream_are_those_of_the_list():
+    """
+    Whoever misses a header at an upstream finds here that it does not go there, and how to let it.
+    """
+    shown = re.search(
+        r"^\*\*Headers\*\*: .*?:((?: |`[\w*-]+`|,|\n|and the sessions of Codex and opencode:)+)\.$", README, re.M
+    )[1]
+
+    assert set(re.findall("`(.*?)`", shown)) == g.FORWARDED | {f"{start}*" for start in g.FORWARDED_STARTS}
+
+
 def test_every_outcome_stands_in_the_readme():
     """
     Whoever reads the ledger finds what its words mean.

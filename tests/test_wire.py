@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterable
 
+import msgspec
 import pytest
 from conftest import KEY, UPSTREAM_KEY, config_text
 from hypothesis import example, given, settings
@@ -342,6 +343,13 @@ def test_the_credential_stands_where_the_upstreams_format_wants_it(config, forma
 
 
 KEPT_TO_OURSELVES = [
+    *("OpenAI-Organization: org-1", "openai-project: proj_1", "anthropic-organization-id: o", "chatgpt-account-id: a"),
+    *("CF-Connecting-IP: 10.0.0.1", "cf-ipcountry: DE", "True-Client-IP: 10.0.0.1", "Fastly-Client-IP: 10.0.0.1"),
+    *("X-Client-IP: 10.0.0.1", "X-Cluster-Client-IP: 10.0.0.1", "X-Forwarded: 10.0.0.1", "X-Azure-ClientIP: 10.0.0.1"),
+    *("x-vercel-forwarded-for: 10.0.0.1", "x-appengine-user-ip: 10.0.0.1", "CloudFront-Viewer-Address: 10.0.0.1:1"),
+    *("api-key: x", "x-goog-api-key: x", "X-Goog-User-Project: p", "x-amz-security-token: x", "X-Amz-Date: 1"),
+    *("Anthropic-Auth-Token: x", "x-claude-secret: x", "x-litellm-key: x", "X-Unknown: 1", "accept-language: de"),
+    *("Referer: http://intern.test/", "Origin: http://intern.test", "Sec-Fetch-Mode: cors", f"anthropic-{'x' * 99}: 1"),
     *("Host: x", "Content-Length: 9", "Transfer-Encoding: chunked", "TE: trailers", "Trailer: x", "Upgrade: h2c"),
     *("Connection: close", "Keep-Alive: timeout=5", "Proxy-Connection: close", "Proxy-Authorization: Basic eDp5"),
     *("Proxy-Authenticate: Basic", "Expect: 100-continue", "Accept-Encoding: gzip", "aCCept-encoding: br"),
@@ -354,17 +362,77 @@ KEPT_TO_OURSELVES = [
 @pytest.mark.parametrize("line", KEPT_TO_OURSELVES)
 def test_what_is_for_this_hop_goes_no_further_up(config, line):
     """
-    Hop-by-hop headers, the user's credentials and addresses are not for the provider.
+    Hop-by-hop headers, the user's credentials and addresses are not for the provider, nor is whose account is asked a
+    client's matter; and no upstream can be told to take them, whatever `headers.pass` says.
     """
     name, _, value = line.encode().partition(b": ")
-    call = call_of(config, b"{}", [(b"x-first", b"1"), (name, value), (b"x-last", b"2")])
+    call = call_of(config, b"{}", [(b"x-app", b"1"), (name, value), (b"X-Stainless-Lang", b"2")])
+    upstream, api_key, target = upstream_of(api_key="")
+    never = g.is_withheld(name.decode().lower())  # the others are merely on no list
 
-    head = g.request_head(call, *upstream_of(api_key=""), 2)
+    rules = g.HeaderRules({}, (), ("*",) if never else ())
+    head = g.request_head(call, msgspec.structs.replace(upstream, headers=rules), api_key, target, 2)
 
     assert head == (
         b"POST /base/v1/messages HTTP/1.1\r\nhost: upstream.test:8443\r\ncontent-length: 2\r\n"
-        b"accept-encoding: identity\r\nx-first: 1\r\nx-last: 2\r\n\r\n"
+        b"accept-encoding: identity\r\nx-app: 1\r\nX-Stainless-Lang: 2\r\n\r\n"
     )
+
+
+CODEX_AND_OTHERS = [
+    *((b"originator", b"codex_cli_rs"), (b"version", b"0.99.0"), (b"session_id", UUID.encode()), (b"Session-Id", b"1")),
+    *(
+        (b"thread-id", b"2"),
+        (b"conversation_id", b"3"),
+        (b"x-codex-turn-state", b"s"),
+        (b"OpenAI-Beta", b"responses=v1"),
+    ),
+    *(
+        (b"x-openai-subagent", b"review"),
+        (b"x-client-request-id", b"4"),
+        (b"Idempotency-Key", b"stainless-node-retry-5"),
+    ),
+    *((b"traceparent", b"00-1-2-01"), (b"tracestate", b"a=b"), (b"X-Stainless-Retry-Count", b"0")),
+    *((b"x-opencode-session", b"6"), (b"x-session-affinity", b"7"), (b"x-anthropic-additional-protection", b"true")),
+    *((b"x-claude-code-agent-id", b"8"), (b"anthropic-some-header-of-tomorrow", b"\xff"), (b"anthropic-beta", b"a")),
+    (b"Anthropic-Beta", b"b"),
+]
+
+
+def test_what_apis_and_clients_need_goes_upstream(config):
+    """
+    What the SDKs, Codex and opencode send, in their spelling and order; a name may come twice.
+    """
+    head = g.request_head(call_of(config, b"{}", CODEX_AND_OTHERS), *upstream_of(api_key=""), 2)
+
+    assert head.split(b"\r\n")[4:-2] == [b"%b: %b" % header for header in CODEX_AND_OTHERS]
+
+
+def test_an_upstream_may_take_more_headers_than_the_usual(config):
+    """
+    `headers.pass` names them, in any case or as globs; what must not go up does not for all that.
+    """
+    sent = [(b"HTTP-Referer", b"http://a.test"), (b"X-Title", b"a"), (b"x-team-red", b"1"), (b"x-team-key", b"2")]
+    upstream, api_key, target = upstream_of(api_key="")
+    rules = g.HeaderRules({}, (), ("http-referer", "x-t*"))
+
+    head = g.request_head(
+        call_of(config, b"{}", sent), msgspec.structs.replace(upstream, headers=rules), api_key, target, 2
+    )
+
+    assert head.endswith(b"identity\r\nHTTP-Referer: http://a.test\r\nX-Title: a\r\nx-team-red: 1\r\n\r\n")
+
+
+def test_names_of_headers_are_remembered_in_bounded_memory(config):
+    """
+    A client that invents names fills no memory with them, and endless ones are not kept at all.
+    """
+    call = call_of(config, b"{}", [(b"x-%d" % i, b"1") for i in range(5000)] + [(b"anthropic-" + b"x" * 60_000, b"1")])
+
+    head = g.request_head(call, *upstream_of(api_key=""), 2)
+
+    assert head.endswith(b"accept-encoding: identity\r\n\r\n")
+    assert g.goes_up.cache_info().currsize == g.goes_up.cache_info().maxsize == 1024
 
 
 def test_headers_that_connection_names_stay_on_their_hop(config):
@@ -372,24 +440,26 @@ def test_headers_that_connection_names_stay_on_their_hop(config):
     RFC 9110, 7.6.1: in both directions, in any case, over several lines.
     """
     headers = [
-        *((b"CONNECTION", b"close, X-One ,x-two"), (b"connection", b"\tX-THREE,,")),
-        *((b"x-one", b"1"), (b"X-Two", b"2"), (b"x-three", b"3"), (b"x-four", b"4")),
+        *((b"CONNECTION", b"close, X-App ,x-two"), (b"connection", b"\tANTHROPIC-THREE,,")),
+        *((b"x-app", b"1"), (b"X-Two", b"2"), (b"anthropic-three", b"3"), (b"anthropic-four", b"4")),
     ]
 
     up = g.request_head(call_of(config, b"{}", headers), *upstream_of(api_key=""), 2)
 
-    assert up.endswith(b"\r\naccept-encoding: identity\r\nx-four: 4\r\n\r\n")
-    assert g.downstream_headers(headers) == [(b"x-four", b"4")]
+    assert up.endswith(b"\r\naccept-encoding: identity\r\nanthropic-four: 4\r\n\r\n")
+    assert g.downstream_headers(headers) == [(b"anthropic-four", b"4")]
 
 
 def test_an_answer_comes_down_without_what_describes_the_upstreams_side():
     """
-    Rate limits of a shared key would mislead the client; `request-id`, `retry-after` and the rest are its own.
+    Rate limits of a shared key would mislead the client, and whose account it is is none of its business; `request-id`,
+    `retry-after` and the rest are its own.
     """
     kept = [
         *((b"Content-Type", b"text/event-stream"), (b"request-id", b"req_1"), (b"Retry-After", b"30")),
-        *((b"x-should-retry", b"false"), (b"Content-Encoding", b"identity"), (b"anthropic-organization-id", b"o")),
+        *((b"x-should-retry", b"false"), (b"Content-Encoding", b"identity"), (b"openai-processing-ms", b"5")),
         *((b"Access-Control-Allow-Origin", b""), (b"X-Two", b"1"), (b"x-two", b"2"), (b"Vary", b"Origin")),
+        *((b"x-request-id", b"req_2"), (b"CF-RAY", b"1-FRA"), (b"x-codex-turn-state", b"s"), (b"retry-after-ms", b"5")),
     ]
     dropped = [
         *((b"Connection", b"keep-alive"), (b"Keep-Alive", b"timeout=5"), (b"Transfer-Encoding", b"chunked")),
@@ -397,6 +467,9 @@ def test_an_answer_comes_down_without_what_describes_the_upstreams_side():
         *((b"Upgrade", b"h2c"), (b"Alt-Svc", b"h3"), (b"Strict-Transport-Security", b"max-age=1")),
         *((b"anthropic-ratelimit-requests-limit", b"50"), (b"Anthropic-RateLimit-Tokens-Reset", b"x")),
         *((b"anthropic-ratelimit-unified-5h-utilization", b"0.5"), (b"Proxy-Authenticate", b"Basic")),
+        *((b"Anthropic-Organization-Id", b"o"), (b"openai-organization", b"o"), (b"OpenAI-Project", b"p")),
+        *((b"x-ratelimit-remaining-tokens", b"5"), (b"X-RateLimit-Reset-Requests", b"6m0s"), (b"RateLimit", b"r=5")),
+        *((b"ratelimit-remaining", b"5"), (b"x-codex-primary-used-percent", b"9"), (b"x-openai-proxy-wasm", b"v0.1")),
     ]
 
     mixed = [header for pair in zip(kept, dropped, strict=False) for header in pair] + dropped[len(kept) :]
