@@ -237,6 +237,7 @@ class Pace(NamedTuple):
     backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
     max_backoff_s: float = 8.0  # … and at most
     error_body_s: float = 5.0  # an error's body must be whole by then
+    resend_s: float = 1.0  # a kept-alive connection that dies within so long was dead before the request came
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
@@ -2102,7 +2103,11 @@ COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
 
 
 class AttemptEntry(msgspec.Struct):
-    """An attempt as the ledger keeps it. `outcome` is that of the call, or its row in the table of verdicts."""
+    """An attempt as the ledger keeps it.
+
+    `outcome` is that of the call, or its row in the table of verdicts; `stale_connection` where the attempt met a
+    kept-alive connection that had died, which is nobody's fault, and was made again at once.
+    """
 
     upstream: str
     key: int
@@ -5154,6 +5159,7 @@ IDLE_TIMEOUT = Failure("timeout", "went silent in the middle of its answer", "mi
 CUT = Failure("upstream_cut", "closed the connection before its answer was whole", "cut")
 NOT_HTTP = Failure("upstream_cut", "sent something that is not HTTP", "not_http")
 UNEXPECTED = Failure("upstream_error", "sent something that is no answer", "unexpected")
+STALE_CONNECTION = "stale_connection"  # an attempt's outcome beside those of the table: nobody's fault
 
 
 class AttemptFailed(Exception):
@@ -6706,6 +6712,11 @@ class Exchange:
             last.outcome, last.ms = outcome, round((self.clock() - self._tried_at) * 1e3, 1)
             self._relay.upstreams.attempts[last.upstream, outcome] += 1
 
+    @property
+    def tries(self) -> int:
+        """How many attempts an upstream has had a chance to answer."""
+        return sum(attempt.outcome != STALE_CONNECTION for attempt in self.attempts)
+
     # What the attempt says
 
     def opened(self, attempt: Attempt) -> None:
@@ -6955,7 +6966,7 @@ class Relay:
         out: set[tuple[str, int]] = set()  # who need not be asked again
         # A repair is one more try: else the last one's complaint would be lost, and its cure known.
         while (
-            len(exchange.attempts) < call.config.routing.max_attempts + exchange.is_repaired
+            exchange.tries < call.config.routing.max_attempts + exchange.is_repaired
             and self.clock.monotonic() < exchange.deadline
         ):
             if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
@@ -6987,9 +6998,10 @@ class Relay:
         return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
 
     async def send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
-        """Make one attempt and wait for its end; a kept-alive connection that died unseen costs nothing.
+        """Make one attempt and wait for its end; once more on a new connection where a kept-alive one had died unseen.
 
-        Raises AttemptFailed.
+        Unseen means: within a second of sending. What dies later has had the request (one upstream behind a proxy
+        dropped it after 12 s, and was paid twice); that is a failure like any other. Raises AttemptFailed.
         """
         upstream = ticket.choice.upstream
         for fresh in (False, True):
@@ -7008,8 +7020,14 @@ class Relay:
             except AttemptFailed as failed:
                 if fresh or line.heard or not line.used_before or failed.failure is not CUT:
                     raise
+                if self.clock.monotonic() - (attempt.sent_at or 0.0) > self.pace.resend_s:
+                    raise
                 self.pool(upstream).forget_idle()  # they are as dead
+                exchange.close_attempt(STALE_CONNECTION)
                 exchange.retry()
+                if exchange.done.done():  # the client went away meanwhile
+                    break
+                exchange.open_attempt(ticket.choice)
         return exchange.done.result()
 
     @staticmethod
@@ -7027,7 +7045,7 @@ class Relay:
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
             return limit
         own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream)}
-        is_last = len(exchange.attempts) + 1 >= routing.max_attempts
+        is_last = exchange.tries + 1 >= routing.max_attempts
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
 
@@ -7077,14 +7095,14 @@ class Relay:
         if exchange.best:
             return exchange.hand_on(exchange.best)
         if failed:
-            tries, name = len(exchange.attempts), exchange.attempts[-1].upstream
-            log.warning("%s: no answer, attempts %d: upstream %s %s", exchange.call.id, tries, name, failed)
+            name = exchange.attempts[-1].upstream
+            log.warning("%s: no answer, attempts %d: upstream %s %s", exchange.call.id, exchange.tries, name, failed)
         error = self._own_words(exchange, failed)
         return Outcome(failed.failure.outcome, error=error) if failed else Outcome("unavailable", error=error)
 
     def _own_words(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
         """What the client is told where no upstream has said something for it."""
-        call, tries = exchange.call, len(exchange.attempts)
+        call, tries = exchange.call, exchange.tries
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         refused = self.upstreams.refused(call)

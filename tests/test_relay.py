@@ -814,15 +814,38 @@ async def test_idle_connections_are_closed_after_a_time(gateway, upstream):
 
 async def test_invariant_5_a_failed_attempt_is_retried_unseen_while_no_byte_has_come(gateway, upstream):
     """
-    A kept-alive connection that dies as it is used again, before a byte of the answer, costs the client nothing.
+    A kept-alive connection that dies as it is used again, before a byte of the answer, costs the client nothing, and
+    whoever reads the ledger sees that the request was sent twice.
     """
     upstream.scripts = [hello_json(), [reset_peer()], hello_json()]
 
     replies = [await gateway.post("/v1/messages", HELLO) for _ in range(2)]
 
     assert [reply.status for reply in replies] == [200, 200]
-    assert [len(entry["attempts"]) for entry in gateway.entries()] == [1, 1]
+    attempts = [[attempt["outcome"] for attempt in entry["attempts"]] for entry in gateway.entries()]
+    assert attempts == [["completed"], ["stale_connection", "completed"]]
     assert upstream.connections == 2
+    assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 0
+
+
+@pytest.mark.logs("closed the connection before its answer was whole")
+async def test_a_request_that_was_worked_on_is_not_sent_again_unseen(gateway, upstream):
+    """
+    A kept-alive connection that dies twelve seconds after the request has had it: an upstream behind a proxy was
+    paid twice. It is a failure like any other, and with one attempt the client is told.
+    """
+    upstream.scripts = [hello_json(), [wait_for(late := asyncio.Event()), reset_peer()], hello_json()]
+    await gateway.post("/v1/messages", HELLO)
+
+    posting = asyncio.ensure_future(gateway.post("/v1/messages", HELLO))
+    await upstream.request_came(2)
+    gateway.tick(seconds=12)
+    late.set()
+    reply = await posting
+
+    assert (reply.status, len(upstream.requests)) == (502, 2)
+    assert [attempt["outcome"] for attempt in gateway.entries()[1]["attempts"]] == ["cut"]
+    assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 1
 
 
 async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gateway):
