@@ -154,7 +154,7 @@ import time
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -311,6 +311,7 @@ class Call:
         "address",
         "admitted",
         "affinity",
+        "blamed",
         "body",
         "bytes_up",
         "config",
@@ -352,6 +353,7 @@ class Call:
         self.model = self.upstream_model = self.session = ""
         self.servings: tuple[Serving, ...] = ()  # who may be asked, the best first
         self.affinity = ""  # what has a home upstream, where that has been looked for
+        self.blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
         self.stream = False
 
     def let_go(self) -> None:
@@ -1023,16 +1025,17 @@ VERDICT_MEANINGS = {
     "not_http": "what came is not HTTP",
     "unexpected": "HTML, a redirect, an empty answer",
     "mid_stream": "the answer broke off after its first content",
-    "401": "the upstream refuses our API key: told as an error in the log",
-    "402": "its account has no credit (also a 400 that says so)",
-    "403": "our API key may not do this",
-    "404": "the model is not known there",
+    "401": "the upstream refuses our API key: left alone when that is sure, and told as an error in the log",
+    "402": "its account has no credit (also a 400 whose message begins so): left alone when that is sure",
+    "403": "our API key may not do this: left alone when that is sure",
+    "404": "the model is not known there, or not to our project",
     "408": "the upstream gave up waiting",
     "429": "too much for this key: for as long as the answer's headers say, at most 30 minutes",
     "4xx": "the request itself is wrong: 400, 413, 422 and all others",
     "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
 }
-REFUSED_KEY = ("401", "402", "403")  # what waits for a person
+REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure (`Upstreams.failed`)
+UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a client's can bring these about
 STATUS_OF_ERROR = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -4756,6 +4759,18 @@ class ApiError(msgspec.Struct):
     code: str | int | None = None
 
 
+class RefusalError(ApiError):
+    """`error` of a refusal, with its text."""
+
+    message: str = ""
+
+
+class Refusal(msgspec.Struct):
+    """The body of a refusal of either API."""
+
+    error: RefusalError
+
+
 class AnthropicMessage(msgspec.Struct):
     """`message` of message_start, or a whole non-stream answer."""
 
@@ -5547,6 +5562,53 @@ def read_retry_after(headers: Headers, now: float) -> float | None:
     return min(seconds, MAX_RETRY_AFTER_S) if seconds > 0 else None
 
 
+EVIDENCE_S = 600.0  # failures that lie further apart say nothing together
+ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds
+VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
+
+
+class Evidence:
+    """Whose calls failed in a row, and since when.
+
+    One user's request may fail for its own sake, whatever status the upstream gives it; and it must not take an
+    upstream or a key from all the others. So it takes calls of two users' keys, or one user alone for a time.
+    """
+
+    __slots__ = ("case", "last", "since", "users")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Something succeeded."""
+        self.case = ""
+        self.users: tuple[str, ...] = ()  # at most two
+        self.since = self.last = 0.0  # monotonic: the first and the last failure
+
+    def add(self, user: str, now: float, case: str = "") -> None:
+        """A call of `user` failed; what failed otherwise before, or long before, no longer counts."""
+        if now - self.last > EVIDENCE_S or case != self.case:
+            self.clear()
+        if not self.users:
+            self.since = now
+        if user not in self.users and len(self.users) < 2:
+            self.users += (user,)
+        self.last, self.case = now, case
+
+    def is_enough(self) -> bool:
+        """Whether it is no single user's matter."""
+        return len(self.users) > 1 or self.last - self.since >= ALONE_S
+
+
+class Load:
+    """How many calls run at an upstream, or with one of its API keys."""
+
+    __slots__ = ("running",)
+
+    def __init__(self) -> None:
+        self.running = 0
+
+
 class Health:
     """What was seen of an upstream, or of one of its API keys. Survives reloads.
 
@@ -5555,22 +5617,29 @@ class Health:
     """
 
     __slots__ = (
+        "asked_at",
         "cooling_until",
         "era",
+        "failing",
         "failures",
         "first_bytes",
         "is_tried",
-        "running",
+        "is_unclear",
+        "load",
+        "refusing",
         "since",
         "slow_until",
         "trips",
         "turn",
         "until",
+        "vouched_until",
         "why",
     )
 
-    def __init__(self) -> None:
-        self.running = 0
+    def __init__(self, load: Load) -> None:
+        self.load = load
+        self.failing = Evidence()  # for the breaker
+        self.refusing = Evidence()  # that the API key is refused
         self.turn = 0.0  # of round robin
         self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
         self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
@@ -5580,12 +5649,33 @@ class Health:
         """Forget what spoke against it."""
         self.era += 1
         self.failures = self.trips = 0  # each in a row
+        self.failing.clear()
+        self.forget_refusals()
+        self.asked_at = self.vouched_until = -math.inf  # monotonic; when the list of models was asked for, is believed
         self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
         self.is_tried = False  # half open, and a call is on its way to find out
         self.why = ""
         self.since = self.until = 0.0  # wall time
         self.slow_until: dict[str, float] = {}
         self.first_bytes.clear()
+
+    @property
+    def running(self) -> int:
+        """How many calls run there."""
+        return self.load.running
+
+    def forget_refusals(self) -> None:
+        """Nothing is held against the API key."""
+        self.refusing.clear()
+        self.is_unclear = False  # the list of models was asked for, and said nothing of the key
+
+    def note_success(self) -> None:
+        """An answer came to its end."""
+        self.failures = self.trips = 0
+        if self.failing.users:
+            self.failing.clear()
+        if self.refusing.users:
+            self.forget_refusals()
 
     def is_ready(self, now: float) -> bool:
         """Whether it may be asked."""
@@ -5600,6 +5690,7 @@ class Health:
         self.trips += 1
         self.era += 1
         self.is_tried = False
+        self.forget_refusals()
         self.why, self.since = why, clock.wall()
         self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
 
@@ -5676,8 +5767,8 @@ class Ticket:
         self._upstreams = upstreams
         self.call, self.choice = call, choice
         self.model = model  # as the upstream knows it
-        choice.health.running += 1
-        choice.key_health.running += 1
+        choice.health.load.running += 1
+        choice.key_health.load.running += 1
         self._eras = choice.health.era, choice.key_health.era
         self.trials: list[Health] = []  # half open: this call finds out
         if choice.health.cooling_until or choice.key_health.cooling_until:
@@ -5693,15 +5784,15 @@ class Ticket:
         return health.era == self._eras[health is self.choice.key_health]
 
     def __exit__(self, *exc: object) -> None:
-        self.choice.health.running -= 1
-        self.choice.key_health.running -= 1
+        self.choice.health.load.running -= 1
+        self.choice.key_health.load.running -= 1
         for health in self.trials:  # it never came to an answer: let another one find out
             if self.is_of_now(health):
                 health.is_tried = False
         self._upstreams.wake()
 
 
-Wanted = tuple[tuple[UpstreamConfig, ...], frozenset[tuple[str, int]]]
+Wanted = tuple[tuple[UpstreamConfig, ...], bool, frozenset[tuple[str, int]]]
 
 
 class Seeker(Waiter[Ticket | None]):
@@ -5714,7 +5805,8 @@ class Seeker(Waiter[Ticket | None]):
         self.tried = tried
         self.not_before = not_before
         # Whom it may be sent to: where one that wants the same finds nobody ready, so does this one.
-        self.wanted: Wanted = tuple(serving.upstream for serving in call.servings), frozenset(tried)
+        upstreams = tuple(serving.upstream for serving in call.servings)
+        self.wanted: Wanted = upstreams, call.route.kind == "count_tokens", frozenset(tried)
 
 
 class Upstreams:
@@ -5722,40 +5814,53 @@ class Upstreams:
 
     def __init__(self, clock: Clock, pace: Pace, chance: Callable[[], float] = random.random) -> None:
         self._clock, self._pace, self._chance = clock, pace, chance
-        self._healths: dict[tuple[str, ...], Health] = {}
-        self._choices: dict[UpstreamConfig, tuple[Choice, ...]] = {}
+        self._healths: dict[tuple[str, str, str | None, bool], Health] = {}
+        self._choices: dict[tuple[UpstreamConfig, bool], tuple[Choice, ...]] = {}
+        self.suspects: dict[Health, Choice] = {}  # whose list of models would tell whether its API key is good
         self._queues: OrderedDict[Wanted, WaitQueue[Seeker]] = OrderedDict()  # by whom they may be sent to
         self._later: list[Seeker] = []  # who may not be sent anywhere yet, the first first
         self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome, since the start
 
     # Who is asked
 
-    def choices(self, upstream: UpstreamConfig) -> tuple[Choice, ...]:
-        """The keys of an upstream, with their health."""
-        found = self._choices.get(upstream)
+    def choices(self, upstream: UpstreamConfig, kind: str = "messages") -> tuple[Choice, ...]:
+        """The keys of an upstream, with their health, which is another one for count_tokens: a key may have tokens
+        for that and none for messages, or the other way round. What runs counts together.
+        """
+        is_count = kind == "count_tokens"
+        found = self._choices.get((upstream, is_count))
         if found is None:
             keys = upstream.api_key or Secrets([Secret("")])
-            name = (upstream.name, upstream.url)
-            found = self._choices[upstream] = tuple(
-                Choice(upstream, i, key, self._health(*name), self._health(*name, key), upstream.weight / len(keys))
+            whole, weight = self._health(upstream, None, is_count), upstream.weight / len(keys)
+            found = self._choices[upstream, is_count] = tuple(
+                Choice(upstream, i, key, whole, self._health(upstream, key, is_count), weight)
                 for i, key in enumerate(keys, 1)
             )
         return found
 
-    def _health(self, *name: str) -> Health:
-        return self._healths.setdefault(name, Health())
+    def choices_of(self, call: Call) -> Iterator[Choice]:
+        """All keys that a call may be sent with."""
+        for serving in call.servings:
+            yield from self.choices(serving.upstream, call.route.kind)
+
+    def _health(self, upstream: UpstreamConfig, key: str | None, is_count: bool) -> Health:
+        name = (upstream.name, upstream.url, key, is_count)
+        if name not in self._healths:
+            self._healths[name] = Health(self._health(upstream, key, False).load if is_count else Load())
+        return self._healths[name]
 
     def choose(self, call: Call, tried: set[tuple[str, int]]) -> tuple[str, Choice] | None:
         """Who is to be asked now, and under which name it knows the model; None where nobody is ready."""
         now = self._clock.monotonic()
         servings = call.servings
-        if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream)) == 1:
+        kind = call.route.kind
+        if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream, kind)) == 1:
             return (servings[0].model, choices[0]) if choices[0].is_ready(now) else None
         for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
             ready = [
                 (serving.model, choice)
                 for serving in peers
-                for choice in self.choices(serving.upstream)
+                for choice in self.choices(serving.upstream, kind)
                 if choice.is_ready(now) and choice.place not in tried
             ]
             if len(ready) > 1:
@@ -5768,8 +5873,7 @@ class Upstreams:
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
         """Whether there is somebody to be asked now; takes nobody's turn."""
         now = self._clock.monotonic()
-        choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
-        return any(choice.is_ready(now) and choice.place not in tried for choice in choices)
+        return any(choice.is_ready(now) and choice.place not in tried for choice in self.choices_of(call))
 
     def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
@@ -5860,12 +5964,12 @@ class Upstreams:
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
         now = self._clock.monotonic()
-        choices = (choice for serving in call.servings for choice in self.choices(serving.upstream))
+        choices = self.choices_of(call)
         return min((choice.ready_in(now) for choice in choices if choice.place not in tried), default=math.inf)
 
     def refused(self, call: Call) -> tuple[str, str] | None:
         """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
-        choices = [choice for serving in call.servings for choice in self.choices(serving.upstream)]
+        choices = list(self.choices_of(call))
         if not all(choice.key_health.cooling_until and choice.key_health.why in REFUSED_KEY for choice in choices):
             return None
         return choices[0].upstream.name, choices[0].key_health.why
@@ -5927,7 +6031,7 @@ class Upstreams:
     def finished(self, ticket: Ticket) -> None:
         """An answer came to its end: what was before it began is forgiven, not what the others found out meanwhile."""
         for health in filter(ticket.is_of_now, (ticket.choice.health, ticket.choice.key_health)):
-            health.failures = health.trips = 0
+            health.note_success()
 
     def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
         """An attempt failed: the verdict says who is left alone for it, and how long."""
@@ -5942,13 +6046,62 @@ class Upstreams:
             choice.health.close()
         if not ticket.is_of_now(health):
             return None  # it began before the others found out
-        health.failures += 1
         if is_trial:
             ticket.trials.remove(health)
-        if retry_after_s or verdict.cooldown_s or is_trial or health.failures >= breaker.failures:
+        call = ticket.call
+        if health not in call.blamed:  # a call that tries it again and again is one failure
+            call.blamed += (health,)
+            health.failures += 1
+            health.failing.add(call.key.name, self._clock.monotonic())
+        if case in REFUSED_KEY:
+            is_sure = self._is_sure(ticket, health, case, is_trial)
+        else:
+            is_open = health.failures >= breaker.failures and (case in UNREACHED or health.failing.is_enough())
+            is_sure = bool(retry_after_s or verdict.cooldown_s or is_trial or is_open)
+        if is_sure:
             seconds = self._cooldown_s(health.trips, retry_after_s, verdict.cooldown_s, breaker)
             self._cool_down(choice, health, case, seconds)
         return None
+
+    def _is_sure(self, ticket: Ticket, health: Health, case: str, is_trial: bool) -> bool:
+        """Whether our API key is refused for its own sake, and not for what one user asked with it.
+
+        Sure are two users' calls that are refused the same way, or one user's for a time while nobody's succeeds, or
+        the list of models, which is asked for meanwhile (`checked`): 401 there agrees, an answer speaks for the key.
+        A 403 is often about a model that the project lacks: there two users count only where the list says nothing.
+        """
+        now = self._clock.monotonic()
+        if is_trial and health.why in REFUSED_KEY:
+            return True  # it was sure before
+        if is_trial:
+            health.close()  # what it was left alone for is over
+            self.wake()
+        may_ask = case != "402"  # a list of models costs nothing
+        if may_ask and now < health.vouched_until:
+            return False
+        health.refusing.add(ticket.call.key.name, now, case)
+        if may_ask and now - health.asked_at >= VOUCHED_S:
+            health.asked_at = now
+            self.suspects[health] = ticket.choice
+        return health.refusing.is_enough() and (case != "403" or health.is_unclear)
+
+    def take_suspects(self) -> list[tuple[Choice, Health]]:
+        """Whose list of models is to be asked for, each once."""
+        found = [(choice, health) for health, choice in self.suspects.items()]
+        self.suspects.clear()
+        return found
+
+    def checked(self, choice: Choice, health: Health, status: int) -> None:
+        """The list of models was asked for with an API key that a call was refused with; `status` 0: no answer."""
+        now, case = self._clock.monotonic(), health.refusing.case
+        if 200 <= status < 300:
+            health.forget_refusals()
+            health.vouched_until = now + VOUCHED_S
+        elif status == 401 and case and not health.cooling_until:
+            seconds = choice.upstream.verdict(case).cooldown_s or MAX_RETRY_AFTER_S
+            self._cool_down(choice, health, case, seconds)
+        else:
+            health.is_unclear = True
 
     def _cooldown_s(self, trips: int, retry_after_s: float | None, verdict_s: float, breaker: BreakerConfig) -> float:
         """What the upstream said, a little longer where that was too short; else the verdict's, doubled each time."""
@@ -6004,7 +6157,9 @@ class Upstreams:
     def keep_only(self, upstreams: Iterable[UpstreamConfig]) -> None:
         """Forget what is no longer configured, and let those who wait see what is."""
         self._choices = {}
-        kept = {health for upstream in upstreams for c in self.choices(upstream) for health in (c.health, c.key_health)}
+        kinds = ("messages", "count_tokens")
+        choices = [c for upstream in upstreams for kind in kinds for c in self.choices(upstream, kind)]
+        kept = {health for choice in choices for health in (choice.health, choice.key_health)}
         self._healths = {name: health for name, health in self._healths.items() if health in kept}
         self.wake()
 
@@ -6377,9 +6532,8 @@ class Outcome(NamedTuple):
     error: GatewayError | None = None  # to be told to the client, whose answer has not begun
 
 
-NO_CREDIT = re.compile(
-    rb"credit balance is too low", re.IGNORECASE
-)  # a 400 of Anthropic's that is no fault of the request
+# A 400 of Anthropic's that is no fault of the request begins so; further on it may be what the client itself had said.
+NO_CREDIT = re.compile(r"(your )?credit balance is too low", re.IGNORECASE)
 BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
 THINKING_REFUSED = Failure("refused", "does not know the signature of a thinking block", "400")
 EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
@@ -6535,8 +6689,18 @@ class Attempt:
         text = self.text() if self.status == 400 else b""
         if self.upstream.retry_without_thinking and not self.exchange.is_repaired and BAD_SIGNATURE.search(text):
             return THINKING_REFUSED
-        case = "402" if NO_CREDIT.search(text) else str(self.status)
-        return self._unless_it_passes(Failure("refused", f"answered {self.status}", case))
+        return self._unless_it_passes(Failure("refused", f"answered {self.status}", self._refusal_case()))
+
+    def _refusal_case(self) -> str:
+        """The row of a refusal in the table: its status, but for what its error says more exactly."""
+        if self.status in (400, 403):
+            with contextlib.suppress(*UNREADABLE):
+                error = msgspec.json.decode(self.text(), type=Refusal).error
+                if self.status == 400 and NO_CREDIT.match(error.message):
+                    return "402"
+                if self.status == 403 and error.code == "model_not_found":  # OpenAI's: not for this project
+                    return "404"
+        return str(self.status)
 
     def _unless_it_passes(self, failure: Failure) -> Failure | None:
         """An error that nobody else would answer differently is the client's, where its answer has not begun."""
@@ -7044,7 +7208,7 @@ class Relay:
         limit = float(ticket.choice.upstream.timeouts.first_byte)
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
             return limit
-        own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream)}
+        own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream, call.route.kind)}
         is_last = exchange.tries + 1 >= routing.max_attempts
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
@@ -7083,10 +7247,10 @@ class Relay:
             exchange.discarded.append((attempt, failure.case))
         if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
-        keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream)
+        keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream, call.route.kind)
         places = {key.place for key in keys}
         exchange.tried = exchange.tried | places
-        if verdict.blame == "none":
+        if verdict.blame == "none" or failure.case in REFUSED_KEY:  # it would say the same again
             out |= places
         return verdict.try_next
 
@@ -7106,6 +7270,8 @@ class Relay:
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         refused = self.upstreams.refused(call)
+        if failed and failed.failure.case in REFUSED_KEY:  # though it may not be sure yet
+            refused = exchange.attempts[-1].upstream, failed.failure.case
         if refused:
             name, case = refused
             contact = call.config.contact
@@ -7474,24 +7640,36 @@ class Probes:
     def check(self, upstreams: Iterable[UpstreamConfig]) -> None:
         """Ask whom it is time to ask."""
         now = self._relay.clock.monotonic()
+        for suspect, health in self._relay.upstreams.take_suspects():
+            self._start(self._check_key(suspect, health))
         for upstream in upstreams:
             if upstream.probe > 0 and upstream.format != "demo":
                 for choice in self._relay.upstreams.choices(upstream):
                     is_cooling = choice.health.cooling_until > now or choice.key_health.cooling_until > now
                     if is_cooling and now - self._asked_at.get(choice.place, -math.inf) >= upstream.probe:
                         self._asked_at[choice.place] = now
-                        task = asyncio.get_running_loop().create_task(self._ask(choice))
-                        self._tasks.add(task)
-                        task.add_done_callback(self._tasks.discard)
+                        self._start(self._probe(choice))
 
-    async def _ask(self, choice: Choice) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _ask(self, choice: Choice) -> int:
+        """The status of the list of models, 0 where there was no answer."""
         try:
             async with asyncio.timeout(choice.upstream.timeouts.connect):
                 status, _ = await ask_models(self._relay, choice)
         except (TimeoutError, AttemptFailed):
-            return
-        if 200 <= status < 300:
+            return 0
+        return status
+
+    async def _probe(self, choice: Choice) -> None:
+        if 200 <= await self._ask(choice) < 300:
             self._relay.upstreams.probed(choice)
+
+    async def _check_key(self, choice: Choice, health: Health) -> None:
+        self._relay.upstreams.checked(choice, health, await self._ask(choice))
 
     async def close(self) -> None:
         """Stop asking."""

@@ -44,6 +44,7 @@ class World:
         self.clock, self._routing = FakeClock(), routing
         self.upstreams = g.Upstreams(self.clock.clock, pace, chance=lambda: 0.5)
         self.reload(upstreams)
+        self.users = (f"user-{number}" for number in itertools.count())
 
     def reload(self, upstreams: dict[str, str]) -> None:
         """Put another config in place."""
@@ -64,11 +65,25 @@ class World:
         call.servings = self.config.route(call)
         return call
 
-    def take(self, session: str = "s", tried: Iterable[Place] = (), model: str = MODEL) -> g.Ticket:
-        """A slot; it must be there."""
-        ticket = self.upstreams.take(self.call(session, model), set(tried))
+    def take(self, session: str = "s", tried: Iterable[Place] = (), model: str = MODEL, user: str = "") -> g.Ticket:
+        """A slot, for a call of another user each time unless one is named; it must be there."""
+        ticket = self.upstreams.take(self.call_of(user, session=session, model=model), set(tried))
         assert ticket
         return ticket
+
+    def call_of(self, user: str = "", **asked: str) -> g.Call:
+        """A call of a user, of another one each time unless one is named."""
+        call = self.call(**asked)
+        call.key = msgspec.structs.replace(call.key, name=user or next(self.users))
+        return call
+
+    def refuse(self, case: str, session: str = "s") -> Place:
+        """Our API key is refused to two users, and the list of models tells nothing; who it was."""
+        place = self.fail(case, session=session)
+        for choice, health in self.upstreams.take_suspects():
+            self.upstreams.checked(choice, health, 404)
+        assert self.fail(case, session=session) == place
+        return place
 
     def place(self, session: str = "s", tried: Iterable[Place] = (), model: str = MODEL) -> Place | None:
         """Who would be asked."""
@@ -84,7 +99,7 @@ class World:
         return place[0] if place else ""
 
     def fail(self, case: str, retry_after_s: float | None = None, session: str = "s", times: int = 1) -> Place:
-        """Calls that fail, one after the other; who failed the last."""
+        """Calls, each of another user, that fail, one after the other; who failed the last."""
         for _ in range(times):
             with self.take(session) as ticket:
                 self.upstreams.failed(ticket, case, retry_after_s)
@@ -302,7 +317,7 @@ def test_a_refused_key_is_blamed_alone(caplog, case, retry_after_s, away_s):
     The other key of the same upstream takes over at once; the session comes home when the key is good again.
     """
     world = World(TWO_KEYS)
-    home = world.fail(case, retry_after_s)
+    home = world.fail(case, retry_after_s) if case == "429" else world.refuse(case)
 
     other = world.place()
     world.clock.advance(away_s - 0.01)
@@ -540,7 +555,11 @@ def breaker_world(more: str = "") -> World:
         (["connect_timeout", "first_byte_timeout", "mid_stream"], 10.0),
         (["unexpected", "not_http", "408"], 10.0),
         (["429"], 10.0),
-        (["401"], 1800.0),
+        (["401"], 0.0),
+        (["401", "401"], 1800.0),
+        (["402", "402"], 1800.0),
+        (["401", "ok", "401"], 0.0),
+        (["401", "402"], 0.0),
     ],
 )
 def test_failures_in_a_row_open_the_breaker(caplog, cases, away_s):
@@ -680,14 +699,14 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
     world = World(TWO_KEYS)
     world.clock.advance(60)
 
-    _, number = world.fail("401")
+    _, number = world.refuse("401")
 
     (row,) = world.upstreams.report(world.config.upstreams)
     fine = {"state": "ok", "running": 0, "failures": 0}
     refused = {
         "state": "cooling",
         "running": 0,
-        "failures": 1,
+        "failures": 2,
         "why": "401",
         "since": "2026-09-21T14:14:20.000Z",
         "until": "2026-09-21T14:44:20.000Z",
@@ -754,7 +773,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
-        ticket = self.world.upstreams.take(self.world.call(), set())
+        ticket = self.world.upstreams.take(self.world.call_of(), set())
         assert (ticket is not None) == (self.upstream.lets_in(self.now) and self.key.lets_in(self.now))
         if ticket:
             self.tickets.append(ticket)
@@ -824,6 +843,170 @@ def test_the_breaker_does_what_a_naive_one_does(caplog):
         BreakerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
     )
 
+    caplog.clear()
+
+
+# --- one user's matter, and everybody's ------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["401", "402", "403", "500", "first_byte_timeout", "cut", "unexpected", "mid_stream"])
+def test_one_user_takes_an_upstream_from_nobody(case):
+    """
+    Whatever one user's requests bring about at once, nothing is left alone for it.
+    """
+    world = World({"a": ""})
+
+    for _ in range(50):
+        with world.take(user="mallory") as ticket:
+            world.upstreams.failed(ticket, case)
+        world.clock.advance(0.1)
+
+    assert world.reported() == {"a": "ok"} and world.place() == ("a", 1)
+
+
+@pytest.mark.parametrize("case", ["401", "403", "500", "cut"])
+def test_one_users_failures_among_others_successes_say_nothing(case):
+    """
+    However long they go on.
+    """
+    world = World({"a": ""})
+
+    for _ in range(100):
+        with world.take(user="mallory") as bad:
+            world.upstreams.failed(bad, case)
+        world.clock.advance(9)
+        world.stream("s", 0.1)
+
+    assert world.place() == ("a", 1)
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize(("case", "away_s"), [("402", 1800.0), ("401", 1800.0), ("500", 10.0), ("cut", 10.0)])
+def test_a_single_user_has_a_breaker_too(case, away_s):
+    """
+    Where there is nobody else to fail, ten seconds without a success are enough.
+    """
+    world = World({"a": ""})
+
+    for _ in range(3):
+        with world.take(user="only-one") as ticket:
+            world.upstreams.failed(ticket, case)
+        world.clock.advance(5)
+
+    assert world.upstreams.ready_in(world.call(), set()) == pytest.approx(away_s - 5)
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("case", ["unreachable", "connect_timeout", "not_http"])
+def test_what_no_request_can_bring_about_needs_no_second_user(case):
+    """
+    A connection that cannot be made is the upstream's own failure, whoever asked for it.
+    """
+    world = World({"a": ""})
+
+    for _ in range(3):
+        with world.take(user="only-one") as ticket:
+            world.upstreams.failed(ticket, case)
+
+    assert world.place() is None
+
+
+def test_a_call_that_tries_again_and_again_is_one_failure():
+    """
+    Four attempts of one call are one bad request at most.
+    """
+    world = World({"a": ""})
+    call = world.call()
+
+    for _ in range(4):
+        with world.upstreams.take(call, set()) as ticket:
+            world.upstreams.failed(ticket, "unreachable")
+
+    assert world.place() == ("a", 1)
+    assert world.upstreams.report(world.config.upstreams)[0]["failures"] == 1
+
+
+@pytest.mark.parametrize("case", ["401", "403"])
+def test_a_key_that_gets_its_list_of_models_is_good(case):
+    """
+    What a call is refused with is then that call's matter, also if a second user asks the same.
+    """
+    world = World({"a": ""})
+    world.fail(case)
+
+    ((choice, health),) = world.upstreams.take_suspects()
+    world.upstreams.checked(choice, health, 200)
+    world.fail(case, times=20)
+
+    assert world.place() == ("a", 1) and world.upstreams.take_suspects() == []
+    world.clock.advance(g.VOUCHED_S)
+    world.fail(case)
+    assert [suspect.place for suspect, _ in world.upstreams.take_suspects()] == [("a", 1)]
+
+
+@pytest.mark.logs("its API key is left alone for 30 m: 401")
+def test_a_key_that_gets_no_list_of_models_is_bad():
+    """
+    One call is refused with 401, and so is the question for the list: that is the key, without a second user.
+    """
+    world = World({"a": ""})
+    world.fail("401")
+
+    ((choice, health),) = world.upstreams.take_suspects()
+    world.upstreams.checked(choice, health, 401)
+
+    assert world.upstreams.ready_in(world.call(), set()) == 1800.0
+
+
+def test_a_403_of_two_users_waits_for_the_list_of_models():
+    """
+    A model that the project lacks is refused to all users; the key is good for the others.
+    """
+    world = World({"a": ""})
+
+    world.fail("403", times=5)
+
+    assert world.place() == ("a", 1)
+
+
+@pytest.mark.parametrize("retry_after_s", [None, 900.0])
+def test_count_tokens_has_a_health_of_its_own(caplog, retry_after_s):
+    """
+    A key without a budget for the one has it for the other, both ways round; what runs counts together.
+    """
+    for failing, other in (
+        ("/v1/messages", "/v1/messages/count_tokens"),
+        ("/v1/messages/count_tokens", "/v1/messages"),
+    ):
+        world = World({"a": "max_concurrent: 2"})
+        with world.upstreams.take(world.call(path=failing), set()) as ticket:
+            world.upstreams.failed(ticket, "429", retry_after_s)
+
+        assert world.upstreams.take(world.call(path=failing), set()) is None
+        held = [world.upstreams.take(world.call(path=other), set()) for _ in range(3)]
+        assert [ticket is not None for ticket in held] == [True, True, False]
+    caplog.clear()
+
+
+async def test_a_waiting_count_tokens_call_holds_up_no_message(caplog):
+    """
+    Both wait for the same upstream, and find different things ready.
+    """
+    world = World({"a": ""})
+    with world.upstreams.take(world.call(path="/v1/messages/count_tokens"), set()) as ticket:
+        world.upstreams.failed(ticket, "429", 20.0)
+    with world.upstreams.take(world.call(), set()) as ticket:
+        world.upstreams.failed(ticket, "429", 2.0)
+
+    counting, _ = world.waiting(world.call(path="/v1/messages/count_tokens"))
+    asking, _ = world.waiting(world.call())
+    await until(lambda: world.upstreams.waiting == 2)
+    world.clock.advance(5)
+    world.upstreams.check()
+
+    assert (await asking) is not None and not counting.done()
+    world.upstreams.close()
+    await counting
     caplog.clear()
 
 
@@ -1101,7 +1284,7 @@ async def test_a_call_for_which_nobody_can_be_ready_in_time_does_not_wait(until_
     It is refused at once, not after its time; where the cooldown ends in time it gets the trial.
     """
     world = World({"a": ""})
-    world.fail("401")
+    world.refuse("401")
 
     task, _ = world.waiting(world.call(), until_s=until_s)
     await until(lambda: task.done() or world.upstreams.waiting)

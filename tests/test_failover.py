@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ import gateway as g
 
 SSE = "text/event-stream"
 NAMES = ("a", "b", "c")
+BOB = "sk-proxy-zyxwvutsrqponmlkjihgfedcba987654"  # another user's key
 
 
 def config_of(upstreams: dict[str, str], routing: str = "", more: dict[str, str] | None = None) -> str:
@@ -51,7 +53,7 @@ def config_of(upstreams: dict[str, str], routing: str = "", more: dict[str, str]
             "server: {host: 127.0.0.1, port: 0, contact: ops}",
             "upstreams:",
             *lines,
-            f"keys: [{{name: alice, key: {KEY}}}]",
+            f"keys: [{{name: alice, key: {KEY}}}, {{name: bob, key: {BOB}}}]",
             "usage: {directory: usage, fsync: never}",
             f"routing: {{{routing}}}",
             "",
@@ -271,7 +273,7 @@ async def test_openais_errors_in_a_stream_count_as_the_status_that_they_stand_fo
     attempts = [attempt["outcome"] for attempt in entry["attempts"]]
     assert attempts == (["upstream_error"] if case == "400" else [case] * len(attempts)) and b'"no"' in reply.body
     failures = (await gateway.get("/health")).json["upstreams"][0]
-    assert failures["failures"] + failures["keys"][0]["failures"] == (0 if case == "400" else len(attempts))
+    assert failures["failures"] + failures["keys"][0]["failures"] == (0 if case == "400" else 1)  # for the call
     caplog.clear()
 
 
@@ -317,6 +319,7 @@ async def test_when_all_fail_the_client_gets_the_most_useful_answer(
     assert reply.error["type"] == kind
     assert reply.headers.get("retry-after") == retry_after
     assert UPSTREAM_KEY not in str(reply)
+    await keys_checked(gateway)
     caplog.clear()
 
 
@@ -330,16 +333,74 @@ async def test_a_refused_key_of_ours_is_not_told_as_the_clients(start_gateway, u
     upstreams["a"].script = FAULTS["401"]
 
     reply = await gateway.post("/v1/messages", HELLO_STREAM)
-
+    await keys_checked(gateway)
     again = await gateway.post("/v1/messages", HELLO_STREAM)
 
     for each in (reply, again):  # for as long as the key is left alone
         assert (each.status, each.headers["x-should-retry"]) == (502, "false")
         assert each.error["message"] == "The upstream a refuses this gateway's own API key (401). Ask ops."
-    assert len(upstreams["a"].requests) == 1
+    assert [request.target for request in upstreams["a"].requests] == ["/v1/messages", "/v1/models?limit=1000"]
     assert [entry["outcome"] for entry in gateway.entries()] == ["refused", "unavailable"]
     told = [message.partition(": ")[2] for message in caplog.messages if "answered" in message]
     assert told == ["no answer, attempts 1: upstream a answered 401"]
+
+
+ECHOED = "Unexpected value(s) `credit balance is too low` for the `anthropic-beta` header."
+REQUESTS_OWN_FAULT: dict[str, list[Step]] = {
+    "an echo of the client's words": json_body(
+        {"type": "error", "error": {"type": "invalid_request_error", "message": ECHOED}}, status=400
+    ),
+    "an echo that is no JSON": [head(400, "text/plain", content_length="25"), body(b"credit balance is too low")],
+    "a model that the project lacks": json_body(
+        {"error": {"message": "Project p does not have access", "type": "x", "code": "model_not_found"}}, status=403
+    ),
+    "a permission": json_body({"type": "error", "error": {"type": "permission_error", "message": "no"}}, status=403),
+    "an organization": json_body({"error": {"message": "mismatched", "type": "authentication_error"}}, status=401),
+    "a crash": json_body({"type": "error", "error": {"type": "api_error", "message": "no"}}, status=500),
+}
+
+
+@pytest.mark.parametrize("fault", REQUESTS_OWN_FAULT)
+async def test_one_users_requests_take_no_key_from_the_others(start_gateway, upstreams, caplog, fault):
+    """
+    What an upstream says to one user's request, however it says it, leaves its keys to everybody else; where it may be
+    the key's fault, the list of models is asked for, and speaks for the key.
+    """
+    text = config_of({"a": upstreams["a"].url}, "max_attempts: 4")
+    gateway = await start_gateway(text.replace(f"{UPSTREAM_KEY}-a", f"[{UPSTREAM_KEY}-1, {UPSTREAM_KEY}-2]"))
+
+    def script(request: Request) -> list[Step]:
+        if request.method == "GET":
+            return json_body({"data": []})
+        return REQUESTS_OWN_FAULT[fault] if "mallory" in request.json["model"] else stream_of("Hello")
+
+    upstreams["a"].script = script
+    replies = []
+    async with passing_time(gateway):
+        for i in range(5):
+            await gateway.post("/v1/messages", ask_of(i) | {"model": "mallory"})
+            await until(lambda: not gateway.gateway.probes._tasks)
+            replies.append(await gateway.post("/v1/messages", ask_of(i), BOB))
+
+    assert [reply.texts for reply in replies] == [["Hello"]] * 5
+    (row,) = (await gateway.get("/health")).json["upstreams"]
+    assert [row["state"], *(key["state"] for key in row["keys"])] == ["ok"] * 3
+    assert {len(entry["attempts"]) for entry in gateway.entries() if entry["key"] == "bob"} == {1}
+    caplog.clear()
+
+
+async def test_a_count_tokens_429_leaves_the_key_to_messages(start_gateway, upstreams, caplog):
+    """
+    Counting has its own rate limit: a key that is out of it goes on answering.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "wait: 1s"))
+    upstreams["a"].scripts = [api_error(429, "rate_limit_error", retry_after="1800")]
+
+    counted = await gateway.post("/v1/messages/count_tokens", HELLO)
+    reply = await gateway.post("/v1/messages", ask_of(1))
+
+    assert (counted.status, reply.texts) == (429, ["a ", "heard ", "question 1"])
+    caplog.clear()
 
 
 async def test_a_request_that_is_wrong_is_wrong_everywhere(start_gateway, upstreams):
@@ -883,11 +944,11 @@ async def test_each_of_an_upstreams_keys_is_left_alone_on_its_own(start_gateway,
         return stream_of("two")
 
     upstreams["a"].script = by_key
-    replies = [await gateway.post("/v1/messages", ask_of(i)) for i in range(20)]
+    replies = [await gateway.post("/v1/messages", ask_of(i), (KEY, BOB)[i % 2]) for i in range(20)]
 
     assert [reply.texts for reply in replies] == [["two"]] * 20
     keys = [request.header["x-api-key"][-2:] for request in upstreams["a"].requests]
-    assert keys.count("-1") == 1 and keys.count("-2") == 20
+    assert keys.count("-1") in (2, 3) and keys.count("-2") == 20  # until two users were refused
     states = (await gateway.get("/health")).json["upstreams"][0]
     assert (states["state"], [key["state"] for key in states["keys"]]) == ("ok", ["cooling", "ok"])
     assert (states["keys"][0]["why"], states["keys"][0]["until"] > states["keys"][0]["since"]) == ("401", True)
@@ -1008,9 +1069,16 @@ async def test_a_refusal_without_its_body_reaches_the_client(start_gateway, upst
 async def open_breaker(gateway: GatewayUnderTest, upstream: ScriptedUpstream, fault: str) -> dict:
     """Have an upstream fail until it is left alone; how it then stands."""
     upstream.script = FAULTS[fault]
+    users = itertools.cycle((KEY, BOB))
     while (standing := (await gateway.get("/health")).json["upstreams"][0])["state"] == "ok":
-        await gateway.post("/v1/messages", HELLO)
+        await gateway.post("/v1/messages", HELLO, next(users))
     return standing
+
+
+async def keys_checked(gateway: GatewayUnderTest) -> None:
+    """Have the list of models asked for with the API keys that were refused, and wait until that is over."""
+    gateway.tick()
+    await until(lambda: not gateway.gateway.probes._tasks)
 
 
 @pytest.mark.logs("upstream a is left alone for")
@@ -1048,10 +1116,11 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
     """
     gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "breaker: {failures: 1}, max_attempts: 1"))
     go_on, script = asyncio.Event(), stream_of("Hello")
-    upstreams["a"].scripts = [[*script[:4], wait_for(go_on), *script[4:]], [close()]]
+    upstreams["a"].scripts = [[*script[:4], wait_for(go_on), *script[4:]], [close()], [close()]]
     asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
     await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
     await gateway.post("/v1/messages", ask_of(2))
+    await gateway.post("/v1/messages", ask_of(3), BOB)
 
     go_on.set()
     reply = await asking
@@ -1059,7 +1128,7 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
 
     (choice,) = gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])
     assert reply.texts == ["Hello"] and not reply.was_cut
-    assert (choice.health.failures, choice.health.trips) == (1, 1)
+    assert (choice.health.failures, choice.health.trips) == (2, 1)
 
 
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
@@ -1072,6 +1141,7 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     await gateway.post("/v1/messages", HELLO)
     upstreams["a"].script = FAULTS["401"]
     await gateway.post("/v1/messages", HELLO)
+    await gateway.post("/v1/messages", HELLO, BOB)
     before = (await gateway.get("/health")).json["upstreams"][0]["keys"][0]["state"]
     upstreams["a"].script = good("a")
 
