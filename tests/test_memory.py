@@ -187,8 +187,12 @@ class Memory(RuleBasedStateMachine):
         body = {"model": "claude-opus-5-5", "max_tokens": max_tokens, "stream": stream}
         call.body = json.dumps(body | {"messages": [{"role": "user", "content": text}]}).encode()
         listener = Listener()
+
+        async def enter() -> None:
+            self.gateway.enter(call)  # it may have to wait there, for which it needs the loop
+
         try:
-            self.gateway.enter(call)
+            self.loop.run_until_complete(enter())
         except g.GatewayError as error:
             listener.refuse(error, "anthropic", call.id)
             return
