@@ -45,6 +45,7 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "tokens": "counter",
         "cost_usd": "counter",
         "refused": "counter",
+        "log_lines_lost": "counter",
         "attempts": "counter",
         "upstream_state": "gauge",
         "upstream_cooldown_seconds": "gauge",

@@ -1,0 +1,242 @@
+"""The log: a reader that does not read stops nothing, and strangers cannot fill it (sections 11 and 14)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+import pytest
+from conftest import HELLO, KEY
+from test_metrics import number, numbers
+from test_stories import Process, ledger, processes  # noqa: F401 - a fixture
+
+import gateway as g
+
+
+class Pipe(NamedTuple):
+    """A pipe in stderr's place: the end that is written to, and the one that is read from."""
+
+    stderr: IO[str]
+    reading: int
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    reading, writing = os.pipe()
+    with open(writing, "w") as stderr:
+        yield Pipe(stderr, reading)
+    os.close(reading)
+
+
+def line(text: str) -> logging.LogRecord:
+    """A record at INFO."""
+    return logging.LogRecord("gateway", logging.INFO, "", 0, text, None, None)
+
+
+def read_lines(fd: int, count: int) -> list[str]:
+    """The messages of that many lines."""
+    data = b""
+    while data.count(b"\n") < count:
+        data += os.read(fd, 1 << 16)
+    return [text.split(" ", 3)[3] for text in data.decode().splitlines()]
+
+
+def test_lines_keep_their_order_and_are_written_before_the_block_ends(pipe: Pipe):
+    """
+    Lines of several threads are whole, and those of each are in their order.
+    """
+    writer = g.LogWriter()
+
+    def write(name: str) -> None:
+        for i in range(100):
+            writer.handle(line(f"{name} {i}"))
+
+    with writer.in_thread(pipe.stderr):
+        threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    read = read_lines(pipe.reading, 300)
+
+    assert [[text for text in read if text[0] == name] for name in "abc"] == [
+        [f"{name} {i}" for i in range(100)] for name in "abc"
+    ]
+    assert writer.lost == 0
+    writer.close()
+
+
+def test_what_does_not_fit_is_counted_and_told_in_its_place(pipe: Pipe):
+    """
+    While nobody reads, memory is bounded and no caller waits; then the log says how many lines it lost, and goes on.
+    """
+    writer, text = g.LogWriter(), "x" * 30_000
+    with writer.in_thread(pipe.stderr):
+        for _ in range(1000):
+            writer.handle(line(text))
+        lost, waiting = writer.lost, writer._size
+        read = read_lines(pipe.reading, 1001 - lost)
+        writer.handle(line("goes on"))
+        read += read_lines(pipe.reading, 1)
+
+    assert waiting <= g.LogWriter.MAX_BYTES
+    assert 700 < lost < 1000
+    told = f"log: {lost} lines were lost here, because stderr was not read or refused them"
+    assert read == [*[text] * (1000 - lost), told, "goes on"]
+    writer.close()
+
+
+def test_an_exit_waits_a_second_for_a_reader_and_only_once(pipe: Pipe):
+    """
+    Neither the end of serving nor the end of the process hangs.
+    """
+    writer = g.LogWriter()
+    with writer.in_thread(pipe.stderr):
+        for _ in range(10):
+            writer.handle(line("x" * 30_000))
+        began = time.monotonic()
+    writer.flush()
+    writer.close()
+
+    assert time.monotonic() - began < 2 * g.LogWriter.FLUSH_S
+    read_lines(pipe.reading, 10)  # lets the thread end
+
+
+def test_a_closed_pipe_loses_lines_and_nothing_else(pipe: Pipe):
+    """
+    They are counted; the writer goes on trying.
+    """
+    writer = g.LogWriter()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, pipe.reading)  # nobody can read any more
+    os.close(null)
+    with writer.in_thread(pipe.stderr):
+        writer.handle(line("one"))
+        writer.flush()
+        writer.handle(line("two"))
+
+    assert writer.lost == 2
+    writer.close()
+
+
+def test_a_very_long_line_is_cut(pipe: Pipe):
+    """
+    A traceback without end does not take the place of all other lines.
+    """
+    writer = g.LogWriter()
+    with writer.in_thread(pipe.stderr):
+        writer.handle(line("x" * 100_000))
+    (read,) = read_lines(pipe.reading, 1)
+
+    assert len(read) < g.LogWriter.MAX_LINE and read.endswith("x …")
+    writer.close()
+
+
+def test_a_command_writes_its_warnings_at_once(tmp_path):
+    """
+    Without a thread, and before what the command says itself.
+    """
+    (tmp_path / "config.yaml").write_text(
+        f"upstreams: [{{name: demo, format: demo}}]\nusage: {{directory: .}}\nkeys: [{{name: alice, key: {KEY}}}]"
+    )
+    (tmp_path / "usage-2099-01.jsonl").write_text('{"torn')
+    said = subprocess.run(
+        [sys.executable, g.__file__, "usage", "adjust", "alice", "--usd", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    ).stdout
+
+    assert "WARNING ledger: a torn last line of usage-2099-01.jsonl was set aside" in said.splitlines()[0]
+
+
+# A running gateway
+
+
+async def serve_calls(process: Process, connect, count: int) -> list[int]:
+    """The statuses of calls to the demo, one after the other on one connection."""
+    client, statuses = await connect(process.port), []
+    for _ in range(count):
+        body = json.dumps(HELLO | {"model": "claude-demo", "max_tokens": 1}).encode()
+        statuses.append((await client.request("POST", "/v1/messages", {"x-api-key": process.key}, body)).status)
+    return statuses
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+async def test_a_gateway_whose_log_nobody_reads_serves_and_stops(tmp_path, processes, connect, is_closed):  # noqa: F811
+    """
+    A pipe is full after some 450 calls. Calls, /health, /metrics and SIGTERM go on as before.
+    """
+    process = Process(tmp_path)
+    processes.append(process)
+    if is_closed:
+        process.process.stderr.close()
+
+    statuses = await serve_calls(process, connect, 700)
+    health, metrics = [await (await connect(process.port)).request("GET", path, {}) for path in ("/health", "/metrics")]
+    process.process.send_signal(signal.SIGTERM)
+    code = process.process.wait(timeout=10)
+
+    assert statuses == [200] * 700
+    assert (health.status, code) == (200, 0)
+    assert (number(metrics, "log_lines_lost_total") > 0) == is_closed
+    assert len(ledger(tmp_path)) == 700
+    if is_closed:  # `communicate` of the fixture reads what is left
+        process.process.stderr = None
+
+
+# Refusals
+
+
+def logged(caplog, text: str) -> list[str]:
+    """The lines with a text in them, without ids."""
+    found = [record.getMessage() for record in caplog.records if text in record.getMessage()]
+    return [re.sub(r"req_\w+", "ID", message) for message in found]
+
+
+async def test_refusals_of_one_address_are_logged_five_times_a_minute(gateway, caplog):
+    """
+    The rest is one line with its number; /metrics has all of them, and the next minute begins anew.
+    """
+    caplog.set_level(logging.INFO)
+    for _ in range(12):
+        await gateway.post("/v1/messages", HELLO, "sk-proxy-unknown")
+    within = logged(caplog, "refused")
+    gateway.tick(60)
+    after = logged(caplog, "refused")[len(within) :]
+    gateway.tick(60)
+    await gateway.post("/v1/messages", HELLO, "sk-proxy-unknown")
+    last = logged(caplog, "refused")[len(within) + len(after) :]
+
+    assert within == [within[0]] * 5 and within[0].startswith("ID: 127.0.0.1 refused: 401 ")
+    assert after == ["7 more requests were refused with 401 in the last minute"]
+    assert last == within[:1]
+    assert numbers(await gateway.get("/metrics"), "refused_total", "status") == {("401",): 13}
+
+
+def test_many_addresses_take_neither_memory_nor_the_log(clock, caplog):
+    """
+    A hundred lines a minute for all addresses together; no more of them are remembered.
+    """
+    caplog.set_level(logging.INFO)
+    refusals = g.RefusalLog(clock.clock)
+
+    for i in range(10_000):
+        refusals.add(f"2001:db8::{i:x}", g.KeyRefused("unknown"), "req_1")
+    clock.advance(60)
+    refusals.check()
+
+    assert len(refusals._logged) == 0
+    assert len(logged(caplog, "2001:db8")) == 100
+    assert logged(caplog, "more") == ["9900 more requests were refused with 401 in the last minute"]
