@@ -253,20 +253,46 @@ class Pace(NamedTuple):
     demo_s: float = 0.02  # between two words of the demo upstream
 
 
-class Usage(msgspec.Struct):
-    """The token counts of one call. `input_tokens` are those neither written to nor read from a cache."""
+class Tokens(msgspec.Struct):
+    """Counts of tokens by class. `input_tokens` are those neither written to nor read from a cache."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cache_write_5m_tokens: int = 0
     cache_write_1h_tokens: int = 0
     cache_read_tokens: int = 0
-    estimated: bool = False
 
     @property
     def total_input_tokens(self) -> int:
         """All input, cached or not."""
         return self.input_tokens + self.cache_write_5m_tokens + self.cache_write_1h_tokens + self.cache_read_tokens
+
+    def add(self, more: Tokens, sign: int = 1) -> None:
+        """Count others in, or out."""
+        self.input_tokens += sign * more.input_tokens
+        self.output_tokens += sign * more.output_tokens
+        self.cache_write_5m_tokens += sign * more.cache_write_5m_tokens
+        self.cache_write_1h_tokens += sign * more.cache_write_1h_tokens
+        self.cache_read_tokens += sign * more.cache_read_tokens
+
+
+class Share(Tokens):
+    """Tokens of a call that have a price of their own; `model` is "" for the model that was asked."""
+
+    kind: str = ""
+    model: str = ""
+    prompt_tokens: int = 0  # of its largest prompt, which decides the tier
+
+
+class Usage(Tokens):
+    """What one call has used. The counts have everything in them; `shares` are those of it that are priced apart."""
+
+    estimated: bool = False
+    shares: tuple[Share, ...] = ()
+    extras: tuple[tuple[str, float], ...] = ()  # what is billed by the piece: web_search, 3
+    premiums: tuple[tuple[str, str], ...] = ()  # what the whole is dearer or cheaper for: speed, fast
+    prompt_tokens: int = 0  # of the largest prompt, where the input is the sum of several
+    is_fallback: bool = False  # another model took over: what is no share was served by it
 
 
 class Limit(NamedTuple):
@@ -324,6 +350,7 @@ class Call:
         "max_output",
         "model",
         "named",
+        "premiums",
         "query",
         "reservation",
         "route",
@@ -357,6 +384,7 @@ class Call:
         self.affinity = ""  # what has a home upstream, where that has been looked for
         self.blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
         self.stream = False
+        self.premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
 
     def let_go(self) -> None:
         """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
@@ -860,10 +888,6 @@ class Policies(tuple[tuple[str, str], ...]):
         return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
 
 
-class PriceTable(tuple[tuple[str, "ModelPrice"], ...]):
-    """Globs and prices in the file's order; the first match wins."""
-
-
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """USD per million tokens. What is not given follows from `input` by the factors Anthropic publishes."""
 
@@ -888,8 +912,8 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Only the prices."""
         return Price(self.input, self.output, *self._cache)
 
-    def cost_usd(self, usage: Usage) -> float:
-        """What `usage` costs, in USD, rounded to a billionth."""
+    def cost_usd(self, usage: Tokens) -> float:
+        """What these tokens cost, in USD, rounded to a billionth."""
         write_5m, write_1h, read = self._cache
         micro_usd = (
             usage.input_tokens * self.input
@@ -912,6 +936,8 @@ class ModelPrice(NamedTuple):
 
     base: Price
     tiers: tuple[tuple[int, Price], ...] = ()
+    audio: Price | None = None  # of tokens that are sound; None: as text
+    surcharges: Mapping[str, float] = {}  # where they are not those of SURCHARGES
 
     def at(self, input_tokens: int) -> Price:
         """The price of a call with so much input."""
@@ -922,47 +948,220 @@ class ModelPrice(NamedTuple):
         return found
 
 
+UNDATED = re.compile(r"([-@]\d{8}|-\d{4}-\d\d-\d\d|-latest|\[1m\])$")  # what names a version of the same price
+Unknown = Literal["", "refuse", "dearest"]
+
+
+class PriceTable(tuple[tuple[str, ModelPrice], ...]):
+    """Globs and prices in the file's order; the first match wins, and a date at a name's end is looked past."""
+
+    unknown: Unknown = ""  # what becomes of a model that only "*" matches
+    surcharges: Mapping[str, float] = {}  # for all models
+
+    def find(self, model: str) -> tuple[str, ModelPrice]:
+        """The row of a model, and its glob."""
+        plain = UNDATED.sub("", model)
+        for pattern, price in self:
+            if matches(pattern, model) or matches(pattern, plain):
+                return pattern, price
+        return "*", self.dearest()
+
+    def knows(self, model: str) -> bool:
+        """Whether a model has a row of its own."""
+        return self.find(model)[0] != "*"
+
+    def price(self, model: str) -> ModelPrice:
+        """The price of a model."""
+        pattern, price = self.find(model)
+        return self.dearest() if pattern == "*" and self.unknown else price
+
+    def dearest(self) -> ModelPrice:
+        """The highest price of each class in the table."""
+        every = [price for _, row in self for price in (row.base, *(price for _, price in row.tiers))]
+        return ModelPrice(Price(*(max(getattr(price, name) for price in every) for name in Price.__struct_fields__)))
+
+
+# What is billed beside tokens at their price: name, glob of models, amount; the first row that matches counts. A
+# premium is a factor on what all tokens of a call cost; several multiply. An extra is USD a piece.
+# Claude (platform.claude.com/docs/en/about-claude/pricing and /build-with-claude/fast-mode, November 2026): fast mode
+# 2 x (6 x for Opus 4.6 and 4.7); Priority Tier is a commitment that is paid for apart; batches half; US-only inference
+# 1.1 x; $10 for 1,000 web searches, web fetches only their tokens; code execution $0.05 an hour and container, of which
+# usage has only requests: each is counted as the five minutes that are the least.
+# OpenAI (developers.openai.com/api/docs/pricing and openai.com/api-fast-mode, November 2026): fast mode, which answers
+# name `priority`; Flex and Batch half; $10 for 1,000 web searches, $2.50 for 1,000 file searches, $0.03 for a container
+# of Code Interpreter.
+SURCHARGES = (
+    ("fast", "claude-opus-4-[67]*", 6.0),
+    ("fast", "*", 2.0),
+    ("priority", "claude-*", 1.0),
+    ("priority", "gpt-5.5*", 2.5),
+    ("priority", "gpt-4*", 1.75),
+    ("priority", "o[1-9]*", 1.75),
+    ("priority", "*", 2.0),
+    ("flex", "*", 0.5),
+    ("batch", "*", 0.5),
+    ("us", "*", 1.1),
+    ("web_search", "*", 0.01),
+    ("file_search", "*", 0.0025),
+    ("code_execution", "*", round(0.05 / 12, 6)),
+    ("code_interpreter", "*", 0.03),
+)
+SURCHARGE_NAMES = tuple(dict.fromkeys(name for name, _, _ in SURCHARGES))
+# Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
+EXTRAS = ("web_search", "file_search", "code_execution", "code_interpreter")
+PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
+ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
+NO_PREMIUM = frozenset((b"null", *(b'"%b"' % word.encode() for word in ORDINARY)))  # as they stand in JSON
+
+
+class AudioPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """USD per million tokens of sound."""
+
+    input: float
+    output: float
+
+
 class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A row of the price table as the file has it."""
 
     tiers: tuple[Tier, ...] = ()
+    audio: AudioPrice | None = None
+    fast: float | None = None
+    priority: float | None = None
+    flex: float | None = None
+    batch: float | None = None
+    us: float | None = None
+    web_search: float | None = None
+    file_search: float | None = None
+    code_execution: float | None = None
+    code_interpreter: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len({tier.above for tier in self.tiers}) < len(self.tiers):
             raise ValueError("two tiers hold above the same number of tokens")
+        audio = (self.audio.input, self.audio.output) if self.audio else ()
+        if not all(0 <= amount < math.inf for amount in (*self.surcharges.values(), *audio)):
+            raise ValueError("a price is a number and not negative")
+
+    @property
+    def surcharges(self) -> dict[str, float]:
+        """Those that the row names."""
+        named = {name: getattr(self, name) for name in SURCHARGE_NAMES}
+        return {name: amount for name, amount in named.items() if amount is not None}
 
     def flat(self) -> ModelPrice:
         """The same without names: what is looked up and booked."""
         tiers = sorted(self.tiers, key=lambda tier: tier.above)
-        return ModelPrice(self.plain(), tuple((tier.above, tier.plain()) for tier in tiers))
+        return ModelPrice(
+            self.plain(),
+            tuple((tier.above, tier.plain()) for tier in tiers),
+            Price(self.audio.input, self.audio.output) if self.audio else None,
+            self.surcharges,
+        )
 
 
-# USD per million tokens: input, output, cache write 5 m, cache write 1 h, cache read.
-# Claude: platform.claude.com/docs/en/about-claude/pricing as of October 2026; GPT: developers.openai.com
-# /api/docs/pricing as of September 2026.
+# USD per million tokens: input, output, cache write 5 m (OpenAI: 30 m), cache write 1 h (12 h), cache read. Names are
+# exact, but for the date of a version: what is not known must not borrow a sibling's price.
+# Claude: platform.claude.com/docs/en/about-claude/pricing as of November 2026; GPT: developers.openai.com
+# /api/docs/pricing as of November 2026, retired models as they last stood there.
+FABLE_5, OPUS_4, OPUS_4_5 = Price(10, 50, 12.5, 20, 1), Price(15, 75, 18.75, 30, 1.5), Price(5, 25, 6.25, 10, 0.5)
+SONNET_4 = Price(3, 15, 3.75, 6, 0.3)
+
+
+def gpt_price(
+    input_usd: float, output_usd: float, read_usd: float, write: float = 1.0, is_long: bool = True
+) -> ModelPrice:
+    """A row of OpenAI's: writes to the cache cost so many times the input, and prompts above 272k tokens more."""
+    base = Price(input_usd, output_usd, input_usd * write, input_usd * write, read_usd)
+    large = Price(input_usd * 2, output_usd * 1.5, input_usd * write * 2, input_usd * write * 2, read_usd * 2)
+    return ModelPrice(base, ((272_000, large),) if is_long else ())
+
+
 BUILT_IN_PRICES = {
-    "claude-fable-5-1*": ModelPrice(Price(10, 50, 12.5, 20, 0.25)),
-    "claude-mythos-5-1*": ModelPrice(Price(10, 50, 12.5, 20, 0.25)),
-    "claude-fable-*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
-    "claude-mythos-*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
-    "claude-opus-5-5*": ModelPrice(Price(4, 20, 5, 8, 0.2)),
-    "claude-opus-4-[01]*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
-    "claude-opus-4-2025*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
-    "claude-3-opus*": ModelPrice(Price(15, 75, 18.75, 30, 1.5)),
-    "claude-opus-*": ModelPrice(Price(5, 25, 6.25, 10, 0.5)),
-    "claude-sonnet-5-5*": ModelPrice(Price(2, 10, 2.5, 4, 0.1)),
-    "claude-sonnet-5*": ModelPrice(Price(2, 10, 2.5, 4, 0.2)),
-    "claude-*sonnet*": ModelPrice(Price(3, 15, 3.75, 6, 0.3)),
-    "claude-haiku-5-5*": ModelPrice(Price(0.1, 0.5, 0.125, 0.2, 0.01), ((100_000, Price(0.5, 2.5, 0.625, 1, 0.05)),)),
-    "claude-haiku-*": ModelPrice(Price(1, 5, 1.25, 2, 0.1)),
-    "claude-3-5-haiku*": ModelPrice(Price(0.8, 4, 1, 1.6, 0.08)),
-    "claude-3-haiku*": ModelPrice(Price(0.25, 1.25, 0.3, 0.5, 0.03)),
-    "gpt-6-sol*": ModelPrice(Price(2, 10, 2.5, 2.5, 0.2), ((272_000, Price(4, 15, 5, 5, 0.4)),)),
-    "gpt-6-luna*": ModelPrice(Price(0.1, 0.5, 0.125, 0.125, 0.01), ((272_000, Price(0.2, 0.75, 0.25, 0.25, 0.02)),)),
-    "gpt-5*": ModelPrice(Price(1.25, 10, 1.25, 1.25, 0.125)),
-    "*": ModelPrice(Price(10, 50, 12.5, 20, 1)),
+    **dict.fromkeys(("claude-fable-5-2", "claude-mythos-5-2"), ModelPrice(Price(8, 40, 10, 16, 0.2))),
+    **dict.fromkeys(("claude-fable-5-1", "claude-mythos-5-1"), ModelPrice(Price(10, 50, 12.5, 20, 0.25))),
+    **dict.fromkeys(("claude-fable-5", "claude-mythos-5", "claude-mythos-preview"), ModelPrice(FABLE_5)),
+    "claude-opus-5-5": ModelPrice(Price(4, 20, 5, 8, 0.2)),
+    **dict.fromkeys(("claude-opus-5", "claude-opus-4-8", "claude-opus-4-7"), ModelPrice(OPUS_4_5)),
+    **dict.fromkeys(("claude-opus-4-6", "claude-opus-4-5"), ModelPrice(OPUS_4_5)),
+    **dict.fromkeys(("claude-opus-4-1", "claude-opus-4", "claude-opus-4-0", "claude-3-opus"), ModelPrice(OPUS_4)),
+    "claude-sonnet-5-5": ModelPrice(Price(2, 10, 2.5, 4, 0.1)),
+    "claude-sonnet-5": ModelPrice(Price(2, 10, 2.5, 4, 0.2)),
+    **dict.fromkeys(("claude-sonnet-4-6", "claude-sonnet-4-5", "claude-sonnet-4"), ModelPrice(SONNET_4)),
+    **dict.fromkeys(("claude-sonnet-4-0", "claude-3-7-sonnet", "claude-3-5-sonnet"), ModelPrice(SONNET_4)),
+    "claude-haiku-5-5": ModelPrice(Price(0.1, 0.5, 0.125, 0.2, 0.01), ((100_000, Price(0.5, 2.5, 0.625, 1, 0.05)),)),
+    "claude-haiku-4-5": ModelPrice(Price(1, 5, 1.25, 2, 0.1)),
+    "claude-3-5-haiku": ModelPrice(Price(0.8, 4, 1, 1.6, 0.08)),
+    "claude-3-haiku": ModelPrice(Price(0.25, 1.25, 0.3, 0.5, 0.03)),
+    "gpt-6.2-astra": gpt_price(8, 40, 0.4, 1.25),
+    "gpt-6-astra": gpt_price(10, 50, 1, 1.25),
+    **dict.fromkeys(("gpt-6.2-sol", "gpt-6.1-sol"), gpt_price(2, 10, 0.1, 1.25)),
+    "gpt-6-sol": gpt_price(2, 10, 0.2, 1.25),
+    "gpt-6-luna": gpt_price(0.1, 0.5, 0.01, 1.25),
+    **dict.fromkeys(("gpt-5.6-sol", "gpt-5.6"), gpt_price(5, 30, 0.5, 1.25)),  # $4/$20 was promised until 21 November
+    "gpt-5.6-terra": gpt_price(2, 12, 0.2, 1.25),
+    "gpt-5.6-luna": gpt_price(0.2, 1.2, 0.02, 1.25),
+    "gpt-5.5": gpt_price(5, 30, 0.5),
+    **dict.fromkeys(("gpt-5.5-pro", "gpt-5.4-pro"), gpt_price(30, 180, 30)),
+    "gpt-5.4": gpt_price(2.5, 15, 0.25),
+    "gpt-5.4-mini": gpt_price(0.75, 4.5, 0.075, is_long=False),
+    "gpt-5.4-nano": gpt_price(0.2, 1.25, 0.02, is_long=False),
+    **dict.fromkeys(("gpt-5.3-codex", "gpt-5.2", "gpt-5.2-codex"), gpt_price(1.75, 14, 0.175, is_long=False)),
+    "gpt-5.2-pro": gpt_price(21, 168, 21, is_long=False),
+    "gpt-5-pro": gpt_price(15, 120, 15, is_long=False),
+    **dict.fromkeys(("gpt-5.1", "gpt-5.1-codex", "gpt-5.1-codex-max"), gpt_price(1.25, 10, 0.125, is_long=False)),
+    **dict.fromkeys(("gpt-5", "gpt-5-codex"), gpt_price(1.25, 10, 0.125, is_long=False)),
+    **dict.fromkeys(("gpt-5-mini", "gpt-5.1-codex-mini"), gpt_price(0.25, 2, 0.025, is_long=False)),
+    "gpt-5-nano": gpt_price(0.05, 0.4, 0.005, is_long=False),
+    "gpt-4.1": gpt_price(2, 8, 0.5, is_long=False),
+    "gpt-4.1-mini": gpt_price(0.4, 1.6, 0.1, is_long=False),
+    "gpt-4.1-nano": gpt_price(0.1, 0.4, 0.025, is_long=False),
+    "gpt-4o": gpt_price(2.5, 10, 1.25, is_long=False),
+    "gpt-4o-mini": gpt_price(0.15, 0.6, 0.075, is_long=False),
+    "gpt-audio": gpt_price(2.5, 10, 2.5, is_long=False)._replace(audio=Price(32, 64)),
+    "gpt-audio-mini": gpt_price(0.6, 2.4, 0.6, is_long=False)._replace(audio=Price(10, 20)),
+    "gpt-4o-audio-preview": gpt_price(2.5, 10, 2.5, is_long=False)._replace(audio=Price(40, 80)),
+    "gpt-4o-mini-audio-preview": gpt_price(0.15, 0.6, 0.15, is_long=False)._replace(audio=Price(10, 20)),
+    "gpt-image-*": gpt_price(10, 40, 2.5, is_long=False),  # of the models that draw, the dearest
+    "o1": gpt_price(15, 60, 7.5, is_long=False),
+    "o3": gpt_price(2, 8, 0.5, is_long=False),
+    "o3-pro": gpt_price(20, 80, 20, is_long=False),
+    "o3-mini": gpt_price(1.1, 4.4, 0.55, is_long=False),
+    "o4-mini": gpt_price(1.1, 4.4, 0.275, is_long=False),
+    "text-embedding-3-small": gpt_price(0.02, 0, 0.02, is_long=False),
+    "text-embedding-3-large": gpt_price(0.13, 0, 0.13, is_long=False),
+    "text-embedding-ada-002": gpt_price(0.1, 0, 0.1, is_long=False),
+    "*": ModelPrice(FABLE_5, audio=Price(40, 80)),
 }
+
+
+class Charge(msgspec.Struct, omit_defaults=True):
+    """A line of a call's bill beside its own tokens: tokens with a price of their own, or things billed by the piece.
+
+    `usd` is `price` x tokens x `factor`, or what `count` pieces cost; tokens stand in the entry's counts as well.
+    """
+
+    what: str
+    usd: float
+    model: str = ""
+    count: float = 0.0
+    price: Price | None = None
+    factor: float = 1.0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_write_5m_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    cache_read_tokens: int = 0
+
+
+class Bill(NamedTuple):
+    """What a call costs: its own tokens x `price` x every premium, and every charge."""
+
+    cost_usd: float
+    price: Price
+    premiums: dict[str, float]
+    charges: list[Charge]
 
 
 PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
@@ -1328,21 +1527,45 @@ def parse_amount(value: object) -> Amount:
     return Amount(parse_scaled(value, COUNT_UNITS, "200k"))
 
 
+def parse_surcharge(name: str, amount: float) -> float:
+    """A premium or an extra for all models."""
+    if name not in SURCHARGE_NAMES:
+        known = ", ".join(SURCHARGE_NAMES)
+        raise Misplaced(
+            [name], f"a number is the amount of a surcharge, of which there are {known}; a model has {{input: …}}"
+        )
+    if not 0 <= amount < math.inf:
+        raise Misplaced([name], "a price is a number and not negative")
+    return float(amount)
+
+
 def parse_prices(value: object) -> PriceTable:
     """Read the price table; `"*"` must be in it, because no model is free."""
     if not isinstance(value, dict):
         raise ValueError('expected prices such as {"claude-*": {input: 3, output: 15}, "*": {…}}')
-    prices = []
+    prices, surcharges, unknown = [], {}, ""
     for pattern, price in value.items():
+        if isinstance(price, (int, float)) and not isinstance(price, bool):
+            surcharges[str(pattern)] = parse_surcharge(str(pattern), price)
+            continue
+        if pattern == "unknown" and not isinstance(price, dict):
+            if price not in ("refuse", "dearest"):
+                raise Misplaced(["unknown"], f"expected refuse or dearest, got {price!r}")
+            unknown = price
+            continue
         try:
             found = msgspec.convert(price, PriceConfig, dec_hook=lambda kind, value: parse_amount(value))
             prices.append((str(pattern), found.flat()))
         except msgspec.ValidationError as error:
             steps, message = explain(error, PriceConfig)
             raise Misplaced([str(pattern), *steps], message) from None
-    if "*" not in value:
+    if not prices and value:
+        prices = list(BUILT_IN_PRICES.items())
+    if "*" not in dict(prices) and not unknown:
         raise ValueError('"*" must be in the table: no model is free')
-    return PriceTable(prices)
+    table = PriceTable(prices)
+    table.unknown, table.surcharges = cast(Unknown, unknown), surcharges
+    return table
 
 
 def parse_fsync(value: object) -> Fsync:
@@ -1891,7 +2114,9 @@ class Config:
         self.limits = self.file.limits
         self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
         self.routing = self.file.routing
-        self.price = functools.lru_cache(maxsize=1024)(self._price)
+        self.price = functools.lru_cache(maxsize=1024)(self.file.prices.price)
+        self.has_price = functools.lru_cache(maxsize=1024)(self.file.prices.knows)
+        self.surcharges = functools.lru_cache(maxsize=1024)(self._surcharges)
         self.serving = functools.lru_cache(maxsize=1024)(self._serving)
 
     @classmethod
@@ -1913,8 +2138,62 @@ class Config:
         key.check(call.address, self.clock.wall())
         return key
 
-    def _price(self, model: str) -> ModelPrice:
-        return next(price for pattern, price in self.file.prices if matches(pattern, model))
+    def _surcharges(self, model: str) -> dict[str, float]:
+        table = self.file.prices
+        built_in = {name: amount for name, pattern, amount in reversed(SURCHARGES) if matches(pattern, model)}
+        return {**built_in, **table.surcharges, **table.find(model)[1].surcharges}
+
+    def premiums(self, model: str, words: Iterable[tuple[str, str]]) -> dict[str, float]:
+        """The factors of a call's premiums (fields and words of its answer, or of its request) for a model."""
+        found, known = {}, self.surcharges(model)
+        for field, word in words:
+            names = PREMIUMS[field]
+            found[word] = known[word] if word in names else max(known[name] for name in names)
+        return found
+
+    def bill(self, asked: str, served: str, usage: Usage) -> Bill:
+        """What a call costs: at the price of the model that was asked, or of the one that served if that is dearer.
+
+        A name that has no row says nothing: servers answer with paths and aliases of their own.
+        """
+        served = served if served != asked and self.has_price(served) else ""
+        prompt = usage.prompt_tokens or usage.total_input_tokens
+        if not (usage.shares or usage.extras or usage.premiums):  # as most calls are
+            price = self.price(asked).at(prompt)
+            cost = price.cost_usd(usage)
+            if served:
+                other = self.price(served).at(prompt)
+                if other.cost_usd(usage) > cost:
+                    price, cost = other, other.cost_usd(usage)
+            return Bill(cost, price, {}, [])
+        tokens = Tokens(*(getattr(usage, name) for name in Tokens.__struct_fields__))
+        for share in usage.shares:
+            tokens.add(share, -1)
+        names = [name for name in (asked, served) if name]
+        if usage.is_fallback:
+            names = names[-1:]  # what the asked model did is a share of its own
+        rates = [(self.price(name).at(prompt), self.premiums(name, usage.premiums), name) for name in names]
+        costs = [price.cost_usd(tokens) * math.prod(premiums.values()) for price, premiums, _ in rates]
+        cost = max(costs)
+        price, premiums, model = rates[costs.index(cost)]
+        charges = [self._charge(share, asked, model, price, usage) for share in usage.shares]
+        for name, count in usage.extras:
+            each = self.surcharges(model).get(name) if name in EXTRAS else None
+            if each:
+                charges.append(Charge(name, round(count * each, 9), count=count))
+        return Bill(round(cost + sum(charge.usd for charge in charges), 9), price, premiums, charges)
+
+    def _charge(self, share: Share, asked: str, model: str, price: Price, usage: Usage) -> Charge:
+        """What a share costs: sound at the call's model's price for it, another model's run at that model's price."""
+        if share.kind == "audio":
+            price = self.price(model).audio or price
+        else:
+            model = share.model or asked
+            price = self.price(model).at(share.prompt_tokens)
+        factor = math.prod(self.premiums(model, usage.premiums).values())
+        counts = {name: getattr(share, name) for name in Tokens.__struct_fields__}
+        usd = round(price.cost_usd(share) * factor, 9)
+        return Charge(share.kind, usd, model=share.model, price=price, factor=factor, **counts)
 
     def route(self, call: Call) -> tuple[Serving, ...]:
         """Those that speak the call's format and serve its model, by priority, then in the file's order."""
@@ -1929,6 +2208,13 @@ class Config:
         found = [Serving(upstream, name) for upstream in spoken if (name := upstream.rename(model)) is not None]
         if not found:
             raise PolicyBlocked(f"No upstream of this gateway serves the model {model!r}.")
+        if self.file.prices.unknown == "refuse" and route.kind != "count_tokens":  # which costs nothing
+            found = [serving for serving in found if self.has_price(serving.model)]
+            if not found:
+                raise PolicyBlocked(
+                    f"The model {model!r} has no price here, and this gateway serves only what it can price: "
+                    f"its config needs a row for it in `prices`.{self.contact}"
+                )
         return tuple(sorted(found, key=lambda serving: serving.upstream.priority))
 
 
@@ -2147,6 +2433,8 @@ class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
     estimated: bool
     cost_usd: float
     price: Price
+    premiums: dict[str, float] = {}  # factors on the call's own tokens
+    charges: list[Charge] = []  # what else is in `cost_usd`
     first_byte_ms: float | None
     duration_ms: float
     queued_ms: float = 0.0  # of these, until a slot was free and the call was admitted
@@ -2207,6 +2495,8 @@ class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded")
     estimated: bool
     cost_usd: float
     price: Price
+    premiums: dict[str, float] = {}
+    charges: list[Charge] = []
     session: str
     upstream_request_id: str
     requests: int = 0
@@ -3731,11 +4021,14 @@ class Limits:
     which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
     """
 
+    SERVED = 1000  # models of which it is remembered who serves them
+
     def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
         self._fold, self._clock, self._pace = fold, clock, pace
         self._scopes: dict[tuple[str, str], Scope] = {}
         self.ratios = InputRatios()
         self._queues: dict[Scope, WaitQueue[Waiter[bool]]] = {}  # of the scopes for whose slots somebody waits
+        self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
 
     def scopes(self, key: Key) -> list[tuple[Budget, Scope]]:
         """Each budget that a key's calls count in, with what runs on it."""
@@ -3888,7 +4181,12 @@ class Limits:
         """Hold the estimated input and the expected output in every window at once. Raises LimitSpent, LimitFull."""
         config, now = call.config, self._clock.wall()
         input_tokens = call.input_estimate * self.ratios.of(call)
-        weights, price = config.limits.weights, config.price(call.upstream_model).at(math.ceil(input_tokens))
+        weights, price = config.limits.weights, self._expected_price(call, math.ceil(input_tokens))
+        if call.premiums:
+            factor = math.prod(config.premiums(call.upstream_model, call.premiums).values())
+            price = msgspec.structs.replace(
+                price, input=price.input * max(1.0, factor), output=price.output * max(1.0, factor)
+            )
         each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
         need = {
             "tokens": math.ceil(input_tokens * weights.input),
@@ -3905,6 +4203,20 @@ class Limits:
         for unit, per_token in each.items():
             need[unit] += math.floor(output * per_token)
         reservation.hold(need)
+
+    def note_served(self, config: Config, asked: str, served: str) -> None:
+        """Remember that an upstream answers for a model with a dearer one: the next call is held at that price."""
+        mine, theirs = config.price(asked).base, config.price(served).base
+        is_dearer = theirs.input > mine.input or theirs.output > mine.output
+        if is_dearer and config.has_price(served) and len(self._served) < self.SERVED:
+            self._served[asked] = served
+
+    def _expected_price(self, call: Call, input_tokens: int) -> Price:
+        """The dearest of those who may serve a call, as far as is known."""
+        names = {serving.model for serving in call.servings} or {call.upstream_model}
+        names |= {self._served[name] for name in names if name in self._served}
+        prices = [call.config.price(name).at(input_tokens) for name in names]
+        return max(prices, key=lambda price: price.input + price.output)
 
     def _left(self, config: Config, budget: Budget, scope: Scope, limit: Limit, need: float, now: float) -> float:
         """What a limit has left after `need`, in its unit. Raises LimitSpent where that is no question of time."""
@@ -4149,6 +4461,9 @@ class RequestPeek(msgspec.Struct, gc=False):
     max_completion_tokens: Raw = msgspec.UNSET
     max_output_tokens: Raw = msgspec.UNSET
     n: Raw = msgspec.UNSET
+    speed: Raw = msgspec.UNSET
+    service_tier: Raw = msgspec.UNSET
+    inference_geo: Raw = msgspec.UNSET
     messages: Raw = msgspec.UNSET
     input: Raw = msgspec.UNSET
 
@@ -4156,7 +4471,7 @@ class RequestPeek(msgspec.Struct, gc=False):
 # The other names that the APIs have, so that a body of these alone is known by its length.
 OTHER_NAMES = b"""
     system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
-    service_tier container mcp_servers betas speed inference_geo fallbacks models diagnostics safeguards
+    container mcp_servers betas fallbacks models diagnostics safeguards
     stream_options stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
     reasoning_effort verbosity user instructions prompt reasoning text store include parallel_tool_calls
     previous_response_id prompt_cache_key prompt_cache_retention background client_metadata safety_identifier
@@ -4495,6 +4810,13 @@ def max_output(route: Route, peek: RequestPeek) -> float:
     return max((count * answers for count in counts if count >= 0), default=math.inf)
 
 
+def premium_word(raw: Raw) -> str:
+    """What of PREMIUMS a value names; "" where it is nothing that has a price."""
+    if raw is msgspec.UNSET or len(raw) > 64 or bytes(raw) in NO_PREMIUM:
+        return ""
+    return decode_short(raw, str, "")
+
+
 def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest."""
     try:
@@ -4514,6 +4836,8 @@ def read_request(call: Call) -> None:
     conversation = peek.input if call.route.kind == "responses" else peek.messages
     call.input_estimate = estimate_input(call.body, conversation, call.route.kind)
     call.max_output = max_output(call.route, peek)
+    asked = (("speed", peek.speed), ("service_tier", peek.service_tier), ("inference_geo", peek.inference_geo))
+    call.premiums = tuple((field, word) for field, raw in asked if (word := premium_word(raw)))
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
@@ -4725,7 +5049,7 @@ def read_count(value: Count) -> int:
     """A count of an answer as an integer. Raises AbsurdCount."""
     count = int(value)
     if count != value or not 0 <= count <= MAX_COUNT:
-        raise AbsurdCount(f"{value:.6g}")
+        raise AbsurdCount(f"a count of {value:.6g} tokens")
     return count
 
 
@@ -4736,14 +5060,61 @@ class AnthropicCacheCreation(msgspec.Struct):
     ephemeral_1h_input_tokens: Count | None = None
 
 
+NOT_SAID = msgspec.Raw(b"")
+FAILED = msgspec.Raw(b'"failed"')
+Said = TypeVar("Said")
+
+
 class AnthropicUsage(msgspec.Struct):
-    """`usage` of the Messages API. None: this event does not say."""
+    """`usage` of the Messages API, or one of its `iterations`. None: this event does not say.
+
+    What is not decoded yet may have another shape than we know, which must not hide the counts.
+    """
 
     input_tokens: Count | None = None
     output_tokens: Count | None = None
     cache_creation_input_tokens: Count | None = None
     cache_read_input_tokens: Count | None = None
     cache_creation: AnthropicCacheCreation | None = None
+    iterations: msgspec.Raw = NOT_SAID
+    server_tool_use: msgspec.Raw = NOT_SAID
+    speed: msgspec.Raw = NOT_SAID
+    service_tier: msgspec.Raw = NOT_SAID
+    inference_geo: msgspec.Raw = NOT_SAID
+    type: str = ""  # of an iteration
+    model: str | None = None
+
+    def read_into(self, counts: Tokens) -> None:
+        """Overwrite what is said here; counts are cumulative, never added. Raises AbsurdCount."""
+        if self.input_tokens is not None:
+            counts.input_tokens = read_count(self.input_tokens)
+        if self.output_tokens is not None:
+            counts.output_tokens = read_count(self.output_tokens)
+        if self.cache_read_input_tokens is not None:
+            counts.cache_read_tokens = read_count(self.cache_read_input_tokens)
+        split = self.cache_creation
+        if split and split.ephemeral_1h_input_tokens is not None:
+            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
+        if split and split.ephemeral_5m_input_tokens is not None:
+            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
+        if self.cache_creation_input_tokens is not None:  # the final one has no split, and counts all the same
+            whole = read_count(self.cache_creation_input_tokens)
+            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
+            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
+
+
+def decode_lenient(raw: msgspec.Raw, kind: type[Said], otherwise: Said) -> Said:
+    """A value of an answer, or something else where it is missing or of another shape."""
+    if raw:
+        with contextlib.suppress(*UNREADABLE):
+            return msgspec.json.decode(raw, type=kind)
+    return otherwise
+
+
+def decode_pieces(raw: msgspec.Raw) -> dict[str, int]:
+    """Counts by name; what is no count is left out. Raises AbsurdCount."""
+    said = decode_lenient(raw, dict[str, msgspec.Raw], {})
+    return {name: read_count(decode_lenient(count, float, 0.0)) for name, count in said.items()}
 
 
 class AnthropicDelta(msgspec.Struct):
@@ -4792,10 +5163,19 @@ class AnthropicEvent(msgspec.Struct):
     error: ApiError | None = None
 
 
+class CacheWriteDetails(msgspec.Struct):
+    """How long what was written to the cache is kept."""
+
+    ttl_12h_tokens: Count | None = None
+
+
 class OpenAIDetails(msgspec.Struct):
-    """Which of the input tokens came from a cache."""
+    """What is among the input tokens, or among those of the output."""
 
     cached_tokens: Count | None = None
+    cache_write_tokens: Count | None = None
+    cache_write_tokens_details: CacheWriteDetails | None = None
+    audio_tokens: Count | None = None
 
 
 class OpenAIUsage(msgspec.Struct):
@@ -4804,6 +5184,7 @@ class OpenAIUsage(msgspec.Struct):
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
     prompt_tokens_details: OpenAIDetails | None = None
+    completion_tokens_details: OpenAIDetails | None = None
     input_tokens: Count | None = None
     output_tokens: Count | None = None
     input_tokens_details: OpenAIDetails | None = None
@@ -4851,7 +5232,10 @@ class OpenAIAnswer(msgspec.Struct):
     """A non-stream answer, or the `response` of a responses event."""
 
     model: str = ""
-    status: str | int | None = None  # of a response
+    status: msgspec.Raw = NOT_SAID  # of a response
+    service_tier: msgspec.Raw = NOT_SAID
+    output: msgspec.Raw = NOT_SAID
+    tool_usage: msgspec.Raw = NOT_SAID
     usage: OpenAIUsage | None = None
     error: ApiError | None = None
 
@@ -4862,7 +5246,43 @@ class ChatChunk(msgspec.Struct):
     model: str = ""
     choices: list[ChatChoice] = []
     usage: OpenAIUsage | None = None
+    service_tier: msgspec.Raw = NOT_SAID
     error: ApiError | None = None
+
+
+class OutputItem(msgspec.Struct):
+    """What a response consists of: messages, calls of hosted tools and others."""
+
+    type: str = ""
+    status: msgspec.Raw = NOT_SAID
+    action: msgspec.Raw = NOT_SAID
+    container_id: msgspec.Raw = NOT_SAID
+
+
+class ItemAction(msgspec.Struct):
+    """What a web_search_call did; only searches are billed."""
+
+    type: str = "search"
+
+
+class ImageUsage(msgspec.Struct):
+    """The tokens of drawing tools."""
+
+    input_tokens: Count = 0
+    output_tokens: Count = 0
+
+
+class SearchUsage(msgspec.Struct):
+    """The searches that are billed."""
+
+    num_requests: Count | None = None
+
+
+class ToolUsage(msgspec.Struct):
+    """`tool_usage` of a response: what hosted tools have used, beside the model."""
+
+    image_gen: ImageUsage | None = None
+    web_search: SearchUsage | None = None
 
 
 class ResponsesEvent(msgspec.Struct):
@@ -4870,6 +5290,7 @@ class ResponsesEvent(msgspec.Struct):
 
     type: str = ""
     response: OpenAIAnswer | None = None
+    item: msgspec.Raw = NOT_SAID
     delta: Any = None
     code: str | None = None
     error: ApiError | None = None
@@ -4898,7 +5319,9 @@ class Meter:
         self.absurd = ""  # a count that nobody believes; then the whole usage is an estimate
         self.seen_input = self._seen_output = False
         self.has_content = False  # more than the events that only announce it
-        self.counts = Usage()
+        self.counts = Tokens()
+        self.extras: dict[str, float] = {}  # pieces by name
+        self.premiums: dict[str, str] = {}  # words by the field of the answer
         self.model = ""
         self.error_type = ""
         self.finished = False  # the format's terminal event came, or the whole body did
@@ -4972,11 +5395,38 @@ class Meter:
         """Whether the upstream has begun to deliver, or counts tokens that it will charge for."""
         return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
 
+    def premium(self, field: str, raw: msgspec.Raw) -> None:
+        """Take in what tier, speed or place an answer names."""
+        word = premium_word(raw)
+        if word:
+            self.premiums[field] = word
+        elif self.premiums:
+            self.premiums.pop(field, None)
+
+    def sum_up(self) -> Usage:
+        """What the upstream said, in one."""
+        counts = self.counts
+        usage = Usage(
+            counts.input_tokens,
+            counts.output_tokens,
+            counts.cache_write_5m_tokens,
+            counts.cache_write_1h_tokens,
+            counts.cache_read_tokens,
+        )
+        if self.extras:
+            usage.extras = tuple(self.extras.items())
+        if self.premiums:
+            usage.premiums = tuple(self.premiums.items())
+        return usage
+
     def result(self, reached_upstream: bool) -> Usage:
         """The usage to book. What the upstream did not say is estimated: bytes ÷ 4."""
-        usage = self.counts
         if not (self.charged and reached_upstream):
             return Usage()
+        try:
+            usage = self.sum_up()
+        except AbsurdCount as error:
+            self.absurd = str(error)
         if self.absurd:
             return self.estimate()
         if not self.seen_input:
@@ -4999,6 +5449,12 @@ class Meter:
 
 class MessagesMeter(Meter):
     """Anthropic's Messages API."""
+
+    MAX_SHARES = 32  # lines in a call's bill
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._iterations: list[AnthropicUsage] = []
 
     def event(self, event: AnthropicEvent) -> None:
         delta = event.delta
@@ -5023,22 +5479,57 @@ class MessagesMeter(Meter):
         self._seen_output = answer.usage is not None
 
     def usage(self, usage: AnthropicUsage) -> None:
-        counts = self.counts
-        if usage.input_tokens is not None:
-            counts.input_tokens, self.seen_input = read_count(usage.input_tokens), True
-        if usage.output_tokens is not None:
-            counts.output_tokens = read_count(usage.output_tokens)
-        if usage.cache_read_input_tokens is not None:
-            counts.cache_read_tokens = read_count(usage.cache_read_input_tokens)
-        split = usage.cache_creation
-        if split and split.ephemeral_1h_input_tokens is not None:
-            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
-        if split and split.ephemeral_5m_input_tokens is not None:
-            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
-        if usage.cache_creation_input_tokens is not None:  # the final one has no split, and counts all the same
-            whole = read_count(usage.cache_creation_input_tokens)
-            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
-            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
+        usage.read_into(self.counts)
+        self.seen_input = self.seen_input or usage.input_tokens is not None
+        if usage.iterations:
+            self._iterations = decode_lenient(usage.iterations, list[AnthropicUsage], [])
+        if usage.server_tool_use:
+            for name, count in decode_pieces(usage.server_tool_use).items():
+                self.extras[name.removesuffix("_requests")] = count
+        if usage.speed:
+            self.premium("speed", usage.speed)
+        if usage.service_tier:
+            self.premium("service_tier", usage.service_tier)
+        if usage.inference_geo:
+            self.premium("inference_geo", usage.inference_geo)
+
+    def sum_up(self) -> Usage:
+        """The counts with the iterations that are beside them.
+
+        The top level has the executor's iterations (of its input perhaps only the first), and neither compaction nor
+        advisors: so of each class the larger counts of top level and executor, and everything else in addition.
+        """
+        usage = super().sum_up()
+        if not self._iterations:
+            return usage
+        executor, shares, largest = Tokens(), dict[tuple[str, str], Share](), 0
+        is_fallback = any(iteration.type == "fallback_message" for iteration in self._iterations)
+        outside = Tokens()
+        for iteration in self._iterations:
+            kind, model, tokens = iteration.type, iteration.model or "", Tokens()
+            iteration.read_into(tokens)
+            is_executor = kind in ("message", "fallback_message")
+            (executor if is_executor else outside).add(tokens)
+            if is_executor and (model == self.model or not (model or is_fallback)):
+                largest = max(largest, tokens.total_input_tokens)
+                continue
+            if len(shares) >= self.MAX_SHARES and (kind, model) not in shares:
+                kind, model = "others", ""
+            share = shares.setdefault((kind, model), Share(kind=kind[:64], model=model[:MAX_NAME]))
+            share.add(tokens)
+            share.prompt_tokens = max(share.prompt_tokens, tokens.total_input_tokens)
+        written = max(
+            usage.cache_write_5m_tokens + usage.cache_write_1h_tokens,
+            executor.cache_write_5m_tokens + executor.cache_write_1h_tokens,
+        )
+        usage.input_tokens = max(usage.input_tokens, executor.input_tokens)
+        usage.output_tokens = max(usage.output_tokens, executor.output_tokens)
+        usage.cache_read_tokens = max(usage.cache_read_tokens, executor.cache_read_tokens)
+        usage.cache_write_1h_tokens = max(usage.cache_write_1h_tokens, executor.cache_write_1h_tokens)
+        usage.cache_write_5m_tokens = written - usage.cache_write_1h_tokens
+        usage.add(outside)
+        usage.shares, usage.is_fallback, usage.prompt_tokens = tuple(shares.values()), is_fallback, largest
+        return usage
 
 
 class CountTokensMeter(MessagesMeter):
@@ -5052,16 +5543,52 @@ class OpenAIMeter(Meter):
 
     decode_answer = msgspec.json.Decoder(OpenAIAnswer).decode
 
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._shares: dict[str, Share] = {}
+
     def usage(self, usage: OpenAIUsage) -> None:
+        counts = self.counts
         whole = usage.prompt_tokens if usage.input_tokens is None else usage.input_tokens
         output = usage.completion_tokens if usage.output_tokens is None else usage.output_tokens
         details = usage.prompt_tokens_details or usage.input_tokens_details
-        if whole is not None:  # OpenAI's input includes what was cached
-            cached = read_count(details.cached_tokens or 0) if details else 0
-            self.counts.input_tokens, self.counts.cache_read_tokens = max(0, read_count(whole) - cached), cached
+        heard = spoken = 0
+        if whole is not None:  # OpenAI's input includes what was read from the cache, written to it, or is sound
+            counts.input_tokens = read_count(whole)
+            if details:
+                heard = self._read_details(details)
             self.seen_input = self._seen_output = True
         if output is not None:
-            self.counts.output_tokens = read_count(output)
+            counts.output_tokens = read_count(output)
+            if usage.completion_tokens_details:
+                spoken = min(read_count(usage.completion_tokens_details.audio_tokens or 0), counts.output_tokens)
+        if heard or spoken:
+            self._shares["audio"] = Share(heard, spoken, kind="audio")
+
+    def _read_details(self, details: OpenAIDetails) -> int:
+        """Take apart the input; how much of it, neither cached nor written, is sound."""
+        counts, whole = self.counts, self.counts.input_tokens
+        counts.cache_read_tokens = read_count(details.cached_tokens or 0)
+        written, ttl = read_count(details.cache_write_tokens or 0), details.cache_write_tokens_details
+        counts.cache_write_1h_tokens = min(written, read_count((ttl and ttl.ttl_12h_tokens) or 0))
+        counts.cache_write_5m_tokens = written - counts.cache_write_1h_tokens
+        counts.input_tokens = max(0, whole - counts.cache_read_tokens - written)
+        return min(read_count(details.audio_tokens or 0), counts.input_tokens)
+
+    def answer(self, answer: OpenAIAnswer) -> None:
+        super().answer(answer)
+        if answer.service_tier:
+            self.premium("service_tier", answer.service_tier)
+
+    def sum_up(self) -> Usage:
+        usage = super().sum_up()
+        if self._shares:
+            usage.shares = tuple(self._shares.values())
+            usage.prompt_tokens = usage.total_input_tokens
+            for share in usage.shares:
+                if share.kind != "audio":  # those are in the counts already
+                    usage.add(share)
+        return usage
 
 
 class ChatMeter(OpenAIMeter):
@@ -5081,6 +5608,8 @@ class ChatMeter(OpenAIMeter):
         self.has_content = self.has_content or self.finished or self._text_bytes > 0
         if event.usage:
             self.usage(event.usage)
+            if event.service_tier:
+                self.premium("service_tier", event.service_tier)
 
     def unreadable(self, data: bytes, is_json: bool) -> None:
         if data.strip() == b"[DONE]":
@@ -5091,6 +5620,10 @@ class ChatMeter(OpenAIMeter):
 
 class ResponsesMeter(OpenAIMeter):
     """The Responses API."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._items: list[OutputItem] = []
 
     decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
@@ -5105,14 +5638,45 @@ class ResponsesMeter(OpenAIMeter):
         elif event.type in self.TERMINAL and event.response:
             self.answer(event.response)
             self.finished = True
+        elif event.type == "response.output_item.done":
+            self._items.append(decode_lenient(event.item, OutputItem, OutputItem()))
+            self._count_items()
         elif event.type == "error":
             self.read_error(event.error or ApiError(code=event.code))
 
     def answer(self, answer: OpenAIAnswer) -> None:
         super().answer(answer)
-        if answer.status == "failed":
+        if answer.status == FAILED:
             self.has_failed = True
             self.error_type = self.error_type or "response_failed"
+        if answer.output:
+            self._items = decode_lenient(answer.output, list[OutputItem], []) or self._items
+            self._count_items()
+        if answer.tool_usage:
+            self._read_tools(decode_lenient(answer.tool_usage, ToolUsage, ToolUsage()))
+
+    def _count_items(self) -> None:
+        """Count what hosted tools were called for: searches, and containers of Code Interpreter."""
+        searches = files = 0
+        containers = set()
+        for item in self._items:
+            if item.type == "web_search_call" and item.status != FAILED:
+                searches += decode_lenient(item.action, ItemAction, ItemAction()).type == "search"
+            elif item.type == "file_search_call":
+                files += 1
+            elif item.type == "code_interpreter_call":
+                containers.add(bytes(item.container_id))
+        pieces = {"web_search": searches, "file_search": files, "code_interpreter": len(containers)}
+        self.extras = {name: count for name, count in pieces.items() if count}
+
+    def _read_tools(self, tools: ToolUsage) -> None:
+        """What the upstream itself says of its tools is worth more than what was counted."""
+        if tools.web_search and tools.web_search.num_requests is not None:
+            self.extras["web_search"] = read_count(tools.web_search.num_requests)
+        drawn = tools.image_gen
+        if drawn and (drawn.input_tokens or drawn.output_tokens):
+            counts = read_count(drawn.input_tokens), read_count(drawn.output_tokens)
+            self._shares["image_gen"] = Share(*counts, kind="image_gen", model="gpt-image-1")
 
 
 class EmbeddingsMeter(OpenAIMeter):
@@ -7859,18 +8423,31 @@ class Gateway:
             f", {len(exchange.attempts)} attempts" if len(exchange.attempts) > 1 else "",
         )
 
+    def _believed(self, call: Call, attempt: Attempt, usage: Usage, served: str) -> tuple[Usage, Bill]:
+        """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
+        asked, meter = attempt.ticket.model, attempt.meter
+        bill = call.config.bill(asked, served, usage)
+        if bill.cost_usd > MAX_COST_USD:
+            meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
+            usage = meter.estimate()
+            bill = call.config.bill(asked, served, usage)
+        if meter.absurd:
+            log.error(
+                "%s: %s of upstream %s is not believed, and estimated", call.id, meter.absurd, attempt.upstream.name
+            )
+        if served and served != asked:
+            self.limits.note_served(call.config, asked, served)
+        return usage, bill
+
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
         call, usage = exchange.call, attempt.usage() if attempt else Usage()
-        price = call.config.price(attempt.ticket.model if attempt else call.upstream_model).at(usage.total_input_tokens)
+        served = attempt.meter.model[:MAX_NAME] if attempt else ""
         error_type = (attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else "")
-        refused = f"a count of {attempt.meter.absurd} tokens" if attempt and attempt.meter.absurd else ""
-        if attempt and price.cost_usd(usage) > MAX_COST_USD:
-            refused = f"a cost of ${price.cost_usd(usage):,.0f}"
-            usage = attempt.meter.estimate()
-            price = call.config.price(attempt.ticket.model).at(usage.total_input_tokens)
-        if attempt and refused:
-            log.error("%s: %s of upstream %s is not believed, and estimated", call.id, refused, attempt.upstream.name)
-            error_type = error_type or "absurd_usage"
+        if attempt is None:
+            bill = call.config.bill(call.upstream_model, "", usage)
+        else:
+            usage, bill = self._believed(call, attempt, usage, served)
+            error_type = error_type or ("absurd_usage" if attempt.meter.absurd else "")
         first = attempt.first_byte_at if attempt else None
         return Entry(
             time=utc_time(self.clock.wall()),
@@ -7879,7 +8456,7 @@ class Gateway:
             team=call.key.team,
             upstream=attempt.upstream.name if attempt else "",
             model=call.model,
-            model_served=attempt.meter.model[:MAX_NAME] if attempt else "",
+            model_served=served,
             path=call.route.path,
             stream=call.stream,
             status=outcome.status or exchange.status or (outcome.error.status if outcome.error else 0),
@@ -7892,8 +8469,10 @@ class Gateway:
             cache_write_1h_tokens=usage.cache_write_1h_tokens,
             cache_read_tokens=usage.cache_read_tokens,
             estimated=usage.estimated,
-            cost_usd=price.cost_usd(usage),
-            price=price,
+            cost_usd=bill.cost_usd,
+            price=bill.price,
+            premiums=bill.premiums,
+            charges=bill.charges,
             first_byte_ms=None if first is None else round((first - call.started) * 1e3, 1),
             duration_ms=round((self.clock.monotonic() - call.started) * 1e3, 1),
             queued_ms=round((call.admitted - call.started) * 1e3, 1),
@@ -10201,8 +10780,9 @@ class UpstreamTest:
         tiny = Usage(input_tokens=10, output_tokens=16)
 
         def cost(model: str) -> tuple[float, bool]:
-            price = self._config.price(upstream.rename(model) or model).base
-            return price.cost_usd(tiny), not model.startswith("claude-haiku")
+            return self._config.bill(upstream.rename(model) or model, "", tiny).cost_usd, not model.startswith(
+                "claude-haiku"
+            )
 
         return min(served, key=cost)
 
@@ -10251,7 +10831,7 @@ class UpstreamTest:
         """What an attempt costs, as far as the upstream has said."""
         usage = attempt.usage()
         known = attempt.status == 200 and attempt.meter.seen_input
-        return self._config.price(attempt.ticket.model).at(usage.total_input_tokens).cost_usd(usage) if known else 0.0
+        return self._config.bill(attempt.ticket.model, attempt.meter.model, usage).cost_usd if known else 0.0
 
     def _judged(self, attempt: Attempt, model: str, problem: str, body: bytes) -> Found:
         """The answer in a line."""
@@ -10524,9 +11104,15 @@ def ledger_sums(entries: Iterable[Entry | Discarded], export: Export) -> Sums:
     sums: Sums = {}
     fields = [field for measure in export.measures for field in MEASURES[measure]]
     for entry in entries:
-        if not entry.path.endswith("/count_tokens"):  # they are free, and in no export
-            pair = entry.time[:10], export.name_of(entry.model_served or entry.model)
-            add_sums(sums, pair, {field: getattr(entry, field) for field in fields}, export.measures)
+        if entry.path.endswith("/count_tokens"):  # they are free, and in no export
+            continue
+        day, numbers = entry.time[:10], {field: getattr(entry, field) for field in fields}
+        for charge in entry.charges:  # what another model did stands under that one's name there
+            if charge.model:
+                theirs = {field: charge.usd if field == "cost_usd" else getattr(charge, field) for field in fields}
+                numbers = {field: numbers[field] - theirs[field] for field in fields}
+                add_sums(sums, (day, export.name_of(charge.model)), theirs, export.measures)
+        add_sums(sums, (day, export.name_of(entry.model_served or entry.model)), numbers, export.measures)
     return sums
 
 

@@ -661,7 +661,10 @@ UPSTREAM_SETTINGS = (
     "name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, on_disconnect, "
     "verdicts, probe, headers, betas, retry_without_thinking, allow_private, ca_file, proxy"
 )
-PRICE_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, tiers"
+PRICE_SETTINGS = (
+    "input, output, cache_write_5m, cache_write_1h, cache_read, tiers, audio, fast, priority, flex, batch, us, "
+    "web_search, file_search, code_execution, code_interpreter"
+)
 TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
 A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
 
@@ -1186,8 +1189,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
 
 def uncommented() -> str:
     """config.example.yaml with the settings that stand in comments."""
-    text = re.sub(r"^#(?= (- name:|(  |    )[a-z_]+:))", " ", EXAMPLE.read_text(), flags=re.MULTILINE)
-    return re.sub(r'^# (?=prices:|  "[^"]+":| +tiers:)', "", text, flags=re.MULTILINE)
+    before, mark, prices = EXAMPLE.read_text().partition("# prices:\n")
+    text = re.sub(r"^#(?= (- name:|(  |    )[a-z_]+:))", " ", before, flags=re.MULTILINE)
+    return text + re.sub(r"^# ", "", mark + prices, flags=re.MULTILINE)
 
 
 def test_the_example_starts_unedited():
@@ -1206,7 +1210,7 @@ def test_the_example_names_every_setting():
     """
     plain = g.Document(uncommented(), EXAMPLE).plain({"ANTHROPIC_API_KEY": "sk-ant"})
     plain["upstreams"] = [plain["upstreams"][0] | plain["upstreams"][1]]
-    price = next(iter(plain.pop("prices").values()))
+    price = next(row for row in plain.pop("prices").values() if isinstance(row, dict))
     tiers = [price | tier for tier in price["tiers"]]  # which take what a price takes
 
     assert missing_settings(g.ConfigFile, plain) == ["prices"]

@@ -118,9 +118,10 @@ def test_an_entry_is_one_line_of_json(make_ledger, tmp_path):
         '"outcome":"completed","error_type":"","attempts":1,"input_tokens":10,"output_tokens":20,'
         '"cache_write_5m_tokens":30,"cache_write_1h_tokens":40,"cache_read_tokens":120,"estimated":false,'
         '"cost_usd":0.000798,"price":{"input":3.0,"output":15.0,"cache_write_5m":3.75,"cache_write_1h":6.0,'
-        '"cache_read":0.3},"first_byte_ms":1.5,"duration_ms":20.25,"queued_ms":0.0,"bytes_up":100,"bytes_down":200,"session":"s-1",'
+        '"cache_read":0.3},"premiums":{},"charges":[],"first_byte_ms":1.5,"duration_ms":20.25,"queued_ms":0.0,"bytes_up":100,'
+        '"bytes_down":200,"session":"s-1",'
         '"client":"192.0.2.1","user_agent":"a\\nb \u2028 é","upstream_request_id":"req_up",'
-        '"chain":"6311b7e0ccda2ba084a080769bf0d8bb"}\n'
+        '"chain":"f4dc274f85909269f598ceb876815c79"}\n'
     )
 
 

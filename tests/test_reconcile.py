@@ -49,6 +49,7 @@ class Books:
         entry |= {"path": "/v1/messages", "input_tokens": counts[0], "cache_write_5m_tokens": counts[1]}
         entry |= {"cache_write_1h_tokens": counts[2], "cache_read_tokens": counts[3], "output_tokens": counts[4]}
         entry |= {"estimated": False, "cost_usd": cost, "price": msgspec.to_builtins(g.Price(1, 1, 1, 1, 1))}
+        entry |= {"premiums": {}, "charges": []}
         entry |= {"bytes_up": 1, "bytes_down": 1, "outcome": "completed"} | fields
         with open(self.folder / "usage" / f"usage-{time[:7]}.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -235,3 +236,18 @@ def test_a_file_that_is_not_there_is_named(books):
     books.book("2026-11-01T08:00:00.000Z", "claude-opus-5-5", 5)
     assert g.main(["usage", "--by", "model_served", "--json"]) == 0
     assert '"input_tokens": 5' in books._capsys.readouterr().out
+
+
+def test_what_another_model_did_is_compared_under_its_name(books):
+    """
+    An advisor of a cheap call stands in the provider's export under the advisor's model.
+    """
+    export = """usage_date_utc,model_version,usage_input_tokens_no_cache,usage_output_tokens
+2026-11-01,claude-haiku-4-5,1760,531
+2026-11-01,claude-opus-4-6,823,1612
+"""
+    advisor = {"what": "advisor_message", "usd": 0.044415, "model": "claude-opus-4-6"}
+    advisor |= {"input_tokens": 823, "output_tokens": 1612}
+    books.book("2026-11-01T08:00:00.000Z", "claude-haiku-4-5", 2583, 0, 0, 0, 2143, charges=[advisor])
+
+    assert books.reconcile(export) == 0

@@ -135,6 +135,8 @@ async def test_invariant_4_bytes_are_relayed_as_they_came(gateway, upstream):
         "estimated": False,
         "cost_usd": 0.00037,
         "price": {"input": 10.0, "output": 50.0, "cache_write_5m": 12.5, "cache_write_1h": 20.0, "cache_read": 1.0},
+        "premiums": {},
+        "charges": [],
         "first_byte_ms": 0.0,
         "duration_ms": 0.0,
         "queued_ms": 0.0,

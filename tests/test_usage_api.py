@@ -12,7 +12,7 @@ import pytest
 from client import request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, until
 from upstream import HELLO as HELLO_SCRIPT
-from upstream import head, hello_json, json_body, message_start, wait_for
+from upstream import head, json_body, message_start, wait_for
 
 import gateway as g
 
@@ -40,7 +40,9 @@ def gateway(io_loop, start_gateway, upstream) -> GatewayUnderTest:
 
     async def start() -> GatewayUnderTest:
         gateway = await start_gateway(CONFIG.replace("URL", upstream.url))
-        upstream.scripts = [HELLO_SCRIPT, HELLO_SCRIPT, hello_json(), HELLO_SCRIPT]
+        usage = {"input_tokens": 12, "output_tokens": 5}
+        other = json_body({"type": "message", "model": "other", "content": [], "usage": usage})
+        upstream.scripts = [HELLO_SCRIPT, HELLO_SCRIPT, other, HELLO_SCRIPT]
         await gateway.post("/v1/messages", HELLO_STREAM)
         gateway.tick(7 * HOUR_S)
         await gateway.post("/v1/messages", HELLO_STREAM)

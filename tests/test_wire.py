@@ -1011,7 +1011,7 @@ MESSAGES = {
             message_delta(output_tokens=50, server_tool_use={"web_search_requests": 1}),
             STOP,
         ],
-        {**EXACT, "output_tokens": 50},
+        {**EXACT, "output_tokens": 50, "extras": (("web_search", 1),)},
     ),
 }
 
