@@ -243,7 +243,7 @@ class Pace(NamedTuple):
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
-    keep_alive_s: float = 300.0  # silence allowed between a client's requests
+    keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
     leave_s: float = 10.0  # … at most so long
     handed_s: float = 120.0  # for a request that Tornado answers, from its head to the last byte that is read
@@ -8034,8 +8034,8 @@ class Scrape(NamedTuple):
         )
         yield Series(
             "connections_refused_total",
-            "Connections closed at once: an address has too many without a good key, all are in use (full), or they "
-            "were the oldest without a good key when there was no room for a new one.",
+            "Connections closed for want of room: new ones where all are in use with good keys (full), else the oldest "
+            "without a good key, of all (oldest) or of an address with too many (address).",
             ("why",),
             [((why,), count) for why, count in self.metrics.connections_refused.items()],
         )
@@ -8698,7 +8698,7 @@ class State(enum.Enum):
     HEAD = enum.auto()
     BODY = enum.auto()
     ANSWERING = enum.auto()
-    FOREIGN = enum.auto()  # a request that Tornado answers
+    FOREIGN = enum.auto()  # a whole request that Tornado answers
     LEAVING = enum.auto()  # answered for good; what still comes is read and thrown away
     GONE = enum.auto()
 
@@ -8718,6 +8718,7 @@ class ClientConnection(asyncio.Protocol):
 
     MAX_HEAD = 64 << 10  # bytes of a head; and in a row that are no body: chunk extensions, trailers
     MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
+    MAX_TARGET = 2 << 10  # bytes of a refused request's target that are looked at
     MAX_LOCAL_BODY = 1 << 20
 
     def __init__(self, door: Door) -> None:
@@ -8725,7 +8726,8 @@ class ClientConnection(asyncio.Protocol):
         self.exchange: Exchange | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._state = State.IDLE
-        self._head_parts: list[bytes] = []  # the bytes of a head that is not whole
+        self._may_begin = False  # whether a request that begins in this read is the first one in it
+        self._is_foreign = False  # whether Tornado answers the request
         self._bodiless = 0  # bytes since the last piece of a body
         self._target = b""
         self._headers: Headers = []
@@ -8742,7 +8744,6 @@ class ClientConnection(asyncio.Protocol):
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.peer = ""
         self.key_name = ""  # of the first good key that it has shown
-        self._is_used = False  # whether a request of it was answered
 
     # What asyncio says
 
@@ -8758,10 +8759,8 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING or self._pipelined:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
         if self._state is State.IDLE:
-            self._bodiless = 0
+            self._bodiless, self._may_begin = 0, True
         self._bodiless += len(data)
-        if self._state in (State.IDLE, State.HEAD):
-            self._head_parts.append(data)
         try:
             self._parser.feed_data(data)
             if self._state is State.HEAD:
@@ -8775,13 +8774,22 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.FOREIGN and self.transport.get_write_buffer_size():
             self._close()  # an answer of ours is still on its way out
         elif self._state is State.FOREIGN:
-            self._door.hand_over(self, b"".join(self._head_parts))
+            self._door.hand_over(self, self._foreign_head())
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
         elif self._pipelined and self._state is State.IDLE:
             self._close()
-        elif self._state is State.IDLE:
-            self._head_parts.clear()  # blank lines ahead of a request, without end perhaps
+
+    def _foreign_head(self) -> bytes:
+        """The head of a request as Tornado is to read it. Its body has been thrown away: no handler there reads one.
+
+        Tornado would keep it in memory until it is whole, 1 MB for each client without a key, and needs ten times as
+        long as httptools for a chunk.
+        """
+        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._target, self._parser.get_http_version().encode())]
+        dropped = (b"content-length", b"transfer-encoding", b"expect")
+        lines += [b"%b: %b" % header for header in self._headers if header[0].lower() not in dropped]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _check_head(self, size: int) -> None:
         """Raise HeadTooLarge where a head of `size` bytes, as far as it has come, is larger than any honest one."""
@@ -8820,9 +8828,9 @@ class ClientConnection(asyncio.Protocol):
     # What the parser says
 
     def on_message_begin(self) -> None:
-        # `_head_parts` of a request that follows in the same read are not known; no client sends ahead.
-        if self._state is State.IDLE and self._head_parts and not self._pipelined:
-            self._state = State.HEAD
+        # No client sends ahead: a request behind another one in the same read is not answered.
+        if self._state is State.IDLE and self._may_begin and not self._pipelined:
+            self._state, self._may_begin = State.HEAD, False
             self._entered_at = self._active_at
             self._target, self._headers, self._body, self._body_size = b"", [], [], 0
         else:
@@ -8849,15 +8857,12 @@ class ClientConnection(asyncio.Protocol):
         method = self._parser.get_method()
         path, query = normalize_target(self._target)
         route = ROUTES.get(path) if method == b"POST" else None
-        if route is None and (method, path) not in LOCAL_ROUTES:
-            self._state = State.FOREIGN
-            return None
+        self._is_foreign = route is None and (method, path) not in LOCAL_ROUTES
         self._state = State.BODY
-        self._head_parts = []
         try:
             self._call = self._accept(route, query) if route else None
         except GatewayError as error:
-            self._reject(error, route.api if route else "anthropic")
+            self._reject(error)
         return None
 
     def _head_size(self) -> int:
@@ -8872,7 +8877,7 @@ class ClientConnection(asyncio.Protocol):
         call = self._call
         limit = call.config.server.max_body if call else self.MAX_LOCAL_BODY
         if self._body_size > limit:
-            self._reject(too_large(limit), call.route.api if call else "anthropic")
+            self._reject(too_large(limit))
         elif call:
             self._body.append(piece)
 
@@ -8880,6 +8885,9 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING:
             self.transport.close()
         if self._state is not State.BODY:
+            return None
+        if self._is_foreign:
+            self._state = State.FOREIGN
             return None
         self._state = State.ANSWERING
         call, self._call = self._call, None
@@ -8940,8 +8948,10 @@ class ClientConnection(asyncio.Protocol):
         if call:
             call.reservation.release()
 
-    def _reject(self, error: GatewayError, api: Api = "anthropic") -> None:
-        """Refuse without reading on: answer at once, then leave."""
+    def _reject(self, error: GatewayError, api: Api | None = None) -> None:
+        """Refuse without reading on: answer at once in the format of the path, then leave."""
+        if api is None:  # of a target that may be a whole head long
+            api = api_of(normalize_target(self._target[: self.MAX_TARGET])[0])
         self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
@@ -8967,7 +8977,6 @@ class ClientConnection(asyncio.Protocol):
     def _answered(self) -> None:
         """The answer is out: on to the next request, or close."""
         self._state = State.IDLE
-        self._is_used = True
         self.exchange = None
         self._entered_at = self._door.now()
         if not self._keep_alive or self._door.gateway.stopping:
@@ -8981,7 +8990,7 @@ class ClientConnection(asyncio.Protocol):
         """Keep nothing of a request: what still comes is thrown away."""
         self._state = State.LEAVING
         self._entered_at = self._active_at = self._door.now()
-        self._head_parts, self._headers, self._body = [], [], []
+        self._headers, self._body = [], []
 
     def _linger(self) -> None:
         """End our side and read on for a moment (RFC 9112, 9.6).
@@ -9060,7 +9069,7 @@ class ClientConnection(asyncio.Protocol):
             if age > (pace.body_s if unsent else pace.leave_s) or (not unsent and silence > pace.linger_s):
                 self.transport.abort()
         elif self._state is State.IDLE:
-            if age > (pace.keep_alive_s if self._is_used else pace.head_s):
+            if age > (pace.keep_alive_s if self.key_name else pace.head_s):
                 self._close()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
@@ -9082,11 +9091,11 @@ class ClientConnection(asyncio.Protocol):
 
 
 class HandedStream(tornado.iostream.IOStream):
-    """A socket of which something has been read already: that comes first."""
+    """A client's socket, of which the head of a request has been read already: that comes first."""
 
     def __init__(self, sock: socket.socket, seen: bytes, door: Door, peer: str) -> None:
         super().__init__(sock)
-        self._seen = memoryview(seen)
+        self._seen = memoryview(seen)  # the head
         self._door, self.peer = door, peer
         self.key_name = ""
         self._entered_at = door.now()
@@ -9343,14 +9352,15 @@ class Door:
     """Where clients come in: listens, and serves each connection itself or through Tornado.
 
     A connection costs a descriptor and up to 64 KB, and anybody may open one. So there are at most `most` of them.
-    Those that have shown no good key yet are the strangers. An address has only so many strangers, and where there is
-    no room for a new connection, the oldest stranger is closed for it: honest clients show their key at once.
+    Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
+    room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
+    their key at once, and one colleague's broken script does not keep out whoever shares its address.
     Connections of one key are kept alive between requests only while there are not more of them than free places.
     """
 
     TELL_S = 60.0  # at most one line in the log per minute
     WHY: ClassVar[dict[str, str]] = {
-        "address": "of an address that has too many without a good key",
+        "address": "of an address with too many without a good key",
         "full": "because all are in use with good keys",
         "oldest": "without a good key that made room for new ones",
     }
@@ -9359,8 +9369,9 @@ class Door:
         self.gateway, self.most = gateway, most
         self.now = gateway.clock.monotonic
         self.connections: set[ClientConnection | HandedStream] = set()
-        self._strangers: dict[ClientConnection | HandedStream, str] = {}  # with their network, the oldest first
-        self._by_network: Counter[str] = Counter()  # strangers
+        # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
+        self._strangers: OrderedDict[ClientConnection | HandedStream, str] = OrderedDict()  # with their network
+        self._by_network: dict[str, OrderedDict[ClientConnection | HandedStream, None]] = {}  # strangers
         self._by_key: Counter[str] = Counter()
         self._told_at = -math.inf
         self._told = 0
@@ -9377,18 +9388,24 @@ class Door:
     def enter(self, connection: ClientConnection) -> bool:
         """Count a new connection in; False where there is no place for it."""
         network = network_of(connection.peer)
+        peers = self._by_network.get(network, ())
         is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
-        if not is_proxy and self._by_network[network] >= self.gateway.pace.strangers:
-            return self._turn_away("address")
+        if len(peers) >= self.gateway.pace.strangers and not is_proxy:
+            self._give_up(next(iter(peers)), "address")
         if len(self.connections) >= self.most:
             oldest = next(iter(self._strangers), None)
             if oldest is None:
-                return self._turn_away("full")
-            self._turn_away("oldest")
-            self.leave(oldest)
-            oldest.give_up()
+                self.gateway.metrics.connections_refused["full"] += 1
+                return False
+            self._give_up(oldest, "oldest")
         self._count(connection, network)
         return True
+
+    def _give_up(self, stranger: ClientConnection | HandedStream, why: str) -> None:
+        """Close a connection to make room for another one."""
+        self.gateway.metrics.connections_refused[why] += 1
+        self.leave(stranger)
+        stranger.give_up()
 
     def take_over(self, stream: HandedStream) -> None:
         """Count a connection on as Tornado's."""
@@ -9397,12 +9414,8 @@ class Door:
     def _count(self, connection: ClientConnection | HandedStream, network: str) -> None:
         self.connections.add(connection)
         self._strangers[connection] = network
-        self._by_network[network] += 1
+        self._by_network.setdefault(network, OrderedDict())[connection] = None
         self.gateway.metrics.connections = len(self.connections)
-
-    def _turn_away(self, why: str) -> bool:
-        self.gateway.metrics.connections_refused[why] += 1
-        return False
 
     def recognize(self, connection: ClientConnection, key: Key) -> bool:
         """A connection has shown a good key; whether it may be kept alive between requests."""
@@ -9423,7 +9436,10 @@ class Door:
     def _forget_stranger(self, connection: ClientConnection | HandedStream) -> None:
         network = self._strangers.pop(connection, None)
         if network is not None:
-            decrement(self._by_network, network)
+            peers = self._by_network[network]
+            del peers[connection]
+            if not peers:
+                del self._by_network[network]
 
     async def listen(self, host: str, port: int) -> int:
         """Start to listen; the port that was bound. Raises OSError."""
@@ -9431,10 +9447,10 @@ class Door:
         self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
         return int(self._server.sockets[0].getsockname()[1])
 
-    def hand_over(self, connection: ClientConnection, seen: bytes) -> None:
-        """Let Tornado serve a connection, starting with the bytes of it that were read here."""
+    def hand_over(self, connection: ClientConnection, head: bytes) -> None:
+        """Let Tornado serve a connection, starting with the head of a request that was read here."""
         address = connection.transport.get_extra_info("peername")
-        stream = HandedStream(connection.let_go(), seen, self, connection.peer)
+        stream = HandedStream(connection.let_go(), head, self, connection.peer)
         self._tornado.handle_stream(stream, address)
 
     def check(self) -> None:
