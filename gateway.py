@@ -4213,6 +4213,8 @@ class Limits:
 
     def _expected_price(self, call: Call, input_tokens: int) -> Price:
         """The dearest of those who may serve a call, as far as is known."""
+        if len(call.servings) < 2 and call.upstream_model not in self._served:  # as most calls are
+            return call.config.price(call.upstream_model).at(input_tokens)
         names = {serving.model for serving in call.servings} or {call.upstream_model}
         names |= {self._served[name] for name in names if name in self._served}
         prices = [call.config.price(name).at(input_tokens) for name in names]
@@ -4836,8 +4838,9 @@ def read_request(call: Call) -> None:
     conversation = peek.input if call.route.kind == "responses" else peek.messages
     call.input_estimate = estimate_input(call.body, conversation, call.route.kind)
     call.max_output = max_output(call.route, peek)
-    asked = (("speed", peek.speed), ("service_tier", peek.service_tier), ("inference_geo", peek.inference_geo))
-    call.premiums = tuple((field, word) for field, raw in asked if (word := premium_word(raw)))
+    if peek.speed or peek.service_tier or peek.inference_geo:
+        asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
+        call.premiums = tuple((field, word) for field, word in asked.items() if word)
     call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
 
 
