@@ -521,6 +521,9 @@ class UpstreamTimeout(GatewayError):
     status, type, code = 504, "timeout_error", "upstream_timeout"
 
 
+INTERNAL_ERROR = "The gateway failed; its log says how."
+
+
 def error_body(error: GatewayError, api: Api, request_id: str) -> bytes:
     """Render a refusal in the client's format (CLIENT.md: any other shape shows raw JSON to the user)."""
     if api == "openai":
@@ -7170,6 +7173,13 @@ class Attempt:
 
     def head(self, status: int, headers: Headers) -> None:
         """The answer's head has come."""
+        try:
+            self._take_head(status, headers)
+        except Exception as error:  # a bug of ours, as in `received`
+            self.drop_line()
+            self.exchange.crash(error)
+
+    def _take_head(self, status: int, headers: Headers) -> None:
         self.status, self.headers = status, headers
         self.first_byte_at = self.heard_at = self._clock()
         for name, value in headers:
@@ -7202,10 +7212,13 @@ class Attempt:
     def lost(self, failure: Failure) -> None:
         """The line is lost."""
         self.line = None
-        if self.held is not None:
-            self.exchange.failed(failure)
-        else:
-            self.exchange.cut(Outcome(failure.outcome, self.status))
+        try:
+            if self.held is not None:
+                self.exchange.failed(failure)
+            else:
+                self.exchange.cut(Outcome(failure.outcome, self.status))
+        except Exception as error:  # a bug of ours, as in `received`
+            self.exchange.crash(error)
 
     # The gate
 
@@ -7402,6 +7415,7 @@ class Exchange:
         "is_committed",
         "is_repaired",
         "is_served",
+        "is_written",
         "pace",
         "paused_at",
         "sink",
@@ -7416,6 +7430,7 @@ class Exchange:
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
         self.is_booked = False
+        self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
         self.attempts: list[AttemptEntry] = []
         self.tried: set[tuple[str, int]] = set()
@@ -7859,13 +7874,18 @@ class Relay:
         return sum(exchange.is_draining for exchange in self.running) < self.pace.drain_calls
 
     def check(self) -> None:
-        """Look at every deadline."""
+        """Look at every running call's deadlines; a bug in one ends that call."""
         now = self.clock.monotonic()
         for exchange in tuple(self.running):
-            exchange.check(now)
+            try:
+                exchange.check(now)
+            except Exception as error:
+                exchange.crash(error)
+
+    def sweep(self) -> None:
+        """Close connections that were idle for too long."""
         for pool in self._pools.values():
             pool.sweep()
-        self.upstreams.check()
 
     def close(self) -> None:
         """Cut what still runs and close every connection."""
@@ -7926,6 +7946,7 @@ class Metrics:
         self.refused: Counter[int] = Counter()  # by status
         self.connections = 0  # open
         self.connections_refused: Counter[str] = Counter()  # by reason: address, full, oldest
+        self.bugs: Counter[str] = Counter()  # exceptions that nothing expects, by where they were caught
         self.lost_log_lines: Callable[[], int] = lambda: 0  # whoever writes the log from a thread says more
         self.call_seconds, self.first_byte_seconds = Histogram(), Histogram()
 
@@ -8102,6 +8123,12 @@ class Scrape(NamedTuple):
             ("start_time_seconds", "When the gateway started; counters begin there.", self.metrics.started_at),
         ):
             yield Series(name, text, (), [((), number)])
+        yield Series(
+            "bugs_total",
+            "Exceptions that nothing expects, by where they were caught; the log has their tracebacks.",
+            ("where",),
+            [((where,), count) for where, count in self.metrics.bugs.items()],
+        )
         yield Series("info", "The version.", ("version",), [((VERSION,), 1)])
 
 
@@ -8253,6 +8280,36 @@ class Probes:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+class Guard:
+    """Runs steps of which one may have a bug: it is counted, its traceback is logged, and the other steps go on.
+
+    What runs four times a second would fail as often: of one step the log has a traceback once a minute.
+    """
+
+    PERIOD_S = 60.0
+
+    def __init__(self, clock: Clock, failures: Counter[str]) -> None:
+        self._now = clock.monotonic
+        self._silent_until: dict[str, float] = {}  # by step
+        self.failures = failures  # by step, since the start
+
+    def run(self, step: Callable[..., object], *values: object) -> bool:
+        """Call a step; False if it raised."""
+        try:
+            step(*values)
+        except Exception:  # the edge for all that no call waits for
+            self.record(step.__qualname__)
+            return False
+        return True
+
+    def record(self, step: str) -> None:
+        """Count and log the exception that is being handled."""
+        self.failures[step] += 1
+        if self._now() >= self._silent_until.get(step, 0.0):
+            self._silent_until[step] = self._now() + self.PERIOD_S
+            log.exception("a bug in %s, seen %d times", step, self.failures[step])
+
+
 class RefusalLog:
     """Logs requests that are refused at the door: the first of each address and status in a minute, then a count.
 
@@ -8303,6 +8360,7 @@ class Gateway:
         self.models = Models(self.relay)
         self.probes = Probes(self.relay)
         self.metrics = Metrics(config.clock.wall())
+        self.guard = Guard(config.clock, self.metrics.bugs)
         self.refusals = RefusalLog(config.clock)
         self.loaded_at = config.clock.wall()
         self.reload_failed_at: float | None = None
@@ -8345,10 +8403,20 @@ class Gateway:
         """Handle a call in a task of its own."""
         task = asyncio.get_running_loop().create_task(self.handle(call, sink))
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._ended, sink))
+
+    def _ended(self, sink: Sink, task: asyncio.Task[None]) -> None:
+        """Cut off a client whose call could not even be refused."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error:
+            self.guard.failures["Gateway.handle"] += 1
+            log.error("a bug in refusing a call", exc_info=error)
+            self.guard.run(sink.cut)
 
     async def handle(self, call: Call, sink: Sink) -> None:
         """The story of a call that has entered: read, route, admit, relay, book. If admitted it leaves one entry."""
+        exchange = None
         try:
             with call.reservation:
                 read_request(call)
@@ -8363,13 +8431,21 @@ class Gateway:
                 await self._carry(exchange)  # and settle, by its entry
         except GatewayError as error:
             self.refuse(call, sink, error)
+        except Exception:  # a bug of ours outside the relay
+            self.guard.failures["Gateway.handle"] += 1
+            log.exception("%s: failed", call.id)
+            if exchange is None:
+                self.refuse(call, sink, GatewayError(INTERNAL_ERROR))
+            elif sink.exchange is exchange:  # else the client has its answer, or is gone
+                exchange.refuse(GatewayError(INTERNAL_ERROR))
 
     async def _carry(self, exchange: Exchange) -> None:
         """Relay an admitted call, and book it however it ends."""
-        outcome = Outcome("internal_error", error=GatewayError("The gateway failed; its log says how."))
+        outcome = Outcome("internal_error", error=GatewayError(INTERNAL_ERROR))
         try:
             outcome = await self.relay.run(exchange)
         except Exception:  # the one edge: a bug of ours, or a refusal that nobody foresaw
+            self.guard.failures["Relay.run"] += 1
             log.exception("%s: failed", exchange.call.id)
         finally:
             self.book(exchange, outcome)
@@ -8392,17 +8468,25 @@ class Gateway:
         sink.refuse(error, call.route.api, call.id)
 
     def book(self, exchange: Exchange, outcome: Outcome) -> None:
-        """Write the call's entry and its line in the log, once."""
+        """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""
         if exchange.is_booked:
             return
         exchange.is_booked = True
+        if not self.guard.run(self._book, exchange, outcome) and not exchange.is_written:
+            # What was read of the answer cannot be booked. An entry without it still shows that there was a call.
+            exchange.discarded.clear()
+            plain = self._entry(exchange, None, Outcome("internal_error", outcome.status, outcome.error))
+            self.guard.run(self.ledger.append, plain)
+
+    def _book(self, exchange: Exchange, outcome: Outcome) -> None:
+        entry = self._entry(exchange, exchange.attempt, outcome)
         for attempt, tried in exchange.discarded:
             if attempt is not exchange.attempt:  # else it is the entry's own
                 thrown_away = self._entry(exchange, attempt, Outcome(tried))
                 line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
                 self.ledger.append(line)
                 self.metrics.discard(line)
-        entry = self._entry(exchange, exchange.attempt, outcome)
+        exchange.is_written = True
         self.ledger.append(entry)
         self.metrics.book(entry)
         input_tokens = (
@@ -8531,6 +8615,11 @@ class Gateway:
                     log.error("config not reloaded, the last good one stays: %s", error)
                 self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
                 return False
+            except Exception:
+                self.guard.record("Gateway.reload")
+                self.reload_error = "a bug in reading the config; the gateway's log has its traceback"
+                self.reload_failed_at = self.clock.wall()
+                return False
             if config is None:
                 self.reload_error, self.reload_failed_at = "", None
                 return False
@@ -8592,11 +8681,18 @@ class Gateway:
 
     def tick(self) -> None:
         """Look at deadlines and at the ledger; to be called often."""
-        self.relay.check()
-        self.limits.check()
-        self.ledger.tick()
-        self.probes.check(self.config.upstreams)
-        self.refusals.check()
+        run = self.guard.run
+        run(self.relay.check)
+        run(self.relay.upstreams.check)
+        run(self.relay.sweep)
+        run(self.limits.check)
+        run(self.ledger.tick)
+        run(self.probes.check, self.config.upstreams)
+        run(self.refusals.check)
+        run(self._take_reset)
+
+    def _take_reset(self) -> None:
+        """Forget what spoke against upstreams, if a command asks for it."""
         if forgiven := take_reset(self.ledger.directory):
             self.relay.upstreams.reset(forgiven)
 
@@ -9157,7 +9253,7 @@ class GatewayHandler(tornado.web.RequestHandler):
                 404: NotFound("Nothing is served here."),
                 405: MethodNotAllowed("Not with this method."),
             }
-            error = known.get(status_code, GatewayError("The gateway failed; its log says how."))
+            error = known.get(status_code, GatewayError(INTERNAL_ERROR))
         request_id = "req_" + secrets.token_hex(12)
         self.set_status(error.status)
         for name, value in error_headers(error, request_id):
@@ -9460,7 +9556,8 @@ class Door:
         """Look at every connection's deadline."""
         now = self.now()
         for connection in tuple(self.connections):
-            connection.check(now, self.gateway.pace)
+            if not self.gateway.guard.run(connection.check, now, self.gateway.pace):
+                connection.give_up()
         refused = self.gateway.metrics.connections_refused
         if refused.total() > self._told and now - self._told_at >= self.TELL_S:
             counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
@@ -10315,15 +10412,15 @@ class Server:
             task.cancel()
 
     async def _tick(self) -> None:
-        pace, polled_at = self.gateway.pace, 0.0
+        pace, guard, polled_at = self.gateway.pace, self.gateway.guard, 0.0
         while True:
             await asyncio.sleep(pace.tick_s)
             self.gateway.tick()
-            self.door.check()
+            guard.run(self.door.check)
             if self.door.now() - polled_at >= pace.poll_s:
                 polled_at = self.door.now()
-                self._watch.poll()
-                self.gateway.ledger.reopen_if_moved()
+                guard.run(self._watch.poll)
+                guard.run(self.gateway.ledger.reopen_if_moved)
 
     async def close(self) -> None:
         """Book what still runs and let go of everything."""

@@ -46,6 +46,7 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "cost_usd": "counter",
         "refused": "counter",
         "log_lines_lost": "counter",
+        "bugs": "counter",
         "attempts": "counter",
         "upstream_state": "gauge",
         "upstream_cooldown_seconds": "gauge",
