@@ -6820,10 +6820,23 @@ JSON_TYPE: Headers = [(b"content-type", b"application/json")]
 SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
+# The demo answers on the event loop, so what it looks at is bounded: 2 MB take 25 ms at most.
+MAX_DEMO_BODY = 2 << 20  # bytes
+MAX_DEMO_TEXT = 20_000  # characters of the last user's text that are read
+MAX_DEMO_TOOLS = 256  # tools that can be asked for, and required fields of one that get a value
+ASKS_FOR_TOOL = re.compile(r"\b(?:use|call|run)\b(?=(.{0,40}[\w-]{0,128}))", re.IGNORECASE)  # a name begins within 40
+
+
+class DemoField(msgspec.Struct):
+    """What the demo reads of a field's schema."""
+
+    type: msgspec.Raw = msgspec.Raw(b"")
+
+
 class DemoSchema(msgspec.Struct):
     """What the demo reads of a tool's schema."""
 
-    properties: dict[str, dict[str, Any] | bool] = {}
+    properties: dict[str, DemoField | bool] = {}
     required: list[str] = []
 
 
@@ -6836,11 +6849,24 @@ class DemoTool(msgspec.Struct):
     function: DemoTool | None = None
 
 
+class DemoBlock(msgspec.Struct):
+    """What the demo reads of a block of a message."""
+
+    type: msgspec.Raw = msgspec.Raw(b"")
+    text: msgspec.Raw = msgspec.Raw(b"")
+
+
 class DemoMessage(msgspec.Struct):
     """One message of a conversation."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[DemoBlock] | None = None
+
+
+class DemoOptions(msgspec.Struct):
+    """What the demo reads of `stream_options`."""
+
+    include_usage: bool | None = None
 
 
 class DemoRequest(msgspec.Struct):
@@ -6852,7 +6878,7 @@ class DemoRequest(msgspec.Struct):
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     stream: bool | None = None
     tools: list[DemoTool] | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: DemoOptions | None = None
 
 
 class DemoInput(msgspec.Struct):
@@ -6883,29 +6909,37 @@ def sse(event: str, data: object) -> bytes:
 
 
 def last_user_text(request: DemoRequest) -> str:
-    """The last text of the last user's message, "" where that brings a tool's result."""
+    """The beginning of the last text of the last user's message; "" if that message brings a tool's result."""
     # Claude Code appends a message of the role "system".
     last = next((message for message in reversed(request.messages) if message.role in ("user", "tool")), None)
     if last is None or last.role == "tool":
         return ""
     if isinstance(last.content, str):
-        return last.content
+        return last.content[:MAX_DEMO_TEXT]
     blocks = last.content or []
-    if any(block.get("type") == "tool_result" for block in blocks):
+    if any(bytes(block.type) == b'"tool_result"' for block in blocks):
         return ""
-    return next((str(block.get("text", "")) for block in reversed(blocks) if block.get("type") == "text"), "")
+    text = next((block.text for block in reversed(blocks) if bytes(block.type) == b'"text"'), msgspec.Raw())
+    return str(msgspec.json.decode(bytes(text) or b'""'))[:MAX_DEMO_TEXT]
 
 
 def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:
-    """The tool that the text asks for ("use the Bash tool") and a value for each of its required fields."""
-    samples: dict[str, Any] = {"string": "echo hello from the demo", "integer": 1, "number": 1.5, "boolean": True}
-    samples |= {"array": [], "object": {}}
-    for outer in request.tools or []:
+    """The tool that the text asks for ("use the Bash tool") and a value for each of its required fields.
+
+    The words that follow each use, call or run are collected once, so that a tool costs one look-up: with a search of
+    the text for each tool 200 KB took 20 s.
+    """
+    samples: dict[bytes, Any] = {b'"string"': "echo hello from the demo", b'"integer"': 1, b'"number"': 1.5}
+    samples |= {b'"boolean"': True, b'"array"': [], b'"object"': {}}
+    words: set[str] = set()
+    for asked in itertools.islice(ASKS_FOR_TOOL.finditer(text.lower()), 100):
+        words.update(re.findall(r"[\w-]+", asked[1]), re.findall(r"\w+", asked[1]))
+    for outer in (request.tools or [])[:MAX_DEMO_TOOLS]:
         tool = outer.function or outer
-        if tool.name and re.search(rf"\b(use|call|run)\b.{{0,40}}\b{re.escape(tool.name)}\b", text, re.IGNORECASE):
+        if tool.name.lower() in words:
             schema = tool.input_schema or tool.parameters or DemoSchema()
-            fields = {name: schema.properties.get(name) for name in schema.required}
-            kinds = {name: str(field.get("type")) if isinstance(field, dict) else "" for name, field in fields.items()}
+            fields = {name: schema.properties.get(name) for name in schema.required[:MAX_DEMO_TOOLS]}
+            kinds = {name: bytes(field.type) if isinstance(field, DemoField) else b"" for name, field in fields.items()}
             return tool.name, {name: samples.get(kind, "") for name, kind in kinds.items()}
     return "", {}
 
@@ -7007,6 +7041,9 @@ def demo_chat(reply: DemoReply, include_usage: bool) -> tuple[dict[str, Any], li
 
 def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
     """What the demo answers: status, a JSON body, and the events where a stream was asked for."""
+    if len(body) > MAX_DEMO_BODY:
+        problem = {"type": "request_too_large", "message": f"the demo upstream reads at most {MAX_DEMO_BODY} bytes"}
+        return 413, {"type": "error", "error": problem}, []
     try:
         asked = msgspec.json.decode(body, type=DemoRequest)
         reply = demo_reply(body, asked)
@@ -7016,7 +7053,7 @@ def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes
     if path == "/v1/messages":
         whole, events = demo_messages(reply)
     elif path == "/v1/chat/completions":
-        whole, events = demo_chat(reply, bool((asked.stream_options or {}).get("include_usage")))
+        whole, events = demo_chat(reply, bool((asked.stream_options or DemoOptions()).include_usage))
     elif path == "/v1/messages/count_tokens":
         return 200, {"input_tokens": reply.input_tokens + reply.cache_read_tokens}, []
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -636,3 +637,49 @@ async def test_an_aborted_line_says_nothing_more(when):
 
     assert len(heard.pieces) == (0 if when == "before the head" else 1)
     assert not heard.ended.is_set()
+
+
+# Bounds
+
+
+MANY = 4000
+LONG_ASKS = {
+    "as many tools as fit, and a text that asks without end": user(
+        "use " * 20_000, tools=[{"name": f"tool{i}"} for i in range(MANY)]
+    ),
+    "a tool whose name is as long as the text": user("use " + "a " * 40_000, tools=[{"name": "a " * 40_000}]),
+    "fields without end": user(
+        "use x", tools=[{"name": "x", "input_schema": {"required": [f"f{i}" for i in range(MANY)]}}]
+    ),
+    "blocks that nobody looks at": user([{"type": "text", "text": "x", "rest": [[[]]] * 40_000}]),
+}
+
+
+@pytest.mark.parametrize("request_body", LONG_ASKS.values(), ids=LONG_ASKS)
+def test_what_the_demo_looks_at_is_bounded(request_body):
+    """
+    It answers on the event loop. Counted in calls of Python and C functions: a search per tool would be thousands.
+    """
+    body, calls = json.dumps(request_body).encode(), []
+    sys.setprofile(lambda frame, event, value: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        status, answer, _ = g.demo_answer(MESSAGES, body)
+    finally:
+        sys.setprofile(None)
+
+    assert status == 200 and len(json.dumps(answer)) < 20_000
+    assert len(calls) < 1500
+
+
+@pytest.mark.parametrize(("size", "status"), [(g.MAX_DEMO_BODY, 200), (g.MAX_DEMO_BODY + 1, 413)])
+def test_a_body_of_more_than_two_megabytes_is_refused(size, status):
+    """
+    In the API's own words.
+    """
+    empty = json.dumps(user("")).encode()
+    body = empty.replace(b'""', b'"' + b"x" * (size - len(empty)) + b'"')
+
+    answered, answer, _ = g.demo_answer(MESSAGES, body)
+
+    assert (len(body), answered) == (size, status)
+    assert answer["type"] == ("message" if status == 200 else "error")
