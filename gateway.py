@@ -7369,7 +7369,8 @@ class Attempt:
             return True
         if meter.error_type:
             return not (meter.seen_input or meter.has_content)
-        return self.held is not None and self.held_size > 0 and not self.is_streaming and not self.is_json
+        said = b"" if self.held is None or self.is_streaming else self.text().lstrip()  # a space keeps a line alive
+        return bool(said) and not said.startswith(b"{")
 
     @property
     def was_billed(self) -> bool:

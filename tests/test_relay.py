@@ -1301,3 +1301,19 @@ async def test_garbage_that_was_thrown_away_unread_is_not_booked(gateway, upstre
         "output_tokens": 0,
         "cost_usd": 0.0,
     }
+
+
+async def test_a_client_that_leaves_while_spaces_come_pays_for_the_input(gateway, upstream):
+    """
+    Some servers keep a line alive with spaces before their JSON: that is no garbage, and work is being done.
+    """
+    upstream.script = [head(200, "application/json"), body(b" \n "), stall()]
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
+    await until(lambda: any(e.attempt and e.attempt.held_size for e in gateway.gateway.relay.running))
+
+    client.abort()
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], entry["estimated"]) == ("client_gone", True) and entry["input_tokens"] > 0
