@@ -250,6 +250,7 @@ class Pace(NamedTuple):
     strangers: int = 256  # connections of one address (IPv6: /64) that have shown no good key
     models_s: float = 300.0  # how long a fetched list of models is good
     models_fetch_s: float = 2.5  # Claude Code waits 3 s for the list
+    without_usage_s: float = 600.0  # how long an upstream is not asked for usage that rejects the question
     demo_s: float = 0.02  # between two words of the demo upstream
 
 
@@ -345,6 +346,7 @@ class Call:
         "config",
         "headers",
         "id",
+        "includes_usage",
         "input_estimate",
         "key",
         "max_output",
@@ -385,6 +387,7 @@ class Call:
         self.blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
         self.stream = False
         self.premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
+        self.includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
 
     def let_go(self) -> None:
         """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
@@ -1346,6 +1349,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
     headers: HeaderRules = NO_RULES
     betas: BetaRules = BetaRules()
     retry_without_thinking: bool = False
+    include_usage: bool = True  # ask for the usage of chat streams, without which they cannot be booked
     allow_private: bool = False
     ca_file: str | None = None
     proxy: Secret | None = None  # may have a password in it
@@ -4469,6 +4473,7 @@ class RequestPeek(msgspec.Struct, gc=False):
     speed: Raw = msgspec.UNSET
     service_tier: Raw = msgspec.UNSET
     inference_geo: Raw = msgspec.UNSET
+    stream_options: Raw = msgspec.UNSET
     messages: Raw = msgspec.UNSET
     input: Raw = msgspec.UNSET
 
@@ -4477,7 +4482,7 @@ class RequestPeek(msgspec.Struct, gc=False):
 OTHER_NAMES = b"""
     system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
     container mcp_servers betas fallbacks models diagnostics safeguards
-    stream_options stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
+    stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
     reasoning_effort verbosity user instructions prompt reasoning text store include parallel_tool_calls
     previous_response_id prompt_cache_key prompt_cache_retention background client_metadata safety_identifier
     truncation encoding_format dimensions
@@ -4486,6 +4491,12 @@ KnownFields = msgspec.defstruct(
     "KnownFields", [(name.decode(), Raw, msgspec.UNSET) for name in OTHER_NAMES], bases=(RequestPeek,), gc=False
 )
 KNOWN_NAMES = {b'"%b"' % name.encode(): name for name in KnownFields.__struct_fields__}
+
+
+class StreamOptions(msgspec.Struct):
+    """`stream_options` of a chat request."""
+
+    include_usage: bool | None = None
 
 
 class Metadata(msgspec.Struct):
@@ -4548,6 +4559,24 @@ def container_end(body: bytes, start: int, decoded: object) -> int:
     return value_end(memoryview(body), start)
 
 
+def walk_fields(body: bytes, fields: msgspec.Struct) -> Iterator[tuple[str, int, int]]:
+    """The fields of a JSON object: each one's name, and where its value starts and ends (white space may follow).
+
+    `fields` is what was decoded of it. Raises BadRequest, and as decoding does.
+    """
+    at = count = 0
+    while field := NAME.match(body, at):
+        known = KNOWN_NAMES.get(field[1], "")
+        at = field.end() if field[2] else container_end(body, field.end(), getattr(fields, known, None))
+        start = field.start(2) if field[2] else field.end()
+        yield known or msgspec.json.decode(field[1], type=str), start, at
+        count += 1
+        if count > MAX_NAMES:
+            raise BadRequest(f"The request has more than {MAX_NAMES} names")
+    if not END.match(body, at):
+        raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
+
+
 def check_names(body: bytes, fields: msgspec.Struct) -> None:
     """Refuse a JSON object in which a name stands twice, or one that the gateway knows is spelled in another case.
 
@@ -4555,22 +4584,14 @@ def check_names(body: bytes, fields: msgspec.Struct) -> None:
     """
     if len(body) <= MAX_COPY and len(ENCODER.encode(fields)) == len(body):
         return
-    found, at = set[str](), 0
-    while field := NAME.match(body, at):
-        spelled = folded = known = KNOWN_NAMES.get(field[1], "")
-        if not known:
-            spelled = msgspec.json.decode(field[1], type=str)
-            folded = spelled.casefold()
-            if spelled != folded and folded in fields.__struct_fields__:
-                raise BadRequest(f"{spelled}: this name is spelled {folded}")
+    found = set[str]()
+    for spelled, _, _ in walk_fields(body, fields):
+        folded = spelled.casefold()
+        if spelled != folded and folded in fields.__struct_fields__:
+            raise BadRequest(f"{spelled}: this name is spelled {folded}")
         if folded in found:
             raise BadRequest(f"{spelled}: this name stands twice in the request (in any case)")
         found.add(folded)
-        if len(found) > MAX_NAMES:
-            raise BadRequest(f"The request has more than {MAX_NAMES} names")
-        at = field.end() if field[2] else container_end(body, field.end(), getattr(fields, known, None))
-    if not END.match(body, at):
-        raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
 
 
 def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
@@ -4822,6 +4843,34 @@ def premium_word(raw: Raw) -> str:
     return decode_short(raw, str, "")
 
 
+def asks_for_usage(options: Raw) -> bool | None:
+    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
+
+    Where readers could differ, or the value is too long to be read, it does not.
+    """
+    if options is msgspec.UNSET:
+        return None
+    text = bytes(options)
+    is_plain = b"\\" not in text and text.lower().count(b"include_usage") == 1
+    return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
+
+
+def with_usage(body: bytes) -> bytes:
+    """A chat request that asks for the usage of its stream; every other byte is as it came. Raises BadRequest."""
+    try:
+        fields = PEEK_DECODER.decode(body)
+        options = fields.stream_options
+        if options is msgspec.UNSET:
+            start = body.index(b"{") + 1
+            return b'%b"stream_options":{"include_usage":true},%b' % (body[:start], body[start:])
+        spans = {name: start for name, start, _ in walk_fields(body, fields)}
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    changed = decode_short(options, dict[str, msgspec.Raw], {}) | {"include_usage": msgspec.Raw(b"true")}
+    start = spans["stream_options"]
+    return body[:start] + ENCODER.encode(changed) + body[start + len(options) :]
+
+
 def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest."""
     try:
@@ -4837,6 +4886,8 @@ def read_request(call: Call) -> None:
         raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
     call.model = call.upstream_model = peek.model
     call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
+    if call.stream and call.route.kind == "chat":
+        call.includes_usage = asks_for_usage(peek.stream_options)
     call.bytes_up = len(call.body)
     conversation = peek.input if call.route.kind == "responses" else peek.messages
     call.input_estimate = estimate_input(call.body, conversation, call.route.kind)
@@ -5689,6 +5740,51 @@ class EmbeddingsMeter(OpenAIMeter):
     """Embeddings: numbers come back, no tokens."""
 
     speaks = False
+
+
+class UsageFilter:
+    """Keeps the chunk with a chat stream's usage from a client that did not ask for it.
+
+    All other bytes are the client's as they came, however they are cut. An event is held until it is whole, for it
+    may be that chunk; what is longer than any such chunk goes on at once.
+    """
+
+    MAX_CHUNK = 16 << 10
+    END = re.compile(rb"(?:\r\n|\r(?!\n|\Z)|\n){2}")  # of an event; what follows a CR at the end of a read is not known
+    NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+
+    __slots__ = ("_is_long", "_rest")
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._is_long = False  # in the middle of an event that goes on unseen
+
+    def feed(self, data: bytes, last: bool) -> bytes:
+        """What of the stream is the client's, after `data`."""
+        text, kept, start = self._rest + data, [], 0
+        for end in self.END.finditer(text):
+            event, start = text[start : end.end()], end.end()
+            if self._is_long or not self._is_usage(event):
+                kept.append(event)
+            self._is_long = False
+        rest = text[start:]
+        self._is_long = self._is_long or len(rest) > self.MAX_CHUNK
+        passed = len(rest.rstrip(b"\r\n")) if self._is_long else 0  # without half of its end
+        if last and (self._is_long or not self._is_usage(rest)):
+            passed = len(rest)
+        kept.append(rest[:passed])
+        self._rest = rest[passed:]
+        return b"".join(kept)
+
+    def _is_usage(self, event: bytes) -> bool:
+        if not self.NO_CHOICES.search(event):
+            return False
+        lines = event.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
+        try:
+            chunk = ChatMeter.decode_event(event_data(lines))
+        except UNREADABLE:
+            return False
+        return not chunk.choices and chunk.usage is not None
 
 
 METERS: dict[str, type[Meter]] = {
@@ -7143,6 +7239,8 @@ class Outcome(NamedTuple):
 
 # A 400 of Anthropic's that is no fault of the request begins so; further on it may be what the client itself had said.
 NO_CREDIT = re.compile(r"(your )?credit balance is too low", re.IGNORECASE)
+USAGE_UNKNOWN = re.compile(rb"stream_options|include_usage")
+USAGE_REFUSED = Failure("refused", "does not know stream_options.include_usage", "400")
 BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
 THINKING_REFUSED = Failure("refused", "does not know the signature of a thinking block", "400")
 EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
@@ -7181,6 +7279,7 @@ class Attempt:
         "ticket",
         "upstream",
         "upstream_request_id",
+        "usage_filter",
     )
 
     def __init__(self, exchange: Exchange, ticket: Ticket, first_byte_s: float) -> None:
@@ -7195,6 +7294,7 @@ class Attempt:
         self.held_size = 0
         self.is_streaming = self.is_whole = False
         self.upstream_request_id = ""
+        self.usage_filter: UsageFilter | None = None  # where the client did not ask for the usage that we asked for
         self.passed = ""  # the case of an error that is the client's at once
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
@@ -7236,6 +7336,8 @@ class Attempt:
             if last:
                 self.line, self.is_whole = None, True
                 self.meter.end()
+            if self.usage_filter and self.is_streaming and self.status == 200:
+                body = self.usage_filter.feed(body, last)
             if self.held is not None:
                 self._hold(self.held, body, last)
             elif last:
@@ -7305,8 +7407,11 @@ class Attempt:
         return None
 
     def _refusal(self) -> Failure | None:
-        text = self.text() if self.status == 400 else b""
-        if self.upstream.retry_without_thinking and not self.exchange.is_repaired and BAD_SIGNATURE.search(text):
+        text = self.text() if self.status in (400, 422) else b""
+        is_ours = self.usage_filter is not None and self.exchange.call.includes_usage is None
+        if is_ours and USAGE_UNKNOWN.search(text):  # the client did not say the word
+            return USAGE_REFUSED
+        if self.upstream.retry_without_thinking and not self.exchange.repairs and BAD_SIGNATURE.search(text):
             return THINKING_REFUSED
         return self._unless_it_passes(Failure("refused", f"answered {self.status}", self._refusal_case()))
 
@@ -7451,14 +7556,15 @@ class Exchange:
         "done",
         "is_booked",
         "is_committed",
-        "is_repaired",
         "is_served",
         "is_written",
         "pace",
         "paused_at",
+        "repairs",
         "sink",
         "status",
         "tried",
+        "without_usage",
     )
 
     def __init__(self, call: Call, sink: Sink, relay: Relay) -> None:
@@ -7474,7 +7580,8 @@ class Exchange:
         self.tried: set[tuple[str, int]] = set()
         self.best: Attempt | None = None  # of those that failed: whose answer the client gets if nobody does better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
-        self.is_repaired = False
+        self.repairs = 0  # attempts that failed for what was changed then: each allows for one more
+        self.without_usage: set[str] = set()  # the upstreams that rejected our question for the stream's usage
         self.is_served = False  # the client left, and had the format's terminal event by then
         self.is_committed = False  # the client was sent 200 and a ping, before any answer
         self.status = 0  # that the client was sent
@@ -7704,6 +7811,7 @@ class Relay:
         self.clock, self.pace = clock, pace
         self.upstreams = Upstreams(clock, pace)
         self.running: set[Exchange] = set()
+        self._without_usage: dict[tuple[str, str | None, str | None, bool], float] = {}  # until when, by address
         self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
 
     @staticmethod
@@ -7721,8 +7829,10 @@ class Relay:
     def keep_only(self, upstreams: Sequence[UpstreamConfig]) -> None:
         """Let go of what no upstream of a new snapshot uses."""
         self.upstreams.keep_only(upstreams)
-        for address in set(self._pools) - {self._address(upstream) for upstream in upstreams}:
+        addresses = {self._address(upstream) for upstream in upstreams}
+        for address in set(self._pools) - addresses:
             self._pools.pop(address).close()
+        self._without_usage = {kept: until for kept, until in self._without_usage.items() if kept in addresses}
 
     async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
         """A line to an upstream. Raises AttemptFailed."""
@@ -7752,7 +7862,7 @@ class Relay:
         out: set[tuple[str, int]] = set()  # who need not be asked again
         # A repair is one more try: else the last one's complaint would be lost, and its cure known.
         while (
-            exchange.tries < call.config.routing.max_attempts + exchange.is_repaired
+            exchange.tries < call.config.routing.max_attempts + exchange.repairs
             and self.clock.monotonic() < exchange.deadline
         ):
             if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
@@ -7774,6 +7884,8 @@ class Relay:
                 try:
                     outcome = await self.send(exchange, ticket)
                     self._judge(exchange, ticket, outcome.name)
+                    if outcome.name == "completed":
+                        self._remember_usage(exchange, ticket.choice.upstream)
                     return outcome
                 except AttemptFailed as error:
                     failed = error
@@ -7791,8 +7903,11 @@ class Relay:
         """
         upstream = ticket.choice.upstream
         for fresh in (False, True):
-            request = self._request(exchange.call, ticket)
+            adds_usage = self._adds_usage(exchange, upstream)
+            request = self._request(exchange.call, ticket, adds_usage)
             attempt = exchange.attempt = Attempt(exchange, ticket, self._first_byte_s(exchange, ticket))
+            if adds_usage:
+                attempt.usage_filter = UsageFilter()
             line = await self.line(upstream, fresh)
             if exchange.done.done():  # the client went away meanwhile
                 line.abort()
@@ -7817,12 +7932,32 @@ class Relay:
         return exchange.done.result()
 
     @staticmethod
-    def _request(call: Call, ticket: Ticket) -> tuple[bytes, bytes]:
+    def _request(call: Call, ticket: Ticket, adds_usage: bool) -> tuple[bytes, bytes]:
         """Head and body of the request for the upstream of a ticket. Raises BadRequest."""
         choice, upstream = ticket.choice, ticket.choice.upstream
         body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
+        if adds_usage:
+            body = with_usage(body)
         target = UpstreamTarget.of(upstream.url, upstream.proxy)
         return request_head(call, upstream, choice.api_key, target, len(body)), body
+
+    def _adds_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> bool:
+        """Whether an upstream is to be asked for the usage of a chat stream whose client did not."""
+        if exchange.call.includes_usage or not upstream.include_usage or upstream.format != "openai":
+            return False
+        rejected_until = self._without_usage.get(self._address(upstream), -math.inf)
+        return upstream.name not in exchange.without_usage and self.clock.monotonic() >= rejected_until
+
+    def _remember_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> None:
+        """Do not ask an upstream for usage for a while that rejected the question and answered without it."""
+        if upstream.name in exchange.without_usage:
+            self._without_usage[self._address(upstream)] = self.clock.monotonic() + self.pace.without_usage_s
+            log.warning(
+                "upstream %s rejects stream_options.include_usage: its chat streams are booked by estimate. "
+                "It is asked again in %.0f s; `include_usage: false` ends that",
+                upstream.name,
+                self.pace.without_usage_s,
+            )
 
     def _first_byte_s(self, exchange: Exchange, ticket: Ticket) -> float:
         """How long an upstream may be silent: less where another one stands ready to do better."""
@@ -7861,7 +7996,13 @@ class Relay:
         log.info("%s: upstream %s %s", call.id, choice, error)
         if failure is THINKING_REFUSED:
             self.upstreams.answered(ticket)
-            call.body, exchange.is_repaired = without_thinking(call.body), True
+            call.body = without_thinking(call.body)
+            exchange.repairs += 1
+            return True
+        if failure is USAGE_REFUSED:
+            self.upstreams.answered(ticket)
+            exchange.without_usage.add(choice.upstream.name)
+            exchange.repairs += 1
             return True
         verdict = choice.upstream.verdict(failure.case)
         self.upstreams.failed(ticket, failure.case, error.retry_after_s)

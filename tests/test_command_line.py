@@ -260,7 +260,8 @@ def test_check_of_a_bad_config_returns_1_and_prints_line_and_path(shell):
     assert shell.err == (
         f"error: {shell.folder}/config.yaml:3: upstreams[0].fromat: unknown setting, did you mean format? "
         "(there are: name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, "
-        "on_disconnect, verdicts, probe, headers, betas, retry_without_thinking, allow_private, ca_file, proxy)\n"
+        "on_disconnect, verdicts, probe, headers, betas, retry_without_thinking, include_usage, "
+        "allow_private, ca_file, proxy)\n"
     )
     assert shell.out == ""
 

@@ -78,6 +78,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
             "headers": g.HeaderRules({}, ()),
             "betas": g.BetaRules(()),
             "retry_without_thinking": False,
+            "include_usage": True,
             "allow_private": False,
             "ca_file": None,
             "proxy": None,
@@ -659,7 +660,7 @@ UNITS_AND_WINDOWS = (
 TIERS = DEMO + 'prices:\n  "*":\n    input: 1\n    output: 2\n    tiers:\n'
 UPSTREAM_SETTINGS = (
     "name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, on_disconnect, "
-    "verdicts, probe, headers, betas, retry_without_thinking, allow_private, ca_file, proxy"
+    "verdicts, probe, headers, betas, retry_without_thinking, include_usage, allow_private, ca_file, proxy"
 )
 PRICE_SETTINGS = (
     "input, output, cache_write_5m, cache_write_1h, cache_read, tiers, audio, fast, priority, flex, batch, us, "

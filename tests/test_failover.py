@@ -18,6 +18,8 @@ from upstream import (
     ScriptedUpstream,
     Step,
     body,
+    chat_chunk,
+    chat_done,
     close,
     end,
     error_event,
@@ -1285,6 +1287,55 @@ async def test_a_signature_that_stays_wrong_is_told_once(start_gateway, upstream
 
     assert (reply.status, len(upstreams["a"].requests)) == (400, 2)
     assert "Invalid `signature` in `thinking` block" in reply.error["message"]
+
+
+def rejects_usage(request: Request) -> list[Step]:
+    """An upstream that knows no `stream_options`."""
+    if "stream_options" in request.json:
+        message = "Unrecognized request argument supplied: stream_options"
+        return json_body({"error": {"type": "invalid_request_error", "message": message}}, status=400)
+    return [head(200, "text/event-stream"), chat_chunk("Hello"), chat_done(), end()]
+
+
+@pytest.mark.logs("rejects stream_options.include_usage")
+async def test_an_upstream_that_rejects_include_usage_is_asked_without_it(start_gateway, upstreams, clock):
+    """
+    At once, beyond `max_attempts`, and for ten minutes; then it may have learnt the word.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1", {"a": ", format: openai"}))
+    upstreams["a"].script = rejects_usage
+
+    async def asked() -> list[bool]:
+        before = len(upstreams["a"].requests)
+        reply = await gateway.post("/v1/chat/completions", HELLO_STREAM)
+        assert reply.status == 200 and b"Hello" in reply.body
+        return ["stream_options" in request.json for request in upstreams["a"].requests[before:]]
+
+    first, second = await asked(), await asked()
+    clock.advance(601)
+    third = await asked()
+
+    assert (first, second, third) == ([True, False], [False], [True, False])
+    assert [attempt["outcome"] for attempt in gateway.entries()[0]["attempts"]] == ["400", "completed"]
+    assert gateway.entries()[0]["estimated"]
+
+
+async def test_a_client_cannot_make_others_streams_be_booked_by_estimate(start_gateway, upstreams):
+    """
+    What an upstream says of a client's own `stream_options`, or says again without ours, is that client's matter.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more={"a": ", format: openai"}))
+    upstreams["a"].script = json_body(
+        {"error": {"type": "invalid_request_error", "message": "bad stream_options"}}, status=400
+    )
+
+    own = await gateway.post("/v1/chat/completions", HELLO_STREAM | {"stream_options": {"x": 1}})
+    anyway = await gateway.post("/v1/chat/completions", HELLO_STREAM)
+
+    assert (own.status, anyway.status) == (400, 400)
+    asked = ["stream_options" in request.json for request in upstreams["a"].requests]
+    assert asked == [True, True, False]
+    assert not gateway.gateway.relay._without_usage
 
 
 async def test_headers_and_betas_go_by_the_upstreams_rules(start_gateway, upstreams):

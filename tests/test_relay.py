@@ -296,6 +296,50 @@ async def test_count_tokens_is_free(gateway, upstream):
     }
 
 
+@pytest.mark.parametrize("asks", [True, False])
+async def test_a_chat_stream_is_booked_by_its_usage_whether_or_not_the_client_asks(start_gateway, upstream, asks):
+    """
+    A client that left `include_usage` out was booked at $0.00003 for $0.30; the extra chunk is for those who asked.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", format: openai"))
+    upstream.script = [head(200, SSE), chat_chunk("Hello"), chat_usage(prompt=30, completion=7), chat_done(), end()]
+    request = HELLO_STREAM | ({"stream_options": {"include_usage": True}} if asks else {})
+
+    reply = await gateway.post("/v1/chat/completions", request)
+
+    assert upstream.requests[0].json == request | {"stream_options": {"include_usage": True}}
+    assert (b'"prompt_tokens"' in reply.body) is asks
+    assert b"Hello" in reply.body and reply.body.endswith(b"data: [DONE]\n\n")
+    assert ledger_line(gateway.entries()[0], "input_tokens", "output_tokens", "estimated", "outcome") == {
+        "input_tokens": 30,
+        "output_tokens": 7,
+        "estimated": False,
+        "outcome": "completed",
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "request_", "path"),
+    [
+        (", format: openai, include_usage: false", HELLO_STREAM, "/v1/chat/completions"),
+        (", format: openai", HELLO, "/v1/chat/completions"),
+        (", format: openai", HELLO_STREAM | {"input": "hi"}, "/v1/responses"),
+        ("", HELLO_STREAM, "/v1/messages"),
+    ],
+    ids=["switched off", "no stream", "responses", "messages"],
+)
+async def test_nothing_else_is_asked_for_usage(start_gateway, upstream, more, request_, path):
+    """
+    Bytes are relayed as they came: the one exception is a chat stream, and an operator can end it.
+    """
+    gateway = await start_gateway(config_text(upstream.url, more))
+    upstream.script = json_body({"error": {"type": "overloaded_error", "message": "no"}}, status=529)
+
+    await gateway.post(path, request_)
+
+    assert upstream.requests[0].body == json.dumps(request_).encode()
+
+
 async def test_openai_streams_are_metered_with_and_without_usage(start_gateway, upstream):
     """
     With include_usage the numbers are the upstream's, cached tokens apart; without it they are estimates.

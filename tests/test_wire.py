@@ -821,6 +821,118 @@ def test_a_body_as_clients_write_it_is_checked_by_its_length(config):
     assert "check_names" in calls and "container_end" not in calls and "value_end" not in calls
 
 
+# The usage of a chat stream
+
+ASKED = [
+    (b'{"model":"m"}', b'{"stream_options":{"include_usage":true},"model":"m"}'),
+    (b' {\n "model": "m" } ', b' {"stream_options":{"include_usage":true},\n "model": "m" } '),
+    (
+        b'{"x": [1 ,2], "stream_options" : {"include_usage": false, "other": false} , "model": "\\u00e9"}',
+        b'{"x": [1 ,2], "stream_options" : {"include_usage":true,"other":false} , "model": "\\u00e9"}',
+    ),
+    (b'{"stream_options":null,"model":"m"}', b'{"stream_options":{"include_usage":true},"model":"m"}'),
+    (b'{"model":"m","stream_options":{}}', b'{"model":"m","stream_options":{"include_usage":true}}'),
+    (b'{"stream\\u005foptions":{},"model":"m"}', b'{"stream\\u005foptions":{"include_usage":true},"model":"m"}'),
+    (
+        b'{"tools":[{"stream_options":{}}],"stream_options":{},"model":"m"}',
+        b'{"tools":[{"stream_options":{}}],"stream_options":{"include_usage":true},"model":"m"}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "asking"), ASKED)
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_a_body_asks_for_usage_and_keeps_every_other_byte(body, asking, kind):
+    """
+    Prompt caches and signatures match on bytes: nothing but the one field is written.
+    """
+    assert g.with_usage(kind(body)) == asking
+
+
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [
+        (None, None),
+        ('{"include_usage": true}', True),
+        ('{"include_usage": false}', False),
+        ('{"include_usage": true, "include_usage": false}', False),
+        ('{"include_usage": false, "include_usage": true}', False),
+        ('{"Include_Usage": false, "include_usage": true}', False),
+        ('{"include\\u005fusage": false, "include_usage": true}', False),
+        ("{}", False),
+        ("null", False),
+        ('"include_usage"', False),
+        ('{"include_usage": true, "x": "%s"}' % ("x" * 9000), False),
+    ],
+)
+def test_whether_a_client_asks_for_usage_is_what_every_reader_sees(config, options, asks):
+    """
+    If readers could differ, the field is written anew, so that the stream can be booked.
+    """
+    more = f', "stream_options": {options}' if options else ""
+    call = call_of(config, f'{{"model": "m", "stream": true{more}}}'.encode(), path="/v1/chat/completions")
+
+    g.read_request(call)
+
+    assert call.includes_usage is asks
+
+
+CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"[] \\"choices\\":[]"}}],"usage":null}'
+LAST_CHUNK = b'data: {"id":"c","choices": [ ],"usage":{"prompt_tokens":3,"completion_tokens":1}}'
+OTHERS = [
+    CHUNK,
+    b"data: [DONE]",
+    b": ping",
+    b'data: {"choices":[],"prompt_filter_results":[]}',
+    b'data: {"choices":[],"usage":null}',
+    b'data: {"choices":[{"delta":{},"finish_reason":"stop"}],"usage":{"prompt_tokens":3}}',
+    b'data: no JSON "choices":[]',
+    b"data: " + b"x" * 100,
+    b"",
+]
+ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"])
+
+
+@given(st.data(), ENDS, st.lists(st.sampled_from([LAST_CHUNK, *OTHERS]), min_size=1, max_size=6), st.booleans())
+def test_the_chunk_with_the_usage_alone_is_kept_however_the_stream_is_cut(data, eol, events, is_whole):
+    """
+    A client that did not ask gets every other byte as it came: pings, comments, errors, what is no JSON.
+    """
+    stream = eol.join(events) + eol * is_whole
+    places = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    pieces = [stream[a:b] for a, b in zip([0, *places], [*places, len(stream)], strict=True)]
+    found = g.UsageFilter()
+
+    passed = b"".join([found.feed(piece, False) for piece in pieces] + [found.feed(b"", True)])
+
+    kept = [event + eol for event in events if event != LAST_CHUNK]
+    if events and not is_whole and events[-1] != LAST_CHUNK:
+        kept[-1] = events[-1]
+    assert passed == b"".join(kept)
+
+
+def test_an_event_that_is_longer_than_any_usage_goes_on_at_once():
+    """
+    Nothing is held without a bound, and the filter finds its place again behind it.
+    """
+    found = g.UsageFilter()
+    long = b"data: " + b"x" * 20_000
+
+    passed = [found.feed(piece, False) for piece in (long, b"y\n", b"\n" + LAST_CHUNK + b"\n\n" + CHUNK, b"\n\n")]
+
+    assert passed == [long, b"y", b"\n\n", CHUNK + b"\n\n"]
+
+
+def test_whole_events_go_on_in_the_read_in_which_they_came():
+    """
+    The filter delays nothing but a part of an event.
+    """
+    found = g.UsageFilter()
+
+    assert found.feed(CHUNK + b"\n\n" + CHUNK[:9], False) == CHUNK + b"\n\n"
+    assert found.feed(CHUNK[9:] + b"\n\n", False) == CHUNK + b"\n\n"
+
+
 # Another name for the model
 
 
