@@ -1359,7 +1359,9 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
         return self.format in (route.api, "demo")
 
     def rename(self, model: str) -> str | None:
-        """The upstream's name for `model`; None where it is not served."""
+        """The upstream's name for `model`; None where it is not served. No model at all must be named: `"": "*"`."""
+        if not model:
+            return "" if "" in self.models else None
         for pattern, name in self.models.items():
             if matches(pattern, model):
                 return model if name == "*" else name
@@ -1367,7 +1369,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
 
     def named_models(self) -> list[str]:
         """Those of `models` that are names, not globs."""
-        return [name for name in self.models if not re.search(r"[*?\[]", name)]
+        return [name for name in self.models if name and not re.search(r"[*?\[]", name)]
 
     def verdict(self, case: str) -> Verdict:
         """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
@@ -2204,7 +2206,7 @@ class Config:
 
     def route(self, call: Call) -> tuple[Serving, ...]:
         """Those that speak the call's format and serve its model, by priority, then in the file's order."""
-        if not call.key.allows_model(call.model):
+        if not call.key.allows_model(call.model):  # without a model: only a key with `*` or ""
             raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
         return self.serving(call.route, call.model)
 
@@ -2213,6 +2215,8 @@ class Config:
         if not spoken:
             raise NotFound(f"No upstream of this gateway answers {route.path}.")
         found = [Serving(upstream, name) for upstream in spoken if (name := upstream.rename(model)) is not None]
+        if not found and not model:
+            raise BadRequest("model: field required (no upstream of this gateway has an entry for requests without)")
         if not found:
             raise PolicyBlocked(f"No upstream of this gateway serves the model {model!r}.")
         if self.file.prices.unknown == "refuse" and route.kind != "count_tokens":  # which costs nothing
@@ -4463,8 +4467,13 @@ Raw = msgspec.Raw | msgspec.UnsetType
 class RequestPeek(msgspec.Struct, gc=False):
     """The fields of a request's body that the gateway looks at; wrong types elsewhere are the upstream's matter."""
 
-    model: str = ""
+    model: str | msgspec.UnsetType = msgspec.UNSET
     stream: bool | msgspec.UnsetType | None = msgspec.UNSET
+    background: Raw = msgspec.UNSET
+    tools: Raw = msgspec.UNSET
+    fallbacks: Raw = msgspec.UNSET
+    models: Raw = msgspec.UNSET
+    prompt_cache_key: Raw = msgspec.UNSET
     metadata: Raw = msgspec.UNSET
     max_tokens: Raw = msgspec.UNSET
     max_completion_tokens: Raw = msgspec.UNSET
@@ -4480,11 +4489,11 @@ class RequestPeek(msgspec.Struct, gc=False):
 
 # The other names that the APIs have, so that a body of these alone is known by its length.
 OTHER_NAMES = b"""
-    system tools tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
-    container mcp_servers betas fallbacks models diagnostics safeguards
+    system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
+    container mcp_servers betas diagnostics safeguards
     stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
     reasoning_effort verbosity user instructions prompt reasoning text store include parallel_tool_calls
-    previous_response_id prompt_cache_key prompt_cache_retention background client_metadata safety_identifier
+    previous_response_id prompt_cache_retention client_metadata safety_identifier
     truncation encoding_format dimensions
 """.split()
 KnownFields = msgspec.defstruct(
@@ -4514,6 +4523,7 @@ class UserId(msgspec.Struct):
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
+MAX_TOOLS = 2000  # looked at for models of their own, by a key that may not use all
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
 PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
 ENCODER = msgspec.json.Encoder()
@@ -4871,8 +4881,64 @@ def with_usage(body: bytes) -> bytes:
     return body[:start] + ENCODER.encode(changed) + body[start + len(options) :]
 
 
+SESSION_HEADERS = (b"x-claude-code-session-id", b"session-id", b"session_id", b"thread-id", b"thread_id")
+
+
+def printable(text: str) -> str:
+    """The beginning of a name that may stand in the ledger; "" if it has control characters."""
+    return text[:128] if text.isprintable() else ""
+
+
+def find_session(call: Call, peek: RequestPeek) -> str:
+    """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
+    for name in SESSION_HEADERS:
+        if name in call.named and (session := printable(call.header(name))):
+            return session
+    return printable(session_of(peek.metadata)) or printable(decode_short(peek.prompt_cache_key, str, ""))
+
+
+class Named(msgspec.Struct, gc=False):
+    """A tool or a fallback, which may have a model of its own."""
+
+    model: Raw = msgspec.UNSET
+
+
+def models_of(item: bytes) -> list[str]:
+    """The model that an item of a list names, or is; none where it is neither. Raises BadRequest."""
+    if item.lstrip(b" \t\r\n").startswith(b'"'):
+        return [decode_short(msgspec.Raw(item), str, "")]  # "": longer than any name
+    if b"model" not in item.lower() and b"\\u" not in item:
+        return []
+    try:
+        named = msgspec.json.decode(item, type=Named)
+        check_names(item, named)
+    except msgspec.ValidationError:
+        return []  # the upstream's matter
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    model = decode_short(named.model, str, "")
+    return [model] if model else []
+
+
+def check_other_models(key: Key, peek: RequestPeek) -> None:
+    """Ask a key for the models that a request names beside `model`. Raises PolicyBlocked and BadRequest.
+
+    An advisor of `tools`, `fallbacks` and OpenRouter's `models` answer with models of their own.
+    """
+    for field in ("tools", "fallbacks", "models"):
+        value = getattr(peek, field)
+        if value is msgspec.UNSET:
+            continue
+        for number, item in enumerate(list_items(memoryview(value), MAX_TOOLS + 1)):
+            if number == MAX_TOOLS:
+                raise PolicyBlocked(f"{field}: more than {MAX_TOOLS} of them.")
+            for model in models_of(bytes(item)):
+                if not key.allows_model(model):
+                    raise PolicyBlocked(f"The key {key} may not use the model {model!r}, which {field} names.")
+
+
 def read_request(call: Call) -> None:
-    """Fill in what the body says: model, stream, session. Raises BadRequest."""
+    """Fill in what the body says: model, stream, session. Raises BadRequest and PolicyBlocked."""
     try:
         peek = PEEK_DECODER.decode(call.body)
         check_names(call.body, peek)
@@ -4880,11 +4946,17 @@ def read_request(call: Call) -> None:
         raise BadRequest(f"The request body is not as expected: {error}") from None
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not JSON: {error}") from None
-    if not peek.model:
+    model = peek.model or ""
+    if not model and call.route.kind != "responses":  # there `prompt` may bring one, if an upstream is for that
         raise BadRequest("model: field required")
-    if len(peek.model) > MAX_NAME or not peek.model.isprintable():
+    if len(model) > MAX_NAME or not model.isprintable():
         raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
-    call.model = call.upstream_model = peek.model
+    is_in_background = peek.background is not msgspec.UNSET and bytes(peek.background) not in (b"false", b"null")
+    if is_in_background and call.route.kind == "responses":
+        raise PolicyBlocked("background: this gateway serves no responses in the background, whose cost it cannot see.")
+    if "*" not in call.key.models:
+        check_other_models(call.key, peek)
+    call.model = call.upstream_model = model
     call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
     if call.stream and call.route.kind == "chat":
         call.includes_usage = asks_for_usage(peek.stream_options)
@@ -4895,7 +4967,7 @@ def read_request(call: Call) -> None:
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
         call.premiums = tuple((field, word) for field, word in asked.items() if word)
-    call.session = call.header(b"x-claude-code-session-id")[:128] or session_of(peek.metadata)
+    call.session = find_session(call, peek)
 
 
 CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')

@@ -942,3 +942,142 @@ async def test_a_session_is_known_by_header_or_metadata(gateway, upstream):
     await gateway.post("/v1/messages", HELLO)
 
     assert [entry["session"] for entry in gateway.entries()] == ["from-the-header", session, session, ""]
+
+
+CODEX = {"model": "gpt-test", "input": "hi", "stream": False}
+LONG = "s" * 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "fields", "session"),
+    [
+        ({"session_id": "s-1"}, {}, "s-1"),
+        ({"session-id": "s-1", "thread-id": "t-1"}, {"prompt_cache_key": "p-1"}, "s-1"),
+        ({"thread-id": "t-1"}, {"prompt_cache_key": "p-1"}, "t-1"),
+        ({"x-claude-code-session-id": "c-1", "session-id": "s-1"}, {}, "c-1"),
+        ({}, {"prompt_cache_key": "p-1"}, "p-1"),
+        ({}, {"prompt_cache_key": LONG}, "s" * 128),
+        ({"session-id": LONG}, {}, "s" * 128),
+        ({"session-id": "a\x85b"}, {"prompt_cache_key": "a\nb"}, ""),
+        ({}, {"prompt_cache_key": ["p"]}, ""),
+        ({}, {"prompt_cache_key": "p" * 9000}, ""),
+        ({}, {}, ""),
+    ],
+)
+async def test_sessions_of_codex_and_opencode_are_known(start_gateway, upstream, headers, fields, session):
+    """
+    Their prompt caches live where the session began, as Claude Code's do.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", format: openai"))
+    upstream.script = json_body({"object": "response", "model": "gpt-test"})
+    connection = await gateway.connect()
+
+    body = json.dumps(CODEX | fields).encode()
+    await connection.request("POST", "/v1/responses", {"x-api-key": KEY} | headers, body)
+    await gateway.settled()
+
+    assert gateway.entries()[0]["session"] == session
+    await connection.close()
+
+
+@pytest.mark.parametrize("value", [True, 1, "true"])
+async def test_a_response_in_the_background_is_refused_by_name(start_gateway, upstream, value):
+    """
+    Its spend comes in no answer that passes here: it could never be booked.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", format: openai"))
+    upstream.script = json_body({"object": "response", "model": "gpt-test"})
+
+    refused = await gateway.post("/v1/responses", CODEX | {"background": value})
+    plain = [await gateway.post("/v1/responses", CODEX | {"background": no}) for no in (False, None)]
+
+    assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
+    assert refused.error["message"].startswith("background: ") and refused.headers["x-should-retry"] == "false"
+    assert [reply.status for reply in plain] == [200, 200] and len(upstream.requests) == 2
+
+
+OTHER_MODELS = [
+    {"tools": [{"name": "x", "input_schema": {}}, {"type": "advisor_20260301", "model": "claude-opus-9"}]},
+    {"fallbacks": [{"model": "claude-test"}, {"model": "claude-opus-9"}]},
+    {"fallbacks": ["claude-opus-9"]},
+    {"models": ["claude-test", "claude-opus-9"]},
+]
+
+
+@pytest.mark.parametrize("fields", OTHER_MODELS)
+async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway, upstream, fields):
+    """
+    An Opus advisor answered a key that may only use haiku: $0.99 for a request that looked like $0.0025.
+    """
+    text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    gateway = await start_gateway(text)
+    upstream.script = hello_json()
+
+    refused = await gateway.post("/v1/messages", HELLO | fields)
+    await gateway.write(text.replace('models: ["claude-test"]', 'models: ["claude-*"]'))
+    allowed = await gateway.post("/v1/messages", HELLO | fields)
+
+    assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
+    assert "may not use the model 'claude-opus-9', which " + next(iter(fields)) in refused.error["message"]
+    assert allowed.status == 200 and len(upstream.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        '[{"name": "a", "model": "claude-test", "model": "claude-opus-9"}]',
+        '[{"name": "a", "Model": "claude-opus-9"}]',
+        '[{"\\u006dodel": "claude-opus-9"}]',
+        "[%s{}]" % ("{}," * 2000),
+    ],
+    ids=["twice", "in another case", "with an escape", "too many"],
+)
+async def test_a_tools_model_cannot_be_hidden(start_gateway, upstream, tools):
+    """
+    What readers could see differently, or nobody would look at, is refused for a key that may not use all models.
+    """
+    gateway = await start_gateway(
+        config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    )
+
+    reply = await gateway.post("/v1/messages", f'{{"model": "claude-test", "tools": {tools}}}'.encode())
+
+    assert reply.status == 400 and upstream.requests == []
+
+
+async def test_a_tools_parameter_that_is_called_model_is_no_model(start_gateway, upstream):
+    """
+    Claude Code's Agent tool has one: only a tool's own `model` names a model.
+    """
+    gateway = await start_gateway(
+        config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    )
+    upstream.script = hello_json()
+    schema = {"properties": {"model": {"type": "string", "enum": ["opus"]}}, "required": ["model"]}
+
+    reply = await gateway.post("/v1/messages", HELLO | {"tools": [{"name": "Agent", "input_schema": schema}, 5]})
+
+    assert reply.status == 200
+
+
+async def test_a_response_without_a_model_goes_where_the_config_says_so(start_gateway, upstream):
+    """
+    A stored `prompt` may bring the model. Its upstream is named by `"": "*"`; a key with chosen models may not.
+    """
+    text = config_text(upstream.url, ", format: openai")
+    gateway = await start_gateway(text)
+    upstream.script = json_body({"object": "response", "model": "gpt-test"})
+    request = {"prompt": {"id": "pmpt_1"}}
+
+    async def status() -> int:
+        return (await gateway.post("/v1/responses", request)).status
+
+    unnamed = await status()
+    await gateway.write(config_text(upstream.url, ', format: openai, models: {"": "*", "gpt-*": "*"}'))
+    served = await status()
+    await gateway.write(gateway.path.read_text().replace("name: alice,", 'name: alice, models: ["gpt-*"],'))
+    chosen = await status()
+
+    assert (unnamed, served, chosen) == (400, 200, 400)
+    assert [json.loads(upstream.requests[0].body)] == [request]
+    assert (await gateway.post("/v1/chat/completions", request)).status == 400
