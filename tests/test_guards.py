@@ -142,3 +142,21 @@ async def test_a_bug_in_reading_a_config_keeps_the_last_one(gateway):
     health = (await gateway.get("/health", "")).json
 
     assert not taken and "a bug in reading the config" in health["config"]["reload_error"]
+
+
+@pytest.mark.logs("Fatal error")
+async def test_a_bug_in_what_a_connection_calls_closes_that_connection(gateway, upstream):
+    """
+    The event loop closes it and logs the traceback; the connection beside it goes on.
+    """
+    upstream.script = hello_json()
+    broken, sound = await gateway.connect(), await gateway.connect()
+    hand_over, gateway.door.hand_over = gateway.door.hand_over, None
+
+    await broken.send(request_bytes("GET", "/health", {}))
+    closed = await broken.is_closed()
+    gateway.door.hand_over = hand_over
+    reply = await sound.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+
+    assert closed and reply.status == 200
+    assert gateway.gateway.metrics.connections == 1
