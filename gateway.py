@@ -156,7 +156,7 @@ import time
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -2835,28 +2835,32 @@ class History(msgspec.Struct, array_like=True):
             day = min(self.days)
             self._sum_up(self.days.pop(day), self.months, day[:7])
 
-    @staticmethod
-    def _sum_up(cells: Cells, to: dict[str, Cells], label: str) -> None:
+    @classmethod
+    def _sum_up(cls, cells: Cells, to: dict[str, Cells], label: str) -> None:
         sums = to.setdefault(label, {})
         for model, packed in cells.items():
-            sums[model] = added(sums.get(model, 0), packed)
+            name = model if model in sums or len(sums) < cls.MODELS else "(others)"
+            sums[name] = added(sums.get(name, 0), packed)
 
     def since(self, start: float) -> Packed:
         """What was spent from an hour on; of the last weeks."""
         return sum(sum(cells.values()) for hour, cells in self.hours.items() if hour >= start)
 
-    def rows(self, calendar: Calendar) -> Iterator[tuple[dict[str, str], Packed]]:
-        """Every sum with what it can be grouped by; what is too old for hours or days has "" there."""
-        for month, cells in self.months.items():
-            for model, packed in cells.items():
-                yield {"hour": "", "day": "", "month": month, "model": model}, packed
-        for day, cells in self.days.items():
-            for model, packed in cells.items():
-                yield {"hour": "", "day": day, "month": day[:7], "model": model}, packed
-        for start, cells in self.hours.items():
-            labels = {by: calendar.label(start, by) for by in ("hour", "day", "month")}
-            for model, packed in cells.items():
-                yield labels | {"model": model}, packed
+    def parts(self, calendar: Calendar) -> Iterator[tuple[dict[str, str], Cells]]:
+        """Its months, days and hours, each with what it can be grouped by; hour and day are "" where it is too old.
+
+        Entries may be posted between two parts. Months and days are copied when the first part is asked for, so that
+        an hour that is summed up into its day meanwhile does not count twice.
+        """
+        months = [(month, cells.copy()) for month, cells in self.months.items()]
+        days = [(day, cells.copy()) for day, cells in self.days.items()]
+        hours = list(self.hours.items())
+        for month, cells in months:
+            yield {"hour": "", "day": "", "month": month}, cells
+        for day, cells in days:
+            yield {"hour": "", "day": day, "month": day[:7]}, cells
+        for start, cells in hours:
+            yield {by: calendar.label(start, by) for by in ("hour", "day", "month")}, cells
 
 
 class Books(msgspec.Struct, array_like=True):
@@ -2876,12 +2880,34 @@ class Fold:
         self.calendar = calendar
         self.books = Books()
         self._known: dict[tuple[str, str], tuple[list[Counters], History]] = {}  # by key and team
+        self._past: dict[str, tuple[int, dict[float, Packed]]] = {}  # by key: its newest hour, sums without that
         self._fresh_since = fresh_since  # what ended before is in nobody's last minute
 
     def restore(self, books: Books) -> None:
         """Go on from a checkpoint."""
         self.books = books
         self._known.clear()
+        self._past.clear()
+
+    def spent_since(self, key: str, start: float) -> Packed:
+        """What a key has spent from an hour on; of the last weeks.
+
+        Only the newest hour can change: the sum of those before it is kept until there is another. For a month with a
+        hundred models in each hour it takes 3 ms on the event loop, and a status line asks every few seconds.
+        """
+        history = self.books.histories.get(key)
+        if history is None:
+            return 0
+        hour, sums = self._past.get(key, (-1, {}))
+        if hour != history.start:
+            sums = {}
+            self._past[key] = history.start, sums
+        newest = sum(history.hours.get(history.start, {}).values()) if history.start >= start else 0
+        if start not in sums:
+            if len(sums) >= 4:
+                sums.clear()  # of a day or a month that is over
+            sums[start] = history.since(start) - newest
+        return sums[start] + newest
 
     def scope(self, kind: ScopeKind, name: str) -> Counters:
         """The counters of a key, a team or the gateway."""
@@ -2933,7 +2959,7 @@ class Fold:
 
 def is_time(text: str) -> bool:
     """Whether a text is a time as entries have it, or the beginning of one."""
-    return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T[\d:.]*Z?)?)?)?", text) is not None
+    return re.fullmatch(r"\d{4}(-\d\d(-\d\d(T[\d:.]{0,20}Z?)?)?)?", text, re.ASCII) is not None
 
 
 @functools.lru_cache(maxsize=8)
@@ -2986,38 +3012,101 @@ class BrokenChain(Exception):
     """A line of the ledger was changed, removed or inserted; the message names the first that does not follow."""
 
 
-def reversed_lines(file: IO[bytes], end: int | None) -> Iterator[tuple[int, bytes]]:
-    """The whole lines of a file before a place, last first, with where each begins."""
-    place = os.fstat(file.fileno()).st_size if end is None else end
-    rest = b""
-    while place > 0:
-        step = min(place, 1 << 18)
-        place -= step
-        file.seek(place)
-        lines = (file.read(step) + rest).splitlines(keepends=True)
-        rest = lines[0] if place else b""
-        at = place + sum(map(len, lines))
-        for line in reversed(lines[1:] if place else lines):
-            at -= len(line)
-            yield at, line
+BLOCK = 1 << 18  # bytes that are looked through at once: less than a millisecond
 
 
-def reversed_gzip(file: IO[bytes], end: int | None, mark: bytes, keep: int = 5000) -> Iterator[tuple[int, bytes]]:
-    """The same of a gzipped file, which can only be read forwards; only lines with `mark` in them."""
-    while True:
-        kept: deque[tuple[int, bytes]] = deque(maxlen=keep)
-        file.seek(0)
-        place = 0
-        for line in file:
-            if end is not None and place >= end:
-                break
-            if mark in line:
-                kept.append((place, line))
-            place += len(line)
-        yield from reversed(kept)
-        if len(kept) < keep:
-            return
-        end = kept[0][0]
+def blocks_before(path: Path, end: int) -> Iterator[bytes]:
+    """The bytes of a file before a place that is in it, the last block first."""
+    with open(path, "rb") as file:
+        while end > 0:
+            start = max(0, end - BLOCK)
+            yield os.pread(file.fileno(), end - start, start)
+            end = start
+
+
+def marked_lines(blocks: Iterable[bytes], end: int, mark: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines with `mark` in the blocks before a place, last first, with where each begins.
+
+    After each block comes b"" with the place down to which everything was looked at: there one can stop and go on.
+    """
+    place, rest = end, b""
+    for block in blocks:
+        place -= len(block)
+        data = block + rest
+        first = data.find(b"\n") + 1 if place else 0  # where the first line begins that is whole
+        rest = data if place and not first else data[:first]
+        stop = len(data) if first or not place else 0
+        while stop and (found := data.rfind(mark, first, stop)) >= 0:
+            stop = data.rfind(b"\n", 0, found) + 1
+            yield place + stop, data[stop : data.find(b"\n", found) + 1 or len(data)]
+        yield place + len(rest), b""
+
+
+class ArchivePoint(NamedTuple):
+    """Where the reading of a gzipped file can begin: the place in its content, in the file, and the decompressor."""
+
+    place: int
+    offset: int
+    state: Any  # zlib's, which has no name
+
+
+class Archive:
+    """A gzipped month that can be read backwards.
+
+    gzip can only be read forwards. A page of a month of 250 MB took 0.9 s, the next page as long again, and a filter
+    without hits, which began anew for every 5,000 lines, 16 s. So the first reader walks through the file once and
+    keeps a copy of the decompressor (30 to 42 KB) every few megabytes. Later ones begin at the nearest.
+    """
+
+    STEP = 4 << 20  # bytes of content from one point to the next; twice that when there are too many points
+    POINTS = 256
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._points = [ArchivePoint(0, 0, zlib.decompressobj(31))]
+        step = self.STEP
+        try:
+            with open(path, "rb") as file:
+                for _, point in self._pieces(file, self._points[0]):
+                    self.size = point.place
+                    if point.place - self._points[-1].place >= step:
+                        self._points.append(point._replace(state=point.state.copy()))
+                    if len(self._points) > self.POINTS:
+                        self._points = self._points[::2]
+                        step *= 2
+        except zlib.error as error:
+            log.error("ledger: %s is damaged and is shown only up to there: %s", path.name, error)
+
+    @staticmethod
+    def _pieces(file: IO[bytes], point: ArchivePoint) -> Iterator[tuple[bytes, ArchivePoint]]:
+        """The content from a point on, in pieces, each with the point behind it. Raises zlib.error."""
+        place, state = point.place, point.state.copy()
+        file.seek(point.offset)
+        unread, is_within = b"", False
+        while packed := unread or file.read(1 << 14):
+            is_within = True
+            piece = state.decompress(packed, 1 << 20)
+            unread = state.unconsumed_tail
+            if state.eof:  # another gzip file may follow: RFC 1952, 2.2
+                unread, state, is_within = state.unused_data, zlib.decompressobj(31), False
+            place += len(piece)
+            yield piece, ArchivePoint(place, file.tell() - len(unread), state)
+        if is_within:
+            raise zlib.error("it was cut")
+
+    def blocks_before(self, end: int) -> Iterator[bytes]:
+        """The content before a place that is in it, the last block first."""
+        with open(self.path, "rb") as file:
+            while end > 0:
+                begin = self._points[bisect.bisect_left(self._points, end, key=lambda point: point.place) - 1]
+                content = bytearray()
+                for piece, _ in self._pieces(file, begin):
+                    content += piece
+                    if begin.place + len(content) >= end:
+                        break
+                for stop in range(end - begin.place, 0, -BLOCK):
+                    yield bytes(content[max(0, stop - BLOCK) : stop])
+                end = begin.place
 
 
 def chunks(file: IO[bytes], offset: int) -> Iterator[bytes]:
@@ -3037,11 +3126,15 @@ class LedgerFiles:
         "carries no chain value: it was changed, or did not come from the gateway",
         "does not follow from the line before: it was changed, or lines before it were removed or inserted",
     )
-    PAGE_LINES = 500_000  # that are looked at for one page
+    PAGE_BYTES = 64 << 20  # that are looked through for one page: about 90,000 lines
+    PAUSE_S = 0.001  # after each block, in which the event loop goes on
+    ARCHIVES = 2  # of which the points are kept, 10 MB each for a month of 1 GB
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.unreadable = 0
+        self._archives: dict[tuple[object, ...], Archive] = {}  # the one used last at the end
+        self._opening = threading.Lock()
 
     def paths(self) -> list[Path]:
         """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts."""
@@ -3088,27 +3181,45 @@ class LedgerFiles:
                     if since <= found.time < until:
                         yield found
 
+    def archive_at(self, path: Path) -> Archive:
+        """A gzipped month, walked through once as long as it stays the same and is among those used last."""
+        with self._opening:
+            stat = path.stat()
+            name = path, stat.st_ino, stat.st_size, stat.st_mtime_ns
+            archive = self._archives.pop(name, None) or Archive(path)
+            self._archives[name] = archive
+            if len(self._archives) > self.ARCHIVES:
+                del self._archives[next(iter(self._archives))]
+            return archive
+
     def backwards(self, before: tuple[str, int], mark: bytes) -> Iterator[tuple[str, int, bytes]]:
-        """Month, place and bytes of the lines before a place, newest first; those with `mark`, and maybe others."""
+        """Month, place and bytes of the lines with `mark` before a place, newest first; b"" as `marked_lines` does."""
         for path in reversed(self.paths()):
             month = month_of(path)
             if month > before[0]:
                 continue
-            end = before[1] if month == before[0] else None
-            with self.open(path) as file:
-                lines = reversed_gzip(file, end, mark) if path.suffix == ".gz" else reversed_lines(file, end)
-                for place, line in lines:
-                    yield month, place, line
+            archive = self.archive_at(path) if path.suffix == ".gz" else None
+            end = archive.size if archive else self.size(path)
+            if month == before[0]:
+                end = min(end, before[1])
+            blocks = archive.blocks_before(end) if archive else blocks_before(path, end)
+            for place, line in marked_lines(blocks, end, mark):
+                yield month, place, line
 
     def page(self, key: str, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
-        """The newest `count` entries of a key before a place that are wanted; at most so many lines are looked at."""
+        """The newest `count` entries of a key before a place that are wanted; at most PAGE_BYTES are looked through."""
         decoder, mark = msgspec.json.Decoder(Entry), b'"key":' + msgspec.json.encode(key) + b","
         found: list[Entry] = []
-        for looked_at, (month, place, line) in enumerate(self.backwards(before, mark)):
-            if looked_at == self.PAGE_LINES or len(found) == count:
+        blocks = 0
+        for month, place, line in self.backwards(before, mark):
+            if line and len(found) == count:
                 return Page(found, before)
             before = (month, place)
-            if mark not in line:
+            if not line:
+                blocks += 1
+                if blocks * BLOCK >= self.PAGE_BYTES:
+                    return Page(found, before)
+                time.sleep(self.PAUSE_S)
                 continue
             with contextlib.suppress(*UNREADABLE):
                 entry = decoder.decode(line)
@@ -3714,6 +3825,31 @@ class Total(msgspec.Struct):
             tally.nano_usd / 1e9,
             round(tally.cache_read_tokens / all_input, 4) if all_input > 0 else None,
         )
+
+
+class Groups:
+    """Sums per group of `by` over the parts of a history, one part at a time."""
+
+    def __init__(self, by: Sequence[str]) -> None:
+        self.by = by
+        self.sums: dict[tuple[str, ...], Packed] = {}
+
+    def add(self, labels: dict[str, str], cells: Cells) -> None:
+        """Count a part in."""
+        group = tuple(labels.get(name, "") for name in self.by)
+        if "model" not in self.by:
+            self.sums[group] = self.sums.get(group, 0) + sum(cells.values())
+            return
+        place = self.by.index("model")
+        before, after = group[:place], group[place + 1 :]
+        for model, packed in cells.items():
+            group = (*before, model, *after)
+            self.sums[group] = self.sums.get(group, 0) + packed
+
+    def totals(self) -> Iterator[Total]:
+        """As people read them, sorted by group."""
+        for group in sorted(self.sums):
+            yield Total.of(dict(zip(self.by, group, strict=True)), self.sums[group])
 
 
 def grouped(rows: Iterable[tuple[dict[str, str], Packed]], by: Sequence[str]) -> list[Total]:
@@ -8599,8 +8735,39 @@ class RefusalLog:
         self._ends_at = self._now() + self.PERIOD_S
 
 
+class Turns:
+    """Who reads the books: one request of a key at a time, and AT_ONCE of all keys. The others wait, in order.
+
+    So a key that asks for many pages at once delays itself, and others by one page at most.
+    """
+
+    AT_ONCE = 4
+    WAITING = 16  # requests of one key, with the one that reads
+
+    def __init__(self) -> None:
+        self._all = asyncio.Semaphore(self.AT_ONCE)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._count: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def take(self, key: str) -> AsyncIterator[None]:
+        """Wait for the turn, and have it for the block. Raises LimitFull where too many of the key wait already."""
+        if self._count[key] >= self.WAITING:
+            raise LimitFull(f"{self.WAITING} requests of this key read its usage already. Try again in a moment.")
+        self._count[key] += 1
+        try:
+            async with self._locks.setdefault(key, asyncio.Lock()), self._all:
+                yield
+        finally:
+            decrement(self._count, key)
+            if key not in self._count:
+                del self._locks[key]
+
+
 class Gateway:
     """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
+
+    MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
     def __init__(self, config: Config, pace: Pace = Pace(), environ: Mapping[str, str] = os.environ) -> None:
         self.config, self.pace, self.clock = config, pace, config.clock
@@ -8618,7 +8785,9 @@ class Gateway:
         self.reload_error = ""
         self.stopping = False
         self._reloading = asyncio.Lock()
-        self._reading = asyncio.Lock()
+        self.turns = Turns()
+        self._files = LedgerFiles(config.usage_directory)
+        self._readers = ThreadPoolExecutor(Turns.AT_ONCE, "reader")
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
@@ -8826,32 +8995,44 @@ class Gateway:
 
     def usage_of(self, key: Key) -> dict[str, Any]:
         """How the limits of a key stand, and what it spent today and this month."""
-        config, calendar, now = self.config, self.ledger.fold.calendar, self.clock.wall()
-        history, spans = self.ledger.fold.books.histories.get(key.name, History()), calendar.spans(now)
+        config, fold, now = self.config, self.ledger.fold, self.clock.wall()
+        spans = fold.calendar.spans(now)
         return {
             "key": key.name,
             "team": key.team,
             "timezone": config.server.timezone,
             "limits": self.limits.standings(config, key),
-            "today": Total.of({}, history.since(spans["day"].start)),
-            "month": Total.of({}, history.since(spans["month"].start)),
+            "today": Total.of({}, fold.spent_since(key.name, spans["day"].start)),
+            "month": Total.of({}, fold.spent_since(key.name, spans["month"].start)),
         }
 
-    def stats_of(self, key: Key, by: Sequence[str], since: str, until: str) -> list[Total]:
-        """What a key has spent by hour, day, month or model; times are of the gateway's time zone."""
-        history, calendar = self.ledger.fold.books.histories.get(key.name, History()), self.ledger.fold.calendar
-        rows = (
-            (labels, tally)
-            for labels, tally in history.rows(calendar)
-            if since <= (labels["hour"] or labels["day"] or labels["month"]) < until
-        )
-        return grouped(rows, by)
+    async def stats_of(self, key: Key, by: Sequence[str], since: str, until: str) -> list[Total]:
+        """What a key has spent by hour, day, month or model; times are of the gateway's time zone. Raises BadRequest.
+
+        Summed up on the loop, in steps of a millisecond: 1,000 hours with 100 models each take 40 of them.
+        """
+        history, groups = self.ledger.fold.books.histories.get(key.name, History()), Groups(by)
+        for number, (labels, cells) in enumerate(history.parts(self.ledger.fold.calendar), 1):
+            if since <= (labels["hour"] or labels["day"] or labels["month"]) < until:
+                groups.add(labels, cells)
+            if len(groups.sums) > self.MOST_GROUPS:
+                raise BadRequest(
+                    f"These are more than {self.MOST_GROUPS:,} groups: ask for a shorter time with since and until, "
+                    "or for fewer groups with by."
+                )
+            if number % 10 == 0:
+                await asyncio.sleep(0)
+        totals: list[Total] = []
+        for total in groups.totals():
+            totals.append(total)
+            if len(totals) % 200 == 0:
+                await asyncio.sleep(0)
+        return totals
 
     async def page_of(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
-        """A page of a key's entries, newest first; the files are read in a thread, one page at a time."""
-        async with self._reading:
-            files = LedgerFiles(self.ledger.directory)
-            return await asyncio.to_thread(files.page, key.name, before, wanted, count)
+        """A page of a key's entries, newest first; the files are read in a thread."""
+        page = functools.partial(self._files.page, key.name, before, wanted, count)
+        return await asyncio.get_running_loop().run_in_executor(self._readers, page)
 
     # Reload, health, time, end
 
@@ -8965,6 +9146,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         self.ledger.close()
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -9478,6 +9660,11 @@ class GatewayHandler(tornado.web.RequestHandler):
 
     def initialize(self, gateway: Gateway) -> None:
         self.gateway = gateway
+        self.has_left = False
+
+    def on_connection_close(self) -> None:
+        """The client has gone before it had its answer."""
+        self.has_left = True
 
     def set_default_headers(self) -> None:
         self.clear_header("Server")
@@ -9598,12 +9785,16 @@ class StatsHandler(GatewayHandler):
 
     GROUPS = ("hour", "day", "month", "model")
 
-    def get(self) -> None:
+    async def get(self) -> None:
         key = self.authenticate()
         by = list(dict.fromkeys(self.get_query_argument("by", "day").split(",")))
         if not set(by) <= set(self.GROUPS):
             raise BadRequest(f"by: expected some of {', '.join(self.GROUPS)}, separated by commas")
-        totals = self.gateway.stats_of(key, by, self.time("since", ""), self.time("until", "9"))
+        since, until = self.time("since", ""), self.time("until", "9")
+        async with self.gateway.turns.take(key.name):
+            if self.has_left:
+                return
+            totals = await self.gateway.stats_of(key, by, since, until)
         self.reply(200, {"key": key.name, "by": by, "timezone": self.gateway.config.server.timezone, "data": totals})
 
 
@@ -9622,7 +9813,11 @@ class LogsHandler(GatewayHandler):
             matching = all(getattr(entry, name) == value for name, value in filters.items())
             return matching and since <= entry.time < until
 
-        page = await self.gateway.page_of(key, self.before(), wanted, self.count())
+        before, count = self.before(), self.count()
+        async with self.gateway.turns.take(key.name):
+            if self.has_left:
+                return
+            page = await self.gateway.page_of(key, before, wanted, count)
         next_page = f"{page.next[0]}:{page.next[1]}" if page.next else None
         self.reply(200, {"key": key.name, "data": page.entries, "next": next_page})
 
@@ -9636,7 +9831,7 @@ class LogsHandler(GatewayHandler):
     def before(self) -> tuple[str, int]:
         """Where the page before this one ended."""
         text = self.get_query_argument("before", "")
-        found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", text)
+        found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", text, re.ASCII)
         if text and not found:
             raise BadRequest("before: expected what the page before this one gave as `next`")
         return (found[1], int(found[2])) if found else ("9", 0)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from conftest import calls_made
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -525,12 +526,34 @@ def test_books_come_back_from_a_checkpoint_as_they_were():
 
 def history(made: g.Fold, by: list[str]) -> dict[tuple[str, ...], int]:
     """Calls per group."""
-    rows = made.books.histories["alice"].rows(made.calendar)
-    return {tuple(total.group.values()): total.calls for total in g.grouped(rows, by)}
+    return {tuple(total.group.values()): total.calls for total in totals(made, by)}
+
+
+def totals(made: g.Fold, by: list[str]) -> list[g.Total]:
+    """What alice has spent, per group."""
+    groups = g.Groups(by)
+    for labels, cells in made.books.histories["alice"].parts(made.calendar):
+        groups.add(labels, cells)
+    return list(groups.totals())
+
+
+def cells_of(made: g.Fold) -> list[int]:
+    """Every sum in alice's history."""
+    parts = made.books.histories["alice"].parts(made.calendar)
+    return [packed for _, cells in parts for packed in cells.values()]
+
+
+class Short(g.History, array_like=True):
+    """A history that sums up early."""
+
+    HOURS, DAYS = 3, 2
+
+
+MOVES = st.sampled_from([0, 1800, 3600, 7200, DAY, 40 * DAY, -3600, -DAY])
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from([0, 1800, 3600, 7200, DAY, 40 * DAY, -3600, -DAY]), st.sampled_from("ab"))),
+    st.lists(st.tuples(MOVES, st.sampled_from("ab"))),
     st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu", "Australia/Lord_Howe"]),
 )
 @settings(deadline=None)
@@ -538,9 +561,6 @@ def test_the_rows_of_a_history_add_up_to_the_total(calls, zone):
     """
     However many hours there were: what is too old for hours is in its day, what is too old for days in its month.
     """
-
-    class Short(g.History, array_like=True):
-        HOURS, DAYS = 3, 2
 
     made, seconds, months, models = fold(zone), 0.0, {}, {}
     made.books.histories["alice"] = Short()
@@ -551,8 +571,7 @@ def test_the_rows_of_a_history_add_up_to_the_total(calls, zone):
         months[(month,)] = months.get((month,), 0) + 1
         models[(model,)] = models.get((model,), 0) + 1
 
-    kept = made.books.histories["alice"]
-    assert sum(packed for _, packed in kept.rows(calendar(zone))) == made.scope("key", "alice").total
+    assert sum(cells_of(made)) == made.scope("key", "alice").total
     assert history(made, ["month"]) == months
     assert history(made, ["model"]) == models
 
@@ -570,6 +589,59 @@ def test_a_history_stays_small():
     assert sum(history(made, ["month"]).values()) == sum(history(made, ["day"]).values()) == 3 * 365 * 24
     assert history(made, ["day"])["2029-09-10",] == 24
     assert history(made, ["month"])["2028-02",] == 29 * 24
+
+
+@given(st.lists(MOVES, min_size=1, max_size=30), st.data())
+@settings(deadline=None)
+def test_a_history_that_is_posted_to_while_it_is_read_counts_each_call_once(moves, data):
+    """
+    Between two parts calls may end, an hour may be over and be summed up into its day.
+    """
+    made, seconds = fold(), 0.0
+    made.books.histories["alice"] = Short()
+    for moved in moves:
+        seconds += moved
+        made.post(posting(seconds))
+
+    seen = 0
+    for _, cells in made.books.histories["alice"].parts(made.calendar):
+        seen += sum(g.Tally.of(packed).calls for packed in cells.values())
+        if data.draw(st.booleans()):
+            seconds += data.draw(MOVES)
+            made.post(posting(seconds, model="of a later call", requests=0))  # itself it adds nothing to see
+
+    assert seen == len(moves)
+
+
+@given(st.lists(st.tuples(MOVES, st.sampled_from([-40 * DAY, -DAY, -7200, 0, 3600])), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_what_was_spent_since_an_hour_is_right_with_the_sums_that_are_kept(steps):
+    """
+    Asked after every call; clocks go back and hours are summed up.
+    """
+    made, seconds = fold(), 0.0
+    made.books.histories["alice"] = Short()
+    for moved, since in steps:
+        seconds += moved
+        made.post(posting(seconds))
+        for start in (START + since, START):
+            assert made.spent_since("alice", start) == made.books.histories["alice"].since(start)
+    assert made.spent_since("bob", START) == 0
+
+
+def test_what_was_spent_is_not_summed_up_again_with_every_question():
+    """
+    A status line asks every few seconds, for a month of hours with a hundred models each.
+    """
+    made = fold()
+    for number in range(20_000):
+        made.post(posting(number // 100 * 3600.0, model=f"m{number % 100}"))
+    made.spent_since("alice", START - DAY)
+
+    calls = calls_made(lambda: made.spent_since("alice", START - DAY))
+
+    assert g.Tally.of(made.spent_since("alice", START - DAY)).calls == 20_000
+    assert calls < 20
 
 
 def test_a_history_is_grouped_by_hour_day_month_and_model():
@@ -603,6 +675,21 @@ def test_models_that_clients_think_up_do_not_fill_the_memory():
     assert (len(models), models["(others)",], sum(models.values())) == (101, 200, 300)
 
 
+def test_days_and_months_have_no_more_models_than_an_hour():
+    """
+    A key that thinks up a hundred models an hour had 2,400 in a day, and 70,000 in a month.
+    """
+    made = fold()
+    made.books.histories["alice"] = Short()
+    for number in range(300):
+        for day in range(5):
+            made.post(posting(day * DAY + number // 30 * 3600, model=f"m{number}"))
+
+    kept = made.books.histories["alice"]
+    assert max(len(cells) for cells in (*kept.days.values(), *kept.months.values())) == 101
+    assert sum(history(made, ["month"]).values()) == 1500
+
+
 def test_corrections_are_shown_and_resets_are_not():
     """
     A reset moves a limit; what was spent was spent.
@@ -612,9 +699,9 @@ def test_corrections_are_shown_and_resets_are_not():
     made.post(reset(1))
     made.post(posting(2, type="adjust", model="(adjusted)", requests=0, cost_usd=-1.0))
 
-    totals = g.grouped(made.books.histories["alice"].rows(calendar()), ["model"])
+    found = totals(made, ["model"])
 
-    assert [(total.group["model"], total.calls, total.cost_usd) for total in totals] == [
+    assert [(total.group["model"], total.calls, total.cost_usd) for total in found] == [
         ("(adjusted)", 0, -1.0),
         ("m", 1, 3.0),
     ]

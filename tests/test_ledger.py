@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import resource
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -828,9 +829,10 @@ def counted(ledger: g.Ledger, timezone: dt.tzinfo = dt.UTC, now: float = START) 
         for window in ("", *g.LIMIT_WINDOWS)
     }
     rows = [
-        (key, row, g.Tally.of(tally))
+        (key, labels, model, g.Tally.of(tally))
         for key, history in sorted(books.histories.items())
-        for row, tally in history.rows(g.Calendar(timezone))
+        for labels, cells in history.parts(g.Calendar(timezone))
+        for model, tally in cells.items()
     ]
     return books.entries, spent, rows
 
@@ -1349,28 +1351,142 @@ def test_pages_show_every_entry_once_newest_first(many, size, key, only_odd):
     assert all(len(page) == size for page in found[:-1])
 
 
-@pytest.mark.parametrize("keep", [1, 3, 8, 60, 61])
-def test_an_archive_is_read_backwards_with_little_memory(many, keep):
+@given(st.integers(0, 70_000), st.sampled_from([1, 7, 500, 1 << 18]), st.sampled_from([1, 5000, 4 << 20]))
+@example(0, 1 << 18, 4 << 20)
+@example(70_000, 500, 1)
+@settings(max_examples=30, deadline=None)
+def test_a_file_is_read_backwards_whatever_the_size_of_its_blocks(lines_of_all_kinds, end, block, step):
     """
-    A month of a million lines is not held as a whole: it is read again for each few thousand.
+    Plain or gzipped, in one piece or in several; from any place, also from within a line or behind the end.
     """
-    path = g.LedgerFiles(many).paths()[0]
-    lines = gzip.decompress(path.read_bytes()).splitlines(keepends=True)
-    places = [sum(map(len, lines[:number])) for number in range(len(lines))]
+    content, plain, packed = lines_of_all_kinds
+    end = min(end, len(content))
+    with constants(g, BLOCK=block), constants(g.Archive, STEP=step, POINTS=5):
+        archive = g.Archive(packed)
+        read = [
+            list(g.marked_lines(blocks, end, b"mark"))
+            for blocks in (g.blocks_before(plain, end), archive.blocks_before(end))
+        ]
 
-    with g.LedgerFiles.open(path) as file:
-        all_lines = list(g.reversed_gzip(file, None, b"", keep))
-        some = list(g.reversed_gzip(file, places[10], b"", keep))
+    lines, places, place = content[:end].splitlines(keepends=True), [], 0
+    for line in lines:
+        places.append(place)
+        place += len(line)
+    expected = [(place, line) for place, line in zip(places, lines, strict=True) if b"mark" in line][::-1]
+    assert archive.size == len(content) and len(archive._points) <= 5
+    for found in read:
+        assert [(place, line) for place, line in found if line] == expected
+        stops = [place for place, line in found if not line]
+        assert stops == sorted(stops, reverse=True) and set(stops) <= {*places, end} and stops[-1:] in ([], [0])
 
-    assert all_lines == list(zip(places, lines, strict=True))[::-1]
-    assert some == all_lines[-10:]
+
+@contextlib.contextmanager
+def constants(of: object, **values: int) -> Iterator[None]:
+    """Other bounds for a while."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(of, name, value)
+        yield
 
 
-def test_a_page_looks_at_so_many_lines_and_no_more(three_months, monkeypatch):
+@pytest.fixture(scope="module")
+def lines_of_all_kinds(tmp_path_factory) -> tuple[bytes, Path, Path]:
+    """Short and long lines, with and without a mark: as they are, and as three gzip files in a row."""
+    lines = [b"mark %d %s\n" % (n, b"x" * (n * n % 300)) if n % 3 else b"other %d\n" % n for n in range(500)]
+    content = b"".join((*lines, b"\n", b"mark" * 3000 + b"\n", b"no end: mark"))
+    plain, packed = (tmp_path_factory.mktemp("lines") / name for name in ("plain", "packed.gz"))
+    plain.write_bytes(content)
+    packed.write_bytes(b"".join(map(gzip.compress, (content[:20_000], content[20_000:20_001], content[20_001:]))))
+    return content, plain, packed
+
+
+def noisy_archive(ledger: g.Ledger) -> g.LedgerFiles:
+    """An archive of 300 entries that is 300 KB large, and one entry in the month after it."""
+    for number in range(300):
+        ledger.append(entry(number, "2026-07-01T10:00:00.000Z", session=secrets.token_hex(1000)))
+    ledger.append(entry(300))
+    ledger.close()
+    files = g.LedgerFiles(ledger.directory)
+    files.archive(lambda text: None)
+    return files
+
+
+def test_the_second_page_of_an_archive_does_not_read_it_again(make_ledger, tmp_path):
+    """
+    Each page of a month of 250 MB took a second, and one whose filter finds nothing sixteen. After the first page the
+    beginning of the file may as well be noise.
+    """
+    files = noisy_archive(make_ledger())
+    with constants(g.Archive, STEP=50_000):
+        entries, before = files.page("alice", ("9", 0), lambda each: True, 50)
+        stat = files.paths()[0].stat()
+        with open(files.paths()[0], "r+b") as file:
+            file.write(b"\xff" * 150_000)
+        os.utime(files.paths()[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        more, _ = files.page("alice", before, lambda each: True, 50)
+
+    assert [each.request_id for each in entries + more] == [f"req_{number}" for number in range(300, 200, -1)]
+
+
+def test_an_archive_that_another_one_replaces_is_read_anew(three_months):
+    """
+    What is kept of one is only good for the very file.
+    """
+    g.LedgerFiles(three_months).archive(lambda text: None)
+    files = g.LedgerFiles(three_months)
+    path = files.paths()[0]
+    one = files.archive_at(path)
+
+    kept = files.archive_at(path) is one
+    other = path.with_suffix(".new")
+    other.write_bytes(gzip.compress(b"{}\n"))
+    other.replace(path)
+
+    assert kept and files.archive_at(path).size == 3
+    for number in range(5):
+        (three_months / f"{number}.gz").write_bytes(gzip.compress(b"{}\n"))
+        files.archive_at(three_months / f"{number}.gz")
+    assert len(files._archives) == 2
+
+
+@pytest.mark.logs("usage-2026-07.jsonl.gz is damaged and is shown only up to there")
+@pytest.mark.parametrize(("keep", "noise"), [(0.5, b""), (0.5, b"\xff" * 5000), (0.9999, b"")])
+def test_of_a_damaged_archive_is_shown_what_can_be_had(make_ledger, tmp_path, keep, noise):
+    """
+    The newest of what is there, and no traceback; a file that was cut, and one that goes on with noise.
+    """
+    path = noisy_archive(make_ledger()).paths()[0]
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)] + noise)
+
+    found = [name for page in pages(tmp_path, 50) for name in page]
+
+    assert found[0] == "req_300" and found[-1] == "req_0" and len(found) > 100
+    assert found[1:] == [f"req_{number}" for number in range(len(found) - 2, -1, -1)]
+
+
+@pytest.mark.parametrize("place", [0, 1, 10**15 - 1])
+@pytest.mark.parametrize("is_archived", [False, True])
+def test_a_page_before_any_place_is_a_page(three_months, place, is_archived):
+    """
+    Within a line, or far behind the end of the file, which was a traceback: places come from outside.
+    """
+    if is_archived:
+        g.LedgerFiles(three_months).archive(lambda text: None)
+
+    entries, following = g.LedgerFiles(three_months).page("alice", ("2026-08", place), lambda each: True, 1000)
+
+    everything = [name for page in pages(three_months, 1000) for name in page]
+    found = [each.request_id for each in entries]
+    assert found == everything[len(everything) - len(found) :] and following is None
+
+
+def test_a_page_looks_through_so_many_bytes_and_no_more(three_months, monkeypatch):
     """
     A filter that finds nothing in years of entries gives an empty page and a place to go on from.
     """
-    monkeypatch.setattr(g.LedgerFiles, "PAGE_LINES", 4)
+    monkeypatch.setattr(g, "BLOCK", 1000)
+    monkeypatch.setattr(g.LedgerFiles, "PAGE_BYTES", 2000)
 
     found = pages(three_months, 2, wanted=lambda each: each.request_id in ("req_1", "req_8"))
 
