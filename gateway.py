@@ -178,6 +178,7 @@ from typing import (
 
 import httptools
 import msgspec
+import tornado.http1connection
 import tornado.httpserver
 import tornado.iostream
 import tornado.web
@@ -9638,6 +9639,10 @@ class HandedStream(tornado.iostream.IOStream):
         if now - self._entered_at > pace.handed_s:
             self.close()
 
+    def recognize(self, key: Key) -> None:
+        """The request that is answered has shown a good key."""
+        self._door.recognize(self, key)  # no matter whether it may be kept alive: Tornado closes it after its answer
+
     def give_up(self) -> None:
         """End at once, for want of room."""
         self.close()
@@ -9716,8 +9721,10 @@ class GatewayHandler(tornado.web.RequestHandler):
         return headers, self.request.remote_ip or ""
 
     def authenticate(self) -> Key:
-        """The key of this request. Raises GatewayError."""
-        return self.gateway.authenticate(*self.origin)[0]
+        """The key of this request; its connection is no stranger's any more. Raises GatewayError."""
+        key = self.gateway.authenticate(*self.origin)[0]
+        cast(HandedStream, cast(tornado.http1connection.HTTP1Connection, self.request.connection).stream).recognize(key)
+        return key
 
 
 class HealthHandler(GatewayHandler):
@@ -9962,8 +9969,10 @@ class Door:
         self._by_network.setdefault(network, OrderedDict())[connection] = None
         self.gateway.metrics.connections = len(self.connections)
 
-    def recognize(self, connection: ClientConnection, key: Key) -> bool:
+    def recognize(self, connection: ClientConnection | HandedStream, key: Key) -> bool:
         """A connection has shown a good key; whether it may be kept alive between requests."""
+        if connection not in self.connections:  # it has just been given up
+            return False
         self._forget_stranger(connection)
         connection.key_name = key.name
         self._by_key[key.name] += 1

@@ -528,6 +528,27 @@ async def test_an_address_has_only_so_many_connections_without_a_good_key(start_
     assert (await strangers[-1].request("HEAD", "/", {})).status == 200
 
 
+async def test_a_connection_of_tornados_that_has_shown_a_good_key_is_no_strangers(start_gateway, upstream):
+    """
+    Whoever asks for the list of models keeps the connection, however many come without a key from the same address.
+    """
+    upstream.script = [stall()]
+    config = config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: []")
+    gateway = await start_gateway(config, pace=GatewayUnderTest.PACE._replace(strangers=2))
+    asking = await gateway.connect()
+    await asking.send(request_bytes("GET", "/v1/models", {"x-api-key": KEY}))
+    await upstream.request_came()
+    handed = next(iter(gateway.door.connections))
+
+    strangers = [await gateway.connect() for _ in range(3)]
+    await strangers[0].is_closed()
+
+    assert isinstance(handed, g.HandedStream) and handed in gateway.door.connections
+    asking.abort()
+    await until(lambda: handed not in gateway.door.connections)
+    assert not gateway.door._by_key
+
+
 async def test_the_oldest_connection_without_a_key_makes_room_for_a_new_one(start_gateway, upstream):
     """
     All connections are bounded. Whoever fills them without a key keeps nobody out who has one.
