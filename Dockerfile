@@ -40,8 +40,11 @@ ARG SOURCE=https://github.com/OWNER/claude-gateway
 LABEL org.opencontainers.image.title="claude-gateway" \
       org.opencontainers.image.description="A self-hosted gateway for Claude Code: one Python file, one config.yaml, usage in JSONL" \
       org.opencontainers.image.source="${SOURCE}"
+# The MALLOC_ two have glibc give freed memory back: without them 955 MB stayed after a load of large requests, with them 63.
 ENV PATH=/app/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     LANG=C.UTF-8 \
+    MALLOC_TRIM_THRESHOLD_=131072 \
+    MALLOC_ARENA_MAX=2 \
     GATEWAY_CONFIG=/data/config.yaml \
     GATEWAY_HOST=0.0.0.0 \
     GATEWAY_PORT=8000

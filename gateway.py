@@ -235,8 +235,7 @@ class Pace(NamedTuple):
     drain_idle_s: float = 10.0  # … at most so long in silence …
     drain_calls: int = 64  # … and so many at once
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
-    waiting_calls: int = 256  # calls that may wait for the same upstreams …
-    waiting_bytes: int = 128 << 20  # … and their bodies
+    waiting_calls: int = 256  # calls that may wait for the same upstreams
     backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
     max_backoff_s: float = 8.0  # … and at most
     error_body_s: float = 5.0  # an error's body must be whole by then
@@ -244,6 +243,7 @@ class Pace(NamedTuple):
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
+    body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
     leave_s: float = 10.0  # … at most so long
@@ -393,6 +393,8 @@ class Call:
     def let_go(self) -> None:
         """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
         self.body, self.headers, self.named = b"", [], {}
+        if self.reservation:  # a call of `upstream test` has none
+            self.reservation.give_back_body()
 
     def header(self, name: bytes) -> str:
         """The first value of a header (`name` in lower case), or ""."""
@@ -1183,6 +1185,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trusted_proxies: tuple[str, ...] = ("127.0.0.1/32",)
     metrics_from: tuple[str, ...] = PRIVATE_NETWORKS
     max_body: Size = Size(32 * 2**20)
+    memory: Size | None = None  # of all request bodies together; None: a quarter of `available_memory`
     drain: Duration = Duration(600)
     contact: str = ""
 
@@ -4045,17 +4048,86 @@ class WaitQueue(Generic[W]):
                 del self._by_key[name]
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: what the host has, or the least that one of its cgroups allows.
+
+    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
+    a container the path of its own is not there, and the root of the mount is its limit.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base, name = root / "sys/fs/cgroup", "memory.max"
+            if "memory" in controllers.split(","):
+                base, name = base / "memory", "memory.limit_in_bytes"
+            folder = base / path.lstrip("/")
+            while folder.is_relative_to(base):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    found.append(int((folder / name).read_text()))
+                folder = folder.parent
+    return min(found)
+
+
+class BodyMemory:
+    """The bytes of request bodies that the gateway holds, of all calls together at most `total`.
+
+    A call takes its Content-Length before its body is read (in chunks: as they come), and gives it back when the first
+    content of an answer has come or the call has ended. So that one key's calls cannot take everything, a key may hold
+    no more than is still free: the dynamic threshold of switches whose ports share a buffer (Choudhury and Hahne 1998).
+    One busy key gets half of the memory, two get a third each, and there is room for whoever comes next. An example
+    with 256 MB: of bodies of 30 MB one key has four (120 MB, 136 are free; a fifth would make it 150 and 106), and
+    the first call of another key still finds its 30.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.held = 0
+        self._by_key: dict[str, int] = {}
+
+    def take(self, reservation: Reservation, size: int) -> None:
+        """Hold so many bytes (more) for the body of a call. Raises TooLarge or Unavailable."""
+        name = reservation.call.key.name
+        of_key, free = self._by_key.get(name, 0), self.total - self.held - size
+        others = of_key - reservation.body_bytes  # of other calls of this key
+        if free < 0 or (others and of_key + size > free):
+            raise self._refusal(reservation.call, of_key, size)
+        self.held += size
+        self._by_key[name] = of_key + size
+        reservation.body_bytes += size
+
+    def give_back(self, reservation: Reservation) -> None:
+        """Hold a call's body no more."""
+        size, reservation.body_bytes = reservation.body_bytes, 0
+        name = reservation.call.key.name
+        self.held -= size
+        self._by_key[name] -= size
+        if not self._by_key[name]:
+            del self._by_key[name]
+
+    def _refusal(self, call: Call, of_key: int, size: int) -> GatewayError:
+        if size > self.total:
+            return TooLarge(f"The request body is larger than {self.total} bytes, this gateway's server.memory.")
+        free = self.total - self.held
+        return Unavailable(
+            f"This gateway has no memory for {size:,} bytes more of a request: of server.memory, {self.total:,} bytes, "
+            f"{free:,} are free, and calls of the key {call.key} hold {of_key:,}. Try again in a moment.",
+            retry_after_s=5,
+        )
+
+
 class Reservation:
-    """What one call holds, from its admission until it is booked: slots, a request, tokens and money.
+    """What one call holds, from its head until it is booked: bytes for its body, slots, a request, tokens and money.
 
     A context manager: leaving it gives everything back, whatever happened.
     """
 
-    __slots__ = ("_amounts", "_limits", "_step", "call", "scopes", "slots", "waiter")
+    __slots__ = ("_amounts", "_limits", "_memory", "_step", "body_bytes", "call", "scopes", "slots", "waiter")
 
-    def __init__(self, limits: Limits, call: Call) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, memory: BodyMemory, call: Call) -> None:
+        self._limits, self._memory = limits, memory
         self.call = call
+        self.body_bytes = 0
         self.scopes = limits.scopes(call.key)  # of the key, of its team, of the gateway
         self.slots = 0  # so many of the scopes, from the first on, have given it a slot
         self.waiter: Waiter[bool] | None = None  # where it had to wait for one
@@ -4075,6 +4147,16 @@ class Reservation:
     def full(self) -> tuple[Budget, Scope]:
         """The budget whose slot is the next that it needs."""
         return self.scopes[self.slots]
+
+    def hold_body(self, size: int) -> None:
+        """Hold so many bytes (more) for the body. Raises TooLarge or Unavailable."""
+        if size:
+            self._memory.take(self, size)
+
+    def give_back_body(self) -> None:
+        """The body is not needed any more."""
+        if self.body_bytes:
+            self._memory.give_back(self)
 
     def hold_request(self, now: float) -> None:
         """Count a request that is admitted at `now`, in seconds since 1970."""
@@ -4105,6 +4187,7 @@ class Reservation:
         if self.waiter:
             self._limits.leave_queue(self)
         self.return_slots()
+        self.call.let_go()
 
     def return_slots(self) -> None:
         """Give the slots to those who wait for them."""
@@ -6793,8 +6876,6 @@ class Upstreams:
         now = self._clock.monotonic()
         if max(now + self.ready_in(call, tried), not_before) > until or len(self._later) >= self._pace.waiting_calls:
             return None
-        if sum(len(seeker.call.body) for seeker in self._seekers()) > self._pace.waiting_bytes:
-            return None
         seeker = Seeker(call, tried, not_before, until)
         if not_before > now:
             bisect.insort(self._later, seeker, key=lambda seeker: seeker.not_before)
@@ -8775,6 +8856,7 @@ class Gateway:
         self._environ = environ
         self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock, config.timezone)
         self.limits = Limits(self.ledger.fold, config.clock, pace)
+        self.memory = BodyMemory(self._body_memory(config))
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
         self.probes = Probes(self.relay)
@@ -8811,11 +8893,16 @@ class Gateway:
                 break
         return peer
 
-    def enter(self, call: Call) -> None:
-        """Take what a call needs before its body is read. Raises GatewayError; then it holds nothing."""
-        call.reservation = Reservation(self.limits, call)
+    @staticmethod
+    def _body_memory(config: Config) -> int:
+        return config.server.memory or available_memory() // 4
+
+    def enter(self, call: Call, length: int) -> None:
+        """Take what a call needs before its body of so many bytes is read. Raises GatewayError, holding nothing."""
+        call.reservation = Reservation(self.limits, self.memory, call)
         try:
             self.limits.enter(call.reservation)
+            call.reservation.hold_body(length)
         except GatewayError:
             call.reservation.release()
             raise
@@ -9071,6 +9158,7 @@ class Gateway:
         self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
         self.relay.keep_only(config.upstreams)
         self.ledger.fsync_s = config.file.usage.fsync
+        self.memory.total = self._body_memory(config)
         self.relay.upstreams.refuse_keys(config)
         self.limits.reload(config)  # a higher limit lets those in that wait
         for warning in config.warnings:
@@ -9264,8 +9352,9 @@ class ClientConnection(asyncio.Protocol):
         self._bodiless = 0  # bytes since the last piece of a body
         self._target = b""
         self._headers: Headers = []
-        self._body: list[bytes] = []
+        self._body: bytes | bytearray = b""
         self._body_size = 0
+        self._is_measured = False  # its length was in its head
         self._call: Call | None = None  # whose body is being read
         self._owes_continue = False  # the client sends no body until it is asked for it
         self._keep_alive = True
@@ -9365,7 +9454,7 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.IDLE and self._may_begin and not self._pipelined:
             self._state, self._may_begin = State.HEAD, False
             self._entered_at = self._active_at
-            self._target, self._headers, self._body, self._body_size = b"", [], [], 0
+            self._target, self._headers, self._body, self._body_size = b"", [], b"", 0
         else:
             self._pipelined, self._keep_alive = True, False
 
@@ -9392,6 +9481,7 @@ class ClientConnection(asyncio.Protocol):
         route = ROUTES.get(path) if method == b"POST" else None
         self._is_foreign = route is None and (method, path) not in LOCAL_ROUTES
         self._state = State.BODY
+        self._entered_at = self._active_at
         try:
             self._call = self._accept(route, query) if route else None
         except GatewayError as error:
@@ -9412,7 +9502,23 @@ class ClientConnection(asyncio.Protocol):
         if self._body_size > limit:
             self._reject(too_large(limit))
         elif call:
-            self._body.append(piece)
+            self._keep(call, piece)
+
+    def _keep(self, call: Call, piece: bytes) -> None:
+        """Add a piece to the body. The first stays what it is, and is mostly all; more of them grow one buffer."""
+        if not self._is_measured:
+            try:
+                call.reservation.hold_body(len(piece))
+            except GatewayError as error:
+                return self._reject(error)
+        if not self._body:
+            self._body = piece
+        elif isinstance(self._body, bytearray):
+            self._body += piece
+        else:
+            self._body = bytearray(self._body)
+            self._body += piece
+        return None
 
     def on_message_complete(self) -> None:
         if self._state is State.LEAVING:
@@ -9426,8 +9532,8 @@ class ClientConnection(asyncio.Protocol):
         call, self._call = self._call, None
         if call is None:
             return self._respond(200, [("content-type", "application/json")], b"{}")
-        call.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body, self._headers = [], []
+        call.body = cast(bytes, self._body)  # nobody who reads it minds a bytearray
+        self._body, self._headers = b"", []
         self._door.gateway.start(call, self)
 
     # Steps of a request
@@ -9439,17 +9545,20 @@ class ClientConnection(asyncio.Protocol):
         if not self.key_name and not self._door.recognize(self, key):
             self._keep_alive = False
         gateway.check_open()
-        config, expects = gateway.config, False
+        config, expects, length = gateway.config, False, 0
+        self._is_measured = False
         for name, value in self._headers:
             lower = name.lower()
             if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                 raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
-            if lower == b"content-length" and int(value) > config.server.max_body:
-                raise too_large(config.server.max_body)
+            if lower == b"content-length":
+                self._is_measured, length = True, int(value)
+                if length > config.server.max_body:
+                    raise too_large(config.server.max_body)
             if lower == b"expect" and value.lower() == b"100-continue":
                 expects = self._parser.get_http_version() == "1.1"
         call = Call(config, key, route, query, self._headers, address)
-        gateway.enter(call)
+        gateway.enter(call, length)
         self._owes_continue = expects
         if call.reservation.waiter:
             # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
@@ -9464,7 +9573,7 @@ class ClientConnection(asyncio.Protocol):
         if call and call.reservation.waiter and call.reservation.waiter.turn is turn:
             refusal = turn.result()
             if isinstance(refusal, GatewayError):
-                self._reject(refusal, call.route.api)
+                self._reject(refusal)
             else:
                 self._continue()
 
@@ -9472,7 +9581,7 @@ class ClientConnection(asyncio.Protocol):
         """Ask for the body, where the client waits to be asked."""
         if self._owes_continue:
             self._owes_continue = False
-            self._active_at = self._door.now()
+            self._active_at = self._entered_at = self._door.now()
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _forget_call(self) -> None:
@@ -9481,10 +9590,9 @@ class ClientConnection(asyncio.Protocol):
         if call:
             call.reservation.release()
 
-    def _reject(self, error: GatewayError, api: Api | None = None) -> None:
+    def _reject(self, error: GatewayError) -> None:
         """Refuse without reading on: answer at once in the format of the path, then leave."""
-        if api is None:  # of a target that may be a whole head long
-            api = api_of(normalize_target(self._target[: self.MAX_TARGET])[0])
+        api = api_of(normalize_target(self._target[: self.MAX_TARGET])[0])  # a target may be a whole head long
         self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
@@ -9523,7 +9631,7 @@ class ClientConnection(asyncio.Protocol):
         """Keep nothing of a request: what still comes is thrown away."""
         self._state = State.LEAVING
         self._entered_at = self._active_at = self._door.now()
-        self._headers, self._body = [], []
+        self._headers, self._body = [], b""
 
     def _linger(self) -> None:
         """End our side and read on for a moment (RFC 9112, 9.6).
@@ -9606,6 +9714,8 @@ class ClientConnection(asyncio.Protocol):
                 self._close()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
+        elif self._state is State.BODY and age > pace.body_s + self._body_size / pace.body_bytes_s:
+            self._reject(RequestTimeout("The request's body came too slowly."))
         elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
 
@@ -10971,7 +11081,11 @@ def command_check(options: argparse.Namespace) -> None:
     config = Config.load(options.config)
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
-    print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes")
+    print(
+        f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes, ",
+        end="",
+    )
+    print("all together to", f"{server.memory:,}" if server.memory else "a quarter of the memory")
     print(f"ledger in {config.usage_directory}\n\nupstreams, of those that serve a model the lowest priority is asked:")
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")

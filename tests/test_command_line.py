@@ -212,7 +212,7 @@ keys:
         == f"""\
 {shell.folder}/config.yaml is good (digest {digest})
 
-listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes
+listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes, all together to a quarter of the memory
 ledger in {shell.folder}/usage
 
 upstreams, of those that serve a model the lowest priority is asked:

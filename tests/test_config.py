@@ -57,6 +57,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         "trusted_proxies": ("127.0.0.1/32",),
         "metrics_from": ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7"),
         "max_body": 33554432,
+        "memory": None,
         "drain": 600.0,
         "contact": "",
     }
@@ -716,7 +717,7 @@ BAD = {
     "unknown setting": (
         DEMO + "server:\n  port: 1\n  prot: 1\n",
         "4: server.prot: unknown setting, did you mean port? "
-        "(there are: host, port, timezone, trusted_proxies, metrics_from, max_body, drain, contact)",
+        "(there are: host, port, timezone, trusted_proxies, metrics_from, max_body, memory, drain, contact)",
     ),
     "unknown setting of a list's item": (
         DEMO.replace("}", ", colour: red}"),

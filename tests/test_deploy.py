@@ -525,6 +525,16 @@ def test_systemd_takes_the_unit_and_finds_it_locked_in(tmp_path):
     assert float(re.search(r"Overall exposure level .*: ([\d.]+)", exposed.stdout)[1]) <= 1.5
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "deploy/claude-gateway.service"])
+def test_freed_memory_goes_back_to_the_system(name):
+    """
+    glibc keeps what was freed, for ever, unless it is told otherwise before the process starts.
+    """
+    text = (DEPLOY.parent / name).read_text()
+
+    assert re.search(r"\bMALLOC_TRIM_THRESHOLD_=131072\b", text) and re.search(r"\bMALLOC_ARENA_MAX=2\b", text)
+
+
 def test_a_stop_waits_longer_than_the_gateway_lets_answers_run():
     """
     Docker's ten seconds, or systemd's ninety, would cut them.

@@ -519,21 +519,21 @@ async def test_a_stop_is_told_to_those_whose_answer_has_not_begun(start_gateway,
 
 async def test_bodies_that_wait_are_bounded(start_gateway, upstreams, caplog):
     """
-    Calls that wait for an upstream keep their bodies: so many bytes and no more, the next one is told at once.
+    Calls that wait for an upstream keep their bodies, which are part of the memory that one key may hold.
     """
-    pace = GatewayUnderTest.PACE._replace(waiting_bytes=10)
-    gateway = await start_gateway(config_of({"a": upstreams["a"].url}), pace)
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}).replace("contact: ops", "memory: 250"))
     upstreams["a"].script = FAULTS["529 with retry-after"]
     client = await gateway.connect()
     await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
     await until(lambda: gateway.gateway.relay.upstreams.waiting)
 
-    refused = await gateway.post("/v1/messages", HELLO)
+    refused = await gateway.post("/v1/messages", HELLO | {"system": "x" * 60})
 
-    assert (refused.status, refused.error["type"]) == (529, "overloaded_error")
+    assert (refused.status, refused.error["type"]) == (503, "overloaded_error")
     assert gateway.gateway.relay.upstreams.waiting == 1
     client.abort()
     await until(lambda: not gateway.gateway.relay.upstreams.waiting)
+    assert gateway.gateway.memory.held == 0
     caplog.clear()
 
 

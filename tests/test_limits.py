@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import math
+import os
 import struct
 from collections import Counter
 from pathlib import Path
@@ -86,6 +87,7 @@ async def idle(gateway: GatewayUnderTest) -> None:
     held = {name: (s.running, s.reserved, s.admitted) for name, s in limits._scopes.items()}
     assert held and held == dict.fromkeys(held, (0, PLAIN, {}))
     assert limits.waiting == 0
+    assert (gateway.gateway.memory.held, gateway.gateway.memory._by_key) == (0, {})
 
 
 def post(gateway: GatewayUnderTest, token: str = KEY) -> asyncio.Task[Reply]:
@@ -1020,7 +1022,7 @@ async def waiters_in(limits: g.Limits, snapshot: g.Config, count: int) -> list[g
     for i in range(count + 1):
         key = list(snapshot.keys)[i % 2]
         call = g.Call(snapshot, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
-        call.reservation = g.Reservation(limits, call)
+        call.reservation = g.Reservation(limits, g.BodyMemory(0), call)
         limits.enter(call.reservation)
         held.append(call.reservation)
     return held
@@ -1129,7 +1131,7 @@ keys:
         for which, at in steps:
             if which < 3:
                 call = g.Call(snapshot, keys[which], g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
-                call.reservation = g.Reservation(limits, call)
+                call.reservation = g.Reservation(limits, g.BodyMemory(0), call)
                 try:
                     limits.enter(call.reservation)
                     held.append(call.reservation)
@@ -1137,11 +1139,9 @@ keys:
                     call.reservation.release()
             elif held:
                 held.pop(at % len(held)).release()
-            for reservation in [
-                r for r in held if r.waiter and isinstance(r.waiter.turn.done() and r.waiter.turn.result(), Exception)
-            ]:
-                held.remove(reservation)
-                reservation.release()  # it had to make room
+            while left := [r for r in held if r.waiter and r.waiter.turn.done() and r.slots < len(r.scopes)]:
+                held.remove(left[0])
+                left[0].release()  # it had to make room
             for reservation in held:
                 assert all(scope.running <= budget.concurrent for budget, scope in reservation.scopes)
                 if reservation.slots < len(reservation.scopes):
@@ -1219,6 +1219,192 @@ async def test_a_stop_ends_every_wait(start_gateway, upstream):
     assert {refusal(await call) for call in waiting} == {(429, "rate_limit_error", None, "5")}
     await running
     await idle(gateway)
+
+
+# --- memory -----------------------------------------------------------------------------
+
+
+def with_memory(text: str, memory: str) -> str:
+    """The config with `server.memory`."""
+    return text.replace("contact: ''", f"memory: {memory}")
+
+
+async def announce(gateway: GatewayUnderTest, size: int, token: str = KEY, path: str = "/v1/messages") -> Connection:
+    """A client that has sent a head, and one byte of the body that it announces."""
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", path, {"x-api-key": token, "content-length": str(size)}) + b"{")
+    return client
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+async def test_bodies_have_a_memory_that_no_key_can_fill(start_gateway, upstream, path):
+    """
+    A body is counted at its head, by its announced length. A key may hold as much as is still free: of 1 MB one key
+    alone gets two bodies of 250 KB, and another key's first one still fits, of up to 500 KB.
+    """
+    gateway = await start_gateway(with_memory(config(upstream.url), "1MB"))
+    memory, quarter = gateway.gateway.memory, 256 << 10
+    first = await announce(gateway, quarter, path=path)
+    await announce(gateway, quarter, path=path)
+    await until(lambda: memory.held == 2 * quarter)
+
+    refused = await (await announce(gateway, 1000, path=path)).answer()
+    await announce(gateway, 2 * quarter, BOB)
+    await until(lambda: memory.held == 4 * quarter)
+    too_much = await (await announce(gateway, (1 << 20) + 1, BOB)).answer()
+    first.abort()
+    await until(lambda: memory.held == 3 * quarter)
+
+    assert refusal(refused) == (503, "overloaded_error", None, "5")
+    assert refused.error["message"] == (
+        "This gateway has no memory for 1,000 bytes more of a request: of server.memory, 1,048,576 bytes, "
+        "524,288 are free, and calls of the key alice (…stuv) hold 524,288. Try again in a moment."
+    )
+    assert (too_much.status, too_much.error["type"]) == (413, "request_too_large")
+    await stop(gateway)
+    await until(lambda: memory.held == 0)
+    await idle(gateway)
+
+
+async def test_a_body_in_chunks_is_counted_as_it_comes(start_gateway, upstream):
+    """
+    Nobody knows how long it will be: it may grow while it fits, beside what its key holds already.
+    """
+    gateway = await start_gateway(with_memory(config(upstream.url), "1MB"))
+    memory = gateway.gateway.memory
+    await announce(gateway, 100_000)
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "transfer-encoding": "chunked"}))
+    for count in range(1, 5):
+        await client.send(b"%x\r\n%b\r\n" % (100_000, b" " * 100_000))
+        await until(lambda count=count: memory.held == 100_000 * (count + 1))
+
+    await client.send(b"%x\r\n%b\r\n" % (100_000, b" " * 100_000))
+    reply = await client.answer()
+
+    assert refusal(reply) == (503, "overloaded_error", None, "5")
+    await until(lambda: memory.held == 100_000)
+
+
+BODY_ENDS = {
+    "an answer": (HELLO, SPENDS, 200),
+    "no JSON": (b"{" * 500, SPENDS, 400),
+    "an error": (HELLO, json_body({"type": "error", "error": {"type": "x", "message": "no"}}, status=400), 400),
+    "a cut": (HELLO, [close()], 502),
+    "a limit": (HELLO | {"system": "x" * 9000}, SPENDS, 429),
+}
+
+
+@pytest.mark.parametrize("case", BODY_ENDS)
+async def test_a_bodys_memory_is_given_back_however_its_call_ends(start_gateway, upstream, caplog, case):
+    """
+    Nothing stays counted of a call that has ended.
+    """
+    request, upstream.script, status = BODY_ENDS[case]
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 2k"))
+
+    reply = await gateway.post("/v1/messages", request)
+
+    assert reply.status == status
+    await idle(gateway)
+    caplog.clear()
+
+
+async def test_a_bodys_memory_is_given_back_with_the_first_content(start_gateway, upstream):
+    """
+    No attempt follows from there on: a stream that runs for hours takes nothing from those that come.
+    """
+    upstream.script = [head(200, "text/event-stream"), message_start(1), text("Hel"), stall()]
+    gateway = await start_gateway(config(upstream.url))
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+
+    await client.read_until(b"Hel")
+
+    assert len(gateway.gateway.relay.running) == 1
+    assert gateway.gateway.memory.held == 0
+
+
+async def test_a_reload_changes_the_memory(start_gateway, upstream):
+    """
+    The operator may say more or less of it at any time; what is held stays held.
+    """
+    gateway = await start_gateway(with_memory(config(upstream.url), "1MB"))
+    await announce(gateway, 400_000)
+    await until(lambda: gateway.gateway.memory.held)
+
+    await gateway.write(with_memory(config(upstream.url), "100KB"))
+    reply = await (await announce(gateway, 1000, BOB)).answer()
+
+    assert (gateway.gateway.memory.total, gateway.gateway.memory.held, reply.status) == (102_400, 400_000, 503)
+
+
+SIZES = st.integers(1, 400)
+
+
+@given(st.integers(1, 1000), st.lists(st.tuples(st.sampled_from("abc"), SIZES, st.booleans()), max_size=60))
+def test_memory_is_never_passed_and_leaves_room_for_the_next(total, steps):
+    """
+    Whatever is taken and given back: all together fit, a key with several calls holds no more than was free after
+    its last one, and the only call of a key is refused for want of room alone.
+    """
+    memory, held = g.BodyMemory(total), []
+    for name, size, gives_back in steps:
+        if gives_back and held:
+            memory.give_back(held.pop(size % len(held)))
+            continue
+        call = SimpleNamespace(key=SimpleNamespace(name=name))
+        reservation = SimpleNamespace(call=call, body_bytes=0)
+        of_key = sum(r.body_bytes for r in held if r.call.key.name == name)
+        free = total - memory.held - size
+        try:
+            memory.take(reservation, size)
+            held.append(reservation)
+            assert free >= 0 and (not of_key or of_key + size <= free)
+        except g.GatewayError:
+            assert free < 0 or (of_key and of_key + size > free)
+        assert memory.held == sum(r.body_bytes for r in held) <= total
+    for reservation in held:
+        memory.give_back(reservation)
+    assert (memory.held, memory._by_key) == (0, {})
+
+
+CGROUPS = {
+    "v2": ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/memory.max": "4096\n"}, 4096),
+    "v2, the least": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/memory.max": "max\n",
+            "sys/fs/cgroup/a/memory.max": "9000\n",
+            "sys/fs/cgroup/memory.max": "8000\n",
+        },
+        8000,
+    ),
+    "v2 in a container": ({"proc/self/cgroup": "0::/docker/x\n", "sys/fs/cgroup/memory.max": "4096\n"}, 4096),
+    "v1": (
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/y\n4:memory:/x\n",
+            "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "4096\n",
+            "sys/fs/cgroup/memory/y/memory.limit_in_bytes": "1\n",
+        },
+        4096,
+    ),
+    "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
+    "no cgroups": ({}, None),
+}
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_the_memory_that_there_is(tmp_path, name):
+    """
+    The least of what the host has and what the process's cgroups, of either version, allow.
+    """
+    files, expected = CGROUPS[name]
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content)
+
+    assert g.available_memory(tmp_path) == (expected or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 # --- nothing leaks ----------------------------------------------------------------------
@@ -1319,7 +1505,7 @@ async def test_a_bug_gives_slots_and_reservations_back(start_gateway, upstream, 
     for _ in range(5):
         call = g.Call(gateway.gateway.config, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
         call.body = json.dumps(HELLO).encode()
-        gateway.gateway.enter(call)
+        gateway.gateway.enter(call, len(call.body))
         gateway.gateway.start(call, Broken())
     await idle(gateway)
 

@@ -189,7 +189,7 @@ class Memory(RuleBasedStateMachine):
         listener = Listener()
 
         async def enter() -> None:
-            self.gateway.enter(call)  # it may have to wait there, for which it needs the loop
+            self.gateway.enter(call, len(call.body))  # it may have to wait there, for which it needs the loop
 
         try:
             self.loop.run_until_complete(enter())
@@ -221,7 +221,7 @@ class Memory(RuleBasedStateMachine):
         self.running.clear()
         for scope in gateway.limits._scopes.values():
             assert (scope.running, scope.reserved, scope.admitted) == (0, {"tokens": 0, "usd": 0, "requests": 0}, {})
-        assert gateway.limits.waiting == 0
+        assert gateway.limits.waiting == gateway.memory.held == 0
 
     @rule(
         usd=st.sampled_from([0.0, 0.02, 0.05, 3]), tokens=st.sampled_from([0, 900, 50_000]), requests=st.integers(0, 9)

@@ -942,6 +942,25 @@ async def test_tls_is_verified_and_connections_are_reused(start_gateway):
     await secure.close()
 
 
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+async def test_a_body_that_came_in_pieces_reaches_the_upstream_whole(start_gateway, tls):
+    """
+    4 MB arrive in many reads, and go up byte for byte.
+    """
+    upstream = ScriptedUpstream(tls=tls)
+    await upstream.start()
+    upstream.script = HELLO_SCRIPT
+    ca_file = f', ca_file: "{upstream.ca_file}"' if tls else ""
+    gateway = await start_gateway(config_text(upstream.url, ca_file))
+    request = HELLO_STREAM | {"system": "x" * (4 << 20)}
+
+    reply = await gateway.post("/v1/messages", request)
+
+    assert reply.status == 200
+    assert upstream.requests[0].body == json.dumps(request).encode()
+    await upstream.close()
+
+
 @pytest.mark.logs("could not be reached")
 async def test_a_certificate_that_nobody_vouches_for_is_refused(start_gateway):
     """

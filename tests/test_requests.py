@@ -692,6 +692,52 @@ async def test_a_client_that_sends_too_slowly_is_let_go(gateway, sent, seconds):
     await connection.close()
 
 
+async def test_a_body_that_drips_in_has_a_deadline(gateway):
+    """
+    Silence is not all: after a minute it must have come with 128 KB a second, or it holds memory and a slot for ever.
+    """
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "20000000"}))
+    ours, sent = await connection_of(gateway), 0
+    for _ in range(0, 81, 20):
+        piece = b"x" * (1 if sent else 300_000)
+        sent += len(piece)
+        await client.send(piece)
+        await until(lambda sent=sent: ours._body_size == sent)
+        gateway.tick(20)
+        if ours._state is not g.State.BODY:
+            break
+    reply = await client.answer()
+
+    assert (reply.status, reply.error["message"]) == (408, "The request's body came too slowly.")
+    assert (gateway.clock.now, gateway.gateway.memory.held) == (80, 0)
+
+
+async def test_a_body_is_kept_once(gateway):
+    """
+    One piece stays that piece, more of them grow one buffer: a list that is joined takes twice a body's size.
+    """
+    size = 8 << 20
+    data, half = (
+        request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": str(size)}),
+        b"?" * (1 << 20),
+    )
+    client = await gateway.connect()
+    await client.send(data)
+    ours = await connection_of(gateway)
+    tracemalloc.start()
+    try:
+        for sent in range(0, size, len(half)):
+            await client.send(half)
+            await until(lambda sent=sent: ours._body_size == sent + len(half))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert (await client.answer()).status == 400
+    assert peak < 1.5 * size
+
+
 async def test_a_head_that_drips_in_is_let_go_all_the_same(gateway):
     """
     A byte now and then does not prolong a head's time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import re
@@ -267,8 +268,37 @@ def config(tmp_path_factory) -> g.Config:
 def call_of(config: g.Config, body: object = b"", headers: g.Headers | None = None, path="/v1/messages", query=b""):
     """A call as the front door makes it."""
     call = g.Call(config, next(iter(config.keys)), g.ROUTES[path], query, headers or [], "127.0.0.1")
-    call.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    call.body = body if isinstance(body, (bytes, bytearray)) else json.dumps(body).encode()
     return call
+
+
+PDF = base64.b64encode(b"%PDF-1.7" + bytes(3000)).decode()
+SAID = [
+    {"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}]},
+    {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": "s"}]},
+    {"role": "user", "content": [{"type": "document", "source": {"type": "base64", "data": PDF}}]},
+]
+
+
+def test_a_body_that_came_in_pieces_is_read_as_one_that_came_whole(config):
+    """
+    Pieces grow a bytearray: whatever reads a body finds the same in it as in bytes.
+    """
+    request = {"model": "m", "max_tokens": 5, "metadata": {"user_id": '{"session_id": "s-1"}'}, "messages": SAID}
+    found = []
+    for kind in (bytes, bytearray):
+        call = call_of(config, request)
+        call.body = kind(call.body)
+        g.read_request(call)
+        fields = [call.model, call.session, call.input_estimate > 700, call.max_output]  # it is counted in samples
+        call.session = ""
+        repaired, renamed = g.without_thinking(call.body), g.rename_model(call.body, "other")
+        found.append([*fields, g.find_affinity(call), g.demo_answer("/v1/messages", call.body), repaired, renamed])
+
+    assert found[0] == found[1] and found[0][:2] == ["m", "s-1"]
+    assert "thinking" not in found[1][-2].decode() and json.loads(found[1][-1])["model"] == "other"
+    with pytest.raises(g.BadRequest, match="stands twice"):
+        g.read_request(call_of(config, bytearray(b'{"model": "m", "mod\\u0065l": "m"}')))
 
 
 def upstream_of(format="anthropic", api_key=UPSTREAM_KEY, url="https://upstream.test:8443/base/v1/"):

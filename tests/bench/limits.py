@@ -30,7 +30,7 @@ async def run(calls: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         config = g.Config.parse(CONFIG, Path(directory) / "config.yaml", g.Clock(), {})
         fold = g.Fold(g.Calendar(config.timezone), 0.0)
-        limits = g.Limits(fold, config.clock, g.Pace())
+        limits, memory = g.Limits(fold, config.clock, g.Pace()), g.BodyMemory(1 << 20)
         headers = [(b"x-api-key", KEY.encode())]
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", headers, "127.0.0.1")
@@ -44,8 +44,9 @@ async def run(calls: int) -> None:
         for _ in range(calls):
             posting = g.POSTING_DECODER.decode(line % g.utc_time(config.clock.wall()).encode())
             begun = time.perf_counter()
-            with g.Reservation(limits, call) as call.reservation:
+            with g.Reservation(limits, memory, call) as call.reservation:
                 limits.enter(call.reservation)
+                call.reservation.hold_body(len(BODY))
                 await limits.admit(call, gone)
                 admitted = time.perf_counter()
                 fold.post(posting)
