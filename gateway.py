@@ -9118,7 +9118,9 @@ class Gateway:
         return totals
 
     async def page_of(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
-        """A page of a key's entries, newest first; the files are read in a thread."""
+        """A page of a key's entries, newest first; the files are read in a thread. Raises Unavailable."""
+        if self.stopping:  # whoever waited for the turn finds no threads any more
+            raise Unavailable("The gateway is stopping.", retry_after_s=5)
         page = functools.partial(self._files.page, key.name, before, wanted, count)
         return await asyncio.get_running_loop().run_in_executor(self._readers, page)
 

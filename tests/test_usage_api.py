@@ -453,6 +453,19 @@ async def test_so_many_requests_of_a_key_wait_to_read_and_more_are_refused(gatew
     await until(lambda: not turns._count and not turns._locks)
 
 
+async def test_who_waits_to_read_when_the_gateway_stops_is_told_so(gateway):
+    """
+    It was an error of the gateway's, with a traceback in the log.
+    """
+    async with gateway.gateway.turns.take("alice"):
+        waiting = asyncio.create_task(gateway.get("/api/usage/logs"))
+        await until(lambda: gateway.gateway.turns._count["alice"] == 2)
+        await gateway.gateway.close()
+
+    reply = await waiting
+    assert (reply.status, reply.json["error"]["message"]) == (503, "The gateway is stopping.")
+
+
 async def test_stats_of_a_thousand_hours_and_a_hundred_models_are_summed_up_in_small_steps(gateway):
     """
     They took 140 ms in which nothing else happened; now the loop goes on after a thousand sums or 200 totals.
