@@ -5101,7 +5101,16 @@ def with_usage(body: bytes) -> bytes:
     return body[:start] + ENCODER.encode(changed) + body[start + len(options) :]
 
 
-SESSION_HEADERS = (b"x-claude-code-session-id", b"session-id", b"session_id", b"thread-id", b"thread_id")
+SESSION_HEADERS = (
+    b"x-claude-code-session-id",
+    b"session-id",
+    b"session_id",
+    b"x-session-affinity",
+    b"thread-id",
+    b"thread_id",
+    b"conversation-id",
+    b"conversation_id",
+)
 
 
 def printable(text: str) -> str:

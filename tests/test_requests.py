@@ -1025,6 +1025,8 @@ LONG = "s" * 200
         ({}, {"prompt_cache_key": "p-1"}, "p-1"),
         ({}, {"prompt_cache_key": LONG}, "s" * 128),
         ({"session-id": LONG}, {}, "s" * 128),
+        ({"x-session-affinity": "o-1"}, {"prompt_cache_key": "p-1"}, "o-1"),
+        ({"conversation_id": "c-1"}, {}, "c-1"),
         ({"session-id": "a\x85b"}, {"prompt_cache_key": "a\nb"}, ""),
         ({}, {"prompt_cache_key": ["p"]}, ""),
         ({}, {"prompt_cache_key": "p" * 9000}, ""),
