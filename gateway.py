@@ -228,6 +228,7 @@ class Pace(NamedTuple):
     """Times and bounds that are no settings: how often, how long, how much at most."""
 
     tick_s: float = 0.25  # how often deadlines are looked at
+    late_s: float = 1.0  # a tick that comes later than that was held up: the time is given to whoever has a deadline
     poll_s: float = 1.0  # how often config.yaml's stat is compared; its content every tenth time
     settle_s: float = 0.05  # a save is a burst of events; the config is read when it is over
     ping_s: float = 15.0  # Claude Code gives up after 300 s without a byte
@@ -1212,6 +1213,7 @@ class Verdict(NamedTuple):
 
 # The answer's status (of an error event, that of its type), or how an attempt failed without one.
 VERDICTS = {
+    "own_trouble": Verdict(True, "none"),
     "unreachable": Verdict(True, "upstream"),
     "connect_timeout": Verdict(True, "upstream"),
     "first_byte_timeout": Verdict(True, "upstream"),
@@ -1229,6 +1231,7 @@ VERDICTS = {
     "5xx": Verdict(True, "upstream", passes=True),
 }
 VERDICT_MEANINGS = {
+    "own_trouble": "the gateway itself lacks descriptors, ports or memory: 503 with `retry-after`",
     "unreachable": "no address, refused, TLS failed",
     "connect_timeout": "not connected within `timeouts.connect`",
     "first_byte_timeout": "no content within `timeouts.first_byte` (or `routing.patience`)",
@@ -6136,6 +6139,7 @@ class Failure(NamedTuple):
     case: str
 
 
+OWN_TROUBLE = Failure("unavailable", "could not be asked for want of descriptors, ports or memory here", "own_trouble")
 UNREACHABLE = Failure("unreachable", "could not be reached", "unreachable")
 CONNECT_TIMEOUT = Failure("timeout", "could not be reached in time", "connect_timeout")
 FIRST_BYTE_TIMEOUT = Failure("timeout", "did not answer in time", "first_byte_timeout")
@@ -6358,23 +6362,108 @@ class ConnectReply(asyncio.Protocol):
             self.done.set_exception(ConnectionError("the proxy closed the connection"))
 
 
-async def find_addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """Where a name leads, in the resolver's order; what must not be connected to is left out. Raises OSError."""
-    found = [host]
-    if parse_address(host) is None:
-        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        found = [str(address) for address in dict.fromkeys(info[4][0] for info in infos)]
-    allowed = [address for address in found if allow_private or not is_forbidden(address)]
-    if found and not allowed:
-        raise OSError(f"{host} leads to {found[0]}, a link-local or metadata address: see allow_private")
-    return allowed
+# What this host lacks, and no upstream is to blame for; as getaddrinfo tells it, too.
+OWN_TROUBLE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+OWN_TROUBLE_LOOKUPS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
+
+
+def is_own_trouble(error: OSError) -> bool:
+    """Whether a connection failed for want of something that the gateway itself needs."""
+    return error.errno in (OWN_TROUBLE_LOOKUPS if isinstance(error, socket.gaierror) else OWN_TROUBLE_ERRNOS)
+
+
+def look_up(host: str) -> list[str]:
+    """The addresses of a name, in the resolver's order; takes as long as the resolver does. Raises OSError."""
+    infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(info[4][0]) for info in infos))
+
+
+class Looked(msgspec.Struct):
+    """What is known of a name: its last good addresses and since when, and the lookup that runs."""
+
+    addresses: list[str] = []
+    since: float = -math.inf  # monotonic
+    running: Any = None  # asyncio.Future[list[str]]
+
+
+class Names:
+    """Looks up names, each once however many calls want it, and keeps the addresses.
+
+    A lookup has a thread of its own (there are never more of them than names), so that a name whose resolver is slow
+    holds up no other: on the loop's few threads one slow name made calls to a good upstream take 60 s. Addresses are
+    good for a minute. Older ones are used while a new lookup runs, and where it fails, at most for ten minutes more.
+    """
+
+    FRESH_S = 60.0
+    STALE_S = 600.0
+
+    def __init__(self, clock: Clock, resolve: Callable[[str], list[str]] = look_up) -> None:
+        self._clock, self._resolve = clock, resolve
+        self._looked: dict[str, Looked] = {}
+
+    async def find(self, host: str, allow_private: bool) -> list[str]:
+        """Where a name leads; what must not be connected to is left out each time. Raises OSError."""
+        found = [host] if parse_address(host) is not None else await self._addresses(host)
+        allowed = [address for address in found if allow_private or not is_forbidden(address)]
+        if found and not allowed:
+            raise OSError(f"{host} leads to {found[0]}, a link-local or metadata address: see allow_private")
+        return allowed
+
+    async def _addresses(self, host: str) -> list[str]:
+        looked = self._looked.setdefault(host, Looked())
+        age = self._clock.monotonic() - looked.since
+        if age <= self.FRESH_S:
+            return looked.addresses
+        if looked.running is None:
+            self._start(host, looked)
+        if age <= self.FRESH_S + self.STALE_S:
+            return looked.addresses
+        # The lookup is everybody's: who gives up waiting for it does not end it.
+        return cast(list[str], await asyncio.shield(looked.running))
+
+    def _start(self, host: str, looked: Looked) -> None:
+        loop = asyncio.get_running_loop()
+        looked.running = loop.create_future()
+
+        def work() -> None:
+            result: list[str] | OSError
+            try:
+                result = self._resolve(host)
+            except OSError as error:
+                result = error
+            except UnicodeError as error:  # a name that cannot be one
+                result = OSError(str(error))
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(self._end, looked, result)
+
+        try:
+            threading.Thread(target=work, name=f"lookup {host}", daemon=True).start()
+        except RuntimeError:  # no thread can be had
+            self._end(looked, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+
+    def _end(self, looked: Looked, result: list[str] | OSError) -> None:
+        running, looked.running = looked.running, None
+        if isinstance(result, OSError):
+            running.set_exception(result)
+            running.exception()  # nobody may wait for it
+        else:
+            looked.addresses, looked.since = result, self._clock.monotonic()
+            running.set_result(result)
+
+    def doubt(self, host: str) -> None:
+        """None of the addresses could be connected to: with the next call they are looked up anew."""
+        looked = self._looked.get(host)
+        if looked:
+            looked.since = min(looked.since, self._clock.monotonic() - self.FRESH_S - 1.0)
 
 
 class Pool:
     """The connections to one target. Idle ones are kept, the last used first, and closed after a time."""
 
-    def __init__(self, upstream: UpstreamConfig, pace: Pace, clock: Clock) -> None:
+    def __init__(self, upstream: UpstreamConfig, pace: Pace, clock: Clock, names: Names) -> None:
         self.target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        self.names = names
+        self._connecting: dict[asyncio.Timeout, float] = {}  # and by when
         self._ca_file, self._allow_private = upstream.ca_file, upstream.allow_private
         self._pace, self._clock = pace, clock
         self._idle: deque[UpstreamConnection] = deque()
@@ -6395,12 +6484,17 @@ class Pool:
             if connection.is_open:
                 return connection
         try:
-            async with asyncio.timeout(connect_s):
-                return await self._connect()
+            async with asyncio.timeout(None) as limit:
+                # Not a timer, which would go off before a word of what came while the loop stood still: see `check`.
+                self._connecting[limit] = self._clock.monotonic() + connect_s
+                try:
+                    return await self._connect()
+                finally:
+                    self._connecting.pop(limit, None)
         except TimeoutError:
             raise AttemptFailed(CONNECT_TIMEOUT) from None
         except (OSError, ssl.SSLError) as error:
-            raise AttemptFailed(UNREACHABLE, str(error)) from None
+            raise AttemptFailed(OWN_TROUBLE if is_own_trouble(error) else UNREACHABLE, str(error)) from None
 
     async def _connect(self) -> UpstreamConnection:
         target = self.target
@@ -6437,15 +6531,17 @@ class Pool:
 
     async def _open(self, make: Callable[[], P], host: str, port: int, **tls: Any) -> tuple[asyncio.Transport, P]:
         """Connect to the very addresses that were looked at. Raises OSError."""
-        failure = OSError(f"{host} has no address")
-        for address in await find_addresses(host, port, self._allow_private):
+        failures: list[OSError] = []
+        for address in await self.names.find(host, self._allow_private):
             try:
                 return await asyncio.get_running_loop().create_connection(make, address, port, **tls)
             except ssl.SSLError:
                 raise
             except OSError as error:
-                failure = error
-        raise failure
+                failures.append(error)
+        self.names.doubt(host)
+        theirs = [error for error in failures if not is_own_trouble(error)]
+        raise (theirs or failures or [OSError(f"{host} has no address")])[-1]
 
     async def _tunnel(self, proxy: tuple[str, int, str]) -> UpstreamConnection:
         """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
@@ -6480,8 +6576,17 @@ class Pool:
         while self._idle:
             self._idle.pop().abort()
 
-    def sweep(self) -> None:
-        """Close what has been idle for too long."""
+    def check(self, stood_s: float) -> None:
+        """End what takes too long to connect, and close what has been idle for too long.
+
+        `stood_s`: the loop stood still for so long, in which no connection could get on.
+        """
+        now = self._clock.monotonic()
+        for limit, until in tuple(self._connecting.items()):
+            self._connecting[limit] = until + stood_s
+            if now > until + stood_s:
+                del self._connecting[limit]
+                limit.reschedule(0.0)
         oldest = self._clock.monotonic() - self._pace.upstream_idle_s
         while self._idle and self._idle[0].idle_since < oldest:
             self._idle.popleft().abort()
@@ -7004,6 +7109,8 @@ class Upstreams:
         """An attempt failed: the verdict says who is left alone for it, and how long."""
         choice, breaker = ticket.choice, ticket.call.config.routing.breaker
         verdict = choice.upstream.verdict(case)
+        if case == OWN_TROUBLE.case:
+            return None  # it was not even asked
         if verdict.blame == "none":
             return self.answered(ticket)
         health = choice.health if verdict.blame == "upstream" else choice.key_health
@@ -8026,6 +8133,16 @@ class Exchange:
 
     # What the clock says
 
+    def give_time(self, seconds: float) -> None:
+        """The loop stood still for so long, in which nobody could be heard: every deadline is later by that."""
+        self.deadline += seconds
+        if self.attempt:
+            self.attempt.heard_at += seconds
+        if self.paused_at is not None:
+            self.paused_at += seconds
+        if self._drain_until is not None:
+            self._drain_until += seconds
+
     def check(self, now: float) -> None:
         """Look at the deadlines; say ping into a silence."""
         if self.done.done():
@@ -8109,6 +8226,7 @@ class Relay:
     def __init__(self, clock: Clock, pace: Pace) -> None:
         self.clock, self.pace = clock, pace
         self.upstreams = Upstreams(clock, pace)
+        self.names = Names(clock)
         self.running: set[Exchange] = set()
         self._without_usage: dict[tuple[str, str | None, str | None, bool], float] = {}  # until when, by address
         self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
@@ -8122,7 +8240,7 @@ class Relay:
         address = self._address(upstream)
         pool = self._pools.get(address)
         if pool is None:
-            pool = self._pools[address] = Pool(upstream, self.pace, self.clock)
+            pool = self._pools[address] = Pool(upstream, self.pace, self.clock, self.names)
         return pool
 
     def keep_only(self, upstreams: Sequence[UpstreamConfig]) -> None:
@@ -8312,7 +8430,8 @@ class Relay:
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream, call.route.kind)
         places = {key.place for key in keys}
         exchange.tried = exchange.tried | places
-        if verdict.blame == "none" or failure.case in REFUSED_KEY:  # it would say the same again
+        is_final = verdict.blame == "none" and failure is not OWN_TROUBLE
+        if is_final or failure.case in REFUSED_KEY:  # it would say the same again
             out |= places
         return verdict.try_next
 
@@ -8342,6 +8461,9 @@ class Relay:
             names = ", ".join(dict.fromkeys(serving.upstream.name for serving in call.servings))
             message = f"No upstream is ready for {call.model} ({names}): they failed, or are full."
             return Overloaded(message, retry_after_s=wait_s or 5)
+        if failed.failure is OWN_TROUBLE:
+            message = f"The gateway has no descriptors, ports or memory left to ask an upstream.{call.config.contact}"
+            return Unavailable(message, retry_after_s=5)
         name = exchange.attempts[-1].upstream
         kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
         last = f" (the last of {tries} attempts)" if tries > 1 else ""
@@ -8351,19 +8473,24 @@ class Relay:
         """Whether one more answer may be read on for nobody."""
         return sum(exchange.is_draining for exchange in self.running) < self.pace.drain_calls
 
-    def check(self) -> None:
-        """Look at every running call's deadlines; a bug in one ends that call."""
+    def check(self, stood_s: float = 0.0) -> None:
+        """Look at every running call's deadlines; a bug in one ends that call.
+
+        The time `stood_s` for which the loop stood still counts for none.
+        """
         now = self.clock.monotonic()
         for exchange in tuple(self.running):
             try:
+                if stood_s:
+                    exchange.give_time(stood_s)
                 exchange.check(now)
             except Exception as error:
                 exchange.crash(error)
 
-    def sweep(self) -> None:
-        """Close connections that were idle for too long."""
+    def sweep(self, stood_s: float = 0.0) -> None:
+        """End what takes too long to connect, and close connections that were idle for too long."""
         for pool in self._pools.values():
-            pool.sweep()
+            pool.check(stood_s)
 
     def close(self) -> None:
         """Cut what still runs and close every connection."""
@@ -9211,12 +9338,12 @@ class Gateway:
         present = (self.config, self.loaded_at, self.reload_failed_at)
         return Scrape(self.metrics, self.relay, self.ledger, *present).text()
 
-    def tick(self) -> None:
-        """Look at deadlines and at the ledger; to be called often."""
+    def tick(self, stood_s: float = 0.0) -> None:
+        """Look at deadlines and at the ledger; to be called often. `stood_s`: so long the loop stood still before."""
         run = self.guard.run
-        run(self.relay.check)
+        run(self.relay.check, stood_s)
         run(self.relay.upstreams.check)
-        run(self.relay.sweep)
+        run(self.relay.sweep, stood_s)
         run(self.limits.check)
         run(self.ledger.tick)
         run(self.probes.check, self.config.upstreams)
@@ -10989,9 +11116,17 @@ class Server:
 
     async def _tick(self) -> None:
         pace, guard, polled_at = self.gateway.pace, self.gateway.guard, 0.0
+        ticked_at = self.door.now()
         while True:
             await asyncio.sleep(pace.tick_s)
-            self.gateway.tick()
+            now = self.door.now()
+            stood_s = now - ticked_at - pace.tick_s
+            ticked_at = now
+            if stood_s > pace.late_s:
+                log.warning("the event loop stood still for %.1f s: deadlines are later by that", stood_s)
+            else:
+                stood_s = 0.0
+            self.gateway.tick(stood_s)
             guard.run(self.door.check)
             if self.door.now() - polled_at >= pace.poll_s:
                 polled_at = self.door.now()
@@ -11414,8 +11549,8 @@ class UpstreamTest:
 
     async def _dns(self) -> Found:
         target = self._relay.pool(self.upstream).target
-        host, port = target.proxy[:2] if target.proxy else (target.host, target.port)
-        addresses = await find_addresses(host, port, self.upstream.allow_private)
+        host = target.proxy[0] if target.proxy else target.host
+        addresses = await self._relay.names.find(host, self.upstream.allow_private)
         if not addresses:
             raise StepFailed(f"{host} has no address")
         literal = ", a literal address" if parse_address(host) else ""

@@ -1948,7 +1948,7 @@ def test_verdicts_are_overridden_field_by_field(overrides, case, expected):
 @pytest.mark.parametrize(
     "case, problem",
     [
-        ("nonsense: {next: false}", "verdicts.nonsense: unknown case: a status such as 404, or one of unreachable,"),
+        ("nonsense: {next: false}", "verdicts.nonsense: unknown case: a status such as 404, or one of own_trouble,"),
         ("999: {next: false}", "verdicts.999: unknown case: a status such as 404"),
         ("40: {next: false}", "verdicts.40: unknown case"),
         ("404: {nxt: false}", "verdicts.404.nxt: unknown setting, did you mean next?"),

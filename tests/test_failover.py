@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import itertools
 import json
+import os
+import resource
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -1378,6 +1382,213 @@ async def test_a_client_chooses_no_account_and_learns_of_none(start_gateway, ups
     assert set(reply.headers) == {"content-type", "request-id", "content-length"}
 
 
+# --- our own trouble ----------------------------------------------------------------------------------
+
+
+class Resolver:
+    """Looks names up as a test says: at once, or when it lets it."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.slow: dict[str, threading.Event] = {}
+        self.addresses = ["127.0.0.1"]
+        self.fails = False
+
+    def __call__(self, host: str) -> list[str]:
+        self.asked.append(host)
+        if host in self.slow:
+            assert self.slow[host].wait(20)
+        if self.fails:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return list(self.addresses)
+
+
+async def test_a_name_that_is_slow_to_look_up_holds_up_no_other(start_gateway, upstreams):
+    """
+    Two hundred calls wait for one name, with one lookup between them; a call to another upstream is answered at once.
+    """
+    resolver = Resolver()
+    resolver.slow["slow.test"] = threading.Event()
+    ports = {name: upstreams[name].url.rpartition(":")[2] for name in "ab"}
+    urls = {"a": f"http://slow.test:{ports['a']}", "b": f"http://quick.test:{ports['b']}"}
+    more = {"a": ', models: ["claude-test"]', "b": ', models: ["other"]'}
+    gateway = await start_gateway(config_of(urls, more=more))
+    gateway.gateway.relay.names = g.Names(gateway.clock.clock, resolver)
+    waiting = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(200)]
+    await until(lambda: len(gateway.gateway.relay.running) == 200, within_s=20)
+
+    quick = [await gateway.post("/v1/messages", ask_of(i) | {"model": "other"}) for i in range(3)]
+    asked = list(resolver.asked)
+    resolver.slow["slow.test"].set()
+    slow = await asyncio.gather(*waiting)
+
+    assert [reply.texts[0] for reply in quick] == ["b "] * 3
+    assert asked == ["slow.test", "quick.test"]
+    assert {reply.texts[0] for reply in slow} == {"a "}
+    assert [row["state"] for row in (await gateway.get("/health")).json["upstreams"]] == ["ok", "ok"]
+
+
+async def test_addresses_are_kept_for_a_minute_and_used_while_they_are_looked_up_anew(clock):
+    """
+    Then a new lookup runs beside the calls; one that fails or hangs takes the old addresses away after ten minutes.
+    """
+    resolver = Resolver()
+    names = g.Names(clock.clock, resolver)
+    first = [await names.find("a.test", False) for _ in range(3)]
+    clock.advance(59)
+    kept = await names.find("a.test", False), len(resolver.asked)
+
+    resolver.addresses = ["127.0.0.2"]
+    clock.advance(2)
+    stale = await names.find("a.test", False)
+    await until(lambda: names._looked["a.test"].running is None)
+    fresh = await names.find("a.test", False), len(resolver.asked)
+
+    resolver.fails = True
+    clock.advance(600)
+    failing = await names.find("a.test", False)
+    await until(lambda: names._looked["a.test"].running is None)
+    clock.advance(61)
+
+    assert (first, kept) == ([["127.0.0.1"]] * 3, (["127.0.0.1"], 1))
+    assert (stale, fresh, failing) == (["127.0.0.1"], (["127.0.0.2"], 2), ["127.0.0.2"])
+    with pytest.raises(OSError, match="Temporary failure"):
+        await names.find("a.test", False)
+
+
+async def test_addresses_that_cannot_be_connected_to_are_looked_up_anew(start_gateway, upstreams, caplog):
+    """
+    An upstream that moved is found by the next attempt, not after a minute.
+    """
+    resolver = Resolver()
+    resolver.addresses = ["127.0.0.9"]
+    gateway = await start_gateway(config_of({"a": f"http://a.test:{upstreams['a'].url.rpartition(':')[2]}"}))
+    gateway.gateway.relay.names = g.Names(gateway.clock.clock, resolver)
+    asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
+    await until(lambda: gateway.gateway.relay.upstreams.waiting)
+    resolver.addresses = ["127.0.0.1"]
+
+    async with passing_time(gateway):
+        reply = await asking
+
+    assert reply.texts[0] == "a " and len(gateway.entries()[0]["attempts"]) > 1
+    caplog.clear()
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """No file, socket or pipe can be opened."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(os.devnull, os.O_RDONLY)
+    os.close(probe)  # the lowest that is free
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.logs("no answer")
+async def test_want_of_descriptors_is_blamed_on_no_upstream(start_gateway, upstreams):
+    """
+    Whoever asks gets 503 and when to come again; the upstream is as good as before, and asked as soon as it can be.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    clients = [await gateway.connect() for _ in range(4)]
+    await gateway.post("/v1/messages", ask_of(0))  # the ledger's file is open
+    gateway.gateway.relay.pool(gateway.gateway.config.upstreams[0]).forget_idle()
+
+    with no_descriptors():
+        replies = [
+            await client.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+            for client in clients
+        ]
+    after = await gateway.post("/v1/messages", ask_of(1))
+
+    assert [(reply.status, reply.headers["retry-after"]) for reply in replies] == [(503, "5")] * 4
+    assert replies[0].error["type"] == "overloaded_error" and "descriptors" in replies[0].error["message"]
+    assert after.texts[0] == "a "
+    entry = gateway.entries()[1]
+    assert (entry["outcome"], entry["attempts"][0]["outcome"]) == ("unavailable", "own_trouble")
+    assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 0
+
+
+@pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EADDRNOTAVAIL", "ECONNREFUSED"])
+def test_what_the_host_lacks_is_told_from_what_an_upstream_does(number):
+    """
+    A refused connection is the upstream's.
+    """
+    assert g.is_own_trouble(OSError(getattr(errno, number), "x")) is (number != "ECONNREFUSED")
+    assert not g.is_own_trouble(socket.gaierror(socket.EAI_NONAME, "x"))
+
+
+@contextlib.contextmanager
+def deaf_address() -> Iterator[str]:
+    """The URL of one whose queue is full: whoever connects to it waits."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as deaf, contextlib.ExitStack() as fillers:
+        for _ in range(3):
+            filler = fillers.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(deaf.getsockname())
+        yield f"http://127.0.0.1:{deaf.getsockname()[1]}"
+
+
+@pytest.mark.logs("no answer")
+async def test_a_loop_that_stood_still_fails_no_attempt(start_gateway, upstreams):
+    """
+    What could not be heard did not come too late: connecting, waiting for a first byte, silence in a stream.
+    """
+    with deaf_address() as url:
+        urls = {"a": url, "b": upstreams["b"].url, "c": upstreams["c"].url}
+        more = {name: f", models: [{name}], timeouts: {{connect: 10s, first_byte: 10s, idle: 10s}}" for name in "abc"}
+        gateway = await start_gateway(config_of(urls, "max_attempts: 1, deadline: 15s", more=more))
+        go_on = asyncio.Event()
+        upstreams["b"].script = [wait_for(go_on), *stream_of("Hello")]
+        begun = stream_of("Hello")
+        upstreams["c"].script = [*begun[:4], wait_for(go_on), *begun[4:]]
+        bodies = [ask_of(0, stream=name != "a") | {"model": name} for name in "abc"]
+        calls = [asyncio.ensure_future(gateway.post("/v1/messages", body)) for body in bodies]
+        await until(lambda: any(exchange.bytes_down for exchange in gateway.gateway.relay.running))
+        await until(lambda: upstreams["b"].requests and len(gateway.gateway.relay.running) == 3)
+
+        gateway.clock.advance(40)
+        gateway.gateway.tick(stood_s=39.75)
+        await asyncio.sleep(0)
+        running = [not call.done() for call in calls]
+        go_on.set()
+        answered = await asyncio.gather(*calls[1:])
+        gateway.tick(11)
+        late = await calls[0]
+
+    assert running == [True] * 3
+    assert [reply.texts for reply in answered] == [["Hello"]] * 2
+    assert late.status == 504
+    assert gateway.entries()[-1]["attempts"][0]["outcome"] == "connect_timeout"
+
+
+@pytest.mark.logs("the event loop stood still for")
+async def test_the_clockwork_notices_that_the_loop_stood_still(tmp_path, clock, caplog):
+    """
+    A tick that comes late tells by how much; ticks in time tell nothing.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_text("upstreams: [{name: demo, format: demo}]\nserver: {port: 0}\n")
+    server = g.Server(g.Config.load(path, clock.clock), g.Pace(tick_s=0.001))
+    await server.start()
+
+    ticker = asyncio.ensure_future(server._tick())
+    clock.advance(0.9)
+    await asyncio.sleep(0.01)
+    in_time = "stood still" in caplog.text
+    clock.advance(12)
+    await until(lambda: "stood still for 12" in caplog.text)
+    await asyncio.sleep(0.01)
+    ticker.cancel()
+    await server.close()
+
+    assert not in_time and caplog.text.count("stood still") == 1
+
+
 # --- SSRF ----------------------------------------------------------------------------------------------
 
 
@@ -1392,9 +1603,11 @@ async def test_a_name_that_leads_to_a_metadata_address_is_not_connected_to(start
     reply = await gateway.post("/v1/messages", HELLO)
 
     assert (reply.status, gateway.entries()[0]["outcome"]) == (502, "unreachable")
-    with pytest.raises(OSError, match=r"leads to 169\.254\.169\.254, a link-local or metadata address"):
-        await g.find_addresses(name, 80, allow_private=False)
-    assert await g.find_addresses(name, 80, allow_private=True) == ["169.254.169.254"]
+    names = gateway.gateway.relay.names
+    for _ in range(2):  # also where the addresses are known already
+        with pytest.raises(OSError, match=r"leads to 169\.254\.169\.254, a link-local or metadata address"):
+            await names.find(name, allow_private=False)
+    assert await names.find(name, allow_private=True) == ["169.254.169.254"]
 
 
 def test_an_address_in_the_config_is_looked_at_when_it_is_read(tmp_path):
