@@ -6700,6 +6700,7 @@ class Health:
         "is_tried",
         "is_unclear",
         "load",
+        "lone_user",
         "refusing",
         "since",
         "slow_until",
@@ -6728,6 +6729,7 @@ class Health:
         self.asked_at = self.vouched_until = -math.inf  # monotonic; when the list of models was asked for, is believed
         self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
         self.is_tried = False  # half open, and a call is on its way to find out
+        self.lone_user = ""  # whose calls alone have failed: the others' are let in
         self.why = ""
         self.since = self.until = 0.0  # wall time
         self.slow_until: dict[str, float] = {}
@@ -6751,16 +6753,23 @@ class Health:
         if self.refusing.users:
             self.forget_refusals()
 
-    def is_ready(self, now: float) -> bool:
-        """Whether it may be asked."""
+    def is_ready(self, now: float, user: str = "") -> bool:
+        """Whether it may be asked for a user; no single user's failures keep it from the others."""
+        if self.lone_user and self.lone_user != user:
+            return True
         return now >= self.cooling_until and not self.is_tried
+
+    def ready_in(self, now: float, user: str) -> float:
+        """In how many seconds that may be so."""
+        return 0.0 if self.lone_user and self.lone_user != user else max(0.0, self.cooling_until - now)
 
     def is_slow(self, model: str, now: float) -> bool:
         """Whether its first bytes come far later than its peers'."""
         return bool(self.slow_until) and now < self.slow_until.get(model, 0.0)
 
-    def cool_down(self, seconds: float, why: str, clock: Clock) -> None:
-        """Leave it alone for so long."""
+    def cool_down(self, seconds: float, why: str, clock: Clock, lone_user: str = "") -> None:
+        """Leave it alone for so long; where only one user's calls failed, for that user."""
+        self.lone_user = lone_user
         self.trips += 1
         self.era += 1
         self.is_tried = False
@@ -6770,7 +6779,7 @@ class Health:
 
     def close(self) -> None:
         """It answers: let everybody in."""
-        self.cooling_until, self.is_tried, self.why = 0.0, False, ""
+        self.cooling_until, self.is_tried, self.why, self.lone_user = 0.0, False, "", ""
 
     def note_first_byte(self, model: str, seconds: float) -> None:
         """A stream of `model` began after so many seconds."""
@@ -6808,17 +6817,18 @@ class Choice(NamedTuple):
         """What tells it from others, in any snapshot."""
         return self.upstream.name, self.number
 
-    def is_ready(self, now: float) -> bool:
-        """Whether a call may be sent there now: neither left alone nor full."""
+    def is_ready(self, now: float, user: str) -> bool:
+        """Whether a user's call may be sent there now: neither left alone nor full."""
         health, key = self.health, self.key_health
-        if (health.cooling_until or key.cooling_until) and not (health.is_ready(now) and key.is_ready(now)):
+        is_cooling = health.cooling_until or key.cooling_until
+        if is_cooling and not (health.is_ready(now, user) and key.is_ready(now, user)):
             return False
         limit = self.upstream.max_concurrent
         return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
 
-    def ready_in(self, now: float) -> float:
+    def ready_in(self, now: float, user: str) -> float:
         """In how many seconds that may be so at the earliest, as far as is known."""
-        return max(0.0, self.health.cooling_until - now, self.key_health.cooling_until - now)
+        return max(self.health.ready_in(now, user), self.key_health.ready_in(now, user))
 
 
 @functools.lru_cache(maxsize=8192)  # a session asks again and again
@@ -6929,13 +6939,13 @@ class Upstreams:
         servings = call.servings
         kind = call.route.kind
         if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream, kind)) == 1:
-            return (servings[0].model, choices[0]) if choices[0].is_ready(now) else None
+            return (servings[0].model, choices[0]) if choices[0].is_ready(now, call.key.name) else None
         for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
             ready = [
                 (serving.model, choice)
                 for serving in peers
                 for choice in self.choices(serving.upstream, kind)
-                if choice.is_ready(now) and choice.place not in tried
+                if choice.is_ready(now, call.key.name) and choice.place not in tried
             ]
             if len(ready) > 1:
                 swift = [(model, choice) for model, choice in ready if not choice.health.is_slow(call.model, now)]
@@ -6947,7 +6957,8 @@ class Upstreams:
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
         """Whether there is somebody to be asked now; takes nobody's turn."""
         now = self._clock.monotonic()
-        return any(choice.is_ready(now) and choice.place not in tried for choice in self.choices_of(call))
+        user = call.key.name
+        return any(choice.is_ready(now, user) and choice.place not in tried for choice in self.choices_of(call))
 
     def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
@@ -7037,7 +7048,8 @@ class Upstreams:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
         now = self._clock.monotonic()
         choices = self.choices_of(call)
-        return min((choice.ready_in(now) for choice in choices if choice.place not in tried), default=math.inf)
+        waits = (choice.ready_in(now, call.key.name) for choice in choices if choice.place not in tried)
+        return min(waits, default=math.inf)
 
     def refused(self, call: Call) -> tuple[str, str] | None:
         """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
@@ -7134,7 +7146,12 @@ class Upstreams:
             is_sure = bool(retry_after_s or verdict.cooldown_s or is_trial or is_open)
         if is_sure:
             seconds = self._cooldown_s(health.trips, retry_after_s, verdict.cooldown_s, breaker)
-            self._cool_down(choice, health, case, seconds)
+            is_said = case in UNREACHED or retry_after_s or (verdict.cooldown_s and case not in REFUSED_KEY)
+            evidence = health.refusing if case in REFUSED_KEY else health.failing
+            lone_user = "" if is_said or len(evidence.users) > 1 else call.key.name
+            if is_trial and health.lone_user != call.key.name:
+                lone_user = ""  # it was left alone for more than this user's calls
+            self._cool_down(choice, health, case, seconds, lone_user)
         return None
 
     def _is_sure(self, ticket: Ticket, health: Health, case: str, is_trial: bool) -> bool:
@@ -7146,6 +7163,7 @@ class Upstreams:
         """
         now = self._clock.monotonic()
         if is_trial and health.why in REFUSED_KEY:
+            health.refusing.add(ticket.call.key.name, now, case)
             return True  # it was sure before
         if is_trial:
             health.close()  # what it was left alone for is over
@@ -7186,8 +7204,8 @@ class Upstreams:
             return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
         return doubled * (0.9 + 0.2 * self._chance())
 
-    def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float) -> None:
-        health.cool_down(seconds, case, self._clock)
+    def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float, lone_user: str = "") -> None:
+        health.cool_down(seconds, case, self._clock, lone_user)
         if case in REFUSED_KEY:
             log.error(
                 "upstream %s: its API key is left alone for %.0f m: %s, %s. Put a good one into the config; "

@@ -893,7 +893,35 @@ def test_a_single_user_has_a_breaker_too(case, away_s):
             world.upstreams.failed(ticket, case)
         world.clock.advance(5)
 
-    assert world.upstreams.ready_in(world.call(), set()) == pytest.approx(away_s - 5)
+    assert world.upstreams.ready_in(world.call_of("only-one"), set()) == pytest.approx(away_s - 5)
+
+
+@pytest.mark.parametrize("case", ["402", "401", "500", "cut"])
+def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case):
+    """
+    At night, when nobody else's calls succeed: whoever comes then is asked for at once, also while a trial of the
+    first one hangs and however often its trials fail; a success lets in all, a second user's failure keeps out all.
+    """
+    world = World({"a": ""})
+    for _ in range(4):
+        with world.take(user="mallory") as ticket:
+            world.upstreams.failed(ticket, case)
+        if world.upstreams.take(world.call_of("mallory"), set()) is None:
+            break
+        world.clock.advance(5)
+    away_s = world.upstreams.ready_in(world.call_of("mallory"), set())
+    world.clock.advance(away_s)
+    with world.take(user="mallory") as trial:
+        during_the_trial = world.place()
+        world.upstreams.failed(trial, case)
+
+    assert away_s > 0 and during_the_trial == ("a", 1)
+    assert world.upstreams.take(world.call_of("mallory"), set()) is None
+    assert world.upstreams.ready_in(world.call_of("bob"), set()) == 0.0
+    with world.take(user="bob") as ticket:
+        world.upstreams.failed(ticket, case)
+    assert world.place() is None
+    caplog.clear()
 
 
 @pytest.mark.logs("is left alone")
