@@ -384,11 +384,14 @@ async def test_one_users_requests_take_no_key_from_the_others(start_gateway, ups
     replies = []
     async with passing_time(gateway):
         for i in range(5):
-            await gateway.post("/v1/messages", ask_of(i) | {"model": "mallory"})
+            told = await gateway.post("/v1/messages", ask_of(i, stream=False) | {"model": "mallory"})
             await until(lambda: not gateway.gateway.probes._tasks)
             replies.append(await gateway.post("/v1/messages", ask_of(i), BOB))
 
     assert [reply.texts for reply in replies] == [["Hello"]] * 5
+    assert told.status == {"a permission": 502, "an organization": 502, "a crash": 500}.get(
+        fault, 403 if "model" in fault else 400
+    )
     (row,) = (await gateway.get("/health")).json["upstreams"]
     assert [row["state"], *(key["state"] for key in row["keys"])] == ["ok"] * 3
     assert {len(entry["attempts"]) for entry in gateway.entries() if entry["key"] == "bob"} == {1}
