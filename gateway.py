@@ -6172,6 +6172,8 @@ class Line(Protocol):
     used_before: bool
     heard: bool  # whether any byte of the present answer has come
 
+    @property
+    def is_sent(self) -> bool: ...
     def send(self, head: bytes, body: bytes, answer: Answer) -> None: ...
     def abort(self) -> None: ...
     def pause(self) -> None: ...
@@ -6313,6 +6315,11 @@ class UpstreamConnection(asyncio.Protocol):
     def resume(self) -> None:
         """Read on."""
         self.transport.resume_reading()
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the whole request has left this process; some upstreams answer before they have read it."""
+        return self.transport.get_write_buffer_size() == 0
 
     @property
     def is_open(self) -> bool:
@@ -7586,6 +7593,7 @@ class DemoLine:
     """A connection to the built-in upstream: the same calls as a real one, answers made here."""
 
     used_before = False
+    is_sent = True
 
     def __init__(self, word_s: float) -> None:
         self._word_s = word_s
@@ -8038,7 +8046,8 @@ class Exchange:
 
     def opened(self, attempt: Attempt) -> None:
         """The first content: the answer is the client's."""
-        self.call.let_go()  # no attempt will follow
+        if attempt.line is None or attempt.line.is_sent:  # else the body is in memory still
+            self.call.let_go()  # no attempt will follow
         waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
         if not attempt.passed:
             self._relay.upstreams.answered(attempt.ticket, waited_s)
@@ -8681,8 +8690,9 @@ class Scrape(NamedTuple):
         )
         yield Series(
             "connections_refused_total",
-            "Connections closed for want of room: new ones where all are in use with good keys (full), else the oldest "
-            "without a good key, of all (oldest) or of an address with too many (address).",
+            "Connections closed for want of room: the oldest without a good key, of all (oldest) or of an address with "
+            "too many (address); else one of the key that has most (key); else, where all are being answered, the new "
+            "one (full).",
             ("why",),
             [((why,), count) for why, count in self.metrics.connections_refused.items()],
         )
@@ -9497,6 +9507,7 @@ class ClientConnection(asyncio.Protocol):
     MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
     MAX_TARGET = 2 << 10  # bytes of a refused request's target that are looked at
     MAX_LOCAL_BODY = 1 << 20
+    MOST_HELD = 80 << 10  # bytes of memory before any key was looked at, as was measured
 
     def __init__(self, door: Door) -> None:
         self._door = door
@@ -9506,6 +9517,7 @@ class ClientConnection(asyncio.Protocol):
         self._may_begin = False  # whether a request that begins in this read is the first one in it
         self._is_foreign = False  # whether Tornado answers the request
         self._bodiless = 0  # bytes since the last piece of a body
+        self._wire_size = 0  # bytes since the head, its own read left out
         self._target = b""
         self._headers: Headers = []
         self._body: bytes | bytearray = b""
@@ -9539,6 +9551,7 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.IDLE:
             self._bodiless, self._may_begin = 0, True
         self._bodiless += len(data)
+        self._wire_size += len(data)
         try:
             self._parser.feed_data(data)
             if self._state is State.HEAD:
@@ -9555,6 +9568,9 @@ class ClientConnection(asyncio.Protocol):
             self._door.hand_over(self, self._foreign_head())
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
+        elif self._state is State.BODY and self._wire_size > 2 * self._body_size + self.MAX_HEAD:
+            # Each chunk costs a call: 40 connections with bodies in chunks of one byte stopped the loop for 4 s.
+            self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
         elif self._pipelined and self._state is State.IDLE:
             self._close()
 
@@ -9631,7 +9647,7 @@ class ClientConnection(asyncio.Protocol):
             self._check_head(self._bodiless if self._bodiless <= self.MAX_HEAD else self._head_size())
         except HeadTooLarge as error:
             return self._reject(error)
-        self._bodiless = 0
+        self._bodiless = self._wire_size = 0
         method = self._parser.get_method()
         path, query = normalize_target(self._target)
         route = ROUTES.get(path) if method == b"POST" else None
@@ -9875,6 +9891,11 @@ class ClientConnection(asyncio.Protocol):
         elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether a call of it runs."""
+        return self._state is State.ANSWERING
+
     def give_up(self) -> None:
         """End at once, for want of room."""
         self.transport.abort()
@@ -9908,6 +9929,8 @@ class HandedStream(tornado.iostream.IOStream):
     def recognize(self, key: Key) -> None:
         """The request that is answered has shown a good key."""
         self._door.recognize(self, key)  # no matter whether it may be kept alive: Tornado closes it after its answer
+
+    is_answering = True  # from its beginning to its end
 
     def give_up(self) -> None:
         """End at once, for want of room."""
@@ -10173,13 +10196,15 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    Connections of one key are kept alive between requests only while there are not more of them than free places.
+    Connections of one key are kept alive between requests only while there are not more of them than free places. Where
+    there are no strangers, the key that has most connections gives one up that is not being answered.
     """
 
     TELL_S = 60.0  # at most one line in the log per minute
     WHY: ClassVar[dict[str, str]] = {
         "address": "of an address with too many without a good key",
-        "full": "because all are in use with good keys",
+        "full": "because all are being answered",
+        "key": "of the key that had most, to make room for new ones",
         "oldest": "without a good key that made room for new ones",
     }
 
@@ -10190,7 +10215,9 @@ class Door:
         # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
         self._strangers: OrderedDict[ClientConnection | HandedStream, str] = OrderedDict()  # with their network
         self._by_network: dict[str, OrderedDict[ClientConnection | HandedStream, None]] = {}  # strangers
-        self._by_key: Counter[str] = Counter()
+        self._of_key: dict[
+            str, OrderedDict[ClientConnection | HandedStream, None]
+        ] = {}  # by its name, the oldest first
         self._told_at = -math.inf
         self._told = 0
         self._server: asyncio.Server | None = None
@@ -10211,13 +10238,23 @@ class Door:
         if len(peers) >= self.gateway.pace.strangers and not is_proxy:
             self._give_up(next(iter(peers)), "address")
         if len(self.connections) >= self.most:
-            oldest = next(iter(self._strangers), None)
-            if oldest is None:
+            if oldest := next(iter(self._strangers), None):
+                self._give_up(oldest, "oldest")
+            elif surplus := self._surplus():
+                self._give_up(surplus, "key")
+            else:
                 self.gateway.metrics.connections_refused["full"] += 1
                 return False
-            self._give_up(oldest, "oldest")
         self._count(connection, network)
         return True
+
+    def _surplus(self) -> ClientConnection | HandedStream | None:
+        """The newest connection of the key that has most of them, of those that are not being answered.
+
+        290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
+        """
+        most = max(self._of_key.values(), key=len, default=OrderedDict())
+        return next((each for each in reversed(most) if not each.is_answering), None)
 
     def _give_up(self, stranger: ClientConnection | HandedStream, why: str) -> None:
         """Close a connection to make room for another one."""
@@ -10241,15 +10278,19 @@ class Door:
             return False
         self._forget_stranger(connection)
         connection.key_name = key.name
-        self._by_key[key.name] += 1
-        return self._by_key[key.name] <= self.most - len(self.connections)
+        own = self._of_key.setdefault(key.name, OrderedDict())
+        own[connection] = None
+        return len(own) <= self.most - len(self.connections)
 
     def leave(self, connection: ClientConnection | HandedStream) -> None:
         """Count a connection out; once is enough."""
         self.connections.discard(connection)
         self._forget_stranger(connection)
         if connection.key_name:
-            decrement(self._by_key, connection.key_name)
+            own = self._of_key[connection.key_name]
+            del own[connection]
+            if not own:
+                del self._of_key[connection.key_name]
             connection.key_name = ""
         self.gateway.metrics.connections = len(self.connections)
 
@@ -11073,6 +11114,7 @@ def start_logging(level: str) -> LogWriter:
     logging._srcfile = None  # as that page says: half of a line's time
     logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
     logging.getLogger("watchdog").setLevel(logging.WARNING)
+    logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else a line for each malformed request
     return writer
 
 
@@ -11081,7 +11123,8 @@ class Server:
 
     def __init__(self, config: Config, pace: Pace = Pace()) -> None:
         self.gateway = Gateway(config, pace)
-        self.door = Door(self.gateway, raise_descriptor_limit())
+        in_memory = available_memory() // 4 // ClientConnection.MOST_HELD  # heads that do not end, of all of them
+        self.door = Door(self.gateway, max(16, min(raise_descriptor_limit(), in_memory)))
         self._watch = ConfigWatch(self.gateway)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -12315,8 +12358,24 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def open_missing_streams() -> None:
+    """Give a process that was started without stdin, stdout or stderr the null device in their place.
+
+    Else the next file or socket that is opened gets their number, and what is printed goes into it.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the whole life of the process
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code."""
+    open_missing_streams()
     options = arguments().parse_args(argv)
     options.config = Path(
         getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"

@@ -1236,6 +1236,35 @@ async def announce(gateway: GatewayUnderTest, size: int, token: str = KEY, path:
     return client
 
 
+async def test_a_body_that_waits_to_be_read_by_its_upstream_is_counted(start_gateway):
+    """
+    An upstream that answers before it has read the body leaves it in our memory: 20 x 30 MB passed a budget of 256 MB.
+    """
+    may_read = asyncio.Event()
+
+    async def answer_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        event = b'data: {"type": "content_block_delta", "delta": {"text": "early"}}\n\n'
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + event)
+        await may_read.wait()
+        writer.close()
+
+    server = await asyncio.start_server(answer_early, "127.0.0.1", 0, limit=1 << 16)
+    gateway = await start_gateway(config(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    body = json.dumps(HELLO_STREAM | {"system": "x" * (16 << 20)}).encode()
+    client = await gateway.connect()
+    await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body))
+    await client.read_until(b"early")
+
+    held = gateway.gateway.memory.held
+    client.abort()
+    may_read.set()
+
+    assert held == len(body)
+    await idle(gateway)
+    server.close()
+
+
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 async def test_bodies_have_a_memory_that_no_key_can_fill(start_gateway, upstream, path):
     """

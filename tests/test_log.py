@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -240,3 +241,37 @@ def test_many_addresses_take_neither_memory_nor_the_log(clock, caplog):
     assert len(refusals._logged) == 0
     assert len(logged(caplog, "2001:db8")) == 100
     assert logged(caplog, "more") == ["9900 more requests were refused with 401 in the last minute"]
+
+
+def test_a_process_without_standard_streams_has_the_null_device_for_them():
+    """
+    Without it the next socket gets the number of stderr, and log lines went to stdout, where a full pipe stopped all.
+    """
+    script = (
+        "import os\n"
+        "os.close(0)\nos.close(2)\n"
+        "import gateway, sys\n"
+        "sys.stdin = sys.stderr = None\n"
+        "gateway.open_missing_streams()\n"
+        "print('into nothing', file=sys.stderr)\n"
+        "print(os.readlink('/proc/self/fd/0'), os.readlink('/proc/self/fd/2'), sys.stdin.read() == '')\n"
+    )
+
+    out = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(g.__file__), stdout=subprocess.PIPE)
+
+    assert out.stdout.decode().split() == ["/dev/null", "/dev/null", "True"]
+
+
+def test_malformed_requests_do_not_fill_the_log(tmp_path, processes):  # noqa: F811
+    """
+    A bad Host is Tornado's to refuse, which wrote a line for each: 27 MB of log a second, without any key.
+    """
+    processes.append(Process(tmp_path))
+
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", processes[0].port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nhost: a b\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 400")
+    code, log = processes[0].end()
+
+    assert code == 0 and "Malformed" not in log

@@ -424,6 +424,8 @@ async def test_a_head_is_measured_by_itself_however_much_of_the_body_comes_with_
 
 CALL = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
 LOGS = request_bytes("POST", "/api/event_logging/batch", {"transfer-encoding": "chunked"})
+CHUNKED_CALL = request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "transfer-encoding": "chunked"})
+OTHER_KEY = "sk-proxy-zyxwvutsrqponmlkjihgfedcba9876543"
 REFUSED = request_bytes("POST", "/v1/messages", {"x-api-key": "wrong", "transfer-encoding": "chunked"})
 
 
@@ -546,7 +548,7 @@ async def test_a_connection_of_tornados_that_has_shown_a_good_key_is_no_stranger
     assert isinstance(handed, g.HandedStream) and handed in gateway.door.connections
     asking.abort()
     await until(lambda: handed not in gateway.door.connections)
-    assert not gateway.door._by_key
+    assert not gateway.door._of_key
 
 
 async def test_the_oldest_connection_without_a_key_makes_room_for_a_new_one(start_gateway, upstream):
@@ -570,7 +572,7 @@ async def test_the_oldest_connection_without_a_key_makes_room_for_a_new_one(star
     assert gateway.gateway.metrics.connections_refused == {"oldest": 1}
 
 
-@pytest.mark.logs("connections refused since the start: 1 because all are in use with good keys; 2 of 2 are open")
+@pytest.mark.logs("connections refused since the start: 1 because all are being answered; 2 of 2 are open")
 async def test_where_all_connections_are_in_use_a_new_one_is_closed(start_gateway, upstream):
     """
     A stream that runs is not given up for a stranger. The log says so, at most once a minute.
@@ -586,6 +588,46 @@ async def test_where_all_connections_are_in_use_a_new_one_is_closed(start_gatewa
     assert await late.is_closed()
     gateway.tick()
     gateway.tick()
+
+
+async def test_one_keys_unfinished_bodies_keep_nobody_out(start_gateway, upstream):
+    """
+    290 of them took all the places, and everybody else was reset for a minute, /health included.
+    """
+    upstream.script = hello_json()
+    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=6)
+    unfinished = []
+    for count in range(1, 7):
+        unfinished.append(await gateway.connect())
+        await unfinished[-1].send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "100"}))
+        await until(lambda count=count: len(gateway.door._of_key.get("alice", ())) == count)
+
+    health = await gateway.get("/health")
+    bob = await gateway.post("/v1/messages", HELLO, token=OTHER_KEY)
+
+    assert (health.status, bob.status) == (200, 200)
+    assert gateway.gateway.metrics.connections_refused == {"key": 1}
+    assert await unfinished[-1].is_closed()
+    assert len(gateway.door._of_key["alice"]) == 5
+
+
+@pytest.mark.parametrize(
+    "head", [LOGS, request_bytes("GET", "/health", {"transfer-encoding": "chunked"}), CHUNKED_CALL]
+)
+async def test_a_body_that_is_mostly_framing_is_refused(gateway, head):
+    """
+    A chunk costs a call of Python: 40 connections with bodies in chunks of one byte stopped the loop for 4 s.
+    """
+    connection = await gateway.connect()
+    await connection.send(head)
+
+    with contextlib.suppress(ConnectionError):
+        for _ in range(100):
+            await connection.send(b"1\r\nx\r\n" * 1000)
+    reply = await connection.answer()
+
+    assert reply.status == 400 and "framing" in reply.error["message"]
 
 
 async def test_one_keys_idle_connections_do_not_fill_the_place(start_gateway, upstream):

@@ -594,6 +594,20 @@ def test_a_connection_whose_request_is_not_all_sent_is_not_kept():
     assert not peer.connection.is_open
 
 
+def test_a_request_is_sent_when_nothing_of_it_is_in_memory_any_more():
+    """
+    Some upstreams answer before they have read the body: until then its memory is not given back.
+    """
+    peer = Peer()
+    peer.ask()
+    peer.transport.unsent = 5
+    before = peer.connection.is_sent
+
+    peer.transport.unsent = 0
+
+    assert (before, peer.connection.is_sent) == (False, True)
+
+
 def test_an_idle_connection_that_the_peer_closes_is_given_up_in_silence():
     """
     The pool hears of it; there is no listener left to hear of it.
