@@ -4033,12 +4033,24 @@ class WaitQueue(Generic[W]):
         """Whose turn it is."""
         return next(iter(next(iter(self._by_key.values()))))
 
+    def firsts(self) -> Iterator[W]:
+        """The first call of each key whose wait has not ended, in the order of their turns."""
+        for waiters in self._by_key.values():
+            for waiter in waiters:
+                if not waiter.turn.done():
+                    yield waiter
+                    break
+
     def pop(self) -> W:
         """Take out whose turn it is; its key's next turn comes after those of the others."""
         waiter = self.first()
+        self.pop_out_of_turn(waiter)
+        return waiter
+
+    def pop_out_of_turn(self, waiter: W) -> None:
+        """Take one out to serve it, though another key may be before it; its key's next turn comes last."""
         self._by_key.move_to_end(waiter.call.key.name)
         self.remove(waiter)
-        return waiter
 
     def remove(self, waiter: W) -> None:
         """Take one out, wherever it stands, if it is still there."""
@@ -6833,6 +6845,10 @@ class Choice(NamedTuple):
         limit = self.upstream.max_concurrent
         return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
 
+    def is_left_alone_for(self, user: str) -> bool:
+        """Whether it, or its upstream, is left alone for this user only."""
+        return user in (self.health.lone_user, self.key_health.lone_user)
+
     def ready_in(self, now: float, user: str) -> float:
         """In how many seconds that may be so at the earliest, as far as is known."""
         return max(self.health.ready_in(now, user), self.key_health.ready_in(now, user))
@@ -6895,7 +6911,8 @@ class Seeker(Waiter[Ticket | None]):
         super().__init__(call, until)
         self.tried = tried
         self.not_before = not_before
-        # Whom it may be sent to: where one that wants the same finds nobody ready, so does this one.
+        # Whom it may be sent to. Two calls that want the same find the same ready, but for what is left alone for one
+        # user only (`Upstreams._serve_next`).
         upstreams = tuple(serving.upstream for serving in call.servings)
         self.wanted: Wanted = upstreams, call.route.kind == "count_tokens", frozenset(tried)
 
@@ -7066,7 +7083,7 @@ class Upstreams:
         return choices[0].upstream.name, choices[0].key_health.why
 
     def wake(self) -> None:
-        """Give what is free to those who wait: to the first of each queue, the queues in turn, while there is any."""
+        """Give what is free to those who wait: to one call of each queue, the queues in turn, while there is any."""
         if not (self._queues or self._later):
             return
         now = self._clock.monotonic()
@@ -7076,15 +7093,28 @@ class Upstreams:
         while queues:
             wanted = queues.popleft()
             queue = self._queues[wanted]
-            while queue and queue.first().turn.done():  # its client has left
-                queue.pop()
-            ticket = self.take(queue.first().call, queue.first().tried) if queue else None
-            if ticket:
-                queue.pop().end(ticket)
+            if self._serve_next(queue):
                 queues.append(wanted)
                 self._queues.move_to_end(wanted)
             elif not queue:
                 del self._queues[wanted]
+
+    def _serve_next(self, queue: WaitQueue[Seeker]) -> bool:
+        """Give a ticket to the call of a queue whose turn it is; False where none can have one.
+
+        A key for which alone an upstream is left alone is passed over and keeps its turn. There are no more of these
+        than upstreams and API keys. Any other key may use all that they may, so if one finds nothing, none would.
+        """
+        for seeker in queue.firsts():
+            ticket = self.take(seeker.call, seeker.tried)
+            if ticket:
+                queue.pop_out_of_turn(seeker)
+                seeker.end(ticket)
+                return True
+            user = seeker.call.key.name
+            if not any(choice.is_left_alone_for(user) for choice in self.choices_of(seeker.call)):
+                return False
+        return False
 
     def check(self) -> None:
         """Give what has cooled down to those who wait, and end the waits that have lasted long enough."""

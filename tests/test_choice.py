@@ -1267,6 +1267,73 @@ async def test_a_freed_upstream_costs_the_same_however_many_wait():
     assert found[1] <= found[0]
 
 
+def trip_for(world: World, user: str) -> None:
+    """Calls of one user fail until the upstream is left alone for that user."""
+    for _ in range(3):
+        with world.take(user=user) as ticket:
+            world.upstreams.failed(ticket, "500")
+        world.clock.advance(5)
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("has_left", [False, True])
+async def test_a_user_for_whom_an_upstream_is_left_alone_holds_up_no_other_users_waiting_call(has_left):
+    """
+    All slots are taken and the failing user's call waits first: the next free slot is for the call behind it, past one
+    whose client has just left. The call that was passed over keeps its turn until the cooldown ends.
+    """
+    world = World({"a": "max_connections: 2"})
+    trip_for(world, "mallory")
+    ticket, other = world.take(), world.take()
+    passed_over, _ = world.waiting(world.call_of("mallory"))
+    await begun(world, 1)
+    first, leave = world.waiting(world.call_of("bob"))
+    second, _ = world.waiting(world.call_of("bob"))
+    await begun(world, 3)
+
+    if has_left:
+        leave.set_result(None)
+        await asyncio.sleep(0)  # it is told so, and still stands in the queue
+    assert world.upstreams.waiting == 3
+    ticket.__exit__()
+    behind = second if has_left else first
+    await until(behind.done)
+    served, is_held = await behind, not passed_over.done()
+    world.clock.advance(10)
+    served.__exit__()
+    trial = await passed_over
+    trial.__exit__()
+    other.__exit__()
+    rest = await (first if has_left else second)
+
+    assert is_held and served.call.key.name == "bob"
+    assert trial.call.key.name == "mallory"
+    assert (rest is None) == has_left
+    world.upstreams.close()
+
+
+@pytest.mark.logs("is left alone")
+async def test_passing_over_a_user_costs_the_same_however_many_wait():
+    """
+    With no slot free, or one, and the failing user's call first: at most one more call is looked at.
+    """
+    found = []
+    for count in (10, 2000):
+        world = World({"a": "max_connections: 2"}, pace=g.Pace(waiting_calls=5000))
+        trip_for(world, "mallory")
+        ticket, other = world.take(), world.take()
+        tasks = [world.waiting(world.call_of(user))[0] for user in ["mallory", *(f"user {i}" for i in range(count))]]
+        await begun(world, count + 1)
+        full = calls_made(world.upstreams.wake)
+        found.append((full, calls_made(ticket.__exit__)))
+        assert world.upstreams.waiting == count
+        world.upstreams.close()
+        await asyncio.gather(*tasks)
+        other.__exit__()
+
+    assert found[1] == found[0]
+
+
 async def test_a_wait_ends_at_its_deadline():
     """
     The clock's next look after it ends the wait with nothing; not one before.
