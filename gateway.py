@@ -6812,8 +6812,8 @@ class Health:
         return seen[len(seen) // 2] if len(seen) >= CALLS_TO_JUDGE else None
 
     def state(self, now: float) -> str:
-        """In a word, for people."""
-        if self.cooling_until:
+        """In a word, for people: how it stands for all but the one user it may be left alone for."""
+        if self.cooling_until and not self.lone_user:
             return "cooling" if now < self.cooling_until else "half_open"
         return "slow" if any(now < until for until in self.slow_until.values()) else "ok"
 
@@ -7078,8 +7078,11 @@ class Upstreams:
     def refused(self, call: Call) -> tuple[str, str] | None:
         """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
         choices = list(self.choices_of(call))
-        if not all(choice.key_health.cooling_until and choice.key_health.why in REFUSED_KEY for choice in choices):
-            return None
+        for choice in choices:
+            health = choice.key_health
+            is_for_another = health.lone_user not in ("", call.key.name)
+            if not health.cooling_until or is_for_another or health.why not in REFUSED_KEY:
+                return None
         return choices[0].upstream.name, choices[0].key_health.why
 
     def wake(self) -> None:
@@ -7243,11 +7246,13 @@ class Upstreams:
 
     def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float, lone_user: str = "") -> None:
         health.cool_down(seconds, case, self._clock, lone_user)
+        whose = f"the calls of {lone_user} only, for " if lone_user else ""
         if case in REFUSED_KEY:
             log.error(
-                "upstream %s: its API key is left alone for %.0f m: %s, %s. Put a good one into the config; "
+                "upstream %s: its API key is left alone for %s%.0f m: %s, %s. Put a good one into the config; "
                 "when it is good again: %s upstream reset %s",
                 choice,
+                whose,
                 seconds / 60,
                 case,
                 VERDICT_MEANINGS[case].partition(":")[0],
@@ -7255,7 +7260,8 @@ class Upstreams:
                 choice.upstream.name,
             )
         else:
-            log.warning("upstream %s is left alone for %.1f s: %s, %d in a row", choice, seconds, case, health.failures)
+            text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
+            log.warning(text, choice, whose, seconds, case, health.failures)
 
     def _judge_speed(self, ticket: Ticket, first_byte_s: float) -> None:
         """Demote an upstream whose first bytes come far later than those of its peers."""
@@ -7328,6 +7334,8 @@ class Upstreams:
         told: dict[str, Any] = {"state": state, "running": health.running, "failures": health.failures}
         if health.cooling_until:
             told |= {"why": health.why, "since": utc_time(health.since), "until": utc_time(health.until)}
+        if health.lone_user:  # not whose: /health names no users
+            told["for_one_user"] = True
         return told
 
     def close(self) -> None:
@@ -8748,7 +8756,7 @@ class Scrape(NamedTuple):
         )
         yield Series(
             "upstream_cooldown_seconds",
-            "For how long it is still left alone.",
+            "For how long it is still left alone; also where that is for one user only, and its state is ok.",
             labels,
             [(place, max(0.0, health.cooling_until - now)) for place, health in healths.items()],
         )

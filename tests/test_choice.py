@@ -1312,6 +1312,21 @@ async def test_a_user_for_whom_an_upstream_is_left_alone_holds_up_no_other_users
     world.upstreams.close()
 
 
+@pytest.mark.logs("its API key is left alone for the calls of mallory only, for 30 m: 401")
+def test_only_the_user_for_whom_an_api_key_is_left_alone_is_told_that_it_is_refused():
+    """
+    Whoever else finds nobody ready has another reason.
+    """
+    world = World({"a": ""})
+    for _ in range(3):
+        with world.take(user="mallory") as ticket:
+            world.upstreams.failed(ticket, "401")
+        world.clock.advance(5)
+
+    assert world.upstreams.refused(world.call_of("mallory")) == ("a", "401")
+    assert world.upstreams.refused(world.call_of("bob")) is None
+
+
 @pytest.mark.logs("is left alone")
 async def test_passing_over_a_user_costs_the_same_however_many_wait():
     """

@@ -1117,6 +1117,26 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
+@pytest.mark.logs("upstream a is left alone for the calls of alice only, for")
+async def test_an_upstream_left_alone_for_one_user_is_ok_for_the_operator(start_gateway, upstreams):
+    """
+    /health says so, without the user's name, and /metrics has it as ok, with its cooldown; the log names the user.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
+    upstreams["a"].script = FAULTS["500"]
+    for _ in range(3):
+        await gateway.post("/v1/messages", HELLO)
+        gateway.clock.advance(5)
+
+    standing = (await gateway.get("/health")).json["upstreams"][0]
+    metrics = (await gateway.get("/metrics")).body.decode()
+
+    assert (standing["state"], standing["for_one_user"], standing["why"]) == ("ok", True, "500")
+    assert "for_one_user" not in standing["keys"][0] and "alice" not in str(standing)
+    assert 'claude_gateway_upstream_state{key="",state="ok",upstream="a"} 1.0' in metrics
+    assert 'claude_gateway_upstream_cooldown_seconds{key="",upstream="a"} 0.0' not in metrics
+
+
 @pytest.mark.logs("is left alone for")
 @pytest.mark.logs("no answer, attempts 1")
 async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_gateway, upstreams):
