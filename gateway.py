@@ -1628,9 +1628,14 @@ def parse_verdicts(value: object) -> VerdictTable:
     """Overrides of the table of verdicts: `{404: {next: false}, 5xx: {cooldown: 1m}}`."""
     if not isinstance(value, dict):
         raise ValueError("expected cases such as {404: {next: false}, 5xx: {cooldown: 1m}}")
-    for case in value:
-        if isinstance(value[case], dict) and value[case].get("next") and case == "mid_stream":
+    for case, said in value.items():
+        if isinstance(said, dict) and said.get("next") and case == "mid_stream":
             raise Misplaced([case, "next"], "bytes are out: nobody else can be asked")
+        if isinstance(said, dict) and case == "own_trouble":
+            for name in ("blame", "cooldown", "pass"):
+                if name in said:
+                    message = "what this gateway lacks is no upstream's fault: only `next` can be set"
+                    raise Misplaced([case, name], message)
         if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
             raise Misplaced([case], f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
     table = VerdictTable()

@@ -2044,6 +2044,7 @@ def verdict(overrides: str, case: str) -> g.Verdict:
         ("429: {cooldown: 0s}", "429", g.Verdict(True, "key", 0.0, True)),
         ("cut: {next: false, blame: key, cooldown: 5s, pass: true}", "cut", g.Verdict(False, "key", 5.0, True)),
         ("404: {}", "404", g.Verdict(True, "none", 0.0, True)),
+        ("own_trouble: {next: false}", "own_trouble", g.Verdict(False, "none", 0.0, False)),
     ],
 )
 def test_verdicts_are_overridden_field_by_field(overrides, case, expected):
@@ -2066,6 +2067,9 @@ def test_verdicts_are_overridden_field_by_field(overrides, case, expected):
         ("404: {cooldown: soon}", "verdicts.404.cooldown: expected something like 10s, got 'soon'"),
         ("404: {next: 7}", "verdicts.404.next: Expected `bool"),
         ("404: no", "verdicts.404: Expected `object`"),
+        ("own_trouble: {blame: key}", "verdicts.own_trouble.blame: what this gateway lacks is no upstream's fault:"),
+        ("own_trouble: {next: true, cooldown: 1m}", "verdicts.own_trouble.cooldown: what this gateway lacks is no"),
+        ("own_trouble: {pass: true}", "verdicts.own_trouble.pass: what this gateway lacks is no upstream's fault:"),
     ],
 )
 def test_a_wrong_override_is_told_with_its_line_and_place(clock, case, problem):
