@@ -4557,6 +4557,7 @@ NOT_DOWNSTREAM_STARTS = (
     *(b"anthropic-ratelimit-", b"x-ratelimit-", b"ratelimit-", b"x-rate-limit-", b"x-openai-", b"chatgpt-account"),
     *(b"anthropic-organization", b"anthropic-workspace", b"openai-organization", b"openai-project"),
     *(b"x-codex-primary-", b"x-codex-secondary-", b"x-codex-credits-"),
+    *(b"anthropic-priority-", b"anthropic-fast-", b"llm_provider-", b"x-litellm-", b"x-goog-"),
 )
 MAX_HEADER_NAME = 100  # bytes; what has a longer name is neither sent up nor down, and takes no place in a cache
 
@@ -4892,7 +4893,12 @@ SAMPLES, SAMPLE_SIZE = 32, 256
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
 IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels (platform.claude.com/docs, "Vision")
-DOCUMENT_TOKENS = 250_000  # of a large PDF: a quarter of the largest context, whatever its pages hold
+DOCUMENT_TOKENS = 250_000  # of a PDF whose pages cannot be counted: a quarter of the largest context
+MOST_PDF_TOKENS = 1_000_000  # of a PDF whose pages can be: the largest context
+PAGE_TOKENS = 4_500  # of a PDF's page: 1,500 to 3,000 of text, and its image
+MAX_COUNTED_PDF = 4 << 20  # bytes of base64 in which pages are looked for, 5 ms
+PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
+PDF_PACKED = b"/ObjStm"  # objects, pages perhaps, that are compressed together
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
 MIN_ATTACHMENT = 1024  # bytes of base64; what is smaller counts as text
 MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
@@ -4929,12 +4935,12 @@ class Attached(msgspec.Struct, gc=False):
 # By a block's type: the field with the attachment, that field's own with the base64, and the most that it costs.
 ATTACHMENTS = {
     "image": ("source", "data", IMAGE_TOKENS),
-    "document": ("source", "data", DOCUMENT_TOKENS),
+    "document": ("source", "data", MOST_PDF_TOKENS),
     "image_url": ("image_url", "url", IMAGE_TOKENS),
     "input_image": ("image_url", "", IMAGE_TOKENS),
     "computer_screenshot": ("image_url", "", IMAGE_TOKENS),
-    "file": ("file", "file_data", DOCUMENT_TOKENS),
-    "input_file": ("file_data", "", DOCUMENT_TOKENS),  # a data: URL, as its API has it
+    "file": ("file", "file_data", MOST_PDF_TOKENS),
+    "input_file": ("file_data", "", MOST_PDF_TOKENS),  # a data: URL, as its API has it
 }
 # By type ("" is a message): the field with further blocks.
 NESTED = {
@@ -4973,6 +4979,24 @@ def image_size(start: bytes) -> tuple[int, int] | None:
     return jpeg_size(start) if start[:2] == b"\xff\xd8" else None
 
 
+def estimate_pdf(text: bytes) -> int:
+    """The tokens of a PDF in base64: by its pages where they can be counted, else those of a large one.
+
+    Its size says nothing: 600 pages that share one content are 57 KB, and 6 KB with compressed objects, in which no
+    page can be seen. A page is read as text and as an image (platform.claude.com/docs, "PDF support").
+    """
+    if len(text) > MAX_COUNTED_PDF:
+        return DOCUMENT_TOKENS
+    try:
+        pdf = base64.b64decode(text.replace(b"\\/", b"/"), validate=True)
+    except ValueError:
+        return DOCUMENT_TOKENS
+    pages = len(PDF_PAGE.findall(pdf))
+    if not pages or PDF_PACKED in pdf:
+        return DOCUMENT_TOKENS
+    return max(min(pages * PAGE_TOKENS, MOST_PDF_TOKENS), min(len(text) // 4, DOCUMENT_TOKENS))
+
+
 def estimate_attachment(text: bytes) -> int | None:
     """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
     if text.startswith(b"data:"):
@@ -4986,13 +5010,16 @@ def estimate_attachment(text: bytes) -> int | None:
     except ValueError:
         return None
     if start.startswith(b"%PDF-"):
-        return min(DOCUMENT_TOKENS, len(text) // 4)
+        return estimate_pdf(text)
     if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
         return None
     width, height = image_size(start) or (IMAGE_TOKENS, 750)
     if len(text) // 4 * 3 > width * height * 8 + (64 << 10):  # more bytes than pixels can have: its size is a lie
         return IMAGE_TOKENS
     return min(IMAGE_TOKENS, width * height // 750 + 1)  # 750 pixels a token
+
+
+ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
 
 
 def attached_base64(value: Raw, inner: str) -> bytes:
@@ -5002,8 +5029,8 @@ def attached_base64(value: Raw, inner: str) -> bytes:
             source = msgspec.json.decode(value, type=Attached)
         except UNREADABLE:
             return b""
-        if has_value(source.type, b'"text"') or has_value(source.type, b'"content"'):
-            return b'""'  # a document in plain text: it counts as such
+        if inner == "data" and decode_short(source.type, str, "") not in ELSEWHERE_OR_BASE64:
+            return b'""'  # a document in plain text, or what is no attachment: it counts as text
         value = getattr(source, inner)
     text = b"" if value is msgspec.UNSET else bytes(value)
     is_url = inner in ("", "url") and not text.startswith(b'"data:')
@@ -5068,6 +5095,22 @@ def estimate_input(body: bytes, conversation: Raw, kind: str) -> int:
     return tokens + math.ceil(text_bytes * token_rate(body, has_attachments))
 
 
+def read_most(value: Raw) -> float:
+    """A count that a request allows; infinite where it is no number that all servers read alike, such as "8000"."""
+    count = decode_short(value, int, -1)
+    return count if count >= 0 else math.inf
+
+
+MOST_ANSWERS = 128  # that OpenAI's API gives to one request
+
+
+def read_answers(value: Raw) -> int:
+    """How many answers a chat request asks for with `n`; the most where that is no plain number."""
+    if value is msgspec.UNSET or has_value(value, b"null"):
+        return 1
+    return max(1, decode_short(value, int, MOST_ANSWERS))
+
+
 def max_output(route: Route, peek: RequestPeek) -> float:
     """The output tokens that a request allows, by the field that its route has; infinite if that says nothing.
 
@@ -5079,11 +5122,11 @@ def max_output(route: Route, peek: RequestPeek) -> float:
     if route.kind == "responses":
         said, answers = [peek.max_output_tokens], 1
     elif route.kind == "chat":
-        said, answers = [peek.max_completion_tokens, peek.max_tokens], max(1, decode_short(peek.n, int, 1))
+        said, answers = [peek.max_completion_tokens, peek.max_tokens], read_answers(peek.n)
     else:
         said, answers = [peek.max_tokens], 1
-    counts = [decode_short(value, int, -1) for value in said if value is not msgspec.UNSET]
-    return max((count * answers for count in counts if count >= 0), default=math.inf)
+    counts = [read_most(value) for value in said if value is not msgspec.UNSET and not has_value(value, b"null")]
+    return max((count * answers for count in counts), default=math.inf)
 
 
 def premium_word(raw: Raw) -> str:
@@ -5116,7 +5159,10 @@ def with_usage(body: bytes) -> bytes:
         spans = {name: start for name, start, _ in walk_fields(body, fields)}
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
-    changed = decode_short(options, dict[str, msgspec.Raw], {}) | {"include_usage": msgspec.Raw(b"true")}
+    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
+    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
+    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
+    changed["include_usage"] = msgspec.Raw(b"true")
     start = spans["stream_options"]
     return body[:start] + ENCODER.encode(changed) + body[start + len(options) :]
 
@@ -9736,6 +9782,7 @@ class ClientConnection(asyncio.Protocol):
         return None
 
     def on_message_complete(self) -> None:
+        self._owes_continue = False  # the body came unasked
         if self._state is State.LEAVING:
             self.transport.close()
         if self._state is not State.BODY:

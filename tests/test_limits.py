@@ -472,15 +472,43 @@ def test_text_is_never_an_image(name):
     assert estimate_of(body) >= (len(body) / 4 if BEHIND_A_PNG[name] else g.IMAGE_TOKENS)
 
 
-def test_a_document_counts_by_its_bytes_up_to_a_quarter_of_the_largest_context():
+def pdf(pages: int, objects: bytes = b"") -> str:
+    """As much of a PDF as its estimate looks at, in base64."""
+    page = b"<< /Type /Page /Parent 1 0 R >>\n"
+    return base64.b64encode(b"%PDF-1.7\n" + b"%" * g.MIN_ATTACHMENT + page * pages + objects).decode()
+
+
+@pytest.mark.parametrize(
+    ("document", "tokens"),
+    [
+        (pdf(3), 13_500),
+        (pdf(200), 900_000),
+        (pdf(600), 1_000_000),
+        (pdf(0, b"/Type /ObjStm"), 250_000),
+        (pdf(1, b"/Type /ObjStm"), 250_000),
+        (pdf(0, b"\x01" * 30_000), 250_000),
+        (pdf(2, b"\x01" * 4_000_000), 250_000),
+    ],
+    ids=["three", "many", "more than a context", "packed", "partly packed", "none to be seen", "large"],
+)
+def test_a_pdf_counts_by_its_pages(document, tokens):
     """
-    What the pages of a PDF hold is compressed: there is no rule by bytes, but no call has more than the context.
+    600 pages that share one content are 57 KB, and cost up to 2 million tokens: 50 such calls were $225 on $1 a day.
     """
     block = WRAPPED["anthropic"][1].replace('"image"', '"document"')
-    small, large = (base64.b64encode(b"%PDF-1.7\n" + b"\x01" * size).decode() for size in (30_000, 3_000_000))
 
-    assert estimate_of(request_with("messages", block % small)) == pytest.approx(10_000, abs=500)
-    assert estimate_of(request_with("messages", block % large)) == pytest.approx(250_000, abs=100)
+    assert estimate_of(request_with("messages", block % document)) == pytest.approx(tokens, abs=500)
+
+
+@pytest.mark.parametrize("kind", ['"text"', '"te\\u0078t"', '"content"', '"unknown"', "5"])
+def test_text_that_begins_as_an_image_does_is_text_however_its_type_is_written(kind):
+    """
+    A text document of the type "te\\u0078t" counted as the image that its text began with: $35 on $1 a day.
+    """
+    text = (base64.b64encode(PNG + struct.pack(">II", 100, 100) + b"\0") + b"QUJD" * 250_000).decode()
+    block = f'{{"type":"document","source":{{"type":{kind},"media_type":"text/plain","data":"{text}"}}}}'
+
+    assert estimate_of(request_with("messages", block)) > len(text) // 4
 
 
 @pytest.mark.parametrize(
@@ -560,6 +588,11 @@ OUTPUTS = [
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 5}, 5),
     ("/v1/chat/completions", {"max_completion_tokens": 5, "n": 3}, 15),
     ("/v1/chat/completions", {"max_tokens": 5, "n": -3}, 5),
+    ("/v1/chat/completions", {"max_tokens": 5, "n": None}, 5),
+    ("/v1/chat/completions", {"max_tokens": 5, "n": "8"}, 5 * 128),
+    ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": "8000"}, math.inf),
+    ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 0.5}, math.inf),
+    ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": None}, 1),
     ("/v1/responses", {"max_tokens": 1, "max_output_tokens": 7, "n": 3}, 7),
     ("/v1/responses", {"max_tokens": 1}, math.inf),
     ("/v1/embeddings", {"max_tokens": 1}, 0),

@@ -861,6 +861,10 @@ ASKED = [
         b'{"x": [1 ,2], "stream_options" : {"include_usage":true,"other":false} , "model": "\\u00e9"}',
     ),
     (b'{"stream_options":null,"model":"m"}', b'{"stream_options":{"include_usage":true},"model":"m"}'),
+    (
+        b'{"stream_options":{"include_usage":true,"Include_Usage":false,"x":1},"model":"m"}',
+        b'{"stream_options":{"include_usage":true,"x":1},"model":"m"}',
+    ),
     (b'{"model":"m","stream_options":{}}', b'{"model":"m","stream_options":{"include_usage":true}}'),
     (b'{"stream\\u005foptions":{},"model":"m"}', b'{"stream\\u005foptions":{"include_usage":true},"model":"m"}'),
     (
