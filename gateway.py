@@ -391,6 +391,11 @@ class Call:
         self.premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
         self.includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
 
+    @property
+    def reserved_output(self) -> float:
+        """How many output tokens are reserved for it where its limits allow that."""
+        return min(self.max_output, self.config.limits.reserve_output)
+
     def let_go(self) -> None:
         """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
         self.body, self.headers, self.named = b"", [], {}
@@ -1220,6 +1225,7 @@ VERDICTS = {
     "cut": Verdict(True, "upstream"),
     "not_http": Verdict(True, "upstream"),
     "unexpected": Verdict(True, "upstream"),
+    "unmetered": Verdict(False, "upstream"),  # it is paid for, and the next one would be written the same way
     "mid_stream": Verdict(False, "upstream"),  # bytes are out: never twice
     "401": Verdict(True, "key", 1800.0),
     "402": Verdict(True, "key", 1800.0),
@@ -1238,6 +1244,7 @@ VERDICT_MEANINGS = {
     "cut": "the answer ended before its first content",
     "not_http": "what came is not HTTP",
     "unexpected": "HTML, a redirect, an empty answer",
+    "unmetered": "an answer that is compressed, or has a status like 201: paid for, but not to be read",
     "mid_stream": "the answer broke off after its first content",
     "401": "the upstream refuses our API key: left alone when that is sure, and told as an error in the log",
     "402": "its account has no credit (also a 400 whose message begins so): left alone when that is sure",
@@ -4443,7 +4450,7 @@ class Limits:
             "tokens": math.ceil(input_tokens * weights.input),
             "usd": math.ceil(input_tokens * price.input * 1e3),
         }
-        output: float = min(call.max_output, config.limits.reserve_output)
+        output = call.reserved_output
         for budget, scope in reservation.scopes:
             for limit in budget.limits:
                 if limit.unit == "requests":
@@ -5413,16 +5420,18 @@ class EventReader:
     A chunk may end anywhere, even inside a UTF-8 character; the rest waits for the next call.
     """
 
-    MAX_EVENT = 8 << 20  # bytes; a longer event is dropped and `overflowed` says so
+    MAX_EVENT = 8 << 20  # bytes; a longer event is dropped, and `dropped` says how it began
+    MAX_START = 256  # bytes of that: its name, and the type that its JSON begins with
 
-    __slots__ = ("_dropping", "_first", "_rest", "_skip_newline", "overflowed")
+    __slots__ = ("_dropping", "_first", "_rest", "_skip_newline", "_start", "dropped")
 
     def __init__(self) -> None:
         self._rest = b""
         self._first = True  # a byte order mark may stand before the first event
         self._skip_newline = False
-        self._dropping = False  # in the middle of an event that is too long
-        self.overflowed = False
+        self._dropping = False  # in the middle of an event that is too long …
+        self._start = b""  # … and began so
+        self.dropped: list[bytes] = []  # the start of each that was too long, once it has come to its end
 
     @property
     def between_events(self) -> bool:
@@ -5438,16 +5447,20 @@ class EventReader:
         blocks = text.split(b"\n\n")
         self._rest = blocks.pop()
         if blocks and (self._first or self._dropping):
+            if self._dropping:
+                self.dropped.append(self._start)
             blocks[0] = b"" if self._dropping else blocks[0].removeprefix(b"\xef\xbb\xbf")
             self._first = self._dropping = False
         if len(self._rest) > self.MAX_EVENT + 1:  # with the newline that may be half of its end
-            self._dropping = self.overflowed = True
+            if not self._dropping:
+                self._start = self._rest[: self.MAX_START]
+            self._dropping = True
             self._rest = self._rest[-1:]
         return [data for block in blocks if (data := self._data(block))]
 
     def _data(self, block: bytes) -> bytes:
         if len(block) > self.MAX_EVENT:
-            self.overflowed = True
+            self.dropped.append(block[: self.MAX_START])
             return b""
         return event_data(block)
 
@@ -5505,23 +5518,26 @@ class AnthropicUsage(msgspec.Struct):
     speed: msgspec.Raw = NOT_SAID
     service_tier: msgspec.Raw = NOT_SAID
     inference_geo: msgspec.Raw = NOT_SAID
-    type: str = ""  # of an iteration
+    type: str | None = None  # of an iteration
     model: str | None = None
 
     def read_into(self, counts: Tokens) -> None:
-        """Overwrite what is said here; counts are cumulative, never added. Raises AbsurdCount."""
-        if self.input_tokens is not None:
+        """Overwrite what is said here; counts are cumulative, never added. Raises AbsurdCount.
+
+        A zero replaces no count: there are servers that count at the start and write zeros at the end.
+        """
+        if self.input_tokens:
             counts.input_tokens = read_count(self.input_tokens)
-        if self.output_tokens is not None:
+        if self.output_tokens:
             counts.output_tokens = read_count(self.output_tokens)
-        if self.cache_read_input_tokens is not None:
+        if self.cache_read_input_tokens:
             counts.cache_read_tokens = read_count(self.cache_read_input_tokens)
         split = self.cache_creation
-        if split and split.ephemeral_1h_input_tokens is not None:
+        if split and split.ephemeral_1h_input_tokens:
             counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
-        if split and split.ephemeral_5m_input_tokens is not None:
+        if split and split.ephemeral_5m_input_tokens:
             counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
-        if self.cache_creation_input_tokens is not None:  # the final one has no split, and counts all the same
+        if self.cache_creation_input_tokens:  # the final one has no split, and counts all the same
             whole = read_count(self.cache_creation_input_tokens)
             counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
             counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
@@ -5533,6 +5549,44 @@ def decode_lenient(raw: msgspec.Raw, kind: type[Said], otherwise: Said) -> Said:
         with contextlib.suppress(*UNREADABLE):
             return msgspec.json.decode(raw, type=kind)
     return otherwise
+
+
+def decode_known(raw: bytes | msgspec.Raw, kind: Any) -> Any:
+    """A value of which one part has another shape than we know, without that part, however deep it stands.
+
+    So what is odd beside the usage does not hide it: of structs the other fields are read, of lists the other items.
+    Raises what decoding raises where nothing is known.
+    """
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.ValidationError:
+        for choice in (kind, *get_args(kind)):  # `list[Choice] | None`
+            if get_origin(choice) is list:
+                items = []
+                for item in msgspec.json.decode(raw, type=list[msgspec.Raw]):
+                    with contextlib.suppress(*UNREADABLE):
+                        items.append(decode_known(item, get_args(choice)[0]))
+                return items
+            if isinstance(choice, type) and issubclass(choice, msgspec.Struct):
+                parts, known = msgspec.json.decode(raw, type=dict[str, msgspec.Raw]), {}
+                for field in msgspec.structs.fields(choice):
+                    if field.encode_name in parts:
+                        with contextlib.suppress(*UNREADABLE):
+                            known[field.name] = decode_known(parts[field.encode_name], field.type)
+                return choice(**known)
+        raise
+
+
+def decode_items(raw: msgspec.Raw, kind: type[Said]) -> tuple[list[Said], bool]:
+    """The items of a list, and whether that is all of them: of an odd one there is what is known of it.
+
+    Where other servers have null or a number, there is nothing to be missed.
+    """
+    with contextlib.suppress(*UNREADABLE):
+        return msgspec.json.decode(raw, type=list[kind] | None) or [], True  # type: ignore[valid-type]
+    with contextlib.suppress(*UNREADABLE):
+        return decode_known(raw, list[kind]), False  # type: ignore[valid-type]
+    return [], not bytes(raw).startswith(b"{")
 
 
 def decode_pieces(raw: msgspec.Raw) -> dict[str, int]:
@@ -5571,8 +5625,8 @@ class Refusal(msgspec.Struct):
 class AnthropicMessage(msgspec.Struct):
     """`message` of message_start, or a whole non-stream answer."""
 
-    type: str = ""
-    model: str = ""
+    model: str | None = None
+    content: msgspec.Raw = NOT_SAID
     usage: AnthropicUsage | None = None
     error: ApiError | None = None
 
@@ -5580,7 +5634,7 @@ class AnthropicMessage(msgspec.Struct):
 class AnthropicEvent(msgspec.Struct):
     """One event of a Messages stream."""
 
-    type: str = ""
+    type: str | None = None
     message: AnthropicMessage | None = None
     delta: AnthropicDelta | None = None
     usage: AnthropicUsage | None = None
@@ -5612,6 +5666,7 @@ class OpenAIUsage(msgspec.Struct):
     input_tokens: Count | None = None
     output_tokens: Count | None = None
     input_tokens_details: OpenAIDetails | None = None
+    total_tokens: Any = None
 
 
 class ChatFunction(msgspec.Struct):
@@ -5655,7 +5710,8 @@ class ChatChoice(msgspec.Struct):
 class OpenAIAnswer(msgspec.Struct):
     """A non-stream answer, or the `response` of a responses event."""
 
-    model: str = ""
+    model: str | None = None
+    choices: msgspec.Raw = NOT_SAID
     status: msgspec.Raw = NOT_SAID  # of a response
     service_tier: msgspec.Raw = NOT_SAID
     output: msgspec.Raw = NOT_SAID
@@ -5667,8 +5723,8 @@ class OpenAIAnswer(msgspec.Struct):
 class ChatChunk(msgspec.Struct):
     """One event of a chat stream."""
 
-    model: str = ""
-    choices: list[ChatChoice] = []
+    model: str | None = None
+    choices: list[ChatChoice] | None = None
     usage: OpenAIUsage | None = None
     service_tier: msgspec.Raw = NOT_SAID
     error: ApiError | None = None
@@ -5677,7 +5733,7 @@ class ChatChunk(msgspec.Struct):
 class OutputItem(msgspec.Struct):
     """What a response consists of: messages, calls of hosted tools and others."""
 
-    type: str = ""
+    type: str | None = None
     status: msgspec.Raw = NOT_SAID
     action: msgspec.Raw = NOT_SAID
     container_id: msgspec.Raw = NOT_SAID
@@ -5712,7 +5768,7 @@ class ToolUsage(msgspec.Struct):
 class ResponsesEvent(msgspec.Struct):
     """One event of a responses stream. `delta` is text where the event is a text delta."""
 
-    type: str = ""
+    type: str | None = None
     response: OpenAIAnswer | None = None
     item: msgspec.Raw = NOT_SAID
     delta: Any = None
@@ -5728,20 +5784,29 @@ class Meter:
     """
 
     MAX_BODY = 8 << 20  # bytes of a non-stream answer that are kept for reading
+    EMPTY = 256  # bytes of the JSON around a text: an answer that has more than that has said something
+    EVENT_NAME = re.compile(rb'^(?:event: ?|data: ?\{\s*"type"\s*:\s*")([\w.]+)', re.MULTILINE)
+    TERMINAL: frozenset[str] = frozenset()  # the types of events that end a stream
 
+    event_type: type[msgspec.Struct] = AnthropicEvent
+    answer_type: type[msgspec.Struct] = AnthropicMessage
     decode_event: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicEvent).decode
     decode_answer: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicMessage).decode
     charged = True
     speaks = True  # an answer without counts has output all the same
 
     def __init__(self, call: Call) -> None:
-        self._estimate = call.input_estimate
+        self._call = call
         self._events: EventReader | None = None
         self._body: list[bytes] = []
         self._body_size = 0
         self._text_bytes = 0  # of content that passed, as UTF-8
         self.absurd = ""  # a count that nobody believes; then the whole usage is an estimate
-        self.seen_input = self._seen_output = False
+        self.seen_input = False
+        self._seen_output = False  # a count of the output stood in the usage, though it was zero …
+        self._has_output = False  # … and one that was not
+        self.is_unread = False  # of what came, a part is too large to be read, or written so that nobody here can
+        self._is_partial = False  # a list of what is billed has an item that could not be read
         self.has_content = False  # more than the events that only announce it
         self.counts = Tokens()
         self.extras: dict[str, float] = {}  # pieces by name
@@ -5773,8 +5838,30 @@ class Meter:
                 self.event(self.decode_event(data))
             except AbsurdCount as error:
                 self.absurd = str(error)
-            except UNREADABLE as error:
-                self.unreadable(data, isinstance(error, msgspec.ValidationError))
+            except msgspec.ValidationError:
+                self.odd(data)
+            except UNREADABLE:
+                self.unreadable(data, False)
+        if self._events.dropped:
+            self._pass_over(self._events.dropped)
+
+    def odd(self, data: bytes) -> None:
+        """Take in what is known of an event that has something of another shape than we know."""
+        try:
+            self.event(decode_known(data, self.event_type))
+            self.has_content = self.has_content or not self.error_type  # whatever it is, it is for the client
+        except AbsurdCount as error:
+            self.absurd = str(error)
+        except UNREADABLE:
+            self.unreadable(data, True)
+
+    def _pass_over(self, dropped: list[bytes]) -> None:
+        """Events that were too long to be read may have had the usage; and one of them may have been the last."""
+        self.is_unread = self.has_content = True
+        for start in dropped:
+            name = self.EVENT_NAME.search(start)
+            self.finished = self.finished or (name is not None and name[1].decode() in self.TERMINAL)
+        dropped.clear()
 
     def event(self, event: Any) -> None:
         """Take in one event; a format without streams has none."""
@@ -5785,10 +5872,16 @@ class Meter:
 
     def answer(self, answer: Any) -> None:
         """Take in a whole non-stream answer."""
-        self.model = answer.model
+        self.model = answer.model or ""
         self.read_error(answer.error)
         if answer.usage:
             self.usage(answer.usage)
+        if self._seen_output and not self._has_output and self._events is None:
+            self._text_bytes = max(0, len(bytes(self.said(answer))) - self.EMPTY)
+
+    def said(self, answer: Any) -> msgspec.Raw:
+        """The part of a whole answer that has its text."""
+        raise NotImplementedError
 
     def usage(self, usage: Any) -> None:
         """Overwrite what a usage object says; counts are cumulative, never added."""
@@ -5804,15 +5897,26 @@ class Meter:
         """The answer is whole."""
         if self._events is None:
             self.finished = True
-            try:
-                self.answer(self.decode_answer(b"".join(self._body)))
-            except AbsurdCount as error:
-                self.absurd = str(error)
-            except msgspec.ValidationError:
-                pass  # another shape than we know
-            except UNREADABLE:
-                self.is_broken = self._body_size <= self.MAX_BODY
+            self._read_body(b"".join(self._body))
         self._body.clear()
+
+    def _read_body(self, body: bytes) -> None:
+        try:
+            try:
+                self.answer(self.decode_answer(body))
+            except msgspec.ValidationError:
+                self.answer(decode_known(body, self.answer_type))
+        except AbsurdCount as error:
+            self.absurd = str(error)
+        except msgspec.ValidationError:
+            pass  # no object
+        except UNREADABLE:
+            self.is_broken = self._body_size <= self.MAX_BODY
+
+    def see_output(self, count: Count | None) -> None:
+        """Remember whether the usage has a count of the output."""
+        self._seen_output = self._seen_output or count is not None
+        self._has_output = self._has_output or bool(count)
 
     @property
     def did_work(self) -> bool:
@@ -5854,27 +5958,37 @@ class Meter:
         if self.absurd:
             return self.estimate()
         if not self.seen_input:
-            usage.input_tokens, usage.estimated = self._estimate, True
-        if not (self._seen_output and self.finished):
+            usage.input_tokens, usage.estimated = self._call.input_estimate, True
+        is_counted = self._has_output or (self._seen_output and not self._text_bytes)
+        if self.speaks and not (is_counted and self.finished):
             usage.output_tokens = max(usage.output_tokens, self._estimated_output())
+            usage.estimated = True
+        if self._is_partial:
             usage.estimated = True
         return usage
 
     def estimate(self) -> Usage:
         """The usage without anything that the upstream said of it."""
-        return Usage(input_tokens=self._estimate, output_tokens=self._estimated_output(), estimated=True)
+        output = self._estimated_output()
+        return Usage(input_tokens=self._call.input_estimate, output_tokens=output, estimated=True)
 
     def _estimated_output(self) -> int:
-        """By the content that passed; of a body that is no stream, by what was kept of it."""
+        """By the content that passed. What was not read is no text, but an image or a sound: as much as was reserved.
+
+        By its bytes, an image of 9 MB would be 2 million tokens; it has 6,000.
+        """
         if not self.speaks:
             return 0
-        return (self._text_bytes or min(self._body_size, self.MAX_BODY)) // 4
+        if self.is_unread or self._body_size > self.MAX_BODY:
+            return max(self._text_bytes // 4, int(self._call.reserved_output))
+        return (self._text_bytes or self._body_size) // 4
 
 
 class MessagesMeter(Meter):
     """Anthropic's Messages API."""
 
     MAX_SHARES = 32  # lines in a call's bill
+    TERMINAL = frozenset(("message_stop",))
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -5886,27 +6000,31 @@ class MessagesMeter(Meter):
             text = delta.text or delta.thinking or delta.partial_json or ""
             self._text_bytes += len(text) if text.isascii() else len(text.encode())
             self.has_content = True
-        elif event.message:
-            self.model = event.message.model
-            if event.message.usage:
-                self.usage(event.message.usage)
-        elif event.usage:
-            self.usage(event.usage)
-            self._seen_output = True
-        elif event.type == "message_stop":
-            self.finished = True
+        else:
+            self.finished = self.finished or event.type == "message_stop"
+            if event.message:
+                self.model = event.message.model or self.model
+                if event.message.usage:
+                    self.usage(event.message.usage)
+            if event.usage:
+                self.see_output(event.usage.output_tokens)
+                self.usage(event.usage)
         self.has_content = self.has_content or event.type not in ("message_start", "ping", "error")
         self.read_error(event.error)
 
     def answer(self, answer: AnthropicMessage) -> None:
+        self.see_output(answer.usage.output_tokens if answer.usage else None)
         super().answer(answer)
-        self._seen_output = answer.usage is not None
+
+    def said(self, answer: AnthropicMessage) -> msgspec.Raw:
+        return answer.content
 
     def usage(self, usage: AnthropicUsage) -> None:
         usage.read_into(self.counts)
         self.seen_input = self.seen_input or usage.input_tokens is not None
         if usage.iterations:
-            self._iterations = decode_lenient(usage.iterations, list[AnthropicUsage], [])
+            self._iterations, is_whole = decode_items(usage.iterations, AnthropicUsage)
+            self._is_partial = not is_whole
         if usage.server_tool_use:
             for name, count in decode_pieces(usage.server_tool_use).items():
                 self.extras[name.removesuffix("_requests")] = count
@@ -5930,7 +6048,7 @@ class MessagesMeter(Meter):
         is_fallback = any(iteration.type == "fallback_message" for iteration in self._iterations)
         outside = Tokens()
         for iteration in self._iterations:
-            kind, model, tokens = iteration.type, iteration.model or "", Tokens()
+            kind, model, tokens = iteration.type or "", iteration.model or "", Tokens()
             iteration.read_into(tokens)
             is_executor = kind in ("message", "fallback_message")
             (executor if is_executor else outside).add(tokens)
@@ -5965,6 +6083,7 @@ class CountTokensMeter(MessagesMeter):
 class OpenAIMeter(Meter):
     """What chat completions, embeddings and responses have in common."""
 
+    answer_type = OpenAIAnswer
     decode_answer = msgspec.json.Decoder(OpenAIAnswer).decode
 
     def __init__(self, call: Call) -> None:
@@ -5972,20 +6091,27 @@ class OpenAIMeter(Meter):
         self._shares: dict[str, Share] = {}
 
     def usage(self, usage: OpenAIUsage) -> None:
+        """Take in counts that stand under either API's names: servers write zeros under those that are not in use."""
         counts = self.counts
-        whole = usage.prompt_tokens if usage.input_tokens is None else usage.input_tokens
-        output = usage.completion_tokens if usage.output_tokens is None else usage.output_tokens
+        whole = max(usage.prompt_tokens or 0, usage.input_tokens or 0, key=abs)
+        output = max(usage.completion_tokens or 0, usage.output_tokens or 0, key=abs)
         details = usage.prompt_tokens_details or usage.input_tokens_details
+        if usage.input_tokens_details and not usage.prompt_tokens:
+            details = usage.input_tokens_details
+        if self.speaks and whole and isinstance(usage.total_tokens, int | float):
+            output = max(output, usage.total_tokens - whole)  # xAI counts reasoning in nothing else
         heard = spoken = 0
-        if whole is not None:  # OpenAI's input includes what was read from the cache, written to it, or is sound
+        if whole:  # OpenAI's input includes what was read from the cache, written to it, or is sound
             counts.input_tokens = read_count(whole)
             if details:
                 heard = self._read_details(details)
-            self.seen_input = self._seen_output = True
-        if output is not None:
+            self.seen_input = True
+        if output:
             counts.output_tokens = read_count(output)
             if usage.completion_tokens_details:
                 spoken = min(read_count(usage.completion_tokens_details.audio_tokens or 0), counts.output_tokens)
+        is_said = usage.completion_tokens is not None or usage.output_tokens is not None
+        self.see_output(output if output or is_said else None)
         if heard or spoken:
             self._shares["audio"] = Share(heard, spoken, kind="audio")
 
@@ -6004,6 +6130,9 @@ class OpenAIMeter(Meter):
         if answer.service_tier:
             self.premium("service_tier", answer.service_tier)
 
+    def said(self, answer: OpenAIAnswer) -> msgspec.Raw:
+        return answer.choices or answer.output
+
     def sum_up(self) -> Usage:
         usage = super().sum_up()
         if self._shares:
@@ -6018,12 +6147,13 @@ class OpenAIMeter(Meter):
 class ChatMeter(OpenAIMeter):
     """Chat completions; usage comes only if the client asked for it, in an extra last chunk."""
 
+    event_type = ChatChunk
     decode_event = msgspec.json.Decoder(ChatChunk).decode
 
     def event(self, event: ChatChunk) -> None:
-        self.model = self.model or event.model
+        self.model = self.model or event.model or ""
         self.read_error(event.error)
-        for choice in event.choices:
+        for choice in event.choices or ():
             if choice.delta:
                 self._text_bytes += choice.delta.text_bytes()
                 self.has_content = self.has_content or choice.delta.audio is not None
@@ -6049,6 +6179,7 @@ class ResponsesMeter(OpenAIMeter):
         super().__init__(call)
         self._items: list[OutputItem] = []
 
+    event_type = ResponsesEvent
     decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
     BEFORE_CONTENT = frozenset(
@@ -6057,11 +6188,11 @@ class ResponsesMeter(OpenAIMeter):
 
     def event(self, event: ResponsesEvent) -> None:
         self.has_content = self.has_content or event.type not in self.BEFORE_CONTENT
-        if isinstance(event.delta, str):
+        if isinstance(event.delta, str) and event.response is None:
             self._text_bytes += len(event.delta) if event.delta.isascii() else len(event.delta.encode())
         elif event.type in self.TERMINAL and event.response:
-            self.answer(event.response)
             self.finished = True
+            self.answer(event.response)
         elif event.type == "response.output_item.done":
             self._items.append(decode_lenient(event.item, OutputItem, OutputItem()))
             self._count_items()
@@ -6074,7 +6205,8 @@ class ResponsesMeter(OpenAIMeter):
             self.has_failed = True
             self.error_type = self.error_type or "response_failed"
         if answer.output:
-            self._items = decode_lenient(answer.output, list[OutputItem], []) or self._items
+            items, is_whole = decode_items(answer.output, OutputItem)
+            self._items, self._is_partial = items or self._items, not is_whole
             self._count_items()
         if answer.tool_usage:
             self._read_tools(decode_lenient(answer.tool_usage, ToolUsage, ToolUsage()))
@@ -6118,7 +6250,7 @@ class UsageFilter:
 
     MAX_CHUNK = 16 << 10
     END = re.compile(rb"(?:\r\n|\r(?!\n|\Z)|\n){2}")  # of an event; what follows a CR at the end of a read is not known
-    NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+    NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
 
     __slots__ = ("_is_long", "_rest")
 
@@ -6148,10 +6280,18 @@ class UsageFilter:
             return False
         lines = event.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
         try:
-            chunk = ChatMeter.decode_event(event_data(lines))
+            chunk = self._decode(event_data(lines))
         except UNREADABLE:
             return False
         return not chunk.choices and chunk.usage is not None
+
+    @staticmethod
+    def _decode(data: bytes) -> ChatChunk:
+        """A chunk as the meter reads it."""
+        try:
+            return ChatMeter.decode_event(data)
+        except msgspec.ValidationError:
+            return cast("ChatChunk", decode_known(data, ChatChunk))
 
 
 METERS: dict[str, type[Meter]] = {
@@ -6210,6 +6350,7 @@ IDLE_TIMEOUT = Failure("timeout", "went silent in the middle of its answer", "mi
 CUT = Failure("upstream_cut", "closed the connection before its answer was whole", "cut")
 NOT_HTTP = Failure("upstream_cut", "sent something that is not HTTP", "not_http")
 UNEXPECTED = Failure("upstream_error", "sent something that is no answer", "unexpected")
+UNMETERED = "unmetered"  # the case of an answer that has a form in which nobody here can read it
 STALE_CONNECTION = "stale_connection"  # an attempt's outcome beside those of the table: nobody's fault
 
 
@@ -7791,6 +7932,7 @@ class Attempt:
         "held",
         "held_size",
         "is_streaming",
+        "is_unmetered",
         "is_whole",
         "line",
         "meter",
@@ -7814,6 +7956,7 @@ class Attempt:
         self.held: list[bytes] | None = []  # None: the gate is open
         self.held_size = 0
         self.is_streaming = self.is_whole = False
+        self.is_unmetered = False  # paid for, and in a form that cannot be read
         self.upstream_request_id = ""
         self.usage_filter: UsageFilter | None = None  # where the client did not ask for the usage that we asked for
         self.passed = ""  # the case of an error that is the client's at once
@@ -7914,18 +8057,43 @@ class Attempt:
         if status >= 400:
             return self._refusal()
         if status != 200:
-            return UNEXPECTED
+            return self._unmetered() or UNEXPECTED
         if meter.has_failed and meter.did_work and (self.is_streaming or not self.exchange.is_committed):
             return None  # it is paid for: another try would be paid for as well
         if meter.error_type:
             sentence = f"answered with an error ({meter.error_type})"
             return self._unless_it_passes(Failure("upstream_error", sentence, str(self.error_status)))
         if self.is_streaming:
-            bad = UNEXPECTED if meter.is_broken and not meter.has_content else None
-            return CUT if last and not meter.finished else bad
+            if last and not meter.finished:
+                return self._unmetered() or CUT
+            if meter.is_broken and not meter.has_content:
+                return self._unmetered() or UNEXPECTED
+            return None
         if self.exchange.is_committed or meter.is_broken or not self.is_json:
-            return UNEXPECTED
+            return self._unmetered() or UNEXPECTED
         return None
+
+    def _unmetered(self) -> Failure | None:
+        """What keeps us from reading an answer for which the upstream has worked, if it is one."""
+        encoding, content_type = b"", b""
+        for name, value in self.headers:
+            if name.lower() == b"content-encoding":
+                encoding = value.strip().lower()
+            elif name.lower() == b"content-type":
+                content_type = value.lower()
+        is_encoded = encoding not in (b"", b"identity")
+        is_answer = self.is_streaming or b"json" in content_type
+        if not (200 <= self.status < 300 and is_answer and self.text().strip()) or self.meter.error_type:
+            return None
+        if is_encoded:
+            self.meter.is_unread = True
+            reason = f"sent an answer that is compressed ({encoding.decode('latin-1')[:40]}), though asked for identity"
+        elif self.status != 200:
+            reason = f"answered {self.status}, where 200 is the only status of an answer"
+        else:
+            return None
+        self.is_unmetered = True
+        return Failure("upstream_error", reason, UNMETERED)
 
     def _refusal(self) -> Failure | None:
         text = self.text() if self.status in (400, 422) else b""
@@ -7991,6 +8159,8 @@ class Attempt:
     def is_refusal(self) -> bool:
         """Whether an error, or what is no answer at all, came in an answer's place: nobody charges for that."""
         meter = self.meter
+        if self.is_unmetered:
+            return False
         if self.status not in (0, 200):
             return True
         if meter.error_type:
@@ -8002,6 +8172,8 @@ class Attempt:
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
         meter = self.meter
+        if self.is_unmetered:
+            return meter.charged
         if self.status != 200 or not meter.charged:
             return False
         return (meter.seen_input and meter.did_work) or (
@@ -8538,6 +8710,8 @@ class Relay:
             exchange.repairs += 1
             return True
         verdict = choice.upstream.verdict(failure.case)
+        if failure.case == UNMETERED:
+            log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
         self.upstreams.failed(ticket, failure.case, error.retry_after_s)
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gzip
 import itertools
 import json
 import os
@@ -876,6 +877,65 @@ async def test_what_is_no_answer_costs_nothing(start_gateway, upstreams, caplog,
 
     (entry,) = gateway.entries()
     assert (entry["input_tokens"], entry["output_tokens"], entry["cost_usd"]) == (0, 0, 0)
+    caplog.clear()
+
+
+PAID_USAGE = {"input_tokens": 100_000, "output_tokens": 5000}
+PAID = {"id": "m", "type": "message", "model": "claude-opus-4-6", "content": [], "usage": PAID_USAGE}
+SQUEEZED = gzip.compress(json.dumps(PAID).encode())
+STREAMED = gzip.compress(b'data: {"type": "message_stop"}\n\n')
+UNMETERED: dict[str, tuple[Script, str]] = {
+    "compressed": (
+        [head(200, "application/json", content_length=str(len(SQUEEZED)), content_encoding="gzip"), body(SQUEEZED)],
+        "compressed (gzip)",
+    ),
+    "a compressed stream": ([head(200, SSE, content_encoding="gzip"), body(STREAMED), end()], "compressed (gzip)"),
+    "201": (json_body(PAID, status=201), "answered 201"),
+}
+
+
+@pytest.mark.parametrize(("script", "reason"), UNMETERED.values(), ids=UNMETERED)
+async def test_a_paid_answer_that_cannot_be_read_is_asked_for_once_and_booked(
+    start_gateway, upstreams, caplog, script, reason
+):
+    """
+    The next attempt would be written the same way, and paid for as well: one line of the log names the cause.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    upstreams["a"].script = script
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", HELLO | {"model": "claude-opus-4-6", "max_tokens": 700})
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert (reply.status, len(upstreams["a"].requests)) == (502, 1)
+    assert [attempt["outcome"] for attempt in entry["attempts"]] == ["unmetered"]
+    assert len(errors) == 1 and reason in errors[0]
+    if reason == "answered 201":
+        assert (entry["input_tokens"], entry["output_tokens"], entry["estimated"]) == (100_000, 5000, False)
+    else:
+        assert (entry["output_tokens"], entry["estimated"]) == (700, True) and entry["input_tokens"] > 0
+    caplog.clear()
+
+
+@pytest.mark.parametrize("content_type", ["text/html", "application/json"])
+async def test_a_compressed_page_is_no_paid_answer(start_gateway, upstreams, caplog, content_type):
+    """
+    A proxy's page costs nothing, and another attempt may do better; so may one after an empty answer.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}))
+    page = gzip.compress(b"<p/>") if content_type == "text/html" else b""
+    upstreams["a"].scripts = [
+        [head(200, content_type, content_length=str(len(page)), content_encoding="gzip"), body(page)]
+    ]
+
+    async with passing_time(gateway):
+        reply = await gateway.post("/v1/messages", ask_of(1))
+    await gateway.settled()
+
+    assert reply.texts and [a["outcome"] for a in gateway.entries()[-1]["attempts"]] == ["unexpected", "completed"]
     caplog.clear()
 
 

@@ -111,6 +111,7 @@ class ShortReader(g.EventReader):
     """A reader to whom 40 bytes are a long event."""
 
     MAX_EVENT = 40
+    MAX_START = 8
 
 
 @settings(deadline=None, max_examples=200)
@@ -123,11 +124,11 @@ def test_a_long_event_is_long_however_the_stream_is_cut(lines):
     """
     stream = b"".join(line + eol for line, eol in lines) + b"\n\n"
     whole = ShortReader()
-    expected = (events_of([stream], whole), whole.overflowed)
+    expected = (events_of([stream], whole), whole.dropped)
 
     for pieces in cuts(stream):
         reader = ShortReader()
-        assert (events_of(pieces, reader), reader.overflowed) == expected, pieces
+        assert (events_of(pieces, reader), reader.dropped) == expected, pieces
 
 
 @pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
@@ -141,7 +142,7 @@ def test_an_event_beyond_the_bound_is_dropped_as_a_whole(eol):
     for pieces in cuts(stream):
         reader = ShortReader()
         assert events_of(pieces, reader) == [b"before", b"behind"], pieces
-        assert reader.overflowed and reader.between_events
+        assert len(reader.dropped) == 1 and reader.between_events
 
 
 def test_an_event_of_nine_megabytes_is_dropped_and_the_next_one_is_read():
@@ -154,7 +155,7 @@ def test_an_event_of_nine_megabytes_is_dropped_and_the_next_one_is_read():
     events = events_of((stream[i : i + read] for i in range(0, len(stream), read)), reader)
 
     assert [len(event) for event in events] == [7 << 20, 1]
-    assert reader.overflowed
+    assert reader.dropped == [b"data: " + b"y" * 250]
 
 
 PING = b"event: ping\ndata: ours\n\n"
@@ -1114,9 +1115,49 @@ MESSAGES = {
         [START, message_delta(output_tokens=50, input_tokens=None, cache_read_input_tokens=None), STOP],
         {**EXACT, "output_tokens": 50},
     ),
-    "zero says something": (
+    "zeros replace no count": (
         [START, message_delta(output_tokens=50, input_tokens=0, cache_read_input_tokens=0), STOP],
-        {**EXACT, "input_tokens": 0, "cache_read_tokens": 0, "output_tokens": 50},
+        {**EXACT, "output_tokens": 50},
+    ),
+    "the last usage in message_stop": (
+        [START, text_delta("x"), message_delta(output_tokens=1), STOP | {"usage": {"output_tokens": 50}}],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "a message in message_stop": (
+        [START, message_delta(output_tokens=50), STOP | {"message": {"model": "claude-served"}}],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "a type that is null": (
+        [START, {"type": None, "model": None}, message_delta(output_tokens=50), STOP],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "zero output without any text": (
+        [message_start(input_tokens=10, output_tokens=0), message_delta(output_tokens=0), STOP],
+        {"input_tokens": 10},
+    ),
+    "zero output of a text": (
+        [START, text_delta("x" * 80), message_delta(output_tokens=0), STOP],
+        {**EXACT, "output_tokens": 20, "estimated": True},
+    ),
+    "a usage without output": (
+        [START, text_delta("x" * 80), message_delta(output_tokens=None), STOP],
+        {**EXACT, "output_tokens": 20, "estimated": True},
+    ),
+    "iterations that are null": (
+        [START, message_delta(output_tokens=50, iterations=None), STOP],
+        {**EXACT, "output_tokens": 50},
+    ),
+    "iterations that are no list": (
+        [START, message_delta(output_tokens=50, iterations={"0": {"output_tokens": 20}}), STOP],
+        {**EXACT, "output_tokens": 50, "estimated": True},
+    ),
+    "an odd split of the cache writes": (
+        [
+            message_start(input_tokens=10, cache_creation_input_tokens=300, cache_creation=[]),
+            message_delta(output_tokens=5),
+            STOP,
+        ],
+        {"input_tokens": 10, "cache_write_5m_tokens": 300, "output_tokens": 5},
     ),
     "writes without a split": (
         [message_start(input_tokens=10, cache_creation_input_tokens=300), message_delta(output_tokens=50), STOP],
@@ -1354,6 +1395,150 @@ def test_a_chat_stream_cut_short_is_not_finished(meter):
     booked = meter("chat", sse(chunk({"content": "x" * 82}), DONE[:-1]), ended=False)
 
     assert booked == Booked(g.Usage(input_tokens=1000, output_tokens=20, estimated=True), "gpt-served", "", False)
+
+
+TEXT = chunk({"content": "x" * 80})
+UNSAID = {
+    "null": [TEXT, chunk({}, "stop"), chunk(usage={"prompt_tokens": 100, "completion_tokens": None}), DONE],
+    "missing": [TEXT, chunk({}, "stop"), chunk(usage={"prompt_tokens": 100}), DONE],
+    "zero": [TEXT, chunk({}, "stop"), chunk(usage={"prompt_tokens": 100, "completion_tokens": 0}), DONE],
+    "zero at first": [chunk({}, usage={"prompt_tokens": 100, "completion_tokens": 0}), TEXT, chunk({}, "stop"), DONE],
+}
+
+
+@pytest.mark.parametrize("events", UNSAID.values(), ids=UNSAID)
+def test_a_text_without_a_count_of_its_tokens_is_estimated(meter, events):
+    """
+    The input is the upstream's count; an output that it leaves out, or counts as nothing, is that of the text.
+    """
+    booked = meter("chat", sse(*events))
+
+    assert booked.usage == g.Usage(input_tokens=100, output_tokens=20, estimated=True)
+
+
+@pytest.mark.parametrize("count", [None, 0], ids=["null", "zero"])
+@pytest.mark.parametrize("kind", ["chat", "responses", "messages"])
+def test_a_whole_text_without_a_count_of_its_tokens_is_estimated(meter, kind, count):
+    """
+    No text is free for a usage that does not count it; a zero beside an empty answer is believed.
+    """
+    names = ("prompt_tokens", "completion_tokens") if kind == "chat" else ("input_tokens", "output_tokens")
+    field = {"chat": "choices", "responses": "output", "messages": "content"}[kind]
+    answer = {"model": "m", field: [{"text": "x" * 4000}], "usage": {names[0]: 100, names[1]: count}}
+
+    booked = meter(kind, answer, every_cut=False).usage
+    empty = meter(kind, answer | {field: [], "usage": {names[0]: 100, names[1]: 0}}, every_cut=False).usage
+
+    assert (booked.input_tokens, booked.estimated) == (100, True) and 900 < booked.output_tokens < 1100
+    assert empty == g.Usage(input_tokens=100)
+
+
+# new-api writes both APIs' names into every usage, and zeros under those that are not in use.
+BOTH_NAMES = {
+    "chat": CHAT_USAGE | {"input_tokens": 0, "output_tokens": 0, "input_tokens_details": None},
+    "responses": {
+        **{"prompt_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": {"cached_tokens": 0}},
+        **{"input_tokens": 100, "input_tokens_details": {"cached_tokens": 80}, "output_tokens": 30},
+    },
+}
+
+
+@pytest.mark.parametrize("usage", BOTH_NAMES.values(), ids=BOTH_NAMES)
+@pytest.mark.parametrize("kind", ["chat", "responses"])
+def test_a_count_stands_under_either_name_and_a_zero_beside_it_says_nothing(meter, kind, usage):
+    """
+    The larger of both names counts, for the input and for the output; the details are those of the name in use.
+    """
+    streams = {
+        "chat": sse(chunk({"content": "x"}), chunk({}, "stop"), chunk(usage=usage), DONE),
+        "responses": sse(OUTPUT, response("completed", usage=usage)),
+    }
+
+    assert meter(kind, {"model": "m", "usage": usage}).usage == CHAT_EXACT
+    assert meter(kind, streams[kind], every_cut=False).usage == CHAT_EXACT
+
+
+@pytest.mark.parametrize(
+    ("usage", "output"),
+    [
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 5041}, 5009),
+        ({"prompt_tokens": 32, "total_tokens": 41}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 41}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 0}, 9),
+        ({"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": "5041"}, 9),
+        ({"completion_tokens": 9, "total_tokens": 5041}, 9),
+    ],
+)
+def test_reasoning_that_only_the_total_counts_is_output(meter, usage, output):
+    """
+    xAI and others bill reasoning that is not in `completion_tokens`: it is what the total has beside the prompt.
+    """
+    assert meter("chat", {"model": "m", "usage": usage}).usage.output_tokens == output
+
+
+ITERATIONS = {
+    "null": (None, True),
+    "a number": (7, True),
+    "an odd count": ({"type": "message", "input_tokens": "10", "output_tokens": 20}, True),
+    "an odd split": ({"type": "message", "input_tokens": 10, "output_tokens": 20, "cache_creation": 0}, True),
+    "an odd model": ({"type": "message", "model": [], "input_tokens": 10, "output_tokens": 20}, True),
+    "a model that is null": ({"type": "message", "model": None, "input_tokens": 10, "output_tokens": 20}, False),
+}
+
+
+@pytest.mark.parametrize(("item", "estimated"), ITERATIONS.values(), ids=ITERATIONS)
+def test_one_odd_iteration_hides_none_of_the_others(meter, item, estimated):
+    """
+    A compaction of 180,000 tokens is booked whatever stands beside it; what cannot be read makes the entry an estimate.
+    """
+    compaction = {"type": "compaction", "input_tokens": 180_000, "output_tokens": 3500}
+    usage = {"input_tokens": 10, "output_tokens": 20, "iterations": [item, compaction]}
+
+    booked = meter("messages", START["message"] | {"usage": usage}, every_cut=False).usage
+
+    assert (booked.input_tokens, booked.output_tokens, booked.estimated) == (180_010, 3520, estimated)
+
+
+def test_one_odd_item_of_a_response_hides_none_of_the_others(meter):
+    """
+    Searches are billed by the piece: an item that is null beside them makes the entry an estimate, and no search free.
+    """
+    search = {"type": "web_search_call", "status": "completed", "action": {"type": "search"}}
+    answer = {"model": "m", "output": [search, None, {"type": None}, search], "usage": RESPONSES_USAGE}
+
+    booked = meter("responses", answer, every_cut=False).usage
+
+    assert (booked.extras, booked.estimated) == ((("web_search", 2),), True)
+
+
+@settings(deadline=None, max_examples=100)
+@example(model=None, error="", more=None)
+@given(model=JSON, error=JSON, more=JSON)
+def test_what_is_odd_beside_the_usage_does_not_hide_it(meter, model, error, more):
+    """
+    Servers write null, "" or an object where others write a name: the counts are booked all the same.
+    """
+    odd = {"model": model, "error": error, "service_tier": more}
+    chat = sse(TEXT, chunk({}, "stop"), odd | {"choices": more and [more], "usage": CHAT_USAGE}, DONE)
+    responses = sse(OUTPUT, {"type": "response.completed", "response": odd | {"usage": RESPONSES_USAGE}})
+    stop = {"type": "message_delta", "delta": more, "error": error, "usage": {"output_tokens": 50}}
+
+    booked = [meter(kind, data, every_cut=False) for kind, data in (("chat", chat), ("responses", responses))]
+    messages = meter("messages", sse(START, text_delta("x"), stop, STOP), every_cut=False)
+
+    for each in booked:
+        assert (each.usage.input_tokens, each.usage.cache_read_tokens, each.usage.output_tokens) == (20, 80, 30)
+    assert messages.usage == g.Usage(**EXACT, output_tokens=50)
+
+
+@pytest.mark.parametrize("choices", [[], None])
+def test_the_extra_chunk_of_a_server_without_model_names_is_kept(choices):
+    """
+    The client did not ask for it: neither a model that is null nor choices that are change that.
+    """
+    extra = sse({"id": "c", "model": None, "error": "", "choices": choices, "usage": CHAT_USAGE})
+
+    assert g.UsageFilter().feed(sse(TEXT) + extra + DONE, last=True) == sse(TEXT) + DONE
 
 
 ANSWERS = {
@@ -1619,7 +1804,7 @@ def test_the_error_in_a_whole_answer_is_known_by_its_type(meter, kind, body, err
 
 def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     """
-    Memory has a bound; the call is booked as an estimate, without what was thrown away unread.
+    Memory has a bound; the output is booked as what was reserved for it. By its bytes, an image of 9 MB cost $21.
     """
     meter = g.METERS["messages"](call_of(config))
     meter.start(False)
@@ -1630,4 +1815,38 @@ def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     meter.end()
 
     usage = meter.result(True)
-    assert meter.finished and usage.estimated and usage.output_tokens == g.Meter.MAX_BODY // 4
+    assert meter.finished and usage.estimated and usage.output_tokens == 8192  # limits.reserve_output
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_last_event_of_nine_megabytes_ends_its_stream(config, ended):
+    """
+    response.completed has the images that were drawn. Too long to be read it is still the end, once it is whole; its
+    output is booked as what was reserved, and no more than the client allows.
+    """
+    call = call_of(config)
+    call.max_output = 500
+    meter = g.METERS["responses"](call)
+    meter.start(True)
+    stream = sse(response("created"), response("completed", output=[{"result": "A" * (9 << 20)}]))
+
+    for i in range(0, len(stream), 256 << 10):
+        meter.feed(stream[i : i + (256 << 10)] if ended else stream[i : i + (256 << 10)].rstrip(b"\n"))
+    meter.end()
+
+    usage = meter.result(True)
+    assert meter.finished is ended
+    assert not ended or (usage.output_tokens, usage.estimated) == (500, True)
+
+
+def test_a_long_text_about_an_event_is_no_such_event(config):
+    """
+    Only a name that stands at the start of a line, or of the event's JSON, is the event's.
+    """
+    meter = g.METERS["responses"](call_of(config))
+    meter.start(True)
+    said = 'event: response.completed\ndata: {"type": "response.completed"}' + "A" * (9 << 20)
+
+    meter.feed(sse(b'data: {"delta": %b, "type": "response.output_text.delta"}\n\n' % json.dumps(said).encode()))
+
+    assert not meter.finished and meter.has_content
