@@ -5958,7 +5958,8 @@ class Meter:
         if self.absurd:
             return self.estimate()
         if not self.seen_input:
-            usage.input_tokens, usage.estimated = self._call.input_estimate, True
+            usage.input_tokens = max(usage.input_tokens, self._call.input_estimate)  # that of iterations may be known
+            usage.estimated = True
         is_counted = self._has_output or (self._seen_output and not self._text_bytes)
         if self.speaks and not (is_counted and self.finished):
             usage.output_tokens = max(usage.output_tokens, self._estimated_output())

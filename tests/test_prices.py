@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from client import request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from upstream import body, close, end, head, json_body, stall, text
 
@@ -304,6 +304,7 @@ ANSWERS = st.builds(
 
 @pytest.mark.parametrize("path", [path for path in g.ROUTES if "count_tokens" not in path])
 @given(answer=ANSWERS)
+@example(answer={"usage": {"iterations": [{"input_tokens": 1}]}})
 @settings(deadline=None)
 def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(path, answer):
     """
