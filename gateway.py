@@ -4707,7 +4707,8 @@ def downstream_headers(headers: Headers) -> Headers:
 # take `Model` for `model`: a client could be admitted by one model and served by another. So a name that stands twice
 # is refused (`check_names`), and any other spelling of a name that the gateway knows. To look at each name costs 1 µs
 # apiece; but what was read, written again without white space, is as long as an honest body, and each further name
-# would have made that longer. Only where the lengths differ are the names walked.
+# would have made that longer. A short body with white space, as json.dumps makes it, has as many quotes. Only where
+# that differs, too, are the names walked.
 
 Raw = msgspec.Raw | msgspec.UnsetType
 
@@ -4773,6 +4774,7 @@ MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata 
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
 MAX_TOOLS = 2000  # looked at for models of their own, by a key that may not use all
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
+MAX_SPACED = 16 << 10  # bytes of a body whose quotes are counted: above, to walk its names costs no more
 PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
 ENCODER = msgspec.json.Encoder()
 RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
@@ -4835,13 +4837,26 @@ def walk_fields(body: bytes, fields: msgspec.Struct) -> Iterator[tuple[str, int,
         raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
 
 
+def is_only_spaced(body: bytes, written: bytes, fields: msgspec.Struct) -> bool:
+    """Whether a short body has nothing but white space beside what was decoded of it and written again.
+
+    Each further name would bring two quotes. A model's name is the one value that is not written as it came.
+    """
+    if len(body) > MAX_SPACED or body.count(b'"') != written.count(b'"'):
+        return False
+    model = getattr(fields, "model", None)
+    return not (isinstance(model, str) and '"' in model)
+
+
 def check_names(body: bytes, fields: msgspec.Struct) -> None:
     """Refuse a JSON object in which a name stands twice, or one that the gateway knows is spelled in another case.
 
     `fields` is what was decoded of it. Raises BadRequest, and as decoding does.
     """
-    if len(body) <= MAX_COPY and len(ENCODER.encode(fields)) == len(body):
-        return
+    if len(body) <= MAX_COPY:
+        written = ENCODER.encode(fields)
+        if len(written) == len(body) or is_only_spaced(body, written, fields):
+            return
     found = set[str]()
     for spelled, _, _ in walk_fields(body, fields):
         folded = spelled.casefold()

@@ -797,6 +797,10 @@ DOUBLED = {
         b'{"model": "a", %b}' % b",".join(b'"%d": 0' % i for i in range(256)),
         "The request has more than 256 names",
     ),
+    "quotes that make up for it": (
+        rb'{"model":"a\u0022\u0022","stream":false,"stream":true}',
+        "stream: this name stands",
+    ),
     "a large body": (b'{"messages":["%b"],"model":"a","model":"a"}' % (b"x" * (1 << 20)), "model: this name stands"),
 }
 
