@@ -4772,7 +4772,8 @@ class UserId(msgspec.Struct):
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
-MAX_TOOLS = 2000  # looked at for models of their own, by a key that may not use all
+MAX_TOOLS = 2000  # looked at for models of their own, by a key that may not use all …
+MAX_TOOL_NAMES = 2000  # … and the names at the top of those that could have one: 1 µs each
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
 MAX_SPACED = 16 << 10  # bytes of a body whose quotes are counted: above, to walk its names costs no more
 PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
@@ -4848,15 +4849,15 @@ def is_only_spaced(body: bytes, written: bytes, fields: msgspec.Struct) -> bool:
     return not (isinstance(model, str) and '"' in model)
 
 
-def check_names(body: bytes, fields: msgspec.Struct) -> None:
+def check_names(body: bytes, fields: msgspec.Struct) -> int:
     """Refuse a JSON object in which a name stands twice, or one that the gateway knows is spelled in another case.
 
-    `fields` is what was decoded of it. Raises BadRequest, and as decoding does.
+    `fields` is what was decoded of it. Returns how many names were looked at. Raises BadRequest, and as decoding does.
     """
     if len(body) <= MAX_COPY:
         written = ENCODER.encode(fields)
         if len(written) == len(body) or is_only_spaced(body, written, fields):
-            return
+            return 0
     found = set[str]()
     for spelled, _, _ in walk_fields(body, fields):
         folded = spelled.casefold()
@@ -4865,6 +4866,7 @@ def check_names(body: bytes, fields: msgspec.Struct) -> None:
         if folded in found:
             raise BadRequest(f"{spelled}: this name stands twice in the request (in any case)")
         found.add(folded)
+    return len(found)
 
 
 def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
@@ -5220,21 +5222,24 @@ class Named(msgspec.Struct, gc=False):
     model: Raw = msgspec.UNSET
 
 
-def models_of(item: bytes) -> list[str]:
-    """The model that an item of a list names, or is; none where it is neither. Raises BadRequest."""
+def models_of(item: bytes) -> tuple[list[str], int]:
+    """The model that an item of a list names, or is, none where it is neither; and how many names were looked at.
+
+    Raises BadRequest.
+    """
     if item.lstrip(b" \t\r\n").startswith(b'"'):
-        return [decode_short(msgspec.Raw(item), str, "")]  # "": longer than any name
+        return [decode_short(msgspec.Raw(item), str, "")], 0  # "": longer than any name
     if b"model" not in item.lower() and b"\\u" not in item:
-        return []
+        return [], 0
     try:
         named = msgspec.json.decode(item, type=Named)
-        check_names(item, named)
+        names = check_names(item, named)
     except msgspec.ValidationError:
-        return []  # the upstream's matter
+        return [], 0  # the upstream's matter
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
     model = decode_short(named.model, str, "")
-    return [model] if model else []
+    return [model] if model else [], names
 
 
 def check_other_models(key: Key, peek: RequestPeek) -> None:
@@ -5242,6 +5247,7 @@ def check_other_models(key: Key, peek: RequestPeek) -> None:
 
     An advisor of `tools`, `fallbacks` and OpenRouter's `models` answer with models of their own.
     """
+    names = 0
     for field in ("tools", "fallbacks", "models"):
         value = getattr(peek, field)
         if value is msgspec.UNSET:
@@ -5249,7 +5255,11 @@ def check_other_models(key: Key, peek: RequestPeek) -> None:
         for number, item in enumerate(list_items(memoryview(value), MAX_TOOLS + 1)):
             if number == MAX_TOOLS:
                 raise PolicyBlocked(f"{field}: more than {MAX_TOOLS} of them.")
-            for model in models_of(bytes(item)):
+            models, looked_at = models_of(bytes(item))
+            names += looked_at
+            if names > MAX_TOOL_NAMES:
+                raise PolicyBlocked(f"{field}: more than {MAX_TOOL_NAMES} names in them.")
+            for model in models:
                 if not key.allows_model(model):
                     raise PolicyBlocked(f"The key {key} may not use the model {model!r}, which {field} names.")
 
@@ -5438,10 +5448,11 @@ class EventReader:
     MAX_EVENT = 8 << 20  # bytes; a longer event is dropped, and `dropped` says how it began
     MAX_START = 256  # bytes of that: its name, and the type that its JSON begins with
 
-    __slots__ = ("_dropping", "_first", "_rest", "_skip_newline", "_start", "dropped")
+    __slots__ = ("_dropping", "_first", "_held", "_rest", "_skip_newline", "_start", "dropped")
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._held = bytearray()  # of an event that has begun: what came before the last read …
+        self._rest = b""  # … and in it; with 8 MB in reads of 1,400 bytes, joining them at each took 18 s
         self._first = True  # a byte order mark may stand before the first event
         self._skip_newline = False
         self._dropping = False  # in the middle of an event that is too long …
@@ -5458,8 +5469,12 @@ class EventReader:
         # Bytes, not text: str.splitlines would also split at U+2028, which is legal inside JSON strings.
         if self._skip_newline or b"\r" in chunk:
             chunk = self._newlines(chunk)
-        text = self._rest + chunk if self._rest else chunk
-        blocks = text.split(b"\n\n")
+        if self._rest:
+            if self._goes_on(chunk):
+                return []
+            chunk = bytes(self._held) + self._rest + chunk if self._held else self._rest + chunk
+            self._held.clear()
+        blocks = chunk.split(b"\n\n")
         self._rest = blocks.pop()
         if blocks and (self._first or self._dropping):
             if self._dropping:
@@ -5471,7 +5486,18 @@ class EventReader:
                 self._start = self._rest[: self.MAX_START]
             self._dropping = True
             self._rest = self._rest[-1:]
-        return [data for block in blocks if (data := self._data(block))]
+        read = self._data if len(chunk) > self.MAX_EVENT else event_data
+        return [data for block in blocks if block and (data := read(block))]
+
+    def _goes_on(self, chunk: bytes) -> bool:
+        """Hold a chunk in which the event that has begun neither ends nor becomes too long; False if it does."""
+        has_end = b"\n\n" in chunk or (chunk.startswith(b"\n") and self._rest.endswith(b"\n"))
+        if has_end or len(self._held) + len(self._rest) + len(chunk) > self.MAX_EVENT + 1:
+            return False
+        if chunk:
+            self._held += self._rest
+            self._rest = chunk
+        return True
 
     def _data(self, block: bytes) -> bytes:
         if len(block) > self.MAX_EVENT:
@@ -5604,10 +5630,15 @@ def decode_items(raw: msgspec.Raw, kind: type[Said]) -> tuple[list[Said], bool]:
     return [], not bytes(raw).startswith(b"{")
 
 
+MAX_PIECE_NAMES = 32  # of pieces, in one answer; the API has 2 …
+MAX_PIECE_NAME = 64  # … and so many characters of each: they stand in the ledger
+
+
 def decode_pieces(raw: msgspec.Raw) -> dict[str, int]:
-    """Counts by name; what is no count is left out. Raises AbsurdCount."""
-    said = decode_lenient(raw, dict[str, msgspec.Raw], {})
-    return {name: read_count(decode_lenient(count, float, 0.0)) for name, count in said.items()}
+    """Counts by name, at most MAX_PIECE_NAMES; what is no count counts 0. Raises AbsurdCount."""
+    said = decode_short(raw, dict[str, msgspec.Raw], {})
+    first = itertools.islice(said.items(), MAX_PIECE_NAMES)
+    return {name[:MAX_PIECE_NAME]: read_count(decode_lenient(count, float, 0.0)) for name, count in first}
 
 
 class AnthropicDelta(msgspec.Struct):
@@ -5905,7 +5936,8 @@ class Meter:
     def read_error(self, error: ApiError | None) -> None:
         """Remember an error's type, or its code where that tells more."""
         if error:
-            names = [str(name) for name in (error.type, error.code) if name] or ["error"]
+            said = [printable(str(name))[:MAX_PIECE_NAME] for name in (error.type, error.code) if name]
+            names = [name for name in said if name] or ["error"]
             self.error_type = next((name for name in names if status_of_error(name)), names[0])
 
     def end(self) -> None:
@@ -6005,6 +6037,7 @@ class MessagesMeter(Meter):
 
     MAX_SHARES = 32  # lines in a call's bill
     TERMINAL = frozenset(("message_stop",))
+    MAX_ITERATIONS = 256 << 10  # bytes of what is read of them: a thousand, in 10 ms
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -6039,11 +6072,16 @@ class MessagesMeter(Meter):
         usage.read_into(self.counts)
         self.seen_input = self.seen_input or usage.input_tokens is not None
         if usage.iterations:
-            self._iterations, is_whole = decode_items(usage.iterations, AnthropicUsage)
+            if len(usage.iterations) <= self.MAX_ITERATIONS:
+                self._iterations, is_whole = decode_items(usage.iterations, AnthropicUsage)
+            else:
+                self._iterations, is_whole = [], False
             self._is_partial = not is_whole
         if usage.server_tool_use:
             for name, count in decode_pieces(usage.server_tool_use).items():
-                self.extras[name.removesuffix("_requests")] = count
+                piece = name.removesuffix("_requests")
+                if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
+                    self.extras[piece] = count
         if usage.speed:
             self.premium("speed", usage.speed)
         if usage.service_tier:
@@ -6193,9 +6231,10 @@ class ResponsesMeter(OpenAIMeter):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self._items: list[OutputItem] = []
+        self._containers: set[bytes] = set()  # digests of their names
 
     event_type = ResponsesEvent
+    MAX_CONTAINERS = 1000  # that are told apart; of more, each call counts
     decode_event = msgspec.json.Decoder(ResponsesEvent).decode
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
     BEFORE_CONTENT = frozenset(
@@ -6210,8 +6249,7 @@ class ResponsesMeter(OpenAIMeter):
             self.finished = True
             self.answer(event.response)
         elif event.type == "response.output_item.done":
-            self._items.append(decode_lenient(event.item, OutputItem, OutputItem()))
-            self._count_items()
+            self._count_item(decode_lenient(event.item, OutputItem, OutputItem()))
         elif event.type == "error":
             self.read_error(event.error or ApiError(code=event.code))
 
@@ -6222,24 +6260,34 @@ class ResponsesMeter(OpenAIMeter):
             self.error_type = self.error_type or "response_failed"
         if answer.output:
             items, is_whole = decode_items(answer.output, OutputItem)
-            self._items, self._is_partial = items or self._items, not is_whole
-            self._count_items()
+            self._is_partial = not is_whole
+            if items:  # the same ones as in the events, if there were any
+                self.extras.clear()
+                self._containers.clear()
+            for item in items:
+                self._count_item(item)
         if answer.tool_usage:
             self._read_tools(decode_lenient(answer.tool_usage, ToolUsage, ToolUsage()))
 
-    def _count_items(self) -> None:
-        """Count what hosted tools were called for: searches, and containers of Code Interpreter."""
-        searches = files = 0
-        containers = set()
-        for item in self._items:
-            if item.type == "web_search_call" and item.status != FAILED:
-                searches += decode_lenient(item.action, ItemAction, ItemAction()).type == "search"
-            elif item.type == "file_search_call":
-                files += 1
-            elif item.type == "code_interpreter_call":
-                containers.add(bytes(item.container_id))
-        pieces = {"web_search": searches, "file_search": files, "code_interpreter": len(containers)}
-        self.extras = {name: count for name, count in pieces.items() if count}
+    def _count_item(self, item: OutputItem) -> None:
+        """Count what a hosted tool was called for: a search, or another container of Code Interpreter.
+
+        Nothing of the item is kept: it would keep its whole event in memory.
+        """
+        piece = ""
+        if item.type == "web_search_call" and item.status != FAILED:
+            if decode_lenient(item.action, ItemAction, ItemAction()).type == "search":
+                piece = "web_search"
+        elif item.type == "file_search_call":
+            piece = "file_search"
+        elif item.type == "code_interpreter_call":
+            container = hashlib.blake2b(item.container_id, digest_size=8).digest()
+            if container not in self._containers:
+                piece = "code_interpreter"
+                if len(self._containers) < self.MAX_CONTAINERS:
+                    self._containers.add(container)
+        if piece:
+            self.extras[piece] = self.extras.get(piece, 0) + 1
 
     def _read_tools(self, tools: ToolUsage) -> None:
         """What the upstream itself says of its tools is worth more than what was counted."""
@@ -9292,6 +9340,7 @@ class Turns:
 class Gateway:
     """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
 
+    LARGE_BODY = 256 << 10  # bytes; larger ones are read one after the other; between two of them others have a turn
     MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
     def __init__(self, config: Config, pace: Pace = Pace(), environ: Mapping[str, str] = os.environ) -> None:
@@ -9311,6 +9360,7 @@ class Gateway:
         self.reload_error = ""
         self.stopping = False
         self._reloading = asyncio.Lock()
+        self._reading = asyncio.Lock()
         self.turns = Turns()
         self._files = LedgerFiles(config.usage_directory)
         self._readers = ThreadPoolExecutor(Turns.AT_ONCE, "reader")
@@ -9370,7 +9420,12 @@ class Gateway:
         exchange = None
         try:
             with call.reservation:
-                read_request(call)
+                if len(call.body) <= self.LARGE_BODY:
+                    read_request(call)
+                else:
+                    async with self._reading:
+                        await asyncio.sleep(0)
+                        read_request(call)
                 call.servings = call.config.route(call)
                 call.upstream_model = call.servings[0].model
                 self.check_open()

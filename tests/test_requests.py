@@ -1140,8 +1140,9 @@ async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway
         '[{"name": "a", "Model": "claude-opus-9"}]',
         '[{"\\u006dodel": "claude-opus-9"}]',
         "[%s{}]" % ("{}," * 2000),
+        json.dumps([{"model": "claude-test"} | {str(i): 1 for i in range(200)}] * 11),
     ],
-    ids=["twice", "in another case", "with an escape", "too many"],
+    ids=["twice", "in another case", "with an escape", "too many", "too many names in all of them"],
 )
 async def test_a_tools_model_cannot_be_hidden(start_gateway, upstream, tools):
     """
@@ -1216,3 +1217,43 @@ async def test_a_body_that_came_unasked_leaves_the_deadlines_of_the_next_request
 
     assert reply.status == 200
     assert (await second.answer()).status == 408
+
+
+class Noted:
+    """A front door for one refused call: it notes in which turn of the loop it was told."""
+
+    is_gone = False
+
+    def __init__(self, turns: list[int]) -> None:
+        self._turns = turns
+        self.refused_in = 0
+
+    def refuse(self, *_: object) -> None:
+        self.refused_in = len(self._turns)
+
+
+@pytest.mark.parametrize(("size", "differ"), [(1 << 10, False), (1 << 20, True)])
+async def test_large_bodies_are_read_in_turns_of_their_own(gateway, size, differ):
+    """
+    Twenty bodies of 4 MB that became whole in one moment held everybody for 8 s; small ones are read at once.
+    """
+    turns: list[int] = []
+
+    async def turn() -> None:
+        while True:
+            turns.append(1)
+            await asyncio.sleep(0)
+
+    config = gateway.gateway.config
+    sinks, calls = [], []
+    for _ in range(5):
+        call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+        call.body, call.reservation = b" " * size, contextlib.nullcontext()
+        calls.append(call)
+        sinks.append(Noted(turns))
+    ticking = asyncio.create_task(turn())
+
+    await asyncio.gather(*(gateway.gateway.handle(call, sink) for call, sink in zip(calls, sinks, strict=True)))
+    ticking.cancel()
+
+    assert (len({sink.refused_in for sink in sinks}) == 5) == differ

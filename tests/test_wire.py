@@ -158,6 +158,26 @@ def test_an_event_of_nine_megabytes_is_dropped_and_the_next_one_is_read():
     assert reader.dropped == [b"data: " + b"y" * 250]
 
 
+def test_a_long_event_is_joined_once_however_small_its_pieces_are():
+    """
+    8 MB in reads of 1,400 bytes took 18 s of everybody's time when what was there was copied at each read.
+    """
+    reader, piece = g.EventReader(), b"x" * 1400
+    reader.feed(b"data: ")
+    tracemalloc.start()
+
+    most = 0
+    for _ in range(2000):
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        assert reader.feed(piece) == []
+        most = max(most, tracemalloc.get_traced_memory()[1] - before)
+    tracemalloc.stop()
+
+    assert most < 1 << 20  # the buffer grows by an eighth; a copy would be 2.8 MB
+    assert [len(event) for event in reader.feed(b"\n\n")] == [2000 * 1400]
+
+
 PING = b"event: ping\ndata: ours\n\n"
 
 
@@ -1596,6 +1616,89 @@ def test_a_responses_stream_is_booked_by_its_terminal_event(meter, last, error_t
     booked = meter("responses", sse(response("created", usage=None), OUTPUT, ARGUMENTS, last))
 
     assert booked == Booked(CHAT_EXACT, "gpt-served", error_type, True)
+
+
+def item_done(**item: object) -> dict:
+    """The event that ends an item of a response's output."""
+    return {"type": "response.output_item.done", "item": item}
+
+
+def test_the_items_of_a_responses_stream_are_counted_as_they_come(meter):
+    """
+    Cut short, the pieces of the items that came are booked; the terminal event's list takes the place of them.
+    """
+    search = {"type": "web_search_call", "action": {"type": "search"}}
+    items = [search, {"type": "code_interpreter_call", "container_id": "a"}, search, {"type": "file_search_call"}]
+    items += [{"type": "code_interpreter_call", "container_id": name} for name in "aba"]
+    stream = sse(*(item_done(**item) for item in items))
+
+    cut = meter("responses", stream, every_cut=False)
+    whole = meter(
+        "responses", stream + sse(response("completed", output=items, usage=RESPONSES_USAGE)), every_cut=False
+    )
+
+    assert dict(cut.usage.extras) == {"web_search": 2, "code_interpreter": 2, "file_search": 1}
+    assert dict(whole.usage.extras) == dict(cut.usage.extras)
+
+
+def test_of_the_items_of_a_responses_stream_nothing_is_kept(config):
+    """
+    400 items of 1 MB held 400 MB, and 10,000 small ones were counted anew at each: 27 s of everybody's time.
+    """
+    meter = g.METERS["responses"](call_of(config))
+    meter.start(True)
+    events = [sse(item_done(type="code_interpreter_call", container_id=f"{i}", code="x" * 10_000)) for i in range(2000)]
+    tracemalloc.start()
+
+    for event in events:
+        meter.feed(event)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert held < 1 << 20
+    assert meter.extras == {"code_interpreter": 2000}
+
+
+@pytest.mark.parametrize("kind", ["messages", "chat"])
+@pytest.mark.parametrize(("said", "error_type"), [("e" * 1000, "e" * 64), ("a\nb", "error"), ("\x1b[31m", "error")])
+def test_an_errors_type_is_short_and_printable(meter, kind, said, error_type):
+    """
+    It stands in the ledger and in the log: 60 errors with a type of 4 MB made a ledger of 240 MB.
+    """
+    body = {"type": "error", "error": {"type": said, "message": "m"}}
+
+    assert meter(kind, body, every_cut=False).error_type == error_type
+
+
+def test_the_pieces_that_an_answer_names_are_bounded(meter):
+    """
+    Their names stand in the ledger; those of one usage object or of many, it has 32 at most, and short ones.
+    """
+    many = {f"tool_{i}": 1 for i in range(200)}
+    huge = {f"tool_{i}": 1 for i in range(20_000)}
+    events = [
+        {"type": "message_delta", "usage": {"output_tokens": 1, "server_tool_use": {f"t{i}": 1}}} for i in range(99)
+    ]
+
+    in_one = meter("messages", sse(message_start(server_tool_use=many)), every_cut=False).usage.extras
+    in_events = meter("messages", sse(*events), every_cut=False).usage.extras
+    long = meter("messages", sse(message_start(server_tool_use={"n" * 999: 1})), every_cut=False).usage.extras
+
+    assert (len(in_one), len(in_events)) == (32, 32)
+    assert long == (("n" * 64, 1),)
+    assert meter("messages", sse(message_start(server_tool_use=huge)), every_cut=False).usage.extras == ()
+
+
+def test_iterations_beyond_any_honest_number_are_not_read(meter):
+    """
+    100,000 of them took 0.2 s of everybody's time; the counts beside them are booked.
+    """
+    iterations = [{"type": "compaction", "input_tokens": 1, "output_tokens": 1}] * 10_000
+    few = sse(message_start(input_tokens=7, iterations=iterations[:1000]))
+    many = sse(message_start(input_tokens=7, iterations=iterations))
+
+    assert meter("messages", few, every_cut=False).usage.input_tokens == 1007
+    assert meter("messages", many, every_cut=False).usage.input_tokens == 7
 
 
 def test_a_responses_stream_without_numbers_is_estimated(meter):
