@@ -8580,7 +8580,7 @@ class Relay:
         self.upstreams = Upstreams(clock, pace)
         self.names = Names(clock)
         self.running: set[Exchange] = set()
-        self._without_usage: dict[tuple[str, str | None, str | None, bool], float] = {}  # until when, by address
+        self._without_usage: dict[tuple[tuple[str, str | None, str | None, bool], str], float] = {}  # until, by model
         self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
 
     @staticmethod
@@ -8601,7 +8601,7 @@ class Relay:
         addresses = {self._address(upstream) for upstream in upstreams}
         for address in set(self._pools) - addresses:
             self._pools.pop(address).close()
-        self._without_usage = {kept: until for kept, until in self._without_usage.items() if kept in addresses}
+        self._without_usage = {kept: until for kept, until in self._without_usage.items() if kept[0] in addresses}
 
     async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
         """A line to an upstream. Raises AttemptFailed."""
@@ -8714,15 +8714,18 @@ class Relay:
         """Whether an upstream is to be asked for the usage of a chat stream whose client did not."""
         if exchange.call.includes_usage or not upstream.include_usage or upstream.format != "openai":
             return False
-        rejected_until = self._without_usage.get(self._address(upstream), -math.inf)
+        rejected_until = self._without_usage.get((self._address(upstream), exchange.call.model), -math.inf)
         return upstream.name not in exchange.without_usage and self.clock.monotonic() >= rejected_until
 
     def _remember_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> None:
         """Do not ask an upstream for usage for a while that rejected the question and answered without it."""
         if upstream.name in exchange.without_usage:
-            self._without_usage[self._address(upstream)] = self.clock.monotonic() + self.pace.without_usage_s
+            now = self.clock.monotonic()
+            if len(self._without_usage) >= 1024:  # the names are the clients'
+                self._without_usage.clear()
+            self._without_usage[self._address(upstream), exchange.call.model] = now + self.pace.without_usage_s
             log.warning(
-                "upstream %s rejects stream_options.include_usage: its chat streams are booked by estimate. "
+                "upstream %s rejects stream_options.include_usage: chat streams of that model are booked by estimate. "
                 "It is asked again in %.0f s; `include_usage: false` ends that",
                 upstream.name,
                 self.pace.without_usage_s,

@@ -1407,6 +1407,23 @@ async def test_an_upstream_that_rejects_include_usage_is_asked_without_it(start_
     assert gateway.entries()[0]["estimated"]
 
 
+@pytest.mark.logs("rejects stream_options.include_usage")
+async def test_a_model_that_rejects_include_usage_leaves_the_other_models_booked(start_gateway, upstreams):
+    """
+    Only that model is not asked again: the other models of the address keep their usage.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, more={"a": ", format: openai"}))
+    upstreams["a"].script = rejects_usage
+    await gateway.post("/v1/chat/completions", HELLO_STREAM)
+    before = len(upstreams["a"].requests)
+
+    await gateway.post("/v1/chat/completions", HELLO_STREAM)
+    await gateway.post("/v1/chat/completions", HELLO_STREAM | {"model": "another"})
+
+    asked = ["stream_options" in request.json for request in upstreams["a"].requests[before:]]
+    assert asked == [False, True, False]
+
+
 async def test_a_client_cannot_make_others_streams_be_booked_by_estimate(start_gateway, upstreams):
     """
     What an upstream says of a client's own `stream_options`, or says again without ours, is that client's matter.

@@ -521,6 +521,9 @@ def test_an_answer_comes_down_without_what_describes_the_upstreams_side():
         *((b"Anthropic-Organization-Id", b"o"), (b"openai-organization", b"o"), (b"OpenAI-Project", b"p")),
         *((b"x-ratelimit-remaining-tokens", b"5"), (b"X-RateLimit-Reset-Requests", b"6m0s"), (b"RateLimit", b"r=5")),
         *((b"ratelimit-remaining", b"5"), (b"x-codex-primary-used-percent", b"9"), (b"x-openai-proxy-wasm", b"v0.1")),
+        *((b"llm_provider-request-id", b"r"), (b"x-litellm-key-spend", b"3.5"), (b"x-goog-quota-user", b"u")),
+        *((b"x-litellm-model-api-base", b"http://h"), (b"anthropic-priority-input-tokens-limit", b"9")),
+        *((b"anthropic-fast-input-tokens-remaining", b"9"),),
     ]
 
     mixed = [header for pair in zip(kept, dropped, strict=False) for header in pair] + dropped[len(kept) :]
