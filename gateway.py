@@ -9158,6 +9158,7 @@ class Models:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._lists: dict[tuple[str, str], tuple[float, list[ListedModel]]] = {}
+        self._fetching: dict[tuple[str, str], asyncio.Lock] = {}  # who asks at once waits for the one that asks
 
     async def of(self, config: Config, key: Key) -> list[ListedModel]:
         """The models that `key` may use, in the order of the upstreams."""
@@ -9173,9 +9174,15 @@ class Models:
         return named + [model for model in listed if upstream.rename(model.id) is not None]
 
     async def _listed(self, upstream: UpstreamConfig) -> list[ListedModel]:
-        address, now = (upstream.name, upstream.url), self._relay.clock.monotonic()
+        address = upstream.name, upstream.url
         good_until, models = self._lists.get(address, (0.0, []))
-        if now >= good_until:
+        if self._relay.clock.monotonic() < good_until:
+            return models
+        async with self._fetching.setdefault(address, asyncio.Lock()):
+            good_until, models = self._lists.get(address, (0.0, []))
+            now = self._relay.clock.monotonic()
+            if now < good_until:
+                return models
             try:
                 async with asyncio.timeout(self._relay.pace.models_fetch_s):
                     models, good_s = await self._fetch(upstream), self._relay.pace.models_s

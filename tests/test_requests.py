@@ -937,6 +937,19 @@ async def test_models_are_those_the_upstreams_list_and_the_key_may_use(start_gat
     assert (await gateway.get("/v1/models", token="wrong")).status == 401
 
 
+async def test_who_asks_for_the_models_at_once_shares_one_request_upstream(start_gateway, upstream):
+    """
+    However many clients ask before the list has come: each upstream is asked once.
+    """
+    upstream.script = json_body({"data": [{"type": "model", "id": "claude-a"}]})
+    gateway = await start_gateway(config_text(upstream.url).replace("/v1", ""))
+
+    replies = await asyncio.gather(*(gateway.get("/v1/models") for _ in range(40)))
+
+    assert all([model["id"] for model in reply.json["data"]] == ["claude-a"] for reply in replies)
+    assert len(upstream.requests) == 1
+
+
 async def test_models_named_in_the_config_need_no_upstream(start_gateway, upstream):
     """
     Names without a glob are listed as they stand, without a request.
