@@ -1309,12 +1309,12 @@ class VerdictTable(dict[str, VerdictConfig]):
 WITHHELD = FRAMING | {
     *("host", "accept-encoding", "keep-alive", "cookie", "set-cookie", "forwarded", "via", "x-real-ip", "client-ip"),
     *("x-client-ip", "x-cluster-client-ip", "true-client-ip", "do-connecting-ip", "remote-addr", "x-remote-ip"),
-    *("x-remote-addr", "x-originating-ip", "x-original-host", "x-ms-client-principal", "x-envoy-external-address"),
+    *("x-remote-addr", "x-originating-ip", "x-original-host", "x-envoy-external-address"),
 }
 WITHHELD_STARTS = (
     *("proxy-", "x-forwarded", "x-original-forwarded", "cf-", "cloudfront-", "fastly-", "fly-", "akamai-", "x-vercel-"),
     *("x-azure-", "x-appengine-", "x-goog-", "x-amz", "openai-organization", "openai-project", "chatgpt-account"),
-    *("anthropic-organization", "anthropic-workspace"),
+    *("anthropic-organization", "anthropic-workspace", "x-ms-client-principal"),
 )
 
 

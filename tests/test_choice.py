@@ -1910,7 +1910,7 @@ def test_headers_that_the_gateway_needs_cannot_be_set_or_removed(clock, rule, na
     [
         *("Content-Length", "connection", "host", "accept-encoding", "Cookie", "Authorization", "x-api-key", "api-key"),
         *("X-Goog-*", "x-amz-security-token", "OpenAI-Organization", "openai-project", "X-Forwarded-For", "CF-*"),
-        *("true-client-ip", "x-team-token", "x y", ""),
+        *("true-client-ip", "x-team-token", "x-ms-client-principal-id", "X-MS-Client-Principal-Name", "x y", ""),
     ],
 )
 def test_headers_that_no_client_may_send_up_cannot_be_let_through(clock, name):
