@@ -82,9 +82,10 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place(pipe: Pipe):
     """
     writer, text = g.LogWriter(), "x" * 30_000
     with writer.in_thread(pipe.stderr):
-        for _ in range(1000):
-            writer.handle(line(text))
-        lost, waiting = writer.lost, writer._size
+        with writer._changed:  # the thread takes none of them in between
+            for _ in range(1000):
+                writer.handle(line(text))
+            lost, waiting = writer.lost, writer._size
         read = read_lines(pipe.reading, 1001 - lost)
         writer.handle(line("goes on"))
         read += read_lines(pipe.reading, 1)
