@@ -2637,10 +2637,10 @@ def pack(posting: Posting) -> Packed:
 
 
 def added(total: Packed, packed: Packed) -> Packed:
-    """A total with one line more. Large lines stop at TOTAL_MAX: a field that turned over would lift its limit."""
-    if packed & LARGE:
-        return Tally.of(total + packed).within(TOTAL_MAX).packed
-    return total + packed  # millions of such lines fit between TOTAL_MAX and the end of the field
+    """A total with a line, or with the sum of many. It stops at TOTAL_MAX: a field that turned over would lift its
+    limit. A line that is not LARGE is added as it is: millions of them fit between TOTAL_MAX and the field's end.
+    """
+    return Tally.of(total + packed).within(TOTAL_MAX).packed if packed & LARGE else total + packed
 
 
 def in_unit(packed: Packed, unit: str, weights: Weights) -> float:
@@ -2944,14 +2944,15 @@ class Fold:
             self._reset(posting, at)
             return
         packed = pack(posting)
+        is_large = bool(packed & LARGE)
         scopes, history = self._known.get((posting.key, posting.team)) or self._learn(posting.key, posting.team)
         for counters in scopes:
             if not counters.since <= at < counters.turn:
                 counters.turn_to(at, at - posting.duration_ms / 1000, self.calendar)
-            counters.total = added(counters.total, packed)
+            counters.total = added(counters.total, packed) if is_large else counters.total + packed
         if at > self._fresh_since:
             admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
-            requests = Tally.of(packed).calls if packed & LARGE else posting.requests
+            requests = Tally.of(packed).calls if is_large else posting.requests
             for counters in scopes:
                 counters.post_minute(at, admitted, packed, requests)
         history.post(at, posting.model, packed, self.calendar)
@@ -4302,7 +4303,7 @@ class Limits:
     @property
     def waiting(self) -> int:
         """Calls that wait for a slot."""
-        return sum(map(len, self._queues.values()))
+        return sum(map(len, self._queues.values())) if self._queues else 0
 
     def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]]) -> None:
         """Refuse one more call where some limit is used up, or holds no request more. Raises LimitSpent, LimitFull."""
@@ -4545,6 +4546,7 @@ HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
     b"transfer-encoding upgrade".split()
 )
+FRAMED_BY = frozenset((b"content-length", b"transfer-encoding"))  # either says where a body ends
 # The headers of a client that go upstream, and nothing else: what APIs read, and by what clients find their requests
 # and sessions again (Claude Code, the official SDKs, Codex, opencode).
 FORWARDED = frozenset(
@@ -4617,7 +4619,9 @@ def comes_down(name: bytes) -> bool:
 
 def connection_options(headers: Headers) -> frozenset[bytes]:
     """The header names that `Connection` says are for this hop only (RFC 9110, 7.6.1)."""
-    named = [value.lower() for name, value in headers if name.lower() == b"connection"]
+    named = [value.lower() for name, value in headers if len(name) == 10 and name.lower() == b"connection"]
+    if not named or named == [b"keep-alive"]:  # as most are
+        return frozenset(named)
     return frozenset(option.strip() for value in named for option in value.split(b","))
 
 
@@ -4686,12 +4690,9 @@ def models_head(upstream: UpstreamConfig, api_key: str, target: UpstreamTarget) 
 
 def downstream_headers(headers: Headers) -> Headers:
     """The answer's headers as the client gets them."""
-    dropped = connection_options(headers)
-    return [
-        (name, value)
-        for name, value in headers
-        if len(name) <= MAX_HEADER_NAME and comes_down(name) and (not dropped or name.lower() not in dropped)
-    ]
+    kept = [header for header in headers if len(header[0]) <= MAX_HEADER_NAME and comes_down(header[0])]
+    dropped = connection_options(headers) - HOP_BY_HOP  # these are gone
+    return [header for header in kept if header[0].lower() not in dropped] if dropped else kept
 
 
 # What is read of a request's body
@@ -5210,10 +5211,13 @@ def printable(text: str) -> str:
 
 def find_session(call: Call, peek: RequestPeek) -> str:
     """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
-    for name in SESSION_HEADERS:
-        if name in call.named and (session := printable(call.header(name))):
-            return session
-    return printable(session_of(peek.metadata)) or printable(decode_short(peek.prompt_cache_key, str, ""))
+    if not call.named.keys().isdisjoint(SESSION_HEADERS):
+        for name in SESSION_HEADERS:
+            if session := printable(call.header(name)):
+                return session
+    if peek.metadata and (session := printable(session_of(peek.metadata))):
+        return session
+    return printable(decode_short(peek.prompt_cache_key, str, "")) if peek.prompt_cache_key else ""
 
 
 class Named(msgspec.Struct, gc=False):
@@ -5841,27 +5845,29 @@ class Meter:
     charged = True
     speaks = True  # an answer without counts has output all the same
 
+    # What has been seen of an answer. As defaults of the class: a call that does not need them does not write them.
+    absurd = ""  # a count that nobody believes; then the whole usage is an estimate
+    seen_input = False
+    is_unread = False  # of what came, a part is too large to be read, or written so that nobody here can
+    has_content = False  # more than the events that only announce it
+    model = ""
+    error_type = ""
+    finished = False  # the format's terminal event came, or the whole body did
+    has_failed = False  # and it is an answer all the same, which says of itself that it failed
+    is_broken = False  # the whole body, or an event, is no JSON
+    _body_size = 0
+    _text_bytes = 0  # of content that passed, as UTF-8
+    _seen_output = False  # a count of the output stood in the usage, though it was zero …
+    _has_output = False  # … and one that was not
+    _is_partial = False  # a list of what is billed has an item that could not be read
+
     def __init__(self, call: Call) -> None:
         self._call = call
         self._events: EventReader | None = None
         self._body: list[bytes] = []
-        self._body_size = 0
-        self._text_bytes = 0  # of content that passed, as UTF-8
-        self.absurd = ""  # a count that nobody believes; then the whole usage is an estimate
-        self.seen_input = False
-        self._seen_output = False  # a count of the output stood in the usage, though it was zero …
-        self._has_output = False  # … and one that was not
-        self.is_unread = False  # of what came, a part is too large to be read, or written so that nobody here can
-        self._is_partial = False  # a list of what is billed has an item that could not be read
-        self.has_content = False  # more than the events that only announce it
         self.counts = Tokens()
         self.extras: dict[str, float] = {}  # pieces by name
         self.premiums: dict[str, str] = {}  # words by the field of the answer
-        self.model = ""
-        self.error_type = ""
-        self.finished = False  # the format's terminal event came, or the whole body did
-        self.has_failed = False  # and it is an answer all the same, which says of itself that it failed
-        self.is_broken = False  # the whole body, or an event, is no JSON
 
     def start(self, streaming: bool) -> None:
         """The answer begins: events, or one JSON body."""
@@ -6544,7 +6550,11 @@ class UpstreamConnection(asyncio.Protocol):
         if self._head_whole:
             return
         self._status = self._parser.get_status_code()
-        size = sum(len(name) + len(value) for name, value in self._headers)
+        size, is_framed = 0, False
+        for name, value in self._headers:
+            size += len(name) + len(value)
+            if name.lower() in FRAMED_BY:
+                is_framed = True
         if self._status < 100 or self._status == 101:  # nobody asked for another protocol
             self._failed = True
         if size > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
@@ -6554,8 +6564,7 @@ class UpstreamConnection(asyncio.Protocol):
             return
         self._head_whole = True
         self._keep_alive = self._parser.should_keep_alive()
-        framed = any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers)
-        self._until_close = not framed and self._status not in (204, 304)
+        self._until_close = not is_framed and self._status not in (204, 304)
 
     def on_message_complete(self) -> None:
         if self._head_whole and not self._complete:
@@ -8038,22 +8047,19 @@ class Attempt:
 
     def head(self, status: int, headers: Headers) -> None:
         """The answer's head has come."""
+        self.status, self.headers = status, headers
+        self.first_byte_at = self.heard_at = self._clock()
         try:
-            self._take_head(status, headers)
+            for name, value in headers:
+                lower = name.lower()
+                if lower == b"content-type":
+                    self.is_streaming = value[:17].lower() == b"text/event-stream"
+                elif lower == b"request-id" or lower == b"x-request-id":
+                    self.upstream_request_id = value.decode("latin-1")[:128]
+            self.meter.start(self.is_streaming)
         except Exception as error:  # a bug of ours, as in `received`
             self.drop_line()
             self.exchange.crash(error)
-
-    def _take_head(self, status: int, headers: Headers) -> None:
-        self.status, self.headers = status, headers
-        self.first_byte_at = self.heard_at = self._clock()
-        for name, value in headers:
-            lower = name.lower()
-            if lower == b"content-type":
-                self.is_streaming = value[:17].lower() == b"text/event-stream"
-            elif lower == b"request-id" or lower == b"x-request-id":
-                self.upstream_request_id = value.decode("latin-1")[:128]
-        self.meter.start(self.is_streaming)
 
     def received(self, body: bytes, last: bool) -> None:
         """Bytes of the answer; the last ones say so."""
@@ -8319,6 +8325,7 @@ class Exchange:
         "paused_at",
         "repairs",
         "sink",
+        "stale",
         "status",
         "tried",
         "without_usage",
@@ -8334,6 +8341,7 @@ class Exchange:
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
         self.attempts: list[AttemptEntry] = []
+        self.stale = 0  # of them, on a connection that had died unseen
         self.tried: set[tuple[str, int]] = set()
         self.best: Attempt | None = None  # of those that failed: whose answer the client gets if nobody does better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
@@ -8360,12 +8368,13 @@ class Exchange:
         if self.attempts and not self.attempts[-1].outcome:
             last = self.attempts[-1]
             last.outcome, last.ms = outcome, round((self.clock() - self._tried_at) * 1e3, 1)
+            self.stale += outcome == STALE_CONNECTION
             self._relay.upstreams.attempts[last.upstream, outcome] += 1
 
     @property
     def tries(self) -> int:
         """How many attempts an upstream has had a chance to answer."""
-        return sum(attempt.outcome != STALE_CONNECTION for attempt in self.attempts)
+        return len(self.attempts) - self.stale
 
     # What the attempt says
 
@@ -8392,7 +8401,8 @@ class Exchange:
     def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:
         """The answer's last bytes. First the ledger, then the client: whoever has seen the end finds it booked."""
         self.bytes_down += len(body)
-        outcome = self._for_ledger(outcome)
+        if self.sink is None:
+            outcome = self._for_ledger(outcome)
         self._finish(outcome)
         if self.book:
             self.book(self, outcome)
@@ -8653,7 +8663,7 @@ class Relay:
                 try:
                     outcome = await self.send(exchange, ticket)
                     self._judge(exchange, ticket, outcome.name)
-                    if outcome.name == "completed":
+                    if exchange.without_usage and outcome.name == "completed":
                         self._remember_usage(exchange, ticket.choice.upstream)
                     return outcome
                 except AttemptFailed as error:
@@ -8672,7 +8682,7 @@ class Relay:
         """
         upstream = ticket.choice.upstream
         for fresh in (False, True):
-            adds_usage = self._adds_usage(exchange, upstream)
+            adds_usage = not exchange.call.includes_usage and self._adds_usage(exchange, upstream)
             request = self._request(exchange.call, ticket, adds_usage)
             attempt = exchange.attempt = Attempt(exchange, ticket, self._first_byte_s(exchange, ticket))
             if adds_usage:
@@ -8711,8 +8721,8 @@ class Relay:
         return request_head(call, upstream, choice.api_key, target, len(body)), body
 
     def _adds_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> bool:
-        """Whether an upstream is to be asked for the usage of a chat stream whose client did not."""
-        if exchange.call.includes_usage or not upstream.include_usage or upstream.format != "openai":
+        """Whether an upstream is to be asked for the usage of a chat stream whose client did not ask for it."""
+        if not upstream.include_usage or upstream.format != "openai":
             return False
         rejected_until = self._without_usage.get((self._address(upstream), exchange.call.model), -math.inf)
         return upstream.name not in exchange.without_usage and self.clock.monotonic() >= rejected_until
@@ -9987,8 +9997,8 @@ class ClientConnection(asyncio.Protocol):
             return None
         self._keep_alive = self._parser.should_keep_alive()
         try:
-            # The same read may have brought much of the body as well: then the head is measured by itself.
-            self._check_head(self._bodiless if self._bodiless <= self.MAX_HEAD else self._head_size())
+            if self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
+                self._check_head(self._head_size())  # the same read may have brought much of the body as well
         except HeadTooLarge as error:
             return self._reject(error)
         self._bodiless = self._wire_size = 0
@@ -10169,9 +10179,11 @@ class ClientConnection(asyncio.Protocol):
         """Begin an answer. Its head leaves together with the first bytes of its body."""
         lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
         lines += [b"%b: %b" % header for header in downstream_headers(headers)]
-        length = next((value for name, value in headers if name.lower() == b"content-length"), None)
-        if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
-            length = None
+        length = None
+        if not streaming:  # which comes in chunks: a length leaves no room for pings, nor would a cut at its end show
+            for name, value in headers:
+                if len(name) == 14 and name.lower() == b"content-length":
+                    length = value
         bodiless = status in (204, 304)
         self._chunked = length is None and not bodiless and self._parser.get_http_version() == "1.1"
         if self._chunked:
