@@ -4721,8 +4721,11 @@ class RequestPeek(msgspec.Struct, gc=False):
     stream: bool | msgspec.UnsetType | None = msgspec.UNSET
     background: Raw = msgspec.UNSET
     tools: Raw = msgspec.UNSET
-    fallbacks: Raw = msgspec.UNSET
+    plugins: Raw = msgspec.UNSET
     models: Raw = msgspec.UNSET
+    fallbacks: Raw = msgspec.UNSET
+    context_window_fallbacks: Raw = msgspec.UNSET
+    content_policy_fallbacks: Raw = msgspec.UNSET
     prompt_cache_key: Raw = msgspec.UNSET
     metadata: Raw = msgspec.UNSET
     max_tokens: Raw = msgspec.UNSET
@@ -4773,8 +4776,8 @@ class UserId(msgspec.Struct):
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
-MAX_TOOLS = 2000  # looked at for models of their own, by a key that may not use all …
-MAX_TOOL_NAMES = 2000  # … and the names at the top of those that could have one: 1 µs each
+MAX_LOOKED_AT = 3000  # items and names among which models are looked for, 7 µs each …
+MAX_MODEL_PLACES = 2 << 20  # … and the bytes that these have in all, 25 ms each MB
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
 MAX_SPACED = 16 << 10  # bytes of a body whose quotes are counted: above, to walk its names costs no more
 PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
@@ -4821,10 +4824,10 @@ def container_end(body: bytes, start: int, decoded: object) -> int:
     return value_end(memoryview(body), start)
 
 
-def walk_fields(body: bytes, fields: msgspec.Struct) -> Iterator[tuple[str, int, int]]:
+def walk_fields(body: bytes, fields: msgspec.Struct | None = None) -> Iterator[tuple[str, int, int]]:
     """The fields of a JSON object: each one's name, and where its value starts and ends (white space may follow).
 
-    `fields` is what was decoded of it. Raises BadRequest, and as decoding does.
+    `fields` is what was decoded of it, if it was. Raises BadRequest, and as decoding does.
     """
     at = count = 0
     while field := NAME.match(body, at):
@@ -5220,52 +5223,103 @@ def find_session(call: Call, peek: RequestPeek) -> str:
     return printable(decode_short(peek.prompt_cache_key, str, "")) if peek.prompt_cache_key else ""
 
 
-class Named(msgspec.Struct, gc=False):
-    """A tool or a fallback, which may have a model of its own."""
+MODEL = "a model's name"
+TOO_MANY = f"no more than {MAX_LOOKED_AT} items and names in them"
+Shape = str | list["Shape"] | dict[str, "Shape"]
+MODEL_LIST: Shape = [MODEL, {"model": MODEL}]  # each item is a name, or an object that has one
+OF_SERVER_TOOL: dict[str, Shape] = {"model": MODEL, "analysis_models": [MODEL]}
+# Where a request can name a model beside `model`, in the shape of its JSON: Anthropic's and OpenAI's tools, what
+# LiteLLM and OpenRouter turn to (openrouter.ai/docs: advisor and fusion, whose models may have such tools again).
+MODEL_PLACES: dict[str, Shape] = {
+    "models": MODEL_LIST,
+    "fallbacks": MODEL_LIST,
+    "context_window_fallbacks": MODEL_LIST,
+    "content_policy_fallbacks": MODEL_LIST,
+    "plugins": [{**OF_SERVER_TOOL, "allowed_models": [MODEL]}],
+    "tools": [
+        {
+            "model": MODEL,
+            "advisor": {"model": MODEL},
+            "parameters": {**OF_SERVER_TOOL, "tools": [{"parameters": OF_SERVER_TOOL}]},
+        }
+    ],
+}
 
-    model: Raw = msgspec.UNSET
+
+class NamedModel(NamedTuple):
+    """The model that a request names at a place, such as `tools[3].model`; or what was expected and is not there."""
+
+    place: str
+    name: str
+    expected: str = ""
 
 
-def models_of(item: bytes) -> tuple[list[str], int]:
-    """The model that an item of a list names, or is, none where it is neither; and how many names were looked at.
+def models_within(value: bytes, shape: Shape, place: str, left: Iterator[int]) -> Iterator[NamedModel]:
+    """The models that a JSON value names where its shape has one; a name of an object counts in any spelling.
 
-    Raises BadRequest.
+    `left` counts the items and names that may still be looked at. Raises BadRequest, and as decoding does.
     """
-    if item.lstrip(b" \t\r\n").startswith(b'"'):
-        return [decode_short(msgspec.Raw(item), str, "")], 0  # "": longer than any name
-    if b"model" not in item.lower() and b"\\u" not in item:
-        return [], 0
+    if value == b"null":
+        return
+    if isinstance(shape, str):
+        name = decode_short(msgspec.Raw(value), str, "")
+        is_name = 0 < len(name) <= MAX_NAME
+        yield NamedModel(place, name, "" if is_name else shape)
+    elif isinstance(shape, list):
+        if value[:1] != b"[":
+            yield NamedModel(place, "", "a list")
+            return
+        for number, item in enumerate(list_items(memoryview(value), MAX_LOOKED_AT + 1)):
+            if next(left, None) is None:
+                yield NamedModel(place, "", TOO_MANY)
+                return
+            text = bytes(item).strip()
+            item_shape = shape[-1] if text[:1] == b"{" else shape[0]
+            found = list(models_within(text, item_shape, f"{place}[{number}]", left))
+            yield from found
+            if MODEL in shape and not found:
+                yield NamedModel(f"{place}[{number}]", "", MODEL)
+    elif value[:1] == b"{" and (b"model" in value.lower() or b"\\u" in value):
+        for spelled, start, end in walk_fields(value):
+            if next(left, None) is None:
+                yield NamedModel(place, "", TOO_MANY)
+                return
+            name = spelled.casefold()
+            if name in shape:
+                yield from models_within(value[start:end].strip(), shape[name], f"{place}.{name}", left)
+
+
+def other_models(peek: RequestPeek) -> Iterator[NamedModel]:
+    """The models that a request names beside `model`. Raises BadRequest."""
+    left = iter(range(MAX_LOOKED_AT))
+    size = 0
     try:
-        named = msgspec.json.decode(item, type=Named)
-        names = check_names(item, named)
-    except msgspec.ValidationError:
-        return [], 0  # the upstream's matter
+        for field, shape in MODEL_PLACES.items():
+            value: Raw = getattr(peek, field)
+            if value is msgspec.UNSET:
+                continue
+            size += len(value)
+            if size > MAX_MODEL_PLACES:
+                yield NamedModel(field, "", f"no more than {MAX_MODEL_PLACES} bytes")
+            else:
+                yield from models_within(bytes(value), shape, field, left)
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
-    model = decode_short(named.model, str, "")
-    return [model] if model else [], names
 
 
 def check_other_models(key: Key, peek: RequestPeek) -> None:
-    """Ask a key for the models that a request names beside `model`. Raises PolicyBlocked and BadRequest.
-
-    An advisor of `tools`, `fallbacks` and OpenRouter's `models` answer with models of their own.
-    """
-    names = 0
-    for field in ("tools", "fallbacks", "models"):
-        value = getattr(peek, field)
-        if value is msgspec.UNSET:
-            continue
-        for number, item in enumerate(list_items(memoryview(value), MAX_TOOLS + 1)):
-            if number == MAX_TOOLS:
-                raise PolicyBlocked(f"{field}: more than {MAX_TOOLS} of them.")
-            models, looked_at = models_of(bytes(item))
-            names += looked_at
-            if names > MAX_TOOL_NAMES:
-                raise PolicyBlocked(f"{field}: more than {MAX_TOOL_NAMES} names in them.")
-            for model in models:
-                if not key.allows_model(model):
-                    raise PolicyBlocked(f"The key {key} may not use the model {model!r}, which {field} names.")
+    """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked and BadRequest."""
+    for place, name, expected in other_models(peek):
+        if expected:
+            raise PolicyBlocked(
+                f"{place}: expected {expected}, since the key {key} may use only some models, and each that a request "
+                f"names is looked at. Leave {place} out, or write it so."
+            )
+        if not key.allows_model(name):
+            raise PolicyBlocked(
+                f"The key {key} may not use the model {name!r}, which {place} names. "
+                f"Leave {place} out, or name one that it may use."
+            )
 
 
 def read_request(call: Call) -> None:

@@ -1120,16 +1120,26 @@ async def test_a_response_in_the_background_is_refused_by_name(start_gateway, up
     assert [reply.status for reply in plain] == [200, 200] and len(upstream.requests) == 2
 
 
-OTHER_MODELS = [
-    {"tools": [{"name": "x", "input_schema": {}}, {"type": "advisor_20260301", "model": "claude-opus-9"}]},
-    {"fallbacks": [{"model": "claude-test"}, {"model": "claude-opus-9"}]},
-    {"fallbacks": ["claude-opus-9"]},
-    {"models": ["claude-test", "claude-opus-9"]},
-]
+OPUS = "claude-opus-9"
+OTHER_MODELS = {
+    "tools[1].model": {"tools": [{"name": "x", "input_schema": {}}, {"type": "advisor_20260301", "model": OPUS}]},
+    "tools[0].advisor.model": {"tools": [{"type": "advisor", "advisor": {"model": OPUS}}]},
+    "tools[0].parameters.model": {"tools": [{"type": "openrouter:advisor", "parameters": {"model": OPUS}}]},
+    "tools[0].parameters.analysis_models[1]": {"tools": [{"parameters": {"analysis_models": ["claude-test", OPUS]}}]},
+    "tools[0].parameters.tools[0].parameters.model": {
+        "tools": [{"parameters": {"model": "claude-test", "tools": [{"parameters": {"model": OPUS}}]}}]
+    },
+    "plugins[0].model": {"plugins": [{"id": "fusion", "model": OPUS}]},
+    "fallbacks[1].model": {"fallbacks": [{"model": "claude-test"}, {"model": OPUS}]},
+    "fallbacks[0]": {"fallbacks": [OPUS]},
+    "models[1]": {"models": ["claude-test", OPUS]},
+    "context_window_fallbacks[0]": {"context_window_fallbacks": [OPUS]},
+    "content_policy_fallbacks[0]": {"content_policy_fallbacks": [OPUS]},
+}
 
 
-@pytest.mark.parametrize("fields", OTHER_MODELS)
-async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway, upstream, fields):
+@pytest.mark.parametrize(("place", "fields"), OTHER_MODELS.items(), ids=list(OTHER_MODELS))
+async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway, upstream, place, fields):
     """
     An Opus advisor answered a key that may only use haiku: $0.99 for a request that looked like $0.0025.
     """
@@ -1142,32 +1152,68 @@ async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway
     allowed = await gateway.post("/v1/messages", HELLO | fields)
 
     assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
-    assert "may not use the model 'claude-opus-9', which " + next(iter(fields)) in refused.error["message"]
+    assert refused.error["message"].endswith(
+        f"may not use the model 'claude-opus-9', which {place} names. Leave {place} out, or name one that it may use."
+    )
     assert allowed.status == 200 and len(upstream.requests) == 1
 
 
+LONG = json.dumps(OPUS + " " * (8 << 10))
+
+
 @pytest.mark.parametrize(
-    "tools",
+    ("fields", "message"),
     [
-        '[{"name": "a", "model": "claude-test", "model": "claude-opus-9"}]',
-        '[{"name": "a", "Model": "claude-opus-9"}]',
-        '[{"\\u006dodel": "claude-opus-9"}]',
-        "[%s{}]" % ("{}," * 2000),
-        json.dumps([{"model": "claude-test"} | {str(i): 1 for i in range(200)}] * 11),
+        (f'"tools": [{{"model": {LONG}}}]', "tools[0].model: expected a model's name"),
+        ('"tools": [{"model": ["claude-opus-9"]}]', "tools[0].model: expected a model's name"),
+        ('"tools": [{"model": {"id": "claude-opus-9"}}]', "tools[0].model: expected a model's name"),
+        ('"tools": [{"advisor": {"model": ["claude-opus-9"]}}]', "tools[0].advisor.model: expected a model's name"),
+        ('"tools": {"0": {"model": "claude-opus-9"}}', "tools: expected a list"),
+        ('"plugins": [{"analysis_models": "claude-opus-9"}]', "plugins[0].analysis_models: expected a list"),
+        ('"models": "claude-test,claude-opus-9"', "models: expected a list"),
+        ('"models": [["claude-opus-9"]]', "models[0]: expected a model's name"),
+        ('"fallbacks": {"claude-test": ["claude-opus-9"]}', "fallbacks: expected a list"),
+        ('"fallbacks": [{"claude-test": ["claude-opus-9"]}]', "fallbacks[0]: expected a model's name"),
+        ('"context_window_fallbacks": [{"model": ["claude-opus-9"]}]', "context_window_fallbacks[0].model: expected a"),
+        ('"content_policy_fallbacks": [{"claude-test": 1}]', "content_policy_fallbacks[0]: expected a model's name"),
+        ('"tools": [{"model": "claude-test", "model": "claude-opus-9"}]', "The key alice"),
+        ('"tools": [{"model": "claude-opus-9", "model": "claude-test"}]', "The key alice"),
+        ('"tools": [{"name": "a", "Model": "claude-opus-9"}]', "The key alice"),
+        ('"tools": [ {"\\u006dodel" : "claude-opus-9" } ]', "The key alice"),
+        ('"tools": [%s{}]' % ("{}," * 3000), "tools: expected no more than 3000 items and names in them"),
+        ('"models": [%s""]' % ('"claude-test",' * 3000), "models: expected no more than 3000 items and names in them"),
+        (f'"tools": {json.dumps([{"model": "claude-test"} | dict.fromkeys(map(str, range(200)))] * 15)}', "tools[14]"),
+        (
+            '"tools": [{"model": "claude-test", "description": "%s"}]' % (" " * (2 << 20)),
+            "tools: expected no more than 2",
+        ),
     ],
-    ids=["twice", "in another case", "with an escape", "too many", "too many names in all of them"],
 )
-async def test_a_tools_model_cannot_be_hidden(start_gateway, upstream, tools):
+async def test_a_model_cannot_be_hidden(start_gateway, upstream, fields, message):
     """
     What readers could see differently, or nobody would look at, is refused for a key that may not use all models.
     """
-    gateway = await start_gateway(
-        config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
-    )
+    text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    gateway = await start_gateway(text)
 
-    reply = await gateway.post("/v1/messages", f'{{"model": "claude-test", "tools": {tools}}}'.encode())
+    reply = await gateway.post("/v1/messages", f'{{"model": "claude-test", {fields}}}'.encode())
 
-    assert reply.status == 400 and upstream.requests == []
+    assert (reply.status, reply.error["type"]) == (400, "policy_blocked")
+    assert reply.error["message"].startswith(message) and "Leave " in reply.error["message"]
+    assert upstream.requests == []
+
+
+async def test_a_request_that_names_no_model_that_is_forbidden_passes(start_gateway, upstream):
+    """
+    null is nothing said; what stands elsewhere in a tool is the upstream's matter.
+    """
+    text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    gateway = await start_gateway(text)
+    upstream.script = hello_json()
+    tools = [{"model": None}, {"advisor": "model"}, {"parameters": {"type": "object", "required": ["model"]}}]
+    nothing = {"models": None, "fallbacks": [], "plugins": [{"id": "web", "model": "claude-test"}], "tools": tools}
+
+    assert (await gateway.post("/v1/messages", HELLO | nothing)).status == 200
 
 
 async def test_a_tools_parameter_that_is_called_model_is_no_model(start_gateway, upstream):
