@@ -817,7 +817,11 @@ def test_a_manifest_that_cannot_be_is_refused(site, backup, change, problem):
     assert problem in refused(site, packed(files | {"manifest.json": json.dumps(manifest).encode()}))
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", gzip.compress(b""), gzip.compress(b"hello"), packed({"a": b""})])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", gzip.compress(b""), gzip.compress(b"hello"), packed({"a": b""})],
+    ids=["empty", "text", "nothing packed", "text packed", "another file packed"],
+)
 def test_what_is_no_backup_at_all_is_said_to_be_none(site, data):
     """
     The wrong file, named in a hurry.
