@@ -335,6 +335,11 @@ class Route(NamedTuple):
     kind: Literal["messages", "count_tokens", "chat", "responses", "embeddings"]
 
 
+def first_values(headers: Headers) -> dict[bytes, bytes]:
+    """The first value of each header, by its name in lower case."""
+    return {name.lower(): value for name, value in reversed(headers)}
+
+
 class Call:
     """One request of a client, from its head to its entry in the ledger."""
 
@@ -366,14 +371,23 @@ class Call:
         "user_agent",
     )
 
-    def __init__(self, config: Config, key: Key, route: Route, query: bytes, headers: Headers, address: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        key: Key,
+        route: Route,
+        query: bytes,
+        headers: Headers,
+        address: str,
+        named: dict[bytes, bytes] | None = None,  # `first_values` of the headers, where they are known
+    ) -> None:
         self.id = "req_" + secrets.token_hex(12)
         self.config = config  # one snapshot: a reload never changes a running call
         self.key = key
         self.route = route
         self.query = query
         self.headers = headers
-        self.named = {name.lower(): value for name, value in reversed(headers)}  # the first of each name
+        self.named = first_values(headers) if named is None else named
         self.user_agent = self.header(b"user-agent").partition(" ")[0][:64]
         self.address = address
         self.started = config.clock.monotonic()
@@ -796,9 +810,11 @@ class KeyRing:
         return found
 
 
-def credentials(headers: Headers) -> list[str]:
-    """Every key in a request's headers, as text."""
+def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
+    """Every key in a request's headers, as text; `named` are their first values."""
     found = []
+    if len(named) == len(headers):  # each name stands once, so the two that matter need not be looked for
+        headers = [(name, named[name]) for name in (b"x-api-key", b"authorization") if name in named]
     for name, value in headers:
         lower = name.lower()
         if lower == b"x-api-key":
@@ -2647,9 +2663,9 @@ def in_unit(packed: Packed, unit: str, weights: Weights) -> float:
     """A tally in the unit of a limit: nano-USD, requests or weighted tokens."""
     if unit == "usd":
         return (packed + FIELD_BIAS & FIELD_MASK) - FIELD_BIAS
-    _, calls, _, read, written, write_5m, write_1h, cached = tally_fields(packed)
     if unit == "requests":
-        return calls - FIELD_BIAS
+        return (packed + ALL_BIAS >> 64 & FIELD_MASK) - FIELD_BIAS
+    _, _, _, read, written, write_5m, write_1h, cached = tally_fields(packed)
     return (
         (read - FIELD_BIAS) * weights.input
         + (written - FIELD_BIAS) * weights.output
@@ -2785,7 +2801,8 @@ class Counters(msgspec.Struct, array_like=True):
     def spent(self, unit: str, window: str, now: float, weights: Weights) -> float:
         """What counts in the window of `now`, in the limit's unit (`in_unit`)."""
         if window == "minute":
-            return sum(self.recent(unit, now, weights).values())
+            step = now // STEP_S
+            return in_unit(sum(v for at, v in self.minute.items() if abs(step - at) <= LAST_STEPS), unit, weights)
         current = self.windows.get(window)
         if current is None:
             return 0
@@ -4280,6 +4297,7 @@ class Limits:
     which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
     """
 
+    SHORT_BODY = 64 << 10  # bytes
     SERVED = 1000  # models of which it is remembered who serves them
 
     def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
@@ -4305,15 +4323,19 @@ class Limits:
         """Calls that wait for a slot."""
         return sum(map(len, self._queues.values())) if self._queues else 0
 
-    def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]]) -> None:
-        """Refuse one more call where some limit is used up, or holds no request more. Raises LimitSpent, LimitFull."""
+    def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]], units: Sequence[str]) -> None:
+        """Refuse one more call where a limit in one of these units is used up, or holds no request more.
+
+        Raises LimitSpent or LimitFull.
+        """
         now = self._clock.wall()
         for budget, scope in scopes:
             for limit in budget.limits:
-                need = 1 if limit.unit == "requests" else 0
-                self._left(config, budget, scope, limit, need, now)
+                if limit.unit in units:
+                    need = 1 if limit.unit == "requests" else 0
+                    self._left(config, budget, scope, limit, need, now)
 
-    def enter(self, reservation: Reservation) -> None:
+    def enter(self, reservation: Reservation, length: int) -> None:
         """The first step of an admission, before the body is read: slots and a request, or a place in a queue.
 
         The request counts in the moment in which the slots are there, however long the body then takes: 50 calls whose
@@ -4323,10 +4345,13 @@ class Limits:
         call = reservation.call
         if call.route.kind == "count_tokens":
             return  # free, and never refused
-        self.refuse_spent(call.config, reservation.scopes)
         if reservation.take_slots():
+            # The second step asks for tokens and money anyway: before a short body they are not asked for twice.
+            units = ("requests",) if 0 < length <= self.SHORT_BODY else LIMIT_UNITS
+            self.refuse_spent(call.config, reservation.scopes, units)
             reservation.hold_request(self._clock.wall())
             return
+        self.refuse_spent(call.config, reservation.scopes, LIMIT_UNITS)
         wait_s = call.config.limits.queue
         if wait_s <= 0:
             raise self._too_many(reservation)
@@ -4396,7 +4421,7 @@ class Limits:
             self._enqueue(reservation, waiter)
             return
         try:
-            self.refuse_spent(waiter.call.config, reservation.scopes)
+            self.refuse_spent(waiter.call.config, reservation.scopes, LIMIT_UNITS)
         except GatewayError as refusal:
             waiter.end(refusal)  # and its slots come back in a moment
         else:
@@ -9442,18 +9467,21 @@ class Gateway:
 
     # Calls
 
-    def authenticate(self, headers: Headers, peer: str) -> tuple[Key, str]:
-        """The key of a request, and the client's address. Raises what is wrong before the body is read."""
-        address = self.client_address(headers, peer)
-        key = self.config.keys.find(credentials(headers))
+    def authenticate(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> tuple[Key, str]:
+        """The key of a request, and the client's address. Raises what is wrong before the body is read.
+
+        `named` are the first values of the headers.
+        """
+        address = self.client_address(headers, named, peer)
+        key = self.config.keys.find(credentials(headers, named))
         key.check(address, self.clock.wall())
         return key, address
 
-    def client_address(self, headers: Headers, peer: str) -> str:
+    def client_address(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> str:
         """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs."""
-        forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
-        if not forwarded or not address_in(peer, self.config.trusted):
+        if b"x-forwarded-for" not in named or not address_in(peer, self.config.trusted):
             return peer
+        forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
         for hop in reversed(b",".join(forwarded).decode("latin-1").split(",")):
             peer = hop.strip() if parse_address(hop.strip()) else peer
             if not address_in(peer, self.config.trusted):
@@ -9468,7 +9496,7 @@ class Gateway:
         """Take what a call needs before its body of so many bytes is read. Raises GatewayError, holding nothing."""
         call.reservation = Reservation(self.limits, self.memory, call)
         try:
-            self.limits.enter(call.reservation)
+            self.limits.enter(call.reservation, length)
             call.reservation.hold_body(length)
         except GatewayError:
             call.reservation.release()
@@ -9766,9 +9794,9 @@ class Gateway:
             "upstreams": self.relay.upstreams.report(self.config.upstreams),
         }
 
-    def scrape(self, headers: Headers, peer: str) -> bytes:
+    def scrape(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> bytes:
         """What /metrics says to those who may read it. Raises KeyForbidden."""
-        address = self.client_address(headers, peer)
+        address = self.client_address(headers, named, peer)
         if not address_in(address, self.config.metrics_from):
             raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
         present = (self.config, self.loaded_at, self.reload_failed_at)
@@ -10122,23 +10150,20 @@ class ClientConnection(asyncio.Protocol):
     def _accept(self, route: Route, query: bytes) -> Call:
         """Check what the head suffices for; only then is the body wanted."""
         gateway = self._door.gateway
-        key, address = gateway.authenticate(self._headers, self.peer)
+        named = first_values(self._headers)
+        key, address = gateway.authenticate(self._headers, named, self.peer)
         if not self.key_name and not self._door.recognize(self, key):
             self._keep_alive = False
         gateway.check_open()
-        config, expects, length = gateway.config, False, 0
-        self._is_measured = False
-        for name, value in self._headers:
-            lower = name.lower()
-            if lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-                raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
-            if lower == b"content-length":
-                self._is_measured, length = True, int(value)
-                if length > config.server.max_body:
-                    raise too_large(config.server.max_body)
-            if lower == b"expect" and value.lower() == b"100-continue":
-                expects = self._parser.get_http_version() == "1.1"
-        call = Call(config, key, route, query, self._headers, address)
+        config = gateway.config
+        if b"content-encoding" in named and named[b"content-encoding"].strip().lower() not in (b"", b"identity"):
+            raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
+        self._is_measured = b"content-length" in named
+        length = int(named.get(b"content-length", 0))
+        if length > config.server.max_body:
+            raise too_large(config.server.max_body)
+        expects = named.get(b"expect", b"").lower() == b"100-continue" and self._parser.get_http_version() == "1.1"
+        call = Call(config, key, route, query, self._headers, address, named)
         gateway.enter(call, length)
         self._owes_continue = expects
         if call.reservation.waiter:
@@ -10178,7 +10203,8 @@ class ClientConnection(asyncio.Protocol):
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
         gateway.metrics.refuse(error)
-        gateway.refusals.add(gateway.client_address(self._headers, self.peer), error, request_id)
+        address = gateway.client_address(self._headers, first_values(self._headers), self.peer)
+        gateway.refusals.add(address, error, request_id)
         self._keep_alive = False
         self.refuse(error, api, request_id)
 
@@ -10415,10 +10441,10 @@ class GatewayHandler(tornado.web.RequestHandler):
         return text
 
     @property
-    def origin(self) -> tuple[Headers, str]:
-        """The request's headers and its peer's address: what tells who asks."""
+    def origin(self) -> tuple[Headers, Mapping[bytes, bytes], str]:
+        """The request's headers, their first values, and its peer's address: what tells who asks."""
         headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.request.headers.get_all()]
-        return headers, self.request.remote_ip or ""
+        return headers, first_values(headers), self.request.remote_ip or ""
 
     def authenticate(self) -> Key:
         """The key of this request; its connection is no stranger's any more. Raises GatewayError."""

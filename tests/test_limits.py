@@ -1056,7 +1056,7 @@ async def waiters_in(limits: g.Limits, snapshot: g.Config, count: int) -> list[g
         key = list(snapshot.keys)[i % 2]
         call = g.Call(snapshot, key, g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
         call.reservation = g.Reservation(limits, g.BodyMemory(0), call)
-        limits.enter(call.reservation)
+        limits.enter(call.reservation, 0)
         held.append(call.reservation)
     return held
 
@@ -1166,7 +1166,7 @@ keys:
                 call = g.Call(snapshot, keys[which], g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
                 call.reservation = g.Reservation(limits, g.BodyMemory(0), call)
                 try:
-                    limits.enter(call.reservation)
+                    limits.enter(call.reservation, 0)
                     held.append(call.reservation)
                 except g.LimitFull:
                     call.reservation.release()

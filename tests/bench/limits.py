@@ -45,7 +45,7 @@ async def run(calls: int) -> None:
             posting = g.POSTING_DECODER.decode(line % g.utc_time(config.clock.wall()).encode())
             begun = time.perf_counter()
             with g.Reservation(limits, memory, call) as call.reservation:
-                limits.enter(call.reservation)
+                limits.enter(call.reservation, 0)
                 call.reservation.hold_body(len(BODY))
                 await limits.admit(call, gone)
                 admitted = time.perf_counter()
