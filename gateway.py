@@ -4558,6 +4558,7 @@ ROUTES = {
     "/v1/responses": Route("/v1/responses", "openai", "responses"),
     "/v1/embeddings": Route("/v1/embeddings", "openai", "embeddings"),
 }  # all POST; GET /v1/models and /v1/models/ID are answered from lists, and nothing else reaches an upstream
+PLAIN_TARGETS = frozenset(path.encode() for path in ROUTES)
 
 # Requests that clients make on their own and that need no upstream (CLIENT.md).
 LOCAL_ROUTES = {
@@ -4602,6 +4603,8 @@ def normalize_target(target: bytes) -> tuple[str, bytes]:
     Only what the table of routes then knows is forwarded, and under the table's own spelling (RFC 3986, 6.2.2).
     """
     raw, _, query = target.partition(b"?")
+    if raw in PLAIN_TARGETS:
+        return raw.decode(), query
     if not raw.startswith(b"/"):
         # Absolute form: the host decides nothing. Else `*` or an authority, which nothing here answers to.
         raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2] if b"://" in raw else b"/*"
@@ -11413,14 +11416,32 @@ class LogFormatter(logging.Formatter):
     """Lines such as `2026-11-21 05:55:02,112 INFO …`; the second is written once, not once a line."""
 
     def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        super().__init__()
         self._second, self._text = -1, ""
 
-    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802 - logging's name
+    def format(self, record: logging.LogRecord) -> str:
         second = int(record.created)
         if second != self._second:
             self._second, self._text = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._text},{int(record.msecs):03}"
+        has_more = record.exc_info or record.stack_info
+        message = super().format(record) if has_more else record.getMessage()  # the former adds the traceback
+        return f"{self._text},{int(record.msecs):03} {record.levelname} {message}"
+
+
+class LineRecord(logging.LogRecord):
+    """A record of what a line shows. The standard one takes its file's name apart, too, and twice as long."""
+
+    def __init__(
+        self, name: str, level: int, pathname: str, lineno: int, msg: object, args: Any, exc_info: Any, *rest: Any
+    ) -> None:
+        if args and len(args) == 1 and isinstance(args[0], Mapping) and args[0]:  # as logging does: "%(name)s"
+            args = args[0]
+        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
+        self.pathname, self.filename, self.lineno = pathname, pathname, lineno  # where a format does not fit
+        self.msg, self.args, self.exc_info = msg, args, exc_info
+        self.exc_text = self.stack_info = None
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
 
 
 class LogWriter(logging.Handler):
@@ -11549,6 +11570,7 @@ def start_logging(level: str) -> LogWriter:
     writer = LogWriter()
     logging.basicConfig(level=level, handlers=[writer])
     logging._srcfile = None  # as that page says: half of a line's time
+    logging.setLogRecordFactory(LineRecord)
     logging.logThreads = logging.logMultiprocessing = logging.logProcesses = False
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else a line for each malformed request
