@@ -4231,14 +4231,15 @@ class Reservation:
                     del scope.admitted[step]
         if self.waiter:
             self._limits.leave_queue(self)
-        self.return_slots()
-        self.call.let_go()
+        if self.slots:
+            self.return_slots()
+        if self.call.headers or self.body_bytes:  # else it has let go at the first content
+            self.call.let_go()
 
     def return_slots(self) -> None:
         """Give the slots to those who wait for them."""
-        scopes = [scope for _, scope in self.scopes[: self.slots]]
-        self.slots = 0
-        for scope in scopes:
+        scopes, self.slots = self.scopes[: self.slots], 0
+        for _, scope in scopes:
             scope.running -= 1
         self._limits.wake(scopes)
 
@@ -4273,7 +4274,8 @@ class InputRatios:
         """Take in how much input a call had, cached or not, by its upstream's count."""
         if call.input_estimate < self.MIN_TOKENS:
             return
-        pair, before = (call.key.name, call.model), self.of(call)
+        pair = (call.key.name, call.model)
+        before = self._ratios.get(pair, 1.0)
         ratio = min(self.MAX_RATIO, max(1.0, input_tokens / call.input_estimate))
         if ratio == before:
             return
@@ -4398,11 +4400,11 @@ class Limits:
                 if not queue:
                     del self._queues[scope]
 
-    def wake(self, scopes: list[Scope]) -> None:
+    def wake(self, scopes: list[tuple[Budget, Scope]]) -> None:
         """Hand slots that have become free to those who wait for them: the gateway's, the team's, then the key's."""
         if not self._queues:
             return
-        for scope in reversed(scopes):
+        for _, scope in reversed(scopes):
             queue = self._queues.get(scope)
             while queue:
                 budget, _ = queue.first().call.reservation.full
@@ -5611,6 +5613,8 @@ class AbsurdCount(ValueError):
 
 def read_count(value: Count) -> int:
     """A count of an answer as an integer. Raises AbsurdCount."""
+    if type(value) is int and 0 <= value <= MAX_COUNT:  # as most are
+        return value
     count = int(value)
     if count != value or not 0 <= count <= MAX_COUNT:
         raise AbsurdCount(f"a count of {value:.6g} tokens")
