@@ -2241,7 +2241,12 @@ class Config:
 
     def route(self, call: Call) -> tuple[Serving, ...]:
         """Those that speak the call's format and serve its model, by priority, then in the file's order."""
-        if not call.key.allows_model(call.model):  # without a model: only a key with `*` or ""
+        if not call.key.allows_model(call.model):
+            if not call.model:
+                raise PolicyBlocked(
+                    f"model: field required. Without it only a key may call whose `models` in the config has "
+                    f'"*" or "" ({call.key} has neither).'
+                )
             raise PolicyBlocked(f"The key {call.key} may not use the model {call.model!r}.")
         return self.serving(call.route, call.model)
 

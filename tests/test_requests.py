@@ -1247,10 +1247,16 @@ async def test_a_response_without_a_model_goes_where_the_config_says_so(start_ga
     await gateway.write(config_text(upstream.url, ', format: openai, models: {"": "*", "gpt-*": "*"}'))
     served = await status()
     await gateway.write(gateway.path.read_text().replace("name: alice,", 'name: alice, models: ["gpt-*"],'))
+    refused = await gateway.post("/v1/responses", request)
+    await gateway.write(gateway.path.read_text().replace('["gpt-*"]', '["gpt-*", ""]'))
     chosen = await status()
 
-    assert (unnamed, served, chosen) == (400, 200, 400)
-    assert [json.loads(upstream.requests[0].body)] == [request]
+    assert (unnamed, served, refused.status, chosen) == (400, 200, 400, 200)
+    assert refused.error["message"] == (
+        'model: field required. Without it only a key may call whose `models` in the config has "*" or "" '
+        "(alice (…stuv) has neither)."
+    )
+    assert [json.loads(each.body) for each in upstream.requests] == [request, request]
     assert (await gateway.post("/v1/chat/completions", request)).status == 400
 
 
