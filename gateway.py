@@ -4178,7 +4178,7 @@ class Reservation:
         self._limits, self._memory = limits, memory
         self.call = call
         self.body_bytes = 0
-        self.scopes = limits.scopes(call.key)  # of the key, of its team, of the gateway
+        self.scopes = limits.scopes(call.key, call.route.kind)  # of the key, of its team, of the gateway
         self.slots = 0  # so many of the scopes, from the first on, have given it a slot
         self.waiter: Waiter[bool] | None = None  # where it had to wait for one
         self._step: int | None = None  # of the last minute: where its request counts
@@ -4302,9 +4302,13 @@ class Limits:
     bob may have 2 calls at once, the gateway 3. Alice sends 9 calls: 2 run, 7 wait in her own queue. Bob sends 2:
     1 runs, 1 has bob's slot and waits in the gateway's queue. One of alice's ends: her slot goes to her next call,
     which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
+
+    count_tokens is free and takes none of these slots. It has a few for each key, which are waited for likewise.
     """
 
     SHORT_BODY = 64 << 10  # bytes
+    COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28 …
+    COUNT_WAIT_S = 10.0  # … of which the others wait, at most so long
     SERVED = 1000  # models of which it is remembered who serves them
 
     def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
@@ -4314,8 +4318,11 @@ class Limits:
         self._queues: dict[Scope, WaitQueue[Waiter[bool]]] = {}  # of the scopes for whose slots somebody waits
         self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
 
-    def scopes(self, key: Key) -> list[tuple[Budget, Scope]]:
-        """Each budget that a key's calls count in, with what runs on it."""
+    def scopes(self, key: Key, kind: str = "messages") -> list[tuple[Budget, Scope]]:
+        """Each budget that a key's calls of a kind count in, with what runs on it."""
+        if kind == "count_tokens":
+            own = self._scopes.setdefault((kind, key.name), Scope(Counters()))
+            return [(Budget("key", key.name, (), self.COUNTS), own)]
         return [(budget, self._scope(budget)) for budget in key.budgets]
 
     def _scope(self, budget: Budget) -> Scope:
@@ -4350,8 +4357,6 @@ class Limits:
         the reservation gives back.
         """
         call = reservation.call
-        if call.route.kind == "count_tokens":
-            return  # free, and never refused
         if reservation.take_slots():
             # The second step asks for tokens and money anyway: before a short body they are not asked for twice.
             units = ("requests",) if 0 < length <= self.SHORT_BODY else LIMIT_UNITS
@@ -4359,7 +4364,9 @@ class Limits:
             reservation.hold_request(self._clock.wall())
             return
         self.refuse_spent(call.config, reservation.scopes, LIMIT_UNITS)
-        wait_s = call.config.limits.queue
+        wait_s: float = call.config.limits.queue
+        if call.route.kind == "count_tokens":
+            wait_s = self.COUNT_WAIT_S
         if wait_s <= 0:
             raise self._too_many(reservation)
         waiter = reservation.waiter = Waiter(call, self._clock.monotonic() + wait_s)
@@ -4372,16 +4379,17 @@ class Limits:
 
         Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
         """
-        if call.route.kind == "count_tokens":
-            return
         waiter = call.reservation.waiter
         if waiter:
             await waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
-        self._reserve(call, call.reservation)
+        if call.route.kind != "count_tokens":
+            self._reserve(call, call.reservation)
 
     def _too_many(self, reservation: Reservation) -> LimitFull:
         budget, _ = reservation.full
         what = f"{budget.concurrent:,.0f} calls at once, the limit of {budget}"
+        if reservation.call.route.kind == "count_tokens":
+            what = f"{budget.concurrent} calls of count_tokens at once, which {budget} may have"
         contact = reservation.call.config.contact
         return LimitFull(f"More than {what}. Try again in a moment.{contact}", retry_after_s=5)
 
@@ -4450,7 +4458,8 @@ class Limits:
             waiter.call.reservation.return_slots()
         for waiter in waiters:
             try:
-                waiter.call.reservation.scopes = self.scopes(config.check_again(waiter.call))
+                key = config.check_again(waiter.call)
+                waiter.call.reservation.scopes = self.scopes(key, waiter.call.route.kind)
             except GatewayError as refusal:
                 waiter.end(refusal)
             else:
@@ -7052,10 +7061,11 @@ class Evidence:
 class Load:
     """How many calls run at an upstream, or with one of its API keys."""
 
-    __slots__ = ("running",)
+    __slots__ = ("counting", "running")
 
     def __init__(self) -> None:
         self.running = 0
+        self.counting = 0  # those of them that are count_tokens
 
 
 class Health:
@@ -7175,7 +7185,10 @@ class Health:
 
 
 class Choice(NamedTuple):
-    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1."""
+    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1.
+
+    `is_count`: for count_tokens.
+    """
 
     upstream: UpstreamConfig
     number: int
@@ -7183,6 +7196,7 @@ class Choice(NamedTuple):
     health: Health  # of the upstream
     key_health: Health
     weight: float  # of this key: the upstream's, divided by its keys
+    is_count: bool
 
     def __str__(self) -> str:
         return self.upstream.name + (f" (key {self.number})" if len(self.upstream.api_key) > 1 else "")
@@ -7198,8 +7212,17 @@ class Choice(NamedTuple):
         is_cooling = health.cooling_until or key.cooling_until
         if is_cooling and not (health.is_ready(now, user) and key.is_ready(now, user)):
             return False
+        if self.is_count and not self.may_count():
+            return False
         limit = self.upstream.max_concurrent
         return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
+
+    def may_count(self) -> bool:
+        """Whether count_tokens has less than half of the slots, and so leaves the others to calls that are paid for."""
+        limit = self.upstream.max_concurrent
+        if limit is not None and self.key_health.load.counting >= max(1, limit // 2):
+            return False
+        return self.health.load.counting < max(1, self.upstream.max_connections // 2)
 
     def is_left_alone_for(self, user: str) -> bool:
         """Whether it, or its upstream, is left alone for this user only."""
@@ -7232,6 +7255,9 @@ class Ticket:
         self.model = model  # as the upstream knows it
         choice.health.load.running += 1
         choice.key_health.load.running += 1
+        if choice.is_count:
+            choice.health.load.counting += 1
+            choice.key_health.load.counting += 1
         self._eras = choice.health.era, choice.key_health.era
         self.trials: list[Health] = []  # half open: this call finds out
         if choice.health.cooling_until or choice.key_health.cooling_until:
@@ -7249,6 +7275,9 @@ class Ticket:
     def __exit__(self, *exc: object) -> None:
         self.choice.health.load.running -= 1
         self.choice.key_health.load.running -= 1
+        if self.choice.is_count:
+            self.choice.health.load.counting -= 1
+            self.choice.key_health.load.counting -= 1
         for health in self.trials:  # it never came to an answer: let another one find out
             if self.is_of_now(health):
                 health.is_tried = False
@@ -7297,7 +7326,7 @@ class Upstreams:
             keys = upstream.api_key or Secrets([Secret("")])
             whole, weight = self._health(upstream, None, is_count), upstream.weight / len(keys)
             found = self._choices[upstream, is_count] = tuple(
-                Choice(upstream, i, key, whole, self._health(upstream, key, is_count), weight)
+                Choice(upstream, i, key, whole, self._health(upstream, key, is_count), weight, is_count)
                 for i, key in enumerate(keys, 1)
             )
         return found

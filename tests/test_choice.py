@@ -1002,9 +1002,9 @@ def test_count_tokens_has_a_health_of_its_own(caplog, retry_after_s):
     """
     A key without a budget for the one has it for the other, both ways round; what runs counts together.
     """
-    for failing, other in (
-        ("/v1/messages", "/v1/messages/count_tokens"),
-        ("/v1/messages/count_tokens", "/v1/messages"),
+    for failing, other, most in (
+        ("/v1/messages", "/v1/messages/count_tokens", 1),
+        ("/v1/messages/count_tokens", "/v1/messages", 2),
     ):
         world = World({"a": "max_concurrent: 2"})
         with world.upstreams.take(world.call(path=failing), set()) as ticket:
@@ -1012,8 +1012,34 @@ def test_count_tokens_has_a_health_of_its_own(caplog, retry_after_s):
 
         assert world.upstreams.take(world.call(path=failing), set()) is None
         held = [world.upstreams.take(world.call(path=other), set()) for _ in range(3)]
-        assert [ticket is not None for ticket in held] == [True, True, False]
+        assert [ticket is not None for ticket in held] == [True] * most + [False] * (3 - most)
     caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [("max_concurrent: 8", 4), ("max_concurrent: 1", 1), ("max_connections: 6", 3)],
+)
+def test_count_tokens_has_half_of_the_slots(settings, most):
+    """
+    One key's count_tokens calls, which are free, held all eight slots of an upstream.
+    """
+    world = World({"a": settings})
+
+    def take(path: str) -> list[g.Ticket]:
+        held = [world.upstreams.take(world.call(path=path), set()) for _ in range(10)]
+        return [ticket for ticket in held if ticket]
+
+    counting = take("/v1/messages/count_tokens")
+    asking = take("/v1/messages")
+    for ticket in counting:
+        ticket.__exit__()
+    asking += take("/v1/messages")
+    for ticket in asking:
+        ticket.__exit__()
+
+    assert len(counting) == most and len(asking) == int(settings.split()[1])
+    assert len(take("/v1/messages/count_tokens")) == most
 
 
 async def test_a_waiting_count_tokens_call_holds_up_no_message(caplog):

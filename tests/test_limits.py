@@ -260,6 +260,59 @@ async def test_count_tokens_is_free(start_gateway, upstream):
     running.cancel()
 
 
+def count(gateway: GatewayUnderTest, token: str = KEY) -> asyncio.Task[Reply]:
+    """A call of count_tokens on its way."""
+    return asyncio.ensure_future(gateway.post("/v1/messages/count_tokens", HELLO, token))
+
+
+async def test_a_key_has_sixteen_count_tokens_calls_at_once(start_gateway, upstream):
+    """
+    What is free is bounded nevertheless: the others wait, 10 s at most, and no other key waits for them.
+    """
+    upstream.script = [wait_for(released := asyncio.Event()), *json_body({"input_tokens": 9})]
+    gateway = await start_gateway(config(upstream.url, whole="queue: 0s"))
+
+    counting = [count(gateway) for _ in range(20)]
+    await upstream.request_came(16)
+    await until(lambda: gateway.gateway.limits.waiting == 4)
+    upstream.script = json_body({"input_tokens": 9})
+    bob = await count(gateway, BOB)
+    asked = len(upstream.requests)
+    gateway.tick(seconds=11)
+    await until(lambda: sum(task.done() for task in counting) == 4)
+    refused = [task.result() for task in counting if task.done()]
+    released.set()
+    replies = await asyncio.gather(*counting)
+
+    assert sorted(reply.status for reply in replies) == [200] * 16 + [429] * 4
+    assert (bob.status, asked) == (200, 17)
+    assert [refusal(reply) for reply in refused] == [(429, "rate_limit_error", None, "5")] * 4
+    assert refused[0].error["message"] == (
+        "More than 16 calls of count_tokens at once, which the key alice may have. Try again in a moment."
+    )
+    await idle(gateway)
+
+
+async def test_a_count_tokens_call_that_waited_is_served(start_gateway, upstream):
+    """
+    The slot of one that ended goes to the first that waits, also after a reload.
+    """
+    upstream.script = [wait_for(released := asyncio.Event()), *json_body({"input_tokens": 9})]
+    gateway = await start_gateway(config(upstream.url))
+    counting = [count(gateway) for _ in range(17)]
+    await upstream.request_came(16)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    await gateway.write(config(upstream.url, "concurrent: 1"))
+    still_waiting = gateway.gateway.limits.waiting
+    released.set()
+    replies = await asyncio.gather(*counting)
+
+    assert still_waiting == 1
+    assert [reply.status for reply in replies] == [200] * 17
+    await idle(gateway)
+
+
 # --- reserved ---------------------------------------------------------------------------
 
 
