@@ -1517,6 +1517,28 @@ def settings_at(kind: Any, steps: Sequence[str | int]) -> dict[str, Any]:
     return fields
 
 
+# What msgspec calls the types of YAML's values: as what is to be written, and as what stands there.
+WANTED_TYPES = {
+    "array": "a list such as [a, b]",
+    "object": "settings such as {name: value}",
+    "str": "text (in quotes, where YAML reads something else)",
+    "int": "a whole number such as 8",
+    "float": "a plain number such as 1.5",
+    "bool": "true or false",
+}
+GOT_TYPES = {
+    "array": "a list",
+    "object": "settings",
+    "str": "text",
+    "int": "a number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "nothing",
+    "date": "a date",
+    "datetime": "a date",
+}
+
+
 def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int], str]:
     """The steps to what is wrong below `kind`, and what would be right."""
     message, _, at = str(error).partition(" - at `")
@@ -1536,8 +1558,11 @@ def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int]
         expected = settings_at(kind, steps[:-1])[str(steps[-1])]
         choices = [c for a in (expected, *get_args(expected)) if get_origin(a) is Literal for c in get_args(a)]
         return steps, f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {found[1]}"
-    if re.match(r"Expected `str`, got `(bool|int|float|date|datetime)`", message):
-        message += ": YAML reads it so; put it in quotes"
+    if found := re.fullmatch(r"Expected `(\w+)(?: \| null)?`, got `(\w+)`", message):
+        wanted, got = found.groups()
+        names = list(settings_at(kind, steps)) if wanted == "object" else []
+        wanted = f"settings such as {{{names[0]}: …}}" if names else WANTED_TYPES[wanted]
+        return steps, f"expected {wanted}, got {GOT_TYPES.get(got, got)}"
     return steps, message
 
 
@@ -1566,16 +1591,16 @@ def parse_amount(value: object) -> Amount:
     return Amount(parse_scaled(value, COUNT_UNITS, "200k"))
 
 
-def parse_surcharge(name: str, amount: float) -> float:
+def parse_surcharge(name: str, amount: object) -> float:
     """A premium or an extra for all models."""
-    if name not in SURCHARGE_NAMES:
-        known = ", ".join(SURCHARGE_NAMES)
-        raise Misplaced(
-            [name], f"a number is the amount of a surcharge, of which there are {known}; a model has {{input: …}}"
-        )
-    if not 0 <= amount < math.inf:
-        raise Misplaced([name], "a price is a number and not negative")
-    return float(amount)
+    if name in SURCHARGE_NAMES:
+        if isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 <= amount < math.inf:
+            return float(amount)
+        raise Misplaced([name], f"expected a plain number such as 1.5, not negative, got {amount!r}")
+    if name in PriceConfig.__struct_fields__:
+        raise Misplaced([name], f'it stands in a model\'s row: {{"claude-*": {{input: 3, output: 15, {name}: …}}}}')
+    known = ", ".join(SURCHARGE_NAMES)
+    raise Misplaced([name], f"expected a model's prices such as {{input: 3, output: 15}}; a number is for {known}")
 
 
 def parse_prices(value: object) -> PriceTable:
@@ -1584,7 +1609,8 @@ def parse_prices(value: object) -> PriceTable:
         raise ValueError('expected prices such as {"claude-*": {input: 3, output: 15}, "*": {…}}')
     prices, surcharges, unknown = [], {}, ""
     for pattern, price in value.items():
-        if isinstance(price, (int, float)) and not isinstance(price, bool):
+        is_row = isinstance(price, dict) and pattern not in SURCHARGE_NAMES
+        if not is_row and (pattern in PriceConfig.__struct_fields__ or isinstance(price, (int, float))):
             surcharges[str(pattern)] = parse_surcharge(str(pattern), price)
             continue
         if pattern == "unknown" and not isinstance(price, dict):
@@ -4910,9 +4936,9 @@ def check_names(body: bytes, fields: msgspec.Struct) -> int:
     for spelled, _, _ in walk_fields(body, fields):
         folded = spelled.casefold()
         if spelled != folded and folded in fields.__struct_fields__:
-            raise BadRequest(f"{spelled}: this name is spelled {folded}")
+            raise BadRequest(f"{spelled}: write this name {folded}")
         if folded in found:
-            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case)")
+            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case); leave one out")
         found.add(folded)
     return len(found)
 

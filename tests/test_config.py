@@ -668,6 +668,7 @@ PRICE_SETTINGS = (
     "web_search, file_search, code_execution, code_interpreter"
 )
 TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
+A_NUMBER = "expected a plain number such as 1.5, not negative"
 A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
 
 
@@ -734,13 +735,13 @@ BAD = {
     ),
     "no upstreams": ("server: {}\n", "1: upstreams: is required, and missing"),
     "empty upstreams": ("\nupstreams: []\n", "2: upstreams: at least one upstream is needed"),
-    "upstreams is a number": ("upstreams: 5\n", "1: upstreams: Expected `array`, got `int`"),
-    "upstreams of words": ("upstreams: [a, b]\n", "1: upstreams[0]: Expected `object`, got `str`"),
+    "upstreams is a number": ("upstreams: 5\n", "1: upstreams: expected a list such as [a, b], got a number"),
+    "upstreams of words": ("upstreams: [a, b]\n", "1: upstreams[0]: expected settings such as {name: …}, got text"),
     "no name": ("upstreams:\n  - format: demo\n", "2: upstreams[0].name: is required, and missing"),
     "no key": (KEYS + "  - name: alice\n", "3: keys[0].key: is required, and missing"),
     "a number for a name": (
         "upstreams:\n  - {name: demo, format: demo}\n  - {name: 5, format: demo}\n",
-        "3: upstreams[1].name: Expected `str`, got `int`: YAML reads it so; put it in quotes",
+        "3: upstreams[1].name: expected text (in quotes, where YAML reads something else), got a number",
     ),
     "space around a name": (
         'upstreams: [{name: " a", format: demo}]',
@@ -753,6 +754,14 @@ BAD = {
     "name taken": (
         "upstreams:\n- {name: a, format: demo}\n- {name: a, format: demo}\n",
         "3: upstreams[1].name: 'a' is taken: names tell entries apart in the ledger",
+    ),
+    "headers as text": (
+        "upstreams: [{name: a, format: demo, headers: {pass: x-a}}]",
+        "1: upstreams[0].headers.pass: expected a list such as [a, b], got text",
+    ),
+    "models as text": (
+        "upstreams: [{name: a, format: demo, models: claude-x}]",
+        "1: upstreams[0].models: expected settings such as {name: value}, got text",
     ),
     "no url": ("upstreams: [{name: a}]", "1: upstreams[0].url: expected http://… or https://… and a host"),
     "other scheme": (
@@ -797,7 +806,7 @@ BAD = {
     ),
     "a new name that is none": (
         "upstreams: [{name: a, format: demo, models: {claude: }}]",
-        "1: upstreams[0].models: Expected `str`, got `null`",
+        "1: upstreams[0].models: expected text (in quotes, where YAML reads something else), got nothing",
     ),
     "an api_key that is a number": (
         "upstreams: [{name: a, format: demo, api_key: 12345678}]",
@@ -808,7 +817,7 @@ BAD = {
         "1: upstreams[0].api_key: there is no sealing secret (looked in FOLDER/gateway.secret); "
         "`gateway.py init` makes one, or set GATEWAY_SECRET",
     ),
-    "port as a word": (DEMO + "server:\n  port: http\n", "3: server.port: Expected `int`, got `str`"),
+    "port as a word": (DEMO + "server:\n  port: http\n", "3: server.port: expected a whole number such as 8, got text"),
     "port too high": (DEMO + "server:\n  port: 65536\n", "3: server.port: expected 0 to 65535"),
     "time zone": (
         DEMO + "server: {timezone: CEST}\n",
@@ -896,7 +905,31 @@ BAD = {
     ),
     "price in words": (
         DEMO + 'prices:\n  gpt-5.1: {input: 1, output: 1}\n  "*":\n    input: cheap\n    output: 1\n',
-        "5: prices.*.input: Expected `float`, got `str`",
+        "5: prices.*.input: expected a plain number such as 1.5, got text",
+    ),
+    "premium in words": (DEMO + "prices: {fast: 1e9}", f"2: prices.fast: {A_NUMBER}, got '1e9'"),
+    "negative premium": (DEMO + "prices: {fast: -1}", f"2: prices.fast: {A_NUMBER}, got -1"),
+    "settings of a premium": (DEMO + "prices: {us: {input: 1}}", f"2: prices.us: {A_NUMBER}, got {{'input': 1}}"),
+    "premium of a model in words": (
+        DEMO + 'prices: {"*": {input: 1, output: 1, fast: 1e9}}',
+        "2: prices.*.fast: expected a plain number such as 1.5, got text",
+    ),
+    "sound beside the models": (
+        DEMO + "prices: {audio: 3}",
+        '2: prices.audio: it stands in a model\'s row: {"claude-*": {input: 3, output: 15, audio: …}}',
+    ),
+    "sound as a number": (
+        DEMO + 'prices: {"*": {input: 1, output: 1, audio: 3}}',
+        "2: prices.*.audio: expected settings such as {input: …}, got a number",
+    ),
+    "model as a number": (
+        DEMO + "prices: {claude-x: 3}",
+        "2: prices.claude-x: expected a model's prices such as {input: 3, output: 15}; a number is for fast, priority, "
+        "flex, batch, us, web_search, file_search, code_execution, code_interpreter",
+    ),
+    "model as text": (
+        DEMO + "prices: {claude-x: 1e9}",
+        "2: prices.claude-x: expected settings such as {input: …}, got text",
     ),
     "negative price": (
         DEMO + 'prices: {"*": {input: 1, output: -1}}',
@@ -928,7 +961,7 @@ BAD = {
     ),
     "tier in words": (
         TIERS + "      - above: 1k\n        input: cheap\n        output: 1\n",
-        "8: prices.*.tiers[0].input: Expected `float`, got `str`",
+        "8: prices.*.tiers[0].input: expected a plain number such as 1.5, got text",
     ),
     "misspelt tier": (
         TIERS + "      - {abvoe: 1k, input: 1, output: 1}\n",
@@ -940,7 +973,7 @@ BAD = {
     ),
     "no list of tiers": (
         TIERS + "      above: 1k\n",
-        "6: prices.*.tiers: Expected `array`, got `object`",
+        "6: prices.*.tiers: expected a list such as [a, b], got settings",
     ),
     "unknown team": (
         KEYS + f"  - name: a\n    key: {HASH}\n    team: reserch\nteams: [{{name: research}}, {{name: sales}}]\n",
@@ -987,7 +1020,7 @@ BAD = {
     "queue without a unit": (DEMO + "limits:\n  queue: 10\n", "3: limits.queue: expected something like 10s, got 10"),
     "contact": (
         DEMO + "server:\n  contact: 5\n",
-        "3: server.contact: Expected `str`, got `int`: YAML reads it so; put it in quotes",
+        "3: server.contact: expected text (in quotes, where YAML reads something else), got a number",
     ),
     "key name taken": (
         KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: a, key: {HASH2}}}\n",
@@ -1022,7 +1055,7 @@ BAD = {
     ),
     "enabled": (
         KEYS + f"- {{name: a, key: {HASH}, enabled: maybe}}\n",
-        "3: keys[0].enabled: Expected `bool`, got `str`",
+        "3: keys[0].enabled: expected true or false, got text",
     ),
     "environment": (
         DEMO + "server:\n  host: ${GATEWAY_HOST}\n",

@@ -236,7 +236,10 @@ BAD = {
     "empty": ("", "expected settings such as `upstreams:`, found nothing"),
     "half": (config_text("http://h")[:70], "config.yaml:"),
     "unknown setting": (config_text("http://h", ", modles: {}"), "did you mean models?"),
-    "wrong type": (config_text("http://h").replace("port: 0", "port: many"), "server.port: Expected `int`"),
+    "wrong type": (
+        config_text("http://h").replace("port: 0", "port: many"),
+        "server.port: expected a whole number such as 8",
+    ),
 }
 
 

@@ -803,13 +803,17 @@ def test_a_list_is_walked_item_by_item(items, space, most):
 # Names that stand twice
 
 DOUBLED = {
-    "the same name": (b'{"model": "a", "model": "b"}', "model: this name stands twice in the request (in any case)"),
+    "the same name": (
+        b'{"model": "a", "model": "b"}',
+        "model: this name stands twice in the request (in any case); leave one out",
+    ),
     "with the same value": (b'{"model":"a","model":"a"}', "model: this name stands twice"),
-    "in another case": (b'{"model": "a", "Model": "b"}', "Model: this name is spelled model"),
-    "in another case alone": (b'{"model": "a", "Max_Tokens": 5}', "Max_Tokens: this name is spelled max_tokens"),
-    "as Go folds it": ('{"model": "a", "me\u017f\u017fages": []}'.encode(), "me\u017f\u017fages: this name is spelled"),
+    "in another case": (b'{"model": "a", "Model": "b"}', "Model: write this name model"),
+    "in another case, and missing": (b'{"Model": "b", "messages": []}', "Model: write this name model"),
+    "in another case alone": (b'{"model": "a", "Max_Tokens": 5}', "Max_Tokens: write this name max_tokens"),
+    "as Go folds it": ('{"model": "a", "me\u017f\u017fages": []}'.encode(), "me\u017f\u017fages: write this name"),
     "with an escape": (b'{"model": "a", "\\u006dodel": "b"}', "model: this name stands twice"),
-    "with an escape and another case": (b'{"model": "a", "\\u004dodel": "b"}', "Model: this name is spelled model"),
+    "with an escape and another case": (b'{"model": "a", "\\u004dodel": "b"}', "Model: write this name model"),
     "an unknown name": (b'{"model": "a", "x-y": {}, "x-y": 1}', "x-y: this name stands twice"),
     "an unknown name in another case": (b'{"model": "a", "xy": {}, "XY": 1}', "XY: this name stands twice"),
     "a list and a part of it": (b'{"model": "a", "tools": [1], "tools": [1, 2]}', "tools: this name stands twice"),
