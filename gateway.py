@@ -482,7 +482,7 @@ class RequestTimeout(GatewayError):
 
 
 class TooLarge(GatewayError):
-    """The body is larger than `server.max_body`."""
+    """The body is larger than `server.max_body`, or than all bodies together may be, `server.memory`."""
 
     status, type, code = 413, "request_too_large", "request_too_large"
 
@@ -1946,12 +1946,47 @@ def config_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that this process may use: what the host has, or the least that one of its cgroups allows.
+
+    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
+    a container the path of its own is not there, and the root of the mount is its limit.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base, name = root / "sys/fs/cgroup", "memory.max"
+            if "memory" in controllers.split(","):
+                base, name = base / "memory", "memory.limit_in_bytes"
+            folder = base / path.lstrip("/")
+            while folder.is_relative_to(base):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    found.append(int((folder / name).read_text()))
+                folder = folder.parent
+    return min(found)
+
+
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals."""
 
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
         self.warnings: list[str] = []
+
+    def body_memory(self) -> int:
+        """The bytes that all request bodies together may have."""
+        server = self._file.server
+        if server.memory == 0:
+            problem = "expected a size such as 256MB, in which all bodies together have room"
+            raise self._document.problem(("server", "memory"), problem)
+        memory = server.memory or available_memory() // 4
+        if memory < server.max_body:
+            self.warnings.append(
+                f"server.memory (default: a quarter of the host's) is {memory:,} bytes, and a body of server.max_body, "
+                f"{server.max_body:,}, has no room in it: raise the one or lower the other"
+            )
+        return memory
 
     def timezone(self) -> dt.tzinfo:
         """The zone in which calendar windows turn over."""
@@ -2175,6 +2210,7 @@ class Config:
         self.upstreams = builder.upstreams()
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
+        self.body_memory = builder.body_memory()
         asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
         if asked not in (None, port):
             self.warnings.append(
@@ -4124,27 +4160,6 @@ class WaitQueue(Generic[W]):
                 del self._by_key[name]
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: what the host has, or the least that one of its cgroups allows.
-
-    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
-    a container the path of its own is not there, and the root of the mount is its limit.
-    """
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            base, name = root / "sys/fs/cgroup", "memory.max"
-            if "memory" in controllers.split(","):
-                base, name = base / "memory", "memory.limit_in_bytes"
-            folder = base / path.lstrip("/")
-            while folder.is_relative_to(base):
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                    found.append(int((folder / name).read_text()))
-                folder = folder.parent
-    return min(found)
-
-
 class BodyMemory:
     """The bytes of request bodies that the gateway holds, of all calls together at most `total`.
 
@@ -4166,8 +4181,13 @@ class BodyMemory:
         name = reservation.call.key.name
         of_key, free = self._by_key.get(name, 0), self.total - self.held - size
         others = of_key - reservation.body_bytes  # of other calls of this key
-        if free < 0 or (others and of_key + size > free):
-            raise self._refusal(reservation.call, of_key, size)
+        if reservation.body_bytes + size > self.total:
+            raise TooLarge(f"The request body is larger than {self.total:,} bytes, the limit of all: server.memory.")
+        if free < 0:
+            raise self._refusal(f"the bodies of all calls would hold {self.held + size:,} bytes")
+        if others and of_key + size > free:
+            of = f"calls of the key {reservation.call.key} would hold {of_key + size:,} bytes"
+            raise self._refusal(f"{of}, and only {free:,} would be left for all others")
         self.held += size
         self._by_key[name] = of_key + size
         reservation.body_bytes += size
@@ -4181,15 +4201,9 @@ class BodyMemory:
         if not self._by_key[name]:
             del self._by_key[name]
 
-    def _refusal(self, call: Call, of_key: int, size: int) -> GatewayError:
-        if size > self.total:
-            return TooLarge(f"The request body is larger than {self.total} bytes, this gateway's server.memory.")
-        free = self.total - self.held
-        return Unavailable(
-            f"This gateway has no memory for {size:,} bytes more of a request: of server.memory, {self.total:,} bytes, "
-            f"{free:,} are free, and calls of the key {call.key} hold {of_key:,}. Try again in a moment.",
-            retry_after_s=5,
-        )
+    def _refusal(self, why: str) -> GatewayError:
+        text = f"This gateway has no memory for the request's body: {why} (limit {self.total:,}: server.memory)."
+        return Unavailable(f"{text} Try again in a moment.", retry_after_s=5)
 
 
 class Reservation:
@@ -9112,6 +9126,7 @@ class Scrape(NamedTuple):
 
     metrics: Metrics
     relay: Relay
+    memory: BodyMemory
     ledger: Ledger
     config: Config
     loaded_at: float  # wall time
@@ -9226,6 +9241,8 @@ class Scrape(NamedTuple):
         for name, text, number in (
             ("calls_running", "Admitted calls that have not ended.", len(self.relay.running)),
             ("connections", "Connections of clients that are open.", self.metrics.connections),
+            ("body_bytes", "Bytes of request bodies that are held.", self.memory.held),
+            ("body_bytes_limit", "How many these may be: server.memory.", self.memory.total),
             ("ledger_waiting_entries", "Entries of the ledger that are not in its file yet.", ledger.waiting),
             ("ledger_failing", "Whether the disk refuses the ledger's entries.", bool(ledger.failure)),
             (
@@ -9514,7 +9531,7 @@ class Gateway:
         self._environ = environ
         self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock, config.timezone)
         self.limits = Limits(self.ledger.fold, config.clock, pace)
-        self.memory = BodyMemory(self._body_memory(config))
+        self.memory = BodyMemory(config.body_memory)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
         self.probes = Probes(self.relay)
@@ -9554,10 +9571,6 @@ class Gateway:
             if not address_in(peer, self.config.trusted):
                 break
         return peer
-
-    @staticmethod
-    def _body_memory(config: Config) -> int:
-        return config.server.memory or available_memory() // 4
 
     def enter(self, call: Call, length: int) -> None:
         """Take what a call needs before its body of so many bytes is read. Raises GatewayError, holding nothing."""
@@ -9827,7 +9840,7 @@ class Gateway:
         self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
         self.relay.keep_only(config.upstreams)
         self.ledger.fsync_s = config.file.usage.fsync
-        self.memory.total = self._body_memory(config)
+        self.memory.total = config.body_memory
         self.relay.upstreams.refuse_keys(config)
         self.limits.reload(config)  # a higher limit lets those in that wait
         for warning in config.warnings:
@@ -9867,7 +9880,7 @@ class Gateway:
         if not address_in(address, self.config.metrics_from):
             raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
         present = (self.config, self.loaded_at, self.reload_failed_at)
-        return Scrape(self.metrics, self.relay, self.ledger, *present).text()
+        return Scrape(self.metrics, self.relay, self.memory, self.ledger, *present).text()
 
     def tick(self, stood_s: float = 0.0) -> None:
         """Look at deadlines and at the ledger; to be called often. `stood_s`: so long the loop stood still before."""
@@ -11815,7 +11828,7 @@ def command_check(options: argparse.Namespace) -> None:
         f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes, ",
         end="",
     )
-    print("all together to", f"{server.memory:,}" if server.memory else "a quarter of the memory")
+    print(f"all together to {config.body_memory:,}")
     print(f"ledger in {config.usage_directory}\n\nupstreams, of those that serve a model the lowest priority is asked:")
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")

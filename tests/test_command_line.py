@@ -212,7 +212,7 @@ keys:
         == f"""\
 {shell.folder}/config.yaml is good (digest {digest})
 
-listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes, all together to a quarter of the memory
+listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes, all together to {g.available_memory() // 4:,}
 ledger in {shell.folder}/usage
 
 upstreams, of those that serve a model the lowest priority is asked:

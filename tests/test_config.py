@@ -630,6 +630,19 @@ def test_a_port_that_the_images_health_check_does_not_know_is_warned_about():
     assert taken.warnings == []
 
 
+def test_a_memory_that_holds_no_whole_body_is_warned_of():
+    """
+    Each body of more than `server.memory` is refused, however large `max_body` lets it be.
+    """
+    small, enough = (load(DEMO + f"server: {{max_body: 1MB, memory: {memory}}}\n") for memory in ("1023KB", "1MB"))
+
+    assert (small.body_memory, enough.body_memory) == (1023 << 10, 1 << 20)
+    assert enough.warnings == [] and small.warnings == [
+        "server.memory (default: a quarter of the host's) is 1,047,552 bytes, and a body of server.max_body, "
+        "1,048,576, has no room in it: raise the one or lower the other"
+    ]
+
+
 YAML_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="$"), max_size=12)
 YAML_NAMES = YAML_TEXT.filter(lambda name: name != "<<")
 YAML_SCALARS = (
@@ -818,6 +831,10 @@ BAD = {
         "`gateway.py init` makes one, or set GATEWAY_SECRET",
     ),
     "port as a word": (DEMO + "server:\n  port: http\n", "3: server.port: expected a whole number such as 8, got text"),
+    "no memory": (
+        DEMO + "server: {memory: 0}",
+        "2: server.memory: expected a size such as 256MB, in which all bodies together have room",
+    ),
     "port too high": (DEMO + "server:\n  port: 65536\n", "3: server.port: expected 0 to 65535"),
     "time zone": (
         DEMO + "server: {timezone: CEST}\n",

@@ -7,6 +7,7 @@ import base64
 import json
 import math
 import os
+import re
 import struct
 from collections import Counter
 from pathlib import Path
@@ -1366,16 +1367,26 @@ async def test_bodies_have_a_memory_that_no_key_can_fill(start_gateway, upstream
     refused = await (await announce(gateway, 1000, path=path)).answer()
     await announce(gateway, 2 * quarter, BOB)
     await until(lambda: memory.held == 4 * quarter)
+    full = await (await announce(gateway, 1, BOB)).answer()
+    gauges = (await gateway.get("/metrics", token="")).body
     too_much = await (await announce(gateway, (1 << 20) + 1, BOB)).answer()
     first.abort()
     await until(lambda: memory.held == 3 * quarter)
 
     assert refusal(refused) == (503, "overloaded_error", None, "5")
     assert refused.error["message"] == (
-        "This gateway has no memory for 1,000 bytes more of a request: of server.memory, 1,048,576 bytes, "
-        "524,288 are free, and calls of the key alice (…stuv) hold 524,288. Try again in a moment."
+        "This gateway has no memory for the request's body: calls of the key alice (…stuv) would hold 525,288 bytes, "
+        "and only 523,288 would be left for all others (limit 1,048,576: server.memory). Try again in a moment."
     )
+    assert full.error["message"] == (
+        "This gateway has no memory for the request's body: the bodies of all calls would hold 1,048,577 bytes "
+        "(limit 1,048,576: server.memory). Try again in a moment."
+    )
+    assert re.findall(rb"^claude_gateway_body_bytes\S* (.*)$", gauges, re.M) == [b"1.048576e+06", b"1.048576e+06"]
     assert (too_much.status, too_much.error["type"]) == (413, "request_too_large")
+    assert too_much.error["message"] == (
+        "The request body is larger than 1,048,576 bytes, the limit of all: server.memory."
+    )
     await stop(gateway)
     await until(lambda: memory.held == 0)
     await idle(gateway)
@@ -1440,6 +1451,7 @@ async def test_a_bodys_memory_is_given_back_with_the_first_content(start_gateway
     assert gateway.gateway.memory.held == 0
 
 
+@pytest.mark.logs("has no room in it")
 async def test_a_reload_changes_the_memory(start_gateway, upstream):
     """
     The operator may say more or less of it at any time; what is held stays held.

@@ -54,6 +54,8 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "upstream_running": "gauge",
         "calls_running": "gauge",
         "connections": "gauge",
+        "body_bytes": "gauge",
+        "body_bytes_limit": "gauge",
         "connections_refused": "counter",
         "ledger_waiting_entries": "gauge",
         "ledger_failing": "gauge",
