@@ -9454,29 +9454,30 @@ class Guard:
 
 
 class RefusalLog:
-    """Logs requests that are refused at the door: the first of each address and status in a minute, then a count.
+    """Logs requests that are refused at the door: the first of each address, key and status in a minute, then a count.
 
     Anybody can be refused as often as they like, without a key. A line for each would fill the disk and push the lines
     of calls out of the log. /metrics counts all of them.
     """
 
     PERIOD_S = 60.0
-    LINES = 5  # of one address and status in a period …
+    LINES = 5  # of one address, key and status in a period …
     ALL_LINES = 100  # … and of all: so many addresses are remembered at most
 
     def __init__(self, clock: Clock) -> None:
         self._now = clock.monotonic
-        self._logged: Counter[tuple[str, int]] = Counter()  # lines of this period by address and status
+        self._logged: Counter[tuple[str, str, int]] = Counter()  # lines of this period by address, key and status
         self._left_out: Counter[int] = Counter()  # refusals of this period without a line, by status
         self._ends_at = self._now() + self.PERIOD_S
 
-    def add(self, address: str, error: GatewayError, request_id: str) -> None:
-        """Log one refusal, or count it."""
+    def add(self, address: str, key: str, error: GatewayError, request_id: str) -> None:
+        """Log one refusal, or count it. `key` is a good key's name, else ""."""
         self.check()
-        place = (address, error.status)
+        place = (address, key, error.status)
         if self._logged[place] < self.LINES and self._logged.total() < self.ALL_LINES:
             self._logged[place] += 1
-            log.info("%s: %s refused: %d %s", request_id, address, error.status, error.message)
+            client = f"{key} at {address}" if key else address
+            log.info("%s: %s refused: %d %s", request_id, client, error.status, error.message)
         else:
             self._left_out[error.status] += 1
 
@@ -10283,8 +10284,11 @@ class ClientConnection(asyncio.Protocol):
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
         gateway.metrics.refuse(error)
-        address = gateway.client_address(self._headers, first_values(self._headers), self.peer)
-        gateway.refusals.add(address, error, request_id)
+        named = first_values(self._headers)
+        address, key = gateway.client_address(self._headers, named, self.peer), ""
+        with contextlib.suppress(GatewayError):
+            key = gateway.config.keys.find(credentials(self._headers, named)).name
+        gateway.refusals.add(address, key, error, request_id)
         self._keep_alive = False
         self.refuse(error, api, request_id)
 

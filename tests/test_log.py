@@ -227,6 +227,25 @@ async def test_refusals_of_one_address_are_logged_five_times_a_minute(gateway, c
     assert numbers(await gateway.get("/metrics"), "refused_total", "status") == {("401",): 13}
 
 
+async def test_a_key_that_is_refused_at_the_door_is_named(start_gateway, caplog):
+    """
+    One key at a limit leaves the lines of another one, from the same address, and of those without any.
+    """
+    caplog.set_level(logging.INFO)
+    bob = "sk-proxy-bob-456789abcdefghijklmnopqrstuvw"
+    spent = "limits: {requests: 0}"
+    gateway = await start_gateway(
+        f"upstreams: [{{name: d, format: demo}}]\nkeys:\n"
+        f"  - {{name: alice, key: {KEY}, {spent}}}\n  - {{name: bob, key: {bob}, {spent}}}\n"
+    )
+
+    for token in (*[KEY] * 7, bob, "sk-proxy-unknown"):
+        await gateway.post("/v1/messages", HELLO, token)
+
+    starts = [line.partition(" refused: ")[0] for line in logged(caplog, " refused: ")]
+    assert starts == [*["ID: alice at 127.0.0.1"] * 5, "ID: bob at 127.0.0.1", "ID: 127.0.0.1"]
+
+
 def test_many_addresses_take_neither_memory_nor_the_log(clock, caplog):
     """
     A hundred lines a minute for all addresses together; no more of them are remembered.
@@ -235,7 +254,7 @@ def test_many_addresses_take_neither_memory_nor_the_log(clock, caplog):
     refusals = g.RefusalLog(clock.clock)
 
     for i in range(10_000):
-        refusals.add(f"2001:db8::{i:x}", g.KeyRefused("unknown"), "req_1")
+        refusals.add(f"2001:db8::{i:x}", "", g.KeyRefused("unknown"), "req_1")
     clock.advance(60)
     refusals.check()
 
