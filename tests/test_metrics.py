@@ -69,6 +69,8 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
     assert [family.name for family in families if not family.documentation.endswith(".")] == []
     assert numbers(reply, "tokens_total", "upstream", "class") == {("main", name): 0 for name in TOKEN_CLASSES}
     assert numbers(reply, "cost_usd_total", "upstream") == {("main",): 0}
+    assert numbers(reply, "bugs_total", "where") == {("Gateway.handle",): 0, ("Relay.run",): 0}
+    assert number(reply, "log_lines_lost_total") == 0
 
 
 async def test_a_call_counts_with_its_tokens_and_what_they_cost(start_gateway, upstream):
