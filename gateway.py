@@ -11797,6 +11797,11 @@ def key_state(key: Key, now: float) -> str:
     return "disabled" if not key.enabled else "expired" if now >= key.expires_at else "enabled"
 
 
+def name_text(model: str) -> str:
+    """A model's name or a glob, as the config writes it; "" stands for requests without a model."""
+    return model or '""'
+
+
 def key_table(config: Config) -> str:
     """The keys, one line each."""
     lines = []
@@ -11807,21 +11812,50 @@ def key_table(config: Config) -> str:
         from_ = f", from {', '.join(map(str, key.networks))}" if key.networks else ""
         state = key_state(key, config.clock.wall())
         team = f"team {key.team}, " if key.team else ""
-        models, limits = ", ".join(key.models), limits_text(key.budgets[0])
+        models, limits = ", ".join(map(name_text, key.models)), limits_text(key.budgets[0])
         lines.append(f"  {key}: {state}{expires}{from_}, models {models}, {team}limits {limits}")
     return "\n".join(lines)
 
 
 def upstream_text(upstream: UpstreamConfig) -> str:
-    """An upstream in a line."""
-    models = ", ".join(a if b == "*" else f"{a} as {b}" for a, b in upstream.models.items())
-    keys = {0: "" if upstream.format == "demo" else ", no API key", 1: ""}
-    share = f", priority {upstream.priority}, weight {upstream.weight:g}"
-    many = keys.get(len(upstream.api_key), f", {len(upstream.api_key)} API keys")
-    many += f", at most {upstream.max_concurrent} calls a key" if upstream.max_concurrent else ""
-    many += f", own verdicts for {', '.join(upstream.verdicts)}" if upstream.verdicts else ""
-    many += f", probed every {upstream.probe:g} s" if upstream.probe else ""
-    return f"{upstream.name}: {upstream.format}{' ' * bool(upstream.url)}{upstream.url}, models {models}{share}{many}"
+    """An upstream in a line; what is as by default is left out, but for what everybody asks."""
+    models = [name_text(a) if b == "*" else f"{name_text(a)} as {name_text(b)}" for a, b in upstream.models.items()]
+    texts = [f"{upstream.name}: {upstream.format} {upstream.url}".rstrip(), f"models {', '.join(models)}"]
+    texts += [f"priority {upstream.priority}", f"weight {upstream.weight:g}"]
+    if not upstream.api_key and upstream.format != "demo":
+        texts.append("no API key")
+    if len(upstream.api_key) > 1:
+        texts.append(f"{len(upstream.api_key)} API keys")
+    if upstream.max_concurrent:
+        texts.append(f"at most {upstream.max_concurrent} calls a key")
+    if upstream.verdicts:
+        texts.append(f"own verdicts for {', '.join(upstream.verdicts)}")
+    if upstream.probe:
+        texts.append(f"probed every {upstream.probe:g} s")
+    if upstream.on_disconnect != "auto":
+        texts.append(f"on_disconnect {upstream.on_disconnect}")
+    if not upstream.include_usage:
+        texts.append("chat streams are not asked for their usage")
+    rules = upstream.headers
+    for verb, names in (("sets", rules.set), ("removes", rules.remove), ("passes on", rules.passes)):
+        if names:
+            texts.append(f"{verb} headers {', '.join(names)}")
+    return ", ".join(texts)
+
+
+def surcharge_text(surcharges: Mapping[str, float]) -> str:
+    """Premiums and extras, as the config writes them."""
+    return ", ".join(f"{name} {amount:g}" for name, amount in surcharges.items())
+
+
+def prices_text(table: PriceTable) -> str:
+    """The price table in short: its rows, and what models without one and surcharges cost."""
+    unknown = {"": 'costs what "*" does', "refuse": "is refused", "dearest": "costs what the dearest does"}
+    texts = [f"{len(table)} rows; a model without one {unknown[table.unknown]}"]
+    if table.surcharges:
+        texts.append(f"for all models {surcharge_text(table.surcharges)}")
+    texts += [f"for {pattern} {surcharge_text(price.surcharges)}" for pattern, price in table if price.surcharges]
+    return "; ".join(texts)
 
 
 def command_check(options: argparse.Namespace) -> None:
@@ -11843,6 +11877,7 @@ def command_check(options: argparse.Namespace) -> None:
     print(f"\nchoice: {policies}; at most {routing.max_attempts} attempts in {routing.deadline:g} s")
     print(f"an upstream: left alone after {breaker.failures} failures in a row, for {breaker.cooldown:g} s to ", end="")
     print(f"{breaker.max_cooldown:g} s; {slow}")
+    print(f"prices: {prices_text(config.file.prices)}")
     print("\nkeys:")
     print(key_table(config) or f"  none: nobody can call; {PROGRAM} key add NAME")
     if config.warnings:

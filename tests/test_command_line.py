@@ -185,19 +185,28 @@ upstreams:
     url: https://api.openai.com
     api_key: ["${{OPENAI_API_KEY}}", "${{OPENAI_API_KEY}}-2"]
     format: openai
-    models: ["gpt-*"]
+    models: ["", "gpt-*"]
     priority: 2
+    include_usage: false
   - name: open
     url: http://10.0.0.1:8080/v1
     priority: 3
+    on_disconnect: drain
+    headers: {{set: {{x-team: a}}, remove: [anthropic-beta], pass: [x-a, x-b-*]}}
     weight: 0.5
   - {{name: demo, format: demo}}
 routing: {{policy: {{"gpt-*": least_busy}}, max_attempts: 3}}
+prices:
+  unknown: refuse
+  us: 1.1
+  "claude-*": {{input: 3, output: 15}}
+  "gpt-*": {{input: 1, output: 4, fast: 2, web_search: 0.02}}
+  "*": {{input: 10, output: 50}}
 keys:
   - name: alice
     key: {KEY}
     limits: {{usd/day: 20, tokens/month: 50M, requests: 1.5k, concurrent: 16}}
-    models: ["claude-*"]
+    models: ["claude-*", ""]
     expires: 2999-12-31
     allow_ips: [10.0.0.0/8, 192.0.2.7]
   - {{name: bob, key: {HASH}, enabled: false, expires: 2001-01-01}}
@@ -218,14 +227,17 @@ ledger in {shell.folder}/usage
 upstreams, of those that serve a model the lowest priority is asked:
   anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*, priority 1, weight 1
   demo: demo, models *, priority 1, weight 1
-  openai: openai https://api.openai.com, models gpt-*, priority 2, weight 1, 2 API keys
-  open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, no API key
+  openai: openai https://api.openai.com, models "", gpt-*, priority 2, weight 1, 2 API keys, \
+chat streams are not asked for their usage
+  open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, no API key, on_disconnect drain, \
+sets headers x-team, removes headers anthropic-beta, passes on headers x-a, x-b-*
 
 choice: least_busy for gpt-*; at most 3 attempts in 600 s
 an upstream: left alone after 3 failures in a row, for 10 s to 600 s; rests when 4 times slower than its peers
+prices: 3 rows; a model without one is refused; for all models us 1.1; for gpt-* fast 2, web_search 0.02
 
 keys:
-  alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, \
+  alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, "", \
 limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
   bob (…last): disabled, expires 2001-01-02 00:00 UTC, models *, limits none
   carol (…last): expired, expires 2001-01-02 00:00 UTC, models *, limits none
