@@ -11751,7 +11751,8 @@ async def serve(config: Config, key: str, log_writer: LogWriter) -> None:
     port = await server.start()
     for warning in config.warnings:
         log.warning("config: %s", warning)
-    print(greeting(config, port, key), flush=True)
+    # One write, so that no line of the log comes between the text and its end where both go into one file.
+    print(greeting(config, port, key) + "\n", end="", flush=True)
     await server.run()
 
 

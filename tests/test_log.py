@@ -282,6 +282,21 @@ def test_a_process_without_standard_streams_has_the_null_device_for_them():
     assert out.stdout.decode().split() == ["/dev/null", "/dev/null", "True"]
 
 
+def test_the_greeting_is_written_at_once(tmp_path):
+    """
+    Its last line and the log's first ran together where stdout and stderr are one file and nothing is buffered.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # which keeps each write apart
+    environ = os.environ | {"GATEWAY_PORT": "0", "PYTHONUNBUFFERED": "1"}
+    with ours, subprocess.Popen([sys.executable, g.__file__], cwd=tmp_path, env=environ, stdout=theirs) as process:
+        theirs.close()
+        ours.settimeout(20)
+        written = ours.recv(10_000).decode()
+        process.terminate()
+
+    assert written.startswith("claude-gateway ") and written.endswith("gateway.py seal\n")
+
+
 def test_malformed_requests_do_not_fill_the_log(tmp_path, processes):  # noqa: F811
     """
     A bad Host is Tornado's to refuse, which wrote a line for each: 27 MB of log a second, without any key.
