@@ -1038,8 +1038,8 @@ SURCHARGES = (
     ("code_interpreter", "*", 0.03),
 )
 SURCHARGE_NAMES = tuple(dict.fromkeys(name for name, _, _ in SURCHARGES))
-# Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 EXTRAS = ("web_search", "file_search", "code_execution", "code_interpreter")
+# Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
 ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
 NO_PREMIUM = frozenset((b"null", *(b'"%b"' % word.encode() for word in ORDINARY)))  # as they stand in JSON
@@ -7094,7 +7094,7 @@ class Evidence:
         self.last, self.case = now, case
 
     def is_enough(self) -> bool:
-        """Whether it is no single user's matter."""
+        """Whether calls of two users failed, or those of one user for ALONE_S: then no single request is to blame."""
         return len(self.users) > 1 or self.last - self.since >= ALONE_S
 
 
