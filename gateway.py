@@ -4163,6 +4163,10 @@ class WaitQueue(Generic[W]):
 class BodyMemory:
     """The bytes of request bodies that the gateway holds, of all calls together at most `total`.
 
+    What is sent of a body is no copy, though it be changed: see `spliced`. Copies that are not counted here: a body
+    whose thinking is taken out has two more while that is done, one call at a time; TLS, and asyncio before Python
+    3.12 without uvloop, copy what the upstream has not read yet.
+
     A call takes its Content-Length before its body is read (in chunks: as they come), and gives it back when the first
     content of an answer has come or the call has ended. So that one key's calls cannot take everything, a key may hold
     no more than is still free: the dynamic threshold of switches whose ports share a buffer (Choudhury and Hahne 1998).
@@ -4916,8 +4920,11 @@ def walk_fields(body: bytes, fields: msgspec.Struct | None = None) -> Iterator[t
     at = count = 0
     while field := NAME.match(body, at):
         known = KNOWN_NAMES.get(field[1], "")
-        at = field.end() if field[2] else container_end(body, field.end(), getattr(fields, known, None))
-        start = field.start(2) if field[2] else field.end()
+        if field.lastindex == 2:  # a scalar; not asked by `field[2]`, which would copy a long string
+            start, at = field.span(2)
+        else:
+            start = field.end()
+            at = container_end(body, start, getattr(fields, known, None))
         yield known or msgspec.json.decode(field[1], type=str), start, at
         count += 1
         if count > MAX_NAMES:
@@ -5260,14 +5267,35 @@ def asks_for_usage(options: Raw) -> bool | None:
     return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
 
 
-def with_usage(body: bytes) -> bytes:
-    """A chat request that asks for the usage of its stream; every other byte is as it came. Raises BadRequest."""
+Pieces = Sequence[bytes | memoryview]  # of a request's body
+
+
+class Splice(NamedTuple):
+    """One change of a request's body: what stands in place of its bytes from `start` to `end`."""
+
+    start: int
+    end: int
+    text: bytes
+
+
+def spliced(body: bytes, splices: Sequence[Splice]) -> Pieces:
+    """The pieces of a body with its changes; what stays the same is no copy."""
+    whole, pieces, at = memoryview(body), list[bytes | memoryview](), 0
+    for start, end, text in sorted(splices):
+        pieces += (whole[at:start], text)
+        at = end
+    pieces.append(whole[at:])
+    return pieces
+
+
+def splice_usage(body: bytes) -> Splice:
+    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
     try:
         fields = PEEK_DECODER.decode(body)
         options = fields.stream_options
         if options is msgspec.UNSET:
             start = body.index(b"{") + 1
-            return b'%b"stream_options":{"include_usage":true},%b' % (body[:start], body[start:])
+            return Splice(start, start, b'"stream_options":{"include_usage":true},')
         spans = {name: start for name, start, _ in walk_fields(body, fields)}
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
@@ -5276,7 +5304,24 @@ def with_usage(body: bytes) -> bytes:
     changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
     changed["include_usage"] = msgspec.Raw(b"true")
     start = spans["stream_options"]
-    return body[:start] + ENCODER.encode(changed) + body[start + len(options) :]
+    return Splice(start, start + len(options), ENCODER.encode(changed))
+
+
+def splice_model(body: bytes, model: str) -> Splice:
+    """The change that gives a request another `model`. Raises BadRequest.
+
+    Opt-in: only where a rename map says so.
+    """
+    text = ENCODER.encode(model)
+    try:
+        for name, start, end in walk_fields(body):
+            if name == "model":
+                return Splice(start, end, text)
+        start = body.index(b"{") + 1
+    except (*UNREADABLE, ValueError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    comma = b"" if END.match(body) else b","
+    return Splice(start, start, b'"model":%b%b' % (text, comma))
 
 
 SESSION_HEADERS = (
@@ -5555,19 +5600,6 @@ def without_thinking(body: bytes) -> bytes:
     if in_chain:
         fields.pop("thinking", None)
         fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
-    return msgspec.json.encode(fields)
-
-
-def rename_model(body: bytes, model: str) -> bytes:
-    """The body with another `model`; every other value keeps its bytes. Raises BadRequest.
-
-    Opt-in: only where a rename map says so.
-    """
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not JSON: {error}") from None
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
     return msgspec.json.encode(fields)
 
 
@@ -6588,7 +6620,7 @@ class Line(Protocol):
 
     @property
     def is_sent(self) -> bool: ...
-    def send(self, head: bytes, body: bytes, answer: Answer) -> None: ...
+    def send(self, head: bytes, body: Pieces, answer: Answer) -> None: ...
     def abort(self) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
@@ -6712,13 +6744,13 @@ class UpstreamConnection(asyncio.Protocol):
 
     # What the relay says
 
-    def send(self, head: bytes, body: bytes, answer: Answer) -> None:
+    def send(self, head: bytes, body: Pieces, answer: Answer) -> None:
         """Start an exchange."""
         self._answer = answer
         self._headers = []
         self._bodiless = 0
         self.heard = self._head_given = self._head_whole = self._complete = self._until_close = False
-        self.transport.writelines((head, body))
+        self.transport.writelines((head, *body))
 
     def abort(self) -> None:
         """End the exchange and the connection at once."""
@@ -8067,10 +8099,10 @@ class DemoLine:
         self._paused = False
         self.heard = False
 
-    def send(self, head: bytes, body: bytes, answer: Answer) -> None:
+    def send(self, head: bytes, body: Pieces, answer: Answer) -> None:
         """Start an exchange."""
         path = head.split(b" ", 2)[1].partition(b"?")[0].decode()
-        status, whole, events = demo_answer(path, body)
+        status, whole, events = demo_answer(path, b"".join(body))
         self._answer = answer
         self._head = (status, SSE_TYPE if events else JSON_TYPE)
         self._pieces = deque(events or [msgspec.json.encode(whole)])
@@ -8197,7 +8229,7 @@ class Attempt:
         self.first_byte_at: float | None = None
         self.heard_at = 0.0  # when the upstream last spoke
 
-    def begin(self, line: Line, head: bytes, body: bytes) -> None:
+    def begin(self, line: Line, head: bytes, body: Pieces) -> None:
         """Send the request on a line."""
         self.line = line
         self.sent_at = self.heard_at = self._clock()
@@ -8871,14 +8903,21 @@ class Relay:
         return exchange.done.result()
 
     @staticmethod
-    def _request(call: Call, ticket: Ticket, adds_usage: bool) -> tuple[bytes, bytes]:
-        """Head and body of the request for the upstream of a ticket. Raises BadRequest."""
+    def _request(call: Call, ticket: Ticket, adds_usage: bool) -> tuple[bytes, Pieces]:
+        """Head and body, in pieces, of the request for the upstream of a ticket. Raises BadRequest."""
         choice, upstream = ticket.choice, ticket.choice.upstream
-        body = call.body if ticket.model == call.model else rename_model(call.body, ticket.model)
+        body: Pieces = (call.body,)
+        size = len(call.body)
+        splices: list[Splice] = []
+        if ticket.model != call.model:
+            splices.append(splice_model(call.body, ticket.model))
         if adds_usage:
-            body = with_usage(body)
+            splices.append(splice_usage(call.body))
+        if splices:
+            body = spliced(call.body, splices)
+            size = sum(map(len, body))
         target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        return request_head(call, upstream, choice.api_key, target, len(body)), body
+        return request_head(call, upstream, choice.api_key, target, size), body
 
     def _adds_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> bool:
         """Whether an upstream is to be asked for the usage of a chat stream whose client did not ask for it."""
@@ -9319,7 +9358,7 @@ async def ask_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
     answer = Collected()
     try:
         target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        line.send(models_head(upstream, choice.api_key, target), b"", answer)
+        line.send(models_head(upstream, choice.api_key, target), (), answer)
         return await answer.done
     finally:
         if not answer.done.done() or answer.done.cancelled() or answer.done.exception():

@@ -554,7 +554,7 @@ async def test_a_line_of_the_demo_streams_event_by_event():
     """
     line, heard = g.DemoLine(0.0), Heard()
 
-    line.send(HEAD, STREAM, heard)
+    line.send(HEAD, [STREAM], heard)
     at_once = (heard.head_, line.heard)
     body = await heard.whole()
 
@@ -574,7 +574,7 @@ async def test_a_line_of_the_demo_answers_at_once_where_no_stream_is_wanted(body
     """
     line, heard = g.DemoLine(0.0), Heard()
 
-    line.send(HEAD, body, heard)
+    line.send(HEAD, [body], heard)
     answer = await heard.whole()
 
     assert heard.head_ == (status, [(b"content-type", b"application/json")])
@@ -588,7 +588,7 @@ async def test_a_paused_line_says_nothing_and_goes_on_from_there():
     line = g.DemoLine(0.0)
     heard = Heard(hook=lambda piece: line.pause())
 
-    line.send(HEAD, STREAM, heard)
+    line.send(HEAD, [STREAM], heard)
     counts = []
     while not heard.ended.is_set() and len(counts) < 100:
         await turns()
@@ -607,7 +607,7 @@ async def test_a_line_paused_before_its_head_begins_with_it_when_it_goes_on(body
     """
     line, heard = g.DemoLine(0.0), Heard()
 
-    line.send(HEAD, body, heard)
+    line.send(HEAD, [body], heard)
     line.pause()
     await turns()
     silence = (heard.head_, list(heard.pieces))
@@ -627,7 +627,7 @@ async def test_an_aborted_line_says_nothing_more(when):
     line = g.DemoLine(0.0)
     heard = Heard(hook=lambda piece: line.pause() if when == "while paused" else line.abort())
 
-    line.send(HEAD, STREAM, heard)
+    line.send(HEAD, [STREAM], heard)
     if when == "before the head":
         line.abort()
     await turns()

@@ -987,7 +987,10 @@ async def test_a_renamed_model_is_asked_for_by_the_upstreams_name(start_gateway,
     await gateway.post("/v1/messages", body)
     refused = await gateway.post("/v1/messages", HELLO)
 
-    assert upstream.requests[0].body == b'{"x":[1,  2.50],"model":"claude-haiku-4-5","messages":[ {"role":"user"} ]}'
+    assert (
+        upstream.requests[0].body
+        == b'{ "x": [1,  2.50], "model": "claude-haiku-4-5", "messages": [ {"role":"user"} ] }'
+    )
     assert gateway.entries()[0]["model"] == "fast"
     assert gateway.entries()[0]["price"]["input"] == 1
     assert (refused.status, refused.error["type"]) == (400, "policy_blocked")

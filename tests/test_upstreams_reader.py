@@ -83,7 +83,7 @@ class Peer:
     def ask(self) -> Heard:
         """Start an exchange."""
         heard = Heard()
-        self.connection.send(b"POST / HTTP/1.1\r\n\r\n", b"{}", heard)
+        self.connection.send(b"POST / HTTP/1.1\r\n\r\n", [b"{}"], heard)
         return heard
 
     def says(self, *pieces: bytes) -> None:
@@ -458,10 +458,10 @@ def test_a_connection_is_given_back_before_its_last_bytes_are_told():
         def received(self, body: bytes, last: bool) -> None:
             super().received(body, last)
             if last:
-                peer.released[-1].send(b"GET / HTTP/1.1\r\n\r\n", b"", second)
+                peer.released[-1].send(b"GET / HTTP/1.1\r\n\r\n", (), second)
 
     first = AsksAgain()
-    peer.connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", first)
+    peer.connection.send(b"GET / HTTP/1.1\r\n\r\n", (), first)
     peer.says(ANSWER)
     peer.says(ANSWER)
 
@@ -657,7 +657,7 @@ def test_an_abort_at_the_head_spares_the_listener_the_rest_of_the_read(data):
             peer.connection.abort()
 
     heard = LeavesAtTheHead()
-    peer.connection.send(b"GET / HTTP/1.1\r\n\r\n", b"", heard)
+    peer.connection.send(b"GET / HTTP/1.1\r\n\r\n", (), heard)
     peer.says(data)
 
     assert (heard.told, heard.body) == (["head"], b"")
