@@ -129,6 +129,18 @@ def test_the_chinese_page_shows_the_same_commands_and_settings():
     assert [block for block in chinese if block not in blocks(README)] == []
 
 
+def test_the_chinese_page_has_the_same_topics():
+    """
+    Each section, each row of the table of verdicts, and each command.
+    """
+    chinese = (ROOT / "README.zh-CN.md").read_text()
+    commands = re.findall(r"^    (\w+)  ", g.arguments().format_help(), re.MULTILINE)
+    rows = [f"| `{case}` |" for case in g.VERDICTS] + [f"gateway.py {command}" for command in commands]
+
+    assert [row for row in rows if row not in chinese] == []
+    assert len(re.findall("^## ", chinese, re.MULTILINE)) == len(re.findall("^## ", README, re.MULTILINE))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     """
