@@ -6491,7 +6491,8 @@ class UsageFilter:
     """
 
     MAX_CHUNK = 16 << 10
-    END = re.compile(rb"(?:\r\n|\r(?!\n|\Z)|\n){2}")  # of an event; what follows a CR at the end of a read is not known
+    # Of an event, and the empty lines behind it; what follows a CR at the end of a read is not known.
+    END = re.compile(rb"((?:\r\n|\r(?!\n|\Z)|\n){2})([\r\n]*+)")
     NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
 
     __slots__ = ("_is_long", "_rest")
@@ -6503,10 +6504,14 @@ class UsageFilter:
     def feed(self, data: bytes, last: bool) -> bytes:
         """What of the stream is the client's, after `data`."""
         text, kept, start = self._rest + data, [], 0
-        for end in self.END.finditer(text):
-            event, start = text[start : end.end()], end.end()
+        if not self._rest and not self._is_long:
+            start = len(text) - len(text.lstrip(b"\r\n"))
+            kept.append(text[:start])
+        for end in self.END.finditer(text, start):
+            event, start = text[start : end.end(1)], end.end()
             if self._is_long or not self._is_usage(event):
                 kept.append(event)
+            kept.append(end[2])  # as one: 20 MB of CRs, an event each two of them, took 5 s
             self._is_long = False
         rest = text[start:]
         self._is_long = self._is_long or len(rest) > self.MAX_CHUNK
@@ -6610,6 +6615,7 @@ class Answer(Protocol):
     def head(self, status: int, headers: Headers) -> None: ...
     def received(self, body: bytes, last: bool) -> None: ...
     def lost(self, failure: Failure) -> None: ...
+    def crashed(self, error: Exception) -> None: ...
 
 
 class Line(Protocol):
@@ -6661,17 +6667,22 @@ class UpstreamConnection(asyncio.Protocol):
             return self.abort()
         self.heard = True
         try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._failed = not self._complete
-        # The parser joins a header's value until it ends, and each piece copies all before it: 130 MB took 21 s.
-        if self._pieces:
-            self._bodiless = 0
-        else:
-            self._bodiless += len(data)
-            if self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserCallbackError:
+                raise
+            except (httptools.HttpParserError, httptools.HttpParserUpgrade):
                 self._failed = not self._complete
-        self._hand_on(answer)
+            # The parser joins a header's value until it ends, and each piece copies all before it: 130 MB took 21 s.
+            if self._pieces:
+                self._bodiless = 0
+            else:
+                self._bodiless += len(data)
+                if self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
+                    self._failed = not self._complete
+            self._hand_on(answer)
+        except Exception as error:
+            self._crash(answer, error)
 
     def _hand_on(self, answer: Answer) -> None:
         """Tell what one read brought: a head, a piece of the body, an end; what was good before a fault as well."""
@@ -6702,11 +6713,14 @@ class UpstreamConnection(asyncio.Protocol):
         answer = self._answer
         if answer is None:
             return self._release(self)
-        if self._until_close and self._head_given and exc is None:
-            self._finish(False)
-            answer.received(b"", True)
-        else:
-            self._drop(CUT)
+        try:
+            if self._until_close and self._head_given and exc is None:
+                self._finish(False)
+                answer.received(b"", True)
+            else:
+                self._drop(CUT)
+        except Exception as error:
+            self._crash(answer, error)
 
     # What the parser says
 
@@ -6788,6 +6802,11 @@ class UpstreamConnection(asyncio.Protocol):
         self._release(self)
         if answer:
             answer.lost(failure)
+
+    def _crash(self, answer: Answer, error: Exception) -> None:
+        """A bug of ours ends the exchange and the connection; the upstream has done nothing wrong."""
+        self.abort()
+        answer.crashed(error)
 
 
 P = TypeVar("P", bound=asyncio.Protocol)
@@ -8285,6 +8304,11 @@ class Attempt:
         except Exception as error:  # a bug of ours, as in `received`
             self.exchange.crash(error)
 
+    def crashed(self, error: Exception) -> None:
+        """A bug of ours ends the exchange on the line."""
+        self.line = None
+        self.exchange.crash(error)
+
     # The gate
 
     def _hold(self, held: list[bytes], body: bytes, last: bool) -> None:
@@ -9334,6 +9358,10 @@ class Collected:
     def lost(self, failure: Failure) -> None:
         if not self.done.done():
             self.done.set_exception(AttemptFailed(failure))
+
+    def crashed(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 class ListedModel(msgspec.Struct):

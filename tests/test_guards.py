@@ -9,7 +9,7 @@ import pytest
 from client import Reply, request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, config_text, until
 from upstream import HELLO as HELLO_SCRIPT
-from upstream import Request, Step, hello_json, message_start, stall, text
+from upstream import Request, Step, hello_json, message_start, stall, text, wait_for
 from upstream import head as answer_head
 
 import gateway as g
@@ -129,6 +129,61 @@ async def test_an_answer_that_cannot_be_booked_still_ends_and_leaves_an_entry(ga
 
     assert reply.status == 200 and not reply.was_cut
     assert [entry["outcome"] for entry in gateway.entries()] == ["internal_error"]
+
+
+@pytest.mark.logs("failed")
+@pytest.mark.parametrize("name", ["_headers", "_pieces"])
+@pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
+async def test_a_bug_in_reading_an_upstream_is_blamed_on_nobody(gateway, upstream, name, body):
+    """
+    A bug in a callback of the parser, or in what is done with a read: the client has a 500, and no other try is made.
+    """
+
+    def answer(request: Request) -> list[Step]:
+        (exchange,) = gateway.gateway.relay.running
+        setattr(exchange.attempt.line, name, None)
+        return hello_json()
+
+    upstream.script = answer
+
+    broken = await gateway.post("/v1/messages", body)
+    await gateway.settled()
+    bugs = gateway.gateway.metrics.bugs.total()
+    upstream.script = hello_json()
+    sound = await gateway.post("/v1/messages", HELLO)
+    await gateway.settled()
+
+    assert (broken.status, broken.error) == (500, {"type": "api_error", "message": g.INTERNAL_ERROR})
+    assert (bugs, sound.status, len(upstream.requests)) == (1, 200, 2)
+    assert [entry["outcome"] for entry in gateway.entries()] == ["internal_error", "completed"]
+
+
+@pytest.mark.logs("failed")
+async def test_a_bug_in_the_middle_of_a_stream_cuts_it(gateway, upstream):
+    """
+    What the client has so far looks cut, and the upstream is asked again as if nothing had been.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [
+        answer_head(200, "text/event-stream"),
+        message_start(12),
+        text("Hel"),
+        wait_for(go_on),
+        text("lo"),
+    ]
+    stream = await gateway.connect()
+    await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await stream.read_until(b"Hel")
+    (exchange,) = gateway.gateway.relay.running
+
+    exchange.attempt.line._pieces = None
+    go_on.set()
+    await stream.is_closed()
+    await gateway.settled()
+
+    assert gateway.entries()[-1]["outcome"] == "internal_error"
+    assert gateway.gateway.metrics.bugs.total() == 1
+    assert gateway.gateway.relay.upstreams.ready_in(exchange.call, set()) == 0
 
 
 @pytest.mark.logs("a bug in Gateway.reload")
