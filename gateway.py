@@ -499,6 +499,12 @@ class HeadTooLarge(GatewayError):
     status, type, code = 431, "invalid_request_error", "headers_too_large"
 
 
+class VersionRefused(GatewayError):
+    """The request is in a version of HTTP that is not spoken here."""
+
+    status, type, code = 505, "invalid_request_error", "http_version_not_supported"
+
+
 class LimitSpent(GatewayError):
     """A limit is used up: asking again before its reset changes nothing."""
 
@@ -4680,6 +4686,15 @@ def normalize_target(target: bytes) -> tuple[str, bytes]:
     return "/" + "/".join(parts), query
 
 
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(:\d{0,5})?", re.ASCII)
+
+
+@functools.lru_cache(maxsize=4)
+def http_date(second: int) -> str:
+    """A time as HTTP writes it, such as `Sat, 31 Jan 2026 12:34:56 GMT`."""
+    return email.utils.formatdate(second, usegmt=True)
+
+
 def api_of(path: str) -> Api:
     """In which format a path's errors are written."""
     return (
@@ -8736,9 +8751,10 @@ class Exchange:
             if attempt:
                 attempt.check(now)
             if now - self._told_at >= self.pace.ping_s and not self.done.done():
-                self._ping(now)
+                self.ping(now)
 
-    def _ping(self, now: float) -> None:
+    def ping(self, now: float) -> None:
+        """Say something to the client of a stream, where its format allows that just now."""
         attempt = self.attempt
         if not self.sink:
             return
@@ -10080,6 +10096,54 @@ def too_large(limit: int) -> TooLarge:
     return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
 
 
+class Hangups:
+    """Finds out which clients are gone of those that have stopped sending.
+
+    A client that has ended its sending side still reads its answer; one that has closed looks just the same, until
+    something is sent to it: then its host resets the connection. So something is sent, and the reset is waited for.
+    The event loop does not tell of it: it has nothing to read or to write there. An epoll of which no events are wanted
+    tells of resets alone, and is itself a file that the event loop can watch. Where there is none (macOS), whoever
+    stops sending counts as gone.
+    """
+
+    def __init__(self) -> None:
+        self._poll: select.epoll | None = None
+        self._watched: dict[int, asyncio.Transport] = {}  # by descriptor
+        self._descriptors: dict[asyncio.Transport, int] = {}
+
+    def watch(self, transport: asyncio.Transport) -> bool:
+        """Abort a client's transport when the client is gone; False where that cannot be found out."""
+        if not hasattr(select, "epoll"):
+            return False
+        if self._poll is None:
+            self._poll = select.epoll()
+            asyncio.get_running_loop().add_reader(self._poll.fileno(), self._look)
+        fd = transport.get_extra_info("socket").fileno()
+        self._poll.register(fd, 0)
+        self._watched[fd], self._descriptors[transport] = transport, fd
+        return True
+
+    def forget(self, transport: asyncio.Transport) -> None:
+        """Watch a transport no more, which is about to be closed or was never watched."""
+        fd = self._descriptors.pop(transport, None)
+        if fd is not None:
+            del self._watched[fd]  # the kernel takes a closed one out of the epoll
+
+    def _look(self) -> None:
+        assert self._poll is not None
+        for fd, _ in self._poll.poll(0):
+            self._poll.unregister(fd)
+            if transport := self._watched.get(fd):
+                transport.abort()
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._poll is not None:
+            asyncio.get_running_loop().remove_reader(self._poll.fileno())
+            self._poll.close()
+            self._poll = None
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: reads requests, and is the sink of their answers.
 
@@ -10103,8 +10167,12 @@ class ClientConnection(asyncio.Protocol):
         self._is_foreign = False  # whether Tornado answers the request
         self._bodiless = 0  # bytes since the last piece of a body
         self._wire_size = 0  # bytes since the head, its own read left out
+        self._tail = b""  # the end of a part of a head, in which the head's end may begin
+        self._is_too_large = False  # the head
         self._target = b""
         self._headers: Headers = []
+        self._named: dict[bytes, bytes] = {}  # their first values
+        self._version = "1.1"
         self._body: bytes | bytearray = b""
         self._body_size = 0
         self._is_measured = False  # its length was in its head
@@ -10134,14 +10202,19 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING or self._pipelined:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
         if self._state is State.IDLE:
-            self._bodiless, self._may_begin = 0, True
+            self._bodiless, self._may_begin, self._tail, self._is_too_large = 0, True, b"", False
         self._bodiless += len(data)
         self._wire_size += len(data)
         try:
+            if self._bodiless > self.MAX_HEAD and self._state in (State.IDLE, State.HEAD):
+                self._is_too_large = self._head_size(data) > self.MAX_HEAD
             self._parser.feed_data(data)
             if self._state is State.HEAD:
-                self._check_head(self._bodiless)
-        except httptools.HttpParserUpgrade:
+                self._tail = data[-3:]
+                self._check_head()
+        except httptools.HttpParserUpgrade as stop:
+            if self._state is State.HEAD:
+                return self._ignore_upgrade(data[stop.args[0] :])
             self._keep_alive = False  # Tornado's matter; the parser reads no further here
         except httptools.HttpParserError as error:
             self._unreadable(error)
@@ -10159,23 +10232,55 @@ class ClientConnection(asyncio.Protocol):
         elif self._pipelined and self._state is State.IDLE:
             self._close()
 
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
+
+        The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
+        """
+        head = self._head_without(b"upgrade", b"http2-settings")
+        self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
+        self.data_received(head + rest)
+
     def _foreign_head(self) -> bytes:
         """The head of a request as Tornado is to read it. Its body has been thrown away: no handler there reads one.
 
         Tornado would keep it in memory until it is whole, 1 MB for each client without a key, and needs ten times as
         long as httptools for a chunk.
         """
-        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._target, self._parser.get_http_version().encode())]
-        dropped = (b"content-length", b"transfer-encoding", b"expect")
+        return self._head_without(b"content-length", b"transfer-encoding", b"expect")
+
+    def _head_without(self, *dropped: bytes) -> bytes:
+        """The head of the present request without some headers."""
+        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._target, self._version.encode())]
         lines += [b"%b: %b" % header for header in self._headers if header[0].lower() not in dropped]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
-    def _check_head(self, size: int) -> None:
-        """Raise HeadTooLarge where a head of `size` bytes, as far as it has come, is larger than any honest one."""
+    def _head_size(self, data: bytes) -> int:
+        """The bytes of a head, as far as it has come; `data` is the last read, with perhaps much of the body in it."""
+        end = (self._tail + data).find(b"\r\n\r\n")
+        behind = 0 if end < 0 else len(self._tail) + len(data) - end - len(b"\r\n\r\n")
+        return self._bodiless - behind
+
+    def _check_head(self) -> None:
+        """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
         if len(self._headers) > self.MAX_HEADERS:
             raise HeadTooLarge(f"The request has more than {self.MAX_HEADERS} headers.")
-        if size > self.MAX_HEAD:
+        if self._is_too_large:
             raise HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes.")
+
+    def _check_http(self) -> None:
+        """Raise what is wrong with the version or the host of a request (RFC 9110, 2.5 and 7.2)."""
+        named = self._named
+        if self._version not in ("1.1", "1.0"):
+            raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
+        host = named.get(b"host")
+        if host is None:
+            if self._version == "1.1":
+                raise BadRequest("Host: missing; HTTP/1.1 asks for it.")
+        elif len(named) < len(self._headers) and sum(name.lower() == b"host" for name, _ in self._headers) > 1:
+            raise BadRequest("Host: stands more than once.")
+        elif not HOST.fullmatch(host):
+            raise BadRequest("Host: expected a name or an address, and perhaps a port.")
 
     def _unreadable(self, error: httptools.HttpParserError) -> None:
         if isinstance(error, httptools.HttpParserCallbackError):
@@ -10185,11 +10290,22 @@ class ClientConnection(asyncio.Protocol):
             self._reject(BadRequest(f"This request cannot be read: {error}"))
 
     def eof_received(self) -> bool:
-        return False  # a client that has stopped sending is gone, or has had its answer: the transport closes
+        """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
+        if self._state is not State.ANSWERING or self._version != "1.1":
+            return False
+        is_watched = self._door.hangups.watch(self.transport)
+        if is_watched:
+            self._keep_alive = False
+            if self.exchange and self.exchange.status and not self._pending:
+                self.exchange.ping(self._door.now())  # between two events, else what comes next is the question
+            else:
+                self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        return is_watched
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
         self._door.leave(self)
+        self._door.hangups.forget(self.transport)
         self._forget_call()
         if self.exchange:
             self.exchange.client_gone()
@@ -10212,6 +10328,7 @@ class ClientConnection(asyncio.Protocol):
             self._state, self._may_begin = State.HEAD, False
             self._entered_at = self._active_at
             self._target, self._headers, self._body, self._body_size = b"", [], b"", 0
+            self._named = {}
         else:
             self._pipelined, self._keep_alive = True, False
 
@@ -10226,28 +10343,36 @@ class ClientConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         if self._state is not State.HEAD:
             return None
+        method = self._parser.get_method()
+        self._version, self._named = self._parser.get_http_version(), first_values(self._headers)
+        is_websocket = method == b"GET" and self._named.get(b"upgrade", b"").lower() == b"websocket"
+        if self._parser.should_upgrade() and method != b"CONNECT" and not is_websocket:
+            return None  # `_ignore_upgrade` follows
         self._keep_alive = self._parser.should_keep_alive()
         try:
-            if self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
-                self._check_head(self._head_size())  # the same read may have brought much of the body as well
-        except HeadTooLarge as error:
+            self._check_head()
+            self._check_http()
+        except GatewayError as error:
             return self._reject(error)
         self._bodiless = self._wire_size = 0
-        method = self._parser.get_method()
         path, query = normalize_target(self._target)
         route = ROUTES.get(path) if method == b"POST" else None
         self._is_foreign = route is None and (method, path) not in LOCAL_ROUTES
         self._state = State.BODY
         self._entered_at = self._active_at
+        expects = self._version == "1.1" and self._named.get(b"expect", b"").lower() == b"100-continue"
+        if route is None:
+            if expects and self._is_foreign:
+                self._state, self._keep_alive = State.FOREIGN, False  # no handler wants a body, so none is asked for
+            elif expects:
+                self._owes_continue = True
+                self._continue()
+            return None
         try:
-            self._call = self._accept(route, query) if route else None
+            self._call = self._accept(route, query, expects)
         except GatewayError as error:
             self._reject(error)
         return None
-
-    def _head_size(self) -> int:
-        """The bytes of the head that has just come, without its first line's method and version."""
-        return len(self._target) + sum(len(name) + len(value) + len(b": \r\n") for name, value in self._headers)
 
     def on_body(self, piece: bytes) -> None:
         if self._state is not State.BODY:
@@ -10296,10 +10421,9 @@ class ClientConnection(asyncio.Protocol):
 
     # Steps of a request
 
-    def _accept(self, route: Route, query: bytes) -> Call:
-        """Check what the head suffices for; only then is the body wanted."""
-        gateway = self._door.gateway
-        named = first_values(self._headers)
+    def _accept(self, route: Route, query: bytes, expects: bool) -> Call:
+        """Check what the head suffices for; only then is the body wanted (`expects`: and asked for)."""
+        gateway, named = self._door.gateway, self._named
         key, address = gateway.authenticate(self._headers, named, self.peer)
         if not self.key_name and not self._door.recognize(self, key):
             self._keep_alive = False
@@ -10311,7 +10435,6 @@ class ClientConnection(asyncio.Protocol):
         length = int(named.get(b"content-length", 0))
         if length > config.server.max_body:
             raise too_large(config.server.max_body)
-        expects = named.get(b"expect", b"").lower() == b"100-continue" and self._parser.get_http_version() == "1.1"
         call = Call(config, key, route, query, self._headers, address, named)
         gateway.enter(call, length)
         self._owes_continue = expects
@@ -10352,7 +10475,7 @@ class ClientConnection(asyncio.Protocol):
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
         gateway.metrics.refuse(error)
-        named = first_values(self._headers)
+        named = self._named or first_values(self._headers)  # where the head is not whole
         address, key = gateway.client_address(self._headers, named, self.peer), ""
         with contextlib.suppress(GatewayError):
             key = gateway.config.keys.find(credentials(self._headers, named)).name
@@ -10363,8 +10486,9 @@ class ClientConnection(asyncio.Protocol):
     def _respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
         """A whole answer of our own."""
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {len(body)}"]
+        lines.append(f"date: {http_date(int(self._door.gateway.clock.wall()))}")
         lines += [f"{name}: {value}" for name, value in headers]
-        if not self._keep_alive:
+        if not self._keeps_alive():
             lines.append("connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
         unread = self._state in (State.HEAD, State.BODY)
@@ -10374,12 +10498,17 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._answered()
 
+    def _keeps_alive(self) -> bool:
+        """Whether the connection is kept after the answer that begins now; not while the gateway stops."""
+        self._keep_alive = self._keep_alive and not self._door.gateway.stopping
+        return self._keep_alive
+
     def _answered(self) -> None:
         """The answer is out: on to the next request, or close."""
         self._state = State.IDLE
         self.exchange = None
         self._entered_at = self._door.now()
-        if not self._keep_alive or self._door.gateway.stopping:
+        if not self._keep_alive:
             self._close()
 
     def _close(self) -> None:
@@ -10411,22 +10540,27 @@ class ClientConnection(asyncio.Protocol):
         """Begin an answer. Its head leaves together with the first bytes of its body."""
         lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
         lines += [b"%b: %b" % header for header in downstream_headers(headers)]
-        length = None
-        if not streaming:  # which comes in chunks: a length leaves no room for pings, nor would a cut at its end show
-            for name, value in headers:
-                if len(name) == 14 and name.lower() == b"content-length":
-                    length = value
+        length, has_date = None, False
+        for name, value in headers:
+            if len(name) == 14 and name.lower() == b"content-length":
+                length = value
+            elif len(name) == 4 and name.lower() == b"date":
+                has_date = True
+        if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
+            length = None
         bodiless = status in (204, 304)
-        self._chunked = length is None and not bodiless and self._parser.get_http_version() == "1.1"
+        self._chunked = length is None and not bodiless and self._version == "1.1"
         if self._chunked:
             lines.append(b"transfer-encoding: chunked")
         elif length is not None and not bodiless:
             lines.append(b"content-length: " + length)
         elif not bodiless:
             self._keep_alive = False  # HTTP/1.0: the end of the connection is the end of the body
+        if not has_date:
+            lines.append(b"date: " + http_date(int(self._door.gateway.clock.wall())).encode())
         if streaming:
             lines.append(b"x-accel-buffering: no")
-        if not self._keep_alive:
+        if not self._keeps_alive():
             lines.append(b"connection: close")
         self._pending = b"\r\n".join(lines) + b"\r\n\r\n"
 
@@ -10579,7 +10713,13 @@ class GatewayHandler(tornado.web.RequestHandler):
         self.set_status(error.status)
         for name, value in error_headers(error, request_id):
             self.set_header(name, value)
+        if error.status == MethodNotAllowed.status:
+            self.set_header("Allow", ", ".join(self.methods()))
         self.finish(error_body(error, api_of(self.path), request_id))
+
+    def methods(self) -> list[str]:
+        """The methods that the path takes."""
+        return [name for name in self.SUPPORTED_METHODS if name.lower() in vars(type(self))]
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, (GatewayError, tornado.web.HTTPError)):
@@ -10734,10 +10874,13 @@ class OtherHandler(GatewayHandler):
                 "Batches and files belong to the upstream's key, not to yours: everyone would see everyone's. "
                 "This gateway does not offer them."
             )
-        if path in ROUTES:
-            self.set_header("Allow", "POST")
-            raise MethodNotAllowed(f"{path} takes POST.")
+        if path != "/" and (methods := self.methods()):
+            raise MethodNotAllowed(f"{path} takes {' and '.join(methods)}.")
         raise NotFound(f"Nothing is served at {path}." if path != "/" else "This is a gateway; see /health.")
+
+    def methods(self) -> list[str]:
+        path = self.path
+        return ["POST"] * (path in ROUTES) + [method.decode() for method, known in LOCAL_ROUTES if known == path]
 
 
 def tornado_application(gateway: Gateway) -> tornado.web.Application:
@@ -10810,6 +10953,7 @@ class Door:
         self._told_at = -math.inf
         self._told = 0
         self._server: asyncio.Server | None = None
+        self.hangups = Hangups()
         self._tornado = tornado.httpserver.HTTPServer(
             tornado_application(gateway),
             no_keep_alive=True,  # the next request of such a client comes in through the door again
@@ -10933,6 +11077,7 @@ class Door:
                 while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
                     await asyncio.sleep(0.01)
         await self._tornado.close_all_connections()
+        self.hangups.close()
 
 
 # --- 13. Backup: copied at one moment, checked, put back ----------------------------

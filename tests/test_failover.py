@@ -1479,7 +1479,7 @@ async def test_a_client_chooses_no_account_and_learns_of_none(start_gateway, ups
     (request,) = upstreams["a"].requests
     own = {"host", "content-length", "accept-encoding", "x-api-key"}
     assert set(request.header) - own == {"x-title", "anthropic-version"}
-    assert set(reply.headers) == {"content-type", "request-id", "content-length"}
+    assert set(reply.headers) == {"content-type", "request-id", "content-length", "date"}
 
 
 # --- our own trouble ----------------------------------------------------------------------------------

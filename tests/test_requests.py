@@ -366,7 +366,7 @@ async def test_tornado_reads_the_head_that_the_client_sent(gateway, upstream):
         (b"host: x\r\nx: " + b"y" * 70_000, 431),
         (b"host: x\r\nx: y\r\n" + b"a:\r\n" * 101, 431),
         (b"host: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n", 400),
-        (b"transfer-encoding: chunked\r\n\r\n", 401),
+        (b"host: x\r\ntransfer-encoding: chunked\r\n\r\n", 401),
     ],
 )
 async def test_a_refusal_while_a_request_is_read_is_in_the_clients_format(gateway, sent, status):

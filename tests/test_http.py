@@ -1,0 +1,345 @@
+"""HTTP as other clients speak it: upgrades, hosts, versions, dates, methods, half-closed connections (section 12)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+
+import pytest
+from client import Connection, request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, GatewayUnderTest, until
+from upstream import hello_json, json_body, stall, stream_of, wait_for
+
+import gateway as g
+
+BODY = json.dumps(HELLO).encode()
+H2C = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQCAAAAAAIAAAAA"}
+PATHS = [
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/chat/completions"),
+    ("POST", "/api/event_logging/batch"),
+    ("GET", "/api/hello"),
+    ("HEAD", "/"),
+    ("GET", "/health"),
+    ("GET", "/api/usage/stats"),
+    ("GET", "/v1/usage"),
+    ("POST", "/v1/files"),
+    ("GET", "/nothing"),
+]
+
+
+def request_of(method: str, path: str, **headers: str) -> bytes:
+    """A request with a good key, and a body where its method has one."""
+    body = BODY if method == "POST" else b""
+    return request_bytes(method, path, {"x-api-key": KEY} | headers, body)
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_an_upgrade_is_ignored(gateway, upstream, method, path):
+    """
+    `Upgrade: h2c`, as every stock JDK client sends it, changes no answer and keeps the body; the connection goes on.
+    """
+    upstream.script = hello_json()
+    plain, asking = await gateway.connect(), await gateway.connect()
+    expected = await plain.request(method, path, {"x-api-key": KEY}, BODY if method == "POST" else b"")
+
+    found = []
+    for _ in range(2):
+        await asking.send(request_of(method, path, **H2C))
+        found.append(await asking.answer(head_only=method == "HEAD"))
+        if found[0].headers.get("connection") == "close":
+            break
+
+    assert {reply.status for reply in found} == {expected.status}
+    assert found[0].headers.get("connection") == expected.headers.get("connection")
+    assert all(request.body == BODY for request in upstream.requests)
+    assert all("upgrade" not in request.header for request in upstream.requests)
+
+
+async def test_an_upgrade_is_ignored_however_the_request_is_cut(gateway, upstream):
+    """
+    Its head and its body come in pieces of any size.
+    """
+    upstream.script = hello_json()
+    data = request_of("POST", "/v1/messages", **H2C)
+
+    for size in (1, 7, len(data) - len(BODY), len(data) - 3):
+        connection = await gateway.connect()
+        for start in range(0, len(data), size):
+            await connection.send(data[start : start + size])
+            await asyncio.sleep(0)
+        assert (await connection.answer()).status == 200
+        assert upstream.requests[-1].body == BODY
+
+
+async def test_a_websocket_is_not_read_as_a_plain_request(gateway):
+    """
+    A GET that asks for a WebSocket goes to Tornado with its `Upgrade`: here it has no handler.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(request_of("GET", "/nothing", connection="Upgrade", upgrade="websocket"))
+
+    assert (await connection.answer()).status == 404
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(
+    ("version", "hosts", "status"),
+    [
+        ("HTTP/1.1", [], 400),
+        ("HTTP/1.1", ["a", "a"], 400),
+        ("HTTP/1.1", ["a b"], 400),
+        ("HTTP/1.1", ["a/b"], 400),
+        ("HTTP/1.1", ["a:b"], 400),
+        ("HTTP/1.0", ["a", "b"], 400),
+        ("HTTP/2.0", ["a"], 505),
+        ("HTTP/0.9", ["a"], 505),
+        ("HTTP/1.2", ["a"], 400),
+        ("", [], 505),
+    ],
+)
+async def test_a_bad_host_or_version_is_refused(gateway, upstream, method, path, version, hosts, status):
+    """
+    On every path, in the client's format, by an answer with a date that says that the connection is closed.
+    """
+    lines = [f"{method} {path} {version}".rstrip(), *(f"host: {host}" for host in hosts), f"x-api-key: {KEY}"]
+    lines += [f"content-length: {len(BODY)}"] if method == "POST" else []
+    connection = await gateway.connect()
+
+    await connection.send("\r\n".join(lines if version else lines[:1]).encode() + b"\r\n\r\n")
+    reply = await connection.answer(head_only=method == "HEAD")
+
+    assert reply.status == status
+    assert reply.headers["connection"] == "close"
+    assert "date" in reply.headers
+    assert ("code" in json.loads(reply.body or b'{"error":{}}')["error"]) == (path == "/v1/chat/completions")
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize("host", ["a", "a.b-c:8080", "127.0.0.1:1", "[::1]:8080", "[::1]", "a_b", ""])
+async def test_a_good_host_is_none_of_our_business(gateway, upstream, host):
+    """
+    Names, addresses and ports of every shape that RFC 9110 allows.
+    """
+    upstream.script = hello_json()
+
+    assert (await gateway.post("/v1/messages", HELLO, host=host)).status == 200
+
+
+async def test_http_1_0_needs_no_host(gateway, upstream):
+    """
+    Health checks of old load balancers send none.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(b"GET /health HTTP/1.0\r\n\r\n")
+
+    assert (await connection.answer()).status == 200
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_every_answer_of_our_own_has_a_date(gateway, upstream, clock, method, path):
+    """
+    A refusal, a page, an answer in Tornado's half; and a relayed one whose upstream sent none.
+    """
+    upstream.script = hello_json()
+
+    reply = await (await gateway.connect()).request(
+        method, path, {"x-api-key": KEY}, b"{}" if method == "POST" else b""
+    )
+    relayed = await gateway.post("/v1/messages", HELLO)
+
+    assert reply.headers["date"].endswith(" GMT")
+    assert [name for name, _ in reply.header_list].count("date") == 1
+    assert relayed.headers["date"] == g.http_date(int(clock.clock.wall()))
+
+
+async def test_a_date_of_the_upstream_is_kept(gateway, upstream):
+    """
+    It is the answer's own.
+    """
+    upstream.script = json_body({"type": "message", "content": []}, date="Thu, 01 Jan 2026 00:00:00 GMT")
+
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert [value for name, value in reply.header_list if name == "date"] == ["Thu, 01 Jan 2026 00:00:00 GMT"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/messages", "POST"),
+        ("DELETE", "/v1/chat/completions", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("PUT", "/metrics", "GET, HEAD"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/claude", "GET, HEAD"),
+        ("POST", "/v1/usage", "GET"),
+        ("POST", "/api/usage/logs", "GET"),
+        ("OPTIONS", "/v1/messages", "POST"),
+        ("GET", "/api/event_logging/batch", "POST"),
+        ("DELETE", "/api/hello", "GET, HEAD"),
+    ],
+)
+async def test_a_405_says_what_is_allowed(gateway, method, path, allowed):
+    """
+    RFC 9110, 15.5.6: on every path that is served with another method.
+    """
+    reply = await gateway.request(method, path)
+
+    assert reply.status == 405
+    assert set(reply.headers["allow"].split(", ")) == set(allowed.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "first"),
+    [
+        ("POST", "/v1/messages", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ("POST", "/api/event_logging/batch", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ("POST", "/v1/files", b"HTTP/1.1 404 "),
+        ("POST", "/health", b"HTTP/1.1 405 "),
+        ("PUT", "/v1/messages", b"HTTP/1.1 405 "),
+    ],
+)
+async def test_a_body_is_asked_for_only_where_it_is_wanted(gateway, upstream, method, path, first):
+    """
+    `Expect: 100-continue` gets 100 where a handler reads the body, and else its answer at once.
+    """
+    upstream.script = hello_json()
+    data = request_bytes(method, path, {"x-api-key": KEY, "expect": "100-continue"}, BODY)
+    connection = await gateway.connect()
+
+    await connection.send(data[: -len(BODY)])
+    assert await connection.read_until(first) == first
+    if first.startswith(b"HTTP/1.1 100"):
+        await connection.send(BODY)
+        assert (await connection.answer()).status == 200
+
+
+@pytest.mark.parametrize("cuts", [[], [10], [65_000], [65_535], [65_536], [65_537], [100, 65_534, 65_538]])
+@pytest.mark.parametrize(("over", "status"), [(0, 200), (1, 431)])
+async def test_the_bound_of_a_head_is_the_same_however_it_is_cut(gateway, upstream, cuts, over, status):
+    """
+    64 KB are taken, one byte more is not, in whatever reads it comes and with whatever body behind it.
+    """
+    upstream.script = hello_json()
+    start = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\ncontent-length: {len(BODY)}\r\nx: ".encode()
+    fill = g.ClientConnection.MAX_HEAD - len(start) - 4 + over
+    data = start + b"y" * fill + b"\r\n\r\n" + BODY
+    connection = await gateway.connect()
+
+    for begin, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+        await connection.send(data[begin:end])
+        await until(lambda: True)
+        await asyncio.sleep(0.002)
+
+    assert (await connection.answer()).status == status
+
+
+async def test_an_answer_that_begins_while_the_gateway_stops_says_that_it_is_the_last(gateway, upstream):
+    """
+    And an answer that had begun before closes nothing without a word: its connection takes one more request.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [*stream_of("Hello")[:3], wait_for(go_on), *stream_of("Hello")[3:]]
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    await connection.read_until(b"message_start")
+
+    gateway.gateway.stopping = True
+    go_on.set()
+    await connection.read_until(b"\r\n0\r\n\r\n")
+    reply = await connection.request("POST", "/v1/messages", {"x-api-key": KEY}, BODY)
+
+    assert (reply.status, reply.headers["connection"]) == (503, "close")
+    assert await connection.is_closed()
+
+
+# --- half-closed connections --------------------------------------------------------------------------
+
+
+async def half_closed(gateway: GatewayUnderTest, body: dict) -> tuple[Connection, socket.socket]:
+    """A connection whose client has sent a request and shut down its sending side."""
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
+    connection._writer.write_eof()
+    return connection, connection._writer.get_extra_info("socket")
+
+
+@pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
+@pytest.mark.parametrize("when", ["at once", "upstream has it", "answer has begun"])
+async def test_a_client_that_stops_sending_gets_its_answer(gateway, upstream, body, when):
+    """
+    Half-closed at any time after its request, a client reads its answer to its end; then the connection is closed.
+    """
+    go_on = asyncio.Event()
+    steps = stream_of("Hello") if body is HELLO_STREAM else hello_json()
+    at = 0 if when != "answer has begun" else 4 if body is HELLO_STREAM else 1
+    upstream.script = [*steps[:at], wait_for(go_on), *steps[at:]]
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
+    if when != "at once":
+        await upstream.request_came()
+    if when == "answer has begun" and body is HELLO_STREAM:
+        await connection.read_until(b"Hello")
+    connection._writer.write_eof()
+    await until(lambda: gateway.door.hangups._watched)
+    go_on.set()
+
+    if when == "answer has begun" and body is HELLO_STREAM:
+        assert b"message_stop" in await connection.rest()
+    else:
+        assert (await connection.answer()).status == 200
+        assert await connection.is_closed()
+    await gateway.settled()
+    assert gateway.entries()[-1]["outcome"] == "completed"
+    await until(lambda: not gateway.door.hangups._watched)
+
+
+@pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
+async def test_a_client_that_is_gone_is_found_out_at_once(gateway, upstream, body):
+    """
+    One that closes altogether looks the same at first: what is sent to it is answered with a reset, and its call ends.
+    """
+    upstream.script = [stall()]
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
+    await upstream.request_came()
+
+    await connection.close()
+    await gateway.settled()
+
+    assert gateway.entries()[-1]["outcome"] == "client_gone"
+    assert not gateway.door.hangups._watched
+
+
+async def test_a_client_that_leaves_before_its_request_is_whole_is_gone(gateway, upstream):
+    """
+    No answer could be made for half a request.
+    """
+    connection = await gateway.connect()
+    await connection.send(request_of("POST", "/v1/messages")[:-5])
+    await until(lambda: gateway.gateway.memory.held)
+
+    connection._writer.write_eof()
+
+    assert await connection.is_closed()
+    assert gateway.gateway.memory.held == 0
+
+
+async def test_many_half_closed_clients_cost_as_much_as_others(gateway, upstream):
+    """
+    300 at once are answered, and nothing of them is kept.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [wait_for(go_on), *hello_json()]
+    waiting = [await half_closed(gateway, HELLO) for _ in range(300)]
+    await until(lambda: len(gateway.door.hangups._watched) == 300)
+
+    go_on.set()
+    replies = await asyncio.gather(*(connection.answer() for connection, _ in waiting))
+
+    assert {reply.status for reply in replies} == {200}
+    await until(lambda: not gateway.door.hangups._watched and not gateway.door.hangups._descriptors)
