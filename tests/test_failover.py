@@ -1092,7 +1092,10 @@ async def test_a_provider_that_restarts_costs_nobody_anything(start_gateway, ups
     assert all(is_whole(reply, i, stream=True) for i, reply in enumerate(replies))
     assert before == 20 and upstreams["a"].connections > before
     outcomes = [tuple(attempt["outcome"] for attempt in entry["attempts"]) for entry in gateway.entries()]
-    assert set(outcomes[20:]) == {("stale_connection", "completed")}
+    # Who asks after the first of them was found dead takes none of the others.
+    assert (
+        {("stale_connection", "completed")} <= set(outcomes[20:]) <= {("stale_connection", "completed"), ("completed",)}
+    )
     assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 0
 
 
