@@ -153,6 +153,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, deque
@@ -335,6 +336,15 @@ class Route(NamedTuple):
     kind: Literal["messages", "count_tokens", "chat", "responses", "embeddings"]
 
 
+def printable(text: str, most: int = 128) -> str:
+    """The beginning of a foreign text, as it may stand in entries, in the log and on terminals.
+
+    What is not to be seen (control characters, line breaks, what turns the direction of writing) becomes `�`.
+    """
+    text = text[:most]
+    return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
+
+
 def first_values(headers: Headers) -> dict[bytes, bytes]:
     """The first value of each header, by its name in lower case."""
     return {name.lower(): value for name, value in reversed(headers)}
@@ -388,7 +398,7 @@ class Call:
         self.query = query
         self.headers = headers
         self.named = first_values(headers) if named is None else named
-        self.user_agent = self.header(b"user-agent").partition(" ")[0][:64]
+        self.user_agent = printable(self.header(b"user-agent").partition(" ")[0], 64)
         self.address = address
         self.started = config.clock.monotonic()
         self.admitted = self.started  # later where it waits for a slot
@@ -734,6 +744,19 @@ def is_forbidden(text: str) -> bool:
         carried = [address.sixtofour, *(address.teredo or ()), low if int(address) >> 32 in NAT64 else None]
         return any(inner in net for inner in (address, *carried) if inner for net in FORBIDDEN)
     return address is not None and any(address in net for net in FORBIDDEN)
+
+
+HOP = re.compile(
+    r"\[([0-9A-Fa-f:.%\w]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+"
+)  # an address with brackets, a port or both
+
+
+def read_hop(text: str) -> str:
+    """The address in a part of X-Forwarded-For, `ip`, `ip:port`, `[ip]` or `[ip]:port`; "" where it is none."""
+    text = text.strip()
+    if found := HOP.fullmatch(text):
+        text = found[1] or found[2]
+    return text if parse_address(text) else ""
 
 
 def address_in(text: str, networks: Iterable[Network]) -> bool:
@@ -1201,7 +1224,7 @@ class Bill(NamedTuple):
     charges: list[Charge]
 
 
-PRIVATE_NETWORKS = ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
+LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -1210,8 +1233,8 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: int = 8000
     timezone: str = "UTC"
-    trusted_proxies: tuple[str, ...] = ("127.0.0.1/32",)
-    metrics_from: tuple[str, ...] = PRIVATE_NETWORKS
+    trusted_proxies: tuple[str, ...] = ()
+    metrics_from: tuple[str, ...] = LOOPBACK
     max_body: Size = Size(32 * 2**20)
     memory: Size | None = None  # of all request bodies together; None: a quarter of `available_memory`
     drain: Duration = Duration(600)
@@ -2200,6 +2223,16 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
 
 
+def is_rootless(root: Path = Path("/")) -> bool:
+    """Whether this is a container that was started without root; `root` is where /proc is.
+
+    There the users of the host are other ones (`uid_map` of user_namespaces(7)).
+    """
+    with contextlib.suppress(OSError):
+        return (root / "proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]
+    return False
+
+
 class Config:
     """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
 
@@ -2222,6 +2255,12 @@ class Config:
             self.warnings.append(
                 f"server.port is {port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
             )
+        for name, networks in (("metrics_from", self.metrics_from), ("trusted_proxies", self.trusted)):
+            if networks and is_rootless():
+                self.warnings.append(
+                    f"server.{name}: in a rootless container every client may come from the same address, so that this "
+                    "lets all of them in: `client` in the ledger shows what it sees; [] lets nobody in"
+                )
         self.usage_directory = self.path.parent / self.file.usage.directory
         self.limits = self.file.limits
         self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
@@ -5351,11 +5390,6 @@ SESSION_HEADERS = (
 )
 
 
-def printable(text: str) -> str:
-    """The beginning of a name that may stand in the ledger; "" if it has control characters."""
-    return text[:128] if text.isprintable() else ""
-
-
 def find_session(call: Call, peek: RequestPeek) -> str:
     """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
     if not call.named.keys().isdisjoint(SESSION_HEADERS):
@@ -6129,8 +6163,7 @@ class Meter:
     def read_error(self, error: ApiError | None) -> None:
         """Remember an error's type, or its code where that tells more."""
         if error:
-            said = [printable(str(name))[:MAX_PIECE_NAME] for name in (error.type, error.code) if name]
-            names = [name for name in said if name] or ["error"]
+            names = [printable(str(name), MAX_PIECE_NAME) for name in (error.type, error.code) if name] or ["error"]
             self.error_type = next((name for name in names if status_of_error(name)), names[0])
 
     def end(self) -> None:
@@ -7095,6 +7128,8 @@ SLOW_S = 120.0  # how long it then gets only what no other can take
 def read_seconds(text: str, now: float) -> float | None:
     """Seconds from `1.5`, `6m0s`, `20ms`, an HTTP date or an RFC 3339 time; None where it is none of them."""
     text = text.strip()
+    if len(text) > 64:  # longer than any of them; 16,000 digits took 10 s
+        return math.inf if text.isdecimal() else None
     if re.fullmatch(r"\d+(\.\d+)?", text):
         seconds = float(text)
         return seconds - now if seconds > 1e9 else seconds  # a time since 1970
@@ -8223,6 +8258,7 @@ class Attempt:
 
     __slots__ = (
         "_clock",
+        "encoding",
         "exchange",
         "first_byte_at",
         "first_byte_s",
@@ -8257,6 +8293,7 @@ class Attempt:
         self.is_streaming = self.is_whole = False
         self.is_unmetered = False  # paid for, and in a form that cannot be read
         self.upstream_request_id = ""
+        self.encoding = b""
         self.usage_filter: UsageFilter | None = None  # where the client did not ask for the usage that we asked for
         self.passed = ""  # the case of an error that is the client's at once
         self.sent_at: float | None = None
@@ -8281,7 +8318,9 @@ class Attempt:
                 if lower == b"content-type":
                     self.is_streaming = value[:17].lower() == b"text/event-stream"
                 elif lower == b"request-id" or lower == b"x-request-id":
-                    self.upstream_request_id = value.decode("latin-1")[:128]
+                    self.upstream_request_id = printable(value.decode("latin-1"))
+                elif lower == b"content-encoding":
+                    self.encoding = value.strip().lower()
             self.meter.start(self.is_streaming)
         except Exception as error:  # a bug of ours, as in `received`
             self.drop_line()
@@ -8335,6 +8374,8 @@ class Attempt:
     def _is_clear(self) -> bool:
         """Whether it can be said already what is held back."""
         meter = self.meter
+        if self.is_encoded and self.status < 400 and self.held_size:
+            return True  # nothing that follows could be read
         if self.is_streaming and self.status == 200 and (meter.has_content or meter.error_type or meter.is_broken):
             return True
         return self.held_size > self.MAX_HELD
@@ -8357,7 +8398,7 @@ class Attempt:
         meter, status = self.meter, self.status
         if status >= 400:
             return self._refusal()
-        if status != 200:
+        if status != 200 or self.is_encoded:
             return self._unmetered() or UNEXPECTED
         if meter.has_failed and meter.did_work and (self.is_streaming or not self.exchange.is_committed):
             return None  # it is paid for: another try would be paid for as well
@@ -8376,19 +8417,14 @@ class Attempt:
 
     def _unmetered(self) -> Failure | None:
         """What keeps us from reading an answer for which the upstream has worked, if it is one."""
-        encoding, content_type = b"", b""
-        for name, value in self.headers:
-            if name.lower() == b"content-encoding":
-                encoding = value.strip().lower()
-            elif name.lower() == b"content-type":
-                content_type = value.lower()
-        is_encoded = encoding not in (b"", b"identity")
+        content_type = first_values(self.headers).get(b"content-type", b"").lower()
         is_answer = self.is_streaming or b"json" in content_type
         if not (200 <= self.status < 300 and is_answer and self.text().strip()) or self.meter.error_type:
             return None
-        if is_encoded:
+        if self.is_encoded:
             self.meter.is_unread = True
-            reason = f"sent an answer that is compressed ({encoding.decode('latin-1')[:40]}), though asked for identity"
+            encoding = printable(self.encoding.decode("latin-1"), 40)
+            reason = f"sent an answer that is compressed ({encoding}), though asked for identity"
         elif self.status != 200:
             reason = f"answered {self.status}, where 200 is the only status of an answer"
         else:
@@ -8427,6 +8463,11 @@ class Attempt:
     def retry_after_s(self) -> float | None:
         """When a refusal says to come again."""
         return read_retry_after(self.headers, self.ticket.call.config.clock.wall()) if self.status >= 400 else None
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the answer is compressed, though asked for as it is."""
+        return self.encoding not in (b"", b"identity")
 
     def text(self) -> bytes:
         """What is held back."""
@@ -9608,6 +9649,7 @@ class Turns:
 class Gateway:
     """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
 
+    MAX_HOPS = 32  # in X-Forwarded-For
     LARGE_BODY = 256 << 10  # bytes; larger ones are read one after the other; between two of them others have a turn
     MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
@@ -9647,15 +9689,19 @@ class Gateway:
         return key, address
 
     def client_address(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> str:
-        """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs."""
+        """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs.
+
+        Where they say something that is no address, it is `unknown`, which is in no network: what stands to the left
+        of it may have been written by the client.
+        """
         if b"x-forwarded-for" not in named or not address_in(peer, self.config.trusted):
             return peer
         forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
-        for hop in reversed(b",".join(forwarded).decode("latin-1").split(",")):
-            peer = hop.strip() if parse_address(hop.strip()) else peer
+        for hop in reversed(b",".join(forwarded).decode("latin-1").rsplit(",", self.MAX_HOPS)):
+            peer = read_hop(hop)
             if not address_in(peer, self.config.trusted):
                 break
-        return peer
+        return peer or "unknown"
 
     def enter(self, call: Call, length: int) -> None:
         """Take what a call needs before its body of so many bytes is read. Raises GatewayError, holding nothing."""
@@ -9801,7 +9847,7 @@ class Gateway:
 
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
         call, usage = exchange.call, attempt.usage() if attempt else Usage()
-        served = attempt.meter.model[:MAX_NAME] if attempt else ""
+        served = printable(attempt.meter.model, MAX_NAME) if attempt else ""
         error_type = (attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else "")
         if attempt is None:
             bill = call.config.bill(call.upstream_model, "", usage)
@@ -11706,6 +11752,9 @@ def greeting(config: Config, port: int, key: str) -> str:
     return "\n".join(lines)
 
 
+MAX_LINE = 32 << 10  # characters of a line of the log with its traceback
+
+
 class LogFormatter(logging.Formatter):
     """Lines such as `2026-11-21 05:55:02,112 INFO …`; the second is written once, not once a line."""
 
@@ -11719,6 +11768,8 @@ class LogFormatter(logging.Formatter):
             self._second, self._text = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
         has_more = record.exc_info or record.stack_info
         message = super().format(record) if has_more else record.getMessage()  # the former adds the traceback
+        if not message.isprintable():  # else a name from outside could begin a line of its own
+            message = "\n    ".join(printable(line, MAX_LINE) for line in message[:MAX_LINE].split("\n"))
         return f"{self._text},{int(record.msecs):03} {record.levelname} {message}"
 
 
@@ -11751,7 +11802,6 @@ class LogWriter(logging.Handler):
     """
 
     MAX_BYTES = 4 << 20  # characters that may wait: some 20,000 lines, 10 s of a busy gateway
-    MAX_LINE = 32 << 10  # characters of one line with its traceback
     PAUSE_S = 0.02
     FLUSH_S = 1.0  # an exit waits for the thread no longer than this
 
@@ -11794,8 +11844,8 @@ class LogWriter(logging.Handler):
                 print(line, file=sys.stderr, flush=True)
             return None
         size = len(line)
-        if size > self.MAX_LINE:
-            line, size = line[: self.MAX_LINE] + " …", self.MAX_LINE
+        if size > MAX_LINE:
+            line, size = line[:MAX_LINE] + " …", MAX_LINE
         if self._size + size > self.MAX_BYTES:
             self.lost += 1
             self._lost_here += 1
@@ -12584,14 +12634,19 @@ def command_upstream_test(options: argparse.Namespace) -> int:
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
 
 
+def csv_cell(text: str) -> str:
+    """A name as a cell that no spreadsheet takes for a formula (also in full-width characters) or for two lines."""
+    text = printable(text, 1000)
+    start = unicodedata.normalize("NFKC", text.lstrip())[:1]
+    return "'" + text if start in tuple("=+-@") else text
+
+
 def write_csv(totals: Sequence[Total], by: Sequence[str], file: IO[str]) -> None:
     """Totals as CSV. A cell that a spreadsheet would take for a formula is escaped (names come from users)."""
     writer = csv.writer(file)
     writer.writerow([*by, *USAGE_COLUMNS, "cost_usd", "cache_hit_rate"])
     for total in totals:
-        names = [
-            "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell for cell in total.group.values()
-        ]
+        names = [csv_cell(name) for name in total.group.values()]
         rate = "" if total.cache_hit_rate is None else total.cache_hit_rate
         writer.writerow([*names, *(getattr(total, name) for name in USAGE_COLUMNS), f"{total.cost_usd:.6f}", rate])
 

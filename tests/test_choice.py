@@ -1123,6 +1123,8 @@ def date(seconds: float) -> str:
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m"}, 1800.0),
         ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(START) + 45)}, 45.0),
         ({"x-ratelimit-remaining-tokens": "9", "x-ratelimit-reset-tokens": "6m0s"}, None),
+        ({"retry-after": "9" * 64_000}, 1800.0),
+        ({"retry-after": "9" * 64_000 + "x"}, None),  # for which a pattern took minutes
     ],
 )
 def test_an_answer_says_when_to_come_again(headers, expected):

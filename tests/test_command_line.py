@@ -859,7 +859,20 @@ def test_usage_as_csv_has_the_same_numbers(shell, ledger):
     ]
 
 
-@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=cmd|"/c calc"!A1'])
+def test_a_csv_cell_is_one_line_on_any_terminal(shell, ledger):
+    """
+    Line breaks, tabs and control characters of a name are shown as �.
+    """
+    ledger(entry(model="a\nb\r=1", session="\t=1\x1b[31m"))
+
+    assert shell.run("usage", "--by", "model,session", "--csv") == 0
+
+    assert shell.out.splitlines()[1].startswith("a�b�=1,�=1�[31m,1,0,")
+
+
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "＝1", "＋1", "－1", "＠1", '=cmd|"/c calc"!A1']
+)
 def test_a_csv_cell_is_never_a_formula(shell, ledger, name):
     """
     Models and sessions are named by clients, and the report is opened by whoever pays.
@@ -869,7 +882,7 @@ def test_a_csv_cell_is_never_a_formula(shell, ledger, name):
     assert shell.run("usage", "--by", "model,session", "--csv") == 0
 
     cell = "'" + name.replace('"', '""')
-    cell = f'"{cell}"' if re.search(r'["\r]', name) else cell
+    cell = f'"{cell}"' if '"' in name else cell
     assert shell.out.split("\n", 1)[1].startswith(f"{cell},{cell},1,0,")
 
 

@@ -353,6 +353,7 @@ async def test_the_ledger_has_the_clients_address(front, gateway, upstream):
     It is the one that the proxy saw, whatever the client itself says of where it comes from.
     """
     upstream.script = hello_json()
+    await gateway.write(gateway.path.read_text().replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1]"))
     connection = await front.connect(local_addr=("127.0.0.2", 0))
 
     await connection.send(front.bytes(HELLO, **{"x-forwarded-for": "203.0.113.7"}))
@@ -476,9 +477,11 @@ def test_addresses_that_are_trusted_are_given_to_nobody_else():
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text().replace("${GATEWAY_NET:-172.29.87}", "172.29.87"))
     readme = (DEPLOY / "README.md").read_text()
     (net,) = compose["networks"]["gateway"]["ipam"]["config"]
-    fixed = [compose["services"][name]["networks"]["gateway"]["ipv4_address"] for name in ("caddy", "nginx")]
+    names = ("caddy", "nginx", "prometheus")
+    fixed = [compose["services"][name]["networks"]["gateway"]["ipv4_address"] for name in names]
 
-    assert f"trusted_proxies: [{', '.join(fixed)}]" in readme
+    assert f"trusted_proxies: [{', '.join(fixed[:2])}]" in readme
+    assert f"metrics_from: [127.0.0.1, {fixed[2]}]" in readme
     assert all(ipaddress.ip_address(a) in ipaddress.ip_network(net["subnet"]) for a in fixed)
     assert not any(ipaddress.ip_address(a) in ipaddress.ip_network(net["ip_range"]) for a in fixed)
 

@@ -890,6 +890,10 @@ UNMETERED: dict[str, tuple[Script, str]] = {
         "compressed (gzip)",
     ),
     "a compressed stream": ([head(200, SSE, content_encoding="gzip"), body(STREAMED), end()], "compressed (gzip)"),
+    "a compressed stream that goes on": (
+        [head(200, SSE, content_encoding="br"), body(b"\x8b" * 300_000), stall()],
+        "compressed (br)",
+    ),
     "201": (json_body(PAID, status=201), "answered 201"),
 }
 

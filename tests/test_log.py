@@ -97,6 +97,19 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place(pipe: Pipe):
     writer.close()
 
 
+def test_a_foreign_text_begins_no_line_and_moves_no_cursor(pipe: Pipe):
+    """
+    Line breaks within a message are followed by blanks, other control characters are shown as �.
+    """
+    writer = g.LogWriter()
+    with writer.in_thread(pipe.stderr):
+        writer.handle(line("refused: a\n2026-11-21 05:55:02,112 INFO forged\r\x1b[2J\x9b2J\u202eend"))
+    data = os.read(pipe.reading, 1 << 16).decode()
+    writer.close()
+
+    assert data.splitlines()[1:] == ["    2026-11-21 05:55:02,112 INFO forged��[2J�2J�end"]
+
+
 def test_an_exit_waits_a_second_for_a_reader_and_only_once(pipe: Pipe):
     """
     Neither the end of serving nor the end of the process hangs.
@@ -139,7 +152,7 @@ def test_a_very_long_line_is_cut(pipe: Pipe):
         writer.handle(line("x" * 100_000))
     (read,) = read_lines(pipe.reading, 1)
 
-    assert len(read) < g.LogWriter.MAX_LINE and read.endswith("x …")
+    assert len(read) < g.MAX_LINE and read.endswith("x …")
     writer.close()
 
 

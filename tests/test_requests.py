@@ -872,11 +872,11 @@ async def test_a_clients_address_is_what_a_trusted_proxy_says(start_gateway, ups
     """
     X-Forwarded-For counts from trusted proxies only, read from the right.
     """
-    gateway = await start_gateway(config_text(upstream.url))
     upstream.script = hello_json()
+    gateway = await start_gateway(config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1]"))
 
     await gateway.post("/v1/messages", HELLO, x_forwarded_for="6.6.6.6, 10.1.2.3")
-    await gateway.write(config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: []"))
+    await gateway.write(config_text(upstream.url))
     await gateway.post("/v1/messages", HELLO, x_forwarded_for="10.1.2.3")
     await gateway.write(
         config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1, 10.0.0.0/8]")
@@ -884,6 +884,47 @@ async def test_a_clients_address_is_what_a_trusted_proxy_says(start_gateway, ups
     await gateway.post("/v1/messages", HELLO, x_forwarded_for="6.6.6.6, 203.0.113.9, 10.1.2.3")
 
     assert [entry["client"] for entry in gateway.entries()] == ["10.1.2.3", "127.0.0.1", "203.0.113.9"]
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "client"),
+    [
+        ("6.6.6.6, 203.0.113.9:4711", "203.0.113.9"),
+        ("6.6.6.6, [2001:db8::1]:4711", "2001:db8::1"),
+        ("6.6.6.6, [2001:db8::1]", "2001:db8::1"),
+        ("6.6.6.6, 2001:db8::1", "2001:db8::1"),
+        ("6.6.6.6, 203.0.113.9, 127.0.0.1", "203.0.113.9"),
+        ("203.0.113.9, _hidden", "unknown"),
+        ("203.0.113.9, unknown", "unknown"),
+        ("203.0.113.9, 203.0.113.9:port", "unknown"),
+        ("203.0.113.9,", "unknown"),
+        ("203.0.113.9, 127.0.0.1, x, 127.0.0.1", "unknown"),
+        ("203.0.113.9" + ", 127.0.0.1" * 40, "unknown"),
+        ("", "unknown"),
+    ],
+)
+async def test_what_a_proxy_forwards_is_an_address_or_unknown(start_gateway, upstream, forwarded, client):
+    """
+    Never what stands to the left of something that cannot be read: that may be the client's own invention.
+    """
+    upstream.script = hello_json()
+    gateway = await start_gateway(config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1]"))
+
+    await gateway.post("/v1/messages", HELLO, x_forwarded_for=forwarded)
+
+    assert gateway.entries()[-1]["client"] == client
+
+
+async def test_an_unknown_address_is_in_no_network(start_gateway, upstream):
+    """
+    A key that may be used from some networks is refused where nobody knows from where it comes.
+    """
+    text = config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1]")
+    gateway = await start_gateway(text.replace(f"key: {KEY}", f"key: {KEY}, allow_ips: [0.0.0.0/0]"))
+
+    reply = await gateway.post("/v1/messages", HELLO, x_forwarded_for="10.1.2.3, nonsense")
+
+    assert (reply.status, reply.error["message"]) == (403, "The key alice (…stuv) may not be used from unknown.")
 
 
 async def test_health_tells_the_state_and_no_secret(gateway):
@@ -1085,7 +1126,7 @@ LONG = "s" * 200
         ({"session-id": LONG}, {}, "s" * 128),
         ({"x-session-affinity": "o-1"}, {"prompt_cache_key": "p-1"}, "o-1"),
         ({"conversation_id": "c-1"}, {}, "c-1"),
-        ({"session-id": "a\x85b"}, {"prompt_cache_key": "a\nb"}, ""),
+        ({"session-id": "a\x85b"}, {"prompt_cache_key": "a\nb"}, "a�b"),
         ({}, {"prompt_cache_key": ["p"]}, ""),
         ({}, {"prompt_cache_key": "p" * 9000}, ""),
         ({}, {}, ""),
