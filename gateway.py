@@ -1296,7 +1296,7 @@ VERDICT_MEANINGS = {
     "403": "our API key may not do this: left alone when that is sure",
     "404": "the model is not known there, or not to our project",
     "408": "the upstream gave up waiting",
-    "429": "too much for this key: for as long as the answer's headers say, at most 30 minutes",
+    "429": "too much for this key with that model: for as long as the answer's headers say, at most 30 minutes",
     "4xx": "the request itself is wrong: 400, 413, 422 and all others",
     "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
 }
@@ -6897,7 +6897,11 @@ def is_own_trouble(error: OSError) -> bool:
 
 def look_up(host: str) -> list[str]:
     """The addresses of a name, in the resolver's order; takes as long as the resolver does. Raises OSError."""
-    infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    try:
+        infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except socket.gaierror:
+        socket.socket().close()  # the resolver does not say that it lacked descriptors: this does
+        raise
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
@@ -7162,41 +7166,75 @@ def read_retry_after(headers: Headers, now: float) -> float | None:
 
 
 EVIDENCE_S = 600.0  # failures that lie further apart say nothing together
-ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds
+ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds; a trial goes alone
 VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
 
 
+def user_of(call: Call) -> str:
+    """Whose call it is where failures are judged: all keys of a team are one user's."""
+    return f"team {call.key.team}" if call.key.team else call.key.name
+
+
+class Whom(NamedTuple):
+    """Whose calls a cooldown holds up: a user's, those for a model, or all."""
+
+    user: str = ""  # "": any
+    model: str = ""  # as clients name it; "": any
+
+    def covers(self, call: Call) -> bool:
+        """Whether it holds up a call."""
+        return self.model in ("", call.model) and self.user in ("", user_of(call))
+
+
+EVERYBODY = Whom()
+
+
 class Evidence:
-    """Whose calls failed in a row, and since when.
+    """Whose calls failed in a row in one way, with which models, and since when."""
 
-    One user's request may fail for its own sake, whatever status the upstream gives it; and it must not take an
-    upstream or a key from all the others. So it takes calls of two users' keys, or one user alone for a time.
-    """
-
-    __slots__ = ("case", "last", "since", "users")
+    __slots__ = ("count", "last", "models", "since", "users")
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        """Something succeeded."""
-        self.case = ""
+        """Nothing has failed."""
         self.users: tuple[str, ...] = ()  # at most two
+        self.models: tuple[str, ...] = ()  # at most two
+        self.count = 0
         self.since = self.last = 0.0  # monotonic: the first and the last failure
 
-    def add(self, user: str, now: float, case: str = "") -> None:
-        """A call of `user` failed; what failed otherwise before, or long before, no longer counts."""
-        if now - self.last > EVIDENCE_S or case != self.case:
+    def add(self, call: Call, now: float, is_counted: bool) -> None:
+        """A call failed; what failed long before no longer counts. Where it is not counted, its user is."""
+        if now - self.last > EVIDENCE_S:
             self.clear()
         if not self.users:
             self.since = now
+        user = user_of(call)
+        if is_counted or not self.users:
+            self.count += 1
         if user not in self.users and len(self.users) < 2:
             self.users += (user,)
-        self.last, self.case = now, case
+        if call.model not in self.models and len(self.models) < 2:
+            self.models += (call.model,)
+        self.last = now
 
-    def is_enough(self) -> bool:
-        """Whether calls of two users failed, or those of one user for ALONE_S: then no single request is to blame."""
-        return len(self.users) > 1 or self.last - self.since >= ALONE_S
+
+class Blamed(NamedTuple):
+    """For whom an upstream or an API key is left alone, by whose failures there are: a row of `BLAMED`."""
+
+    one_user: str  # one user's calls failed
+    for_long: str  # the same, for `ALONE_S` without a success of anybody
+    several: str  # calls of two users failed; of 429 also calls for two models
+
+
+# One user's request may fail for its own sake, whatever status and headers it gets; it takes nothing from the others.
+BLAMED = {
+    "failed": Blamed("nobody", "user", "everybody"),  # `breaker.failures` in a row; a single 401, 402 or 403
+    "said": Blamed("user", "user", "everybody"),  # a single answer with the time to come again
+    "429": Blamed("model", "model", "everybody"),  # providers limit by model or account; a single one
+    "sure": Blamed("everybody", "everybody", "everybody"),  # not reached, in a row; the config's `cooldown`, at once
+}
 
 
 class Load:
@@ -7209,38 +7247,74 @@ class Load:
         self.counting = 0  # those of them that are count_tokens
 
 
+def kind_of(case: str) -> str:
+    """Failures of one kind count together: each way to refuse an API key, too much for it, and all others."""
+    return case if case in (*REFUSED_KEY, "429") else "failed"
+
+
+class Cooldown:
+    """One time in which an upstream or an API key is left alone for some calls, and the trial after it."""
+
+    __slots__ = ("alone_until", "health", "is_said", "kind", "since", "trial", "until", "until_time", "whom", "why")
+
+    def __init__(self, health: Health, whom: Whom, why: str, seconds: float, is_said: bool, clock: Clock) -> None:
+        self.health, self.whom = health, whom
+        self.why, self.kind = why, kind_of(why)
+        self.is_said = is_said  # the upstream said how long
+        self.until = clock.monotonic() + seconds
+        self.since = clock.wall()
+        self.until_time = self.since + seconds  # wall time
+        self.trial: Ticket | None = None  # half open: the call that finds out
+        self.alone_until = 0.0  # monotonic: until then no other goes beside it
+
+    def lets_in(self, now: float) -> bool:
+        """Whether a call that it covers may go: as the trial, or beside one that takes long."""
+        return now >= self.until and (self.trial is None or now >= self.alone_until)
+
+    def close(self) -> None:
+        """It answers: let in whom this covers, unless another cooldown took its place."""
+        if self.health.cooldowns.get(self.whom) is self:
+            del self.health.cooldowns[self.whom]
+
+
 class Health:
     """What was seen of an upstream, or of one of its API keys. Survives reloads.
 
-    Failures in a row open the breaker: it is left alone until `cooling_until`. Then one call is let through (half
-    open), and its answer lets the others in again.
+    The problem: a failure may be everybody's (the provider is down) or one request's own, and the answer does not say
+    which. So failures are evidence, by kind (`kind_of`), and evidence leads to cooldowns, each for one user, one model
+    or everybody (`BLAMED`). There may be several at once: a call goes where all that cover it let it in.
+
+        closed    -> cooling    there is enough evidence (`Upstreams.failed`; the attempts of a call count once)
+        cooling   -> half open  by itself, at `until`
+        half open -> closed     the first call, the trial, got an answer, or failed in another way
+        half open -> cooling    the trial failed the same way: twice as long, for the same calls or for everybody
+        half open               others go beside a trial without an answer after `ALONE_S`; one that left is replaced
+
+    A success clears the evidence, and ends what one user is held up for, unless the upstream said how long. A user
+    who is held up alone counts as one failure for the others.
+
+    Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
+    Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of two users, and
+    everybody is held up until 22 s. Then dave's call is the trial. It is silent; at 32 s erin's goes beside it.
     """
 
     __slots__ = (
         "asked_at",
-        "cooling_until",
+        "cooldowns",
         "era",
-        "failing",
+        "evidence",
         "failures",
         "first_bytes",
-        "is_tried",
         "is_unclear",
         "load",
-        "lone_user",
-        "refusing",
-        "since",
         "slow_until",
         "trips",
         "turn",
-        "until",
         "vouched_until",
-        "why",
     )
 
     def __init__(self, load: Load) -> None:
         self.load = load
-        self.failing = Evidence()  # for the breaker
-        self.refusing = Evidence()  # that the API key is refused
         self.turn = 0.0  # of round robin
         self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
         self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
@@ -7249,15 +7323,12 @@ class Health:
     def reset(self) -> None:
         """Forget what spoke against it."""
         self.era += 1
-        self.failures = self.trips = 0  # each in a row
-        self.failing.clear()
-        self.forget_refusals()
+        self.failures = 0  # in a row
+        self.trips: Counter[Whom] = Counter()  # in a row
+        self.evidence: dict[str, Evidence] = {}  # by kind
+        self.cooldowns: dict[Whom, Cooldown] = {}
         self.asked_at = self.vouched_until = -math.inf  # monotonic; when the list of models was asked for, is believed
-        self.cooling_until = 0.0  # monotonic; 0: the breaker is closed
-        self.is_tried = False  # half open, and a call is on its way to find out
-        self.lone_user = ""  # whose calls alone have failed: the others' are let in
-        self.why = ""
-        self.since = self.until = 0.0  # wall time
+        self.is_unclear = False  # the list of models was asked for, and said nothing of the key
         self.slow_until: dict[str, float] = {}
         self.first_bytes.clear()
 
@@ -7268,44 +7339,40 @@ class Health:
 
     def forget_refusals(self) -> None:
         """Nothing is held against the API key."""
-        self.refusing.clear()
-        self.is_unclear = False  # the list of models was asked for, and said nothing of the key
+        self.is_unclear = False
+        for case in REFUSED_KEY:
+            self.evidence.pop(case, None)
 
     def note_success(self) -> None:
         """An answer came to its end."""
-        self.failures = self.trips = 0
-        if self.failing.users:
-            self.failing.clear()
-        if self.refusing.users:
-            self.forget_refusals()
+        self.failures = 0
+        if self.evidence:
+            self.evidence.clear()
+            self.is_unclear = False
+        if self.trips:
+            for cooldown in tuple(self.cooldowns.values()):
+                if cooldown.whom.user and not cooldown.is_said:
+                    cooldown.close()
+            self.trips = Counter({whom: count for whom, count in self.trips.items() if whom in self.cooldowns})
 
-    def is_ready(self, now: float, user: str = "") -> bool:
-        """Whether it may be asked for a user; no single user's failures keep it from the others."""
-        if self.lone_user and self.lone_user != user:
-            return True
-        return now >= self.cooling_until and not self.is_tried
-
-    def ready_in(self, now: float, user: str) -> float:
-        """In how many seconds that may be so."""
-        return 0.0 if self.lone_user and self.lone_user != user else max(0.0, self.cooling_until - now)
+    def cooldowns_of(self, call: Call) -> list[Cooldown]:
+        """Those that cover a call, cooling or half open."""
+        return [cooldown for whom, cooldown in self.cooldowns.items() if whom.covers(call)]
 
     def is_slow(self, model: str, now: float) -> bool:
         """Whether its first bytes come far later than its peers'."""
         return bool(self.slow_until) and now < self.slow_until.get(model, 0.0)
 
-    def cool_down(self, seconds: float, why: str, clock: Clock, lone_user: str = "") -> None:
-        """Leave it alone for so long; where only one user's calls failed, for that user."""
-        self.lone_user = lone_user
-        self.trips += 1
+    def cool_down(self, cooldown: Cooldown, now: float) -> None:
+        """Leave it alone for the calls that `cooldown` covers."""
         self.era += 1
-        self.is_tried = False
-        self.forget_refusals()
-        self.why, self.since = why, clock.wall()
-        self.cooling_until, self.until = clock.monotonic() + seconds, self.since + seconds
-
-    def close(self) -> None:
-        """It answers: let everybody in."""
-        self.cooling_until, self.is_tried, self.why, self.lone_user = 0.0, False, "", ""
+        self.trips[cooldown.whom] += 1
+        if cooldown.whom == EVERYBODY:
+            self.forget_refusals()
+        elif cooldown.whom.user and cooldown.whom not in self.cooldowns:
+            self.evidence[cooldown.kind].count = 1
+        recent = {whom: old for whom, old in self.cooldowns.items() if now < old.until + EVIDENCE_S}
+        self.cooldowns = recent | {cooldown.whom: cooldown}
 
     def note_first_byte(self, model: str, seconds: float) -> None:
         """A stream of `model` began after so many seconds."""
@@ -7318,10 +7385,23 @@ class Health:
         seen = sorted(self.first_bytes.get(model, ()))
         return seen[len(seen) // 2] if len(seen) >= CALLS_TO_JUDGE else None
 
+    def cooling_s(self, now: float) -> float:
+        """For how long it is still left alone, for whomever."""
+        return max((cooldown.until - now for cooldown in self.cooldowns.values() if cooldown.until > now), default=0.0)
+
+    def shown(self) -> Cooldown | None:
+        """Of its cooldowns the one that people are shown: for the most calls, and the longest."""
+        return min(
+            self.cooldowns.values(),
+            key=lambda cooldown: (bool(cooldown.whom.user), bool(cooldown.whom.model), -cooldown.until),
+            default=None,
+        )
+
     def state(self, now: float) -> str:
-        """In a word, for people: how it stands for all but the one user it may be left alone for."""
-        if self.cooling_until and not self.lone_user:
-            return "cooling" if now < self.cooling_until else "half_open"
+        """In a word, for people: how it stands for all but the users for whom alone it may be left alone."""
+        shown = self.shown()
+        if shown and not shown.whom.user:
+            return "cooling" if now < shown.until else "half_open"
         return "slow" if any(now < until for until in self.slow_until.values()) else "ok"
 
 
@@ -7347,11 +7427,11 @@ class Choice(NamedTuple):
         """What tells it from others, in any snapshot."""
         return self.upstream.name, self.number
 
-    def is_ready(self, now: float, user: str) -> bool:
-        """Whether a user's call may be sent there now: neither left alone nor full."""
+    def is_ready(self, now: float, call: Call) -> bool:
+        """Whether a call may be sent there now: neither left alone nor full."""
         health, key = self.health, self.key_health
-        is_cooling = health.cooling_until or key.cooling_until
-        if is_cooling and not (health.is_ready(now, user) and key.is_ready(now, user)):
+        is_cooling = health.cooldowns or key.cooldowns
+        if is_cooling and not all(cooldown.lets_in(now) for cooldown in self.cooldowns_of(call)):
             return False
         if self.is_count and not self.may_count():
             return False
@@ -7365,13 +7445,13 @@ class Choice(NamedTuple):
             return False
         return self.health.load.counting < max(1, self.upstream.max_connections // 2)
 
-    def is_left_alone_for(self, user: str) -> bool:
-        """Whether it, or its upstream, is left alone for this user only."""
-        return user in (self.health.lone_user, self.key_health.lone_user)
+    def cooldowns_of(self, call: Call) -> list[Cooldown]:
+        """Those of the upstream and of the API key that cover a call."""
+        return self.health.cooldowns_of(call) + self.key_health.cooldowns_of(call)
 
-    def ready_in(self, now: float, user: str) -> float:
+    def ready_in(self, now: float, call: Call) -> float:
         """In how many seconds that may be so at the earliest, as far as is known."""
-        return max(self.health.ready_in(now, user), self.key_health.ready_in(now, user))
+        return max([0.0, *(cooldown.until - now for cooldown in self.cooldowns_of(call))])
 
 
 @functools.lru_cache(maxsize=8192)  # a session asks again and again
@@ -7400,14 +7480,25 @@ class Ticket:
             choice.health.load.counting += 1
             choice.key_health.load.counting += 1
         self._eras = choice.health.era, choice.key_health.era
-        self.trials: list[Health] = []  # half open: this call finds out
-        if choice.health.cooling_until or choice.key_health.cooling_until:
-            self.trials = [health for health in (choice.health, choice.key_health) if health.cooling_until]
-            for health in self.trials:
-                health.is_tried = True
+        self.trials: list[Cooldown] = []  # half open: this call finds out
+        if choice.health.cooldowns or choice.key_health.cooldowns:
+            self.trials = choice.cooldowns_of(call)
+            for cooldown in self.trials:
+                if cooldown.trial is None:
+                    cooldown.trial = self
+                    cooldown.alone_until = call.config.clock.monotonic() + ALONE_S
 
     def __enter__(self) -> Ticket:
         return self
+
+    def end_trials(self, health: Health) -> list[Cooldown]:
+        """Take back what this call was to find out about its upstream or key, and what no other has found out yet."""
+        ended = [cooldown for cooldown in self.trials if cooldown.health is health]
+        self.trials = [cooldown for cooldown in self.trials if cooldown.health is not health]
+        for cooldown in ended:
+            if cooldown.trial is self:
+                cooldown.trial = None
+        return [cooldown for cooldown in ended if health.cooldowns.get(cooldown.whom) is cooldown]
 
     def is_of_now(self, health: Health) -> bool:
         """Whether this attempt began after the last trip or reset of its upstream's or key's health."""
@@ -7419,9 +7510,9 @@ class Ticket:
         if self.choice.is_count:
             self.choice.health.load.counting -= 1
             self.choice.key_health.load.counting -= 1
-        for health in self.trials:  # it never came to an answer: let another one find out
-            if self.is_of_now(health):
-                health.is_tried = False
+        for cooldown in self.trials:  # it never came to an answer: let another one find out
+            if cooldown.trial is self:
+                cooldown.trial = None
         self._upstreams.wake()
 
 
@@ -7438,7 +7529,7 @@ class Seeker(Waiter[Ticket | None]):
         self.tried = tried
         self.not_before = not_before
         # Whom it may be sent to. Two calls that want the same find the same ready, but for what is left alone for one
-        # user only (`Upstreams._serve_next`).
+        # user or one model only (`Upstreams._serve_next`).
         upstreams = tuple(serving.upstream for serving in call.servings)
         self.wanted: Wanted = upstreams, call.route.kind == "count_tokens", frozenset(tried)
 
@@ -7489,13 +7580,13 @@ class Upstreams:
         servings = call.servings
         kind = call.route.kind
         if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream, kind)) == 1:
-            return (servings[0].model, choices[0]) if choices[0].is_ready(now, call.key.name) else None
+            return (servings[0].model, choices[0]) if choices[0].is_ready(now, call) else None
         for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
             ready = [
                 (serving.model, choice)
                 for serving in peers
                 for choice in self.choices(serving.upstream, kind)
-                if choice.is_ready(now, call.key.name) and choice.place not in tried
+                if choice.is_ready(now, call) and choice.place not in tried
             ]
             if len(ready) > 1:
                 swift = [(model, choice) for model, choice in ready if not choice.health.is_slow(call.model, now)]
@@ -7507,8 +7598,7 @@ class Upstreams:
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
         """Whether there is somebody to be asked now; takes nobody's turn."""
         now = self._clock.monotonic()
-        user = call.key.name
-        return any(choice.is_ready(now, user) and choice.place not in tried for choice in self.choices_of(call))
+        return any(choice.is_ready(now, call) and choice.place not in tried for choice in self.choices_of(call))
 
     def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
@@ -7598,18 +7688,18 @@ class Upstreams:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
         now = self._clock.monotonic()
         choices = self.choices_of(call)
-        waits = (choice.ready_in(now, call.key.name) for choice in choices if choice.place not in tried)
+        waits = (choice.ready_in(now, call) for choice in choices if choice.place not in tried)
         return min(waits, default=math.inf)
 
     def refused(self, call: Call) -> tuple[str, str] | None:
         """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
-        choices = list(self.choices_of(call))
-        for choice in choices:
-            health = choice.key_health
-            is_for_another = health.lone_user not in ("", call.key.name)
-            if not health.cooling_until or is_for_another or health.why not in REFUSED_KEY:
+        refused: dict[str, str] = {}
+        for choice in self.choices_of(call):
+            why = [cooldown.why for cooldown in choice.key_health.cooldowns_of(call) if cooldown.kind in REFUSED_KEY]
+            if not why:
                 return None
-        return choices[0].upstream.name, choices[0].key_health.why
+            refused.setdefault(choice.upstream.name, why[0])
+        return next(iter(refused.items()), None)
 
     def wake(self) -> None:
         """Give what is free to those who wait: to one call of each queue, the queues in turn, while there is any."""
@@ -7631,18 +7721,24 @@ class Upstreams:
     def _serve_next(self, queue: WaitQueue[Seeker]) -> bool:
         """Give a ticket to the call of a queue whose turn it is; False where none can have one.
 
-        A key for which alone an upstream is left alone is passed over and keeps its turn. There are no more of these
-        than upstreams and API keys. Any other key may use all that they may, so if one finds nothing, none would.
+        A call that is held up for its user or its model is passed over and keeps its turn, all of that model at once.
+        Any other call may use all that they may, so if one finds nothing, none would.
         """
+        held_models: set[str] = set()
         for seeker in queue.firsts():
-            ticket = self.take(seeker.call, seeker.tried)
+            call = seeker.call
+            if call.model in held_models:
+                continue
+            ticket = self.take(call, seeker.tried)
             if ticket:
                 queue.pop_out_of_turn(seeker)
                 seeker.end(ticket)
                 return True
-            user = seeker.call.key.name
-            if not any(choice.is_left_alone_for(user) for choice in self.choices_of(seeker.call)):
+            covered = [cooldown.whom for choice in self.choices_of(call) for cooldown in choice.cooldowns_of(call)]
+            if all(whom == EVERYBODY for whom in covered):
                 return False
+            if not any(whom.user for whom in covered):
+                held_models.add(call.model)
         return False
 
     def check(self) -> None:
@@ -7672,8 +7768,8 @@ class Upstreams:
         if first_byte_s is not None and len(ticket.call.servings) > 1:
             self._judge_speed(ticket, first_byte_s)
         if ticket.trials:
-            for health in filter(ticket.is_of_now, ticket.trials):
-                health.close()
+            for cooldown in ticket.trials:
+                cooldown.close()
             ticket.trials = []
             log.info("upstream %s answers again", ticket.choice)
             self.wake()
@@ -7684,64 +7780,77 @@ class Upstreams:
             health.note_success()
 
     def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
-        """An attempt failed: the verdict says who is left alone for it, and how long."""
-        choice, breaker = ticket.choice, ticket.call.config.routing.breaker
+        """An attempt failed: the verdict says what is left alone for it, the evidence for whom (`Health`)."""
+        choice, call, kind = ticket.choice, ticket.call, kind_of(case)
         verdict = choice.upstream.verdict(case)
         if case == OWN_TROUBLE.case:
             return None  # it was not even asked
         if verdict.blame == "none":
             return self.answered(ticket)
-        health = choice.health if verdict.blame == "upstream" else choice.key_health
-        is_trial = health in ticket.trials
-        if health is choice.key_health and choice.health in ticket.trials and ticket.is_of_now(choice.health):
-            ticket.trials.remove(choice.health)  # the upstream itself answers
-            choice.health.close()
+        health = choice.health
+        if verdict.blame == "key":
+            for cooldown in ticket.end_trials(choice.health):  # the upstream itself answers
+                cooldown.close()
+            health = choice.key_health
         if not ticket.is_of_now(health):
             return None  # it began before the others found out
-        if is_trial:
-            ticket.trials.remove(health)
-        call = ticket.call
-        if health not in call.blamed:  # a call that tries it again and again is one failure
-            call.blamed += (health,)
-            health.failures += 1
-            health.failing.add(call.key.name, self._clock.monotonic())
-        if case in REFUSED_KEY:
-            is_sure = self._is_sure(ticket, health, case, is_trial)
-        else:
-            is_open = health.failures >= breaker.failures and (case in UNREACHED or health.failing.is_enough())
-            is_sure = bool(retry_after_s or verdict.cooldown_s or is_trial or is_open)
-        if is_sure:
-            seconds = self._cooldown_s(health.trips, retry_after_s, verdict.cooldown_s, breaker)
-            is_said = case in UNREACHED or retry_after_s or (verdict.cooldown_s and case not in REFUSED_KEY)
-            evidence = health.refusing if case in REFUSED_KEY else health.failing
-            lone_user = "" if is_said or len(evidence.users) > 1 else call.key.name
-            if is_trial and health.lone_user != call.key.name:
-                lone_user = ""  # it was left alone for more than this user's calls
-            self._cool_down(choice, health, case, seconds, lone_user)
+        tried = set()
+        for cooldown in ticket.end_trials(health):
+            if cooldown.kind == kind:
+                tried.add(cooldown.whom)
+            else:  # what it was left alone for is over
+                cooldown.close()
+        whom = self._whom(ticket, health, case, retry_after_s, tried)
+        if whom is not None:
+            breaker = call.config.routing.breaker
+            seconds = self._cooldown_s(health.trips[whom], retry_after_s, verdict.cooldown_s, breaker)
+            self._cool_down(choice, health, case, seconds, whom, bool(retry_after_s))
         return None
 
-    def _is_sure(self, ticket: Ticket, health: Health, case: str, is_trial: bool) -> bool:
-        """Whether our API key is refused for its own sake, and not for what one user asked with it.
+    def _whom(
+        self, ticket: Ticket, health: Health, case: str, retry_after_s: float | None, tried: set[Whom]
+    ) -> Whom | None:
+        """Whose calls a failure and those before it hold up, None for nobody's; `tried`: whom the trial was for."""
+        call, kind, now = ticket.call, kind_of(case), self._clock.monotonic()
+        verdict = ticket.choice.upstream.verdict(case)
+        is_first = health not in call.blamed  # a call that tries it again and again is one failure
+        if is_first:
+            call.blamed += (health,)
+            health.failures += 1
+        if kind in REFUSED_KEY and not tried and self._is_vouched_for(ticket.choice, health, case):
+            return None
+        evidence = health.evidence.setdefault(kind, Evidence())
+        evidence.add(call, now, is_counted=is_first and not any(whom.user for whom in tried))
+        row = "429" if kind == "429" else "failed"
+        if case in UNREACHED or (kind == "failed" and verdict.cooldown_s):
+            row = "sure"
+        elif kind == "failed" and retry_after_s:
+            row = "said"
+        blamed = BLAMED[row].one_user
+        if len(evidence.users) > 1 or (kind == "429" and len(evidence.models) > 1):
+            blamed = BLAMED[row].several
+        elif evidence.last - evidence.since >= ALONE_S:
+            blamed = BLAMED[row].for_long
+        is_often = retry_after_s or verdict.cooldown_s or evidence.count >= call.config.routing.breaker.failures
+        if not is_often or (case == "403" and not health.is_unclear):
+            blamed = "nobody"
+        covered = {"everybody": EVERYBODY, "model": Whom(model=call.model), "user": Whom(user=user_of(call))}
+        found = [whom for name, whom in covered.items() if name == blamed or whom in tried]
+        return found[0] if found else None  # the widest
 
-        Sure are two users' calls that are refused the same way, or one user's for a time while nobody's succeeds, or
-        the list of models, which is asked for meanwhile (`checked`): 401 there agrees, an answer speaks for the key.
-        A 403 is often about a model that the project lacks: there two users count only where the list says nothing.
+    def _is_vouched_for(self, choice: Choice, health: Health, case: str) -> bool:
+        """Whether the list of models speaks for an API key that a call was refused with; it is asked for if need be.
+
+        A list costs nothing. 401 there agrees with the refusal, an answer speaks for the key (`checked`). A 403 is
+        often about a model that the project lacks: there users count only where the list says nothing.
         """
         now = self._clock.monotonic()
-        if is_trial and health.why in REFUSED_KEY:
-            health.refusing.add(ticket.call.key.name, now, case)
-            return True  # it was sure before
-        if is_trial:
-            health.close()  # what it was left alone for is over
-            self.wake()
-        may_ask = case != "402"  # a list of models costs nothing
-        if may_ask and now < health.vouched_until:
+        if case == "402":
             return False
-        health.refusing.add(ticket.call.key.name, now, case)
-        if may_ask and now - health.asked_at >= VOUCHED_S:
+        if now >= health.vouched_until and now - health.asked_at >= VOUCHED_S:
             health.asked_at = now
-            self.suspects[health] = ticket.choice
-        return health.refusing.is_enough() and (case != "403" or health.is_unclear)
+            self.suspects[health] = choice
+        return now < health.vouched_until
 
     def take_suspects(self) -> list[tuple[Choice, Health]]:
         """Whose list of models is to be asked for, each once."""
@@ -7751,13 +7860,13 @@ class Upstreams:
 
     def checked(self, choice: Choice, health: Health, status: int) -> None:
         """The list of models was asked for with an API key that a call was refused with; `status` 0: no answer."""
-        now, case = self._clock.monotonic(), health.refusing.case
+        case = next((case for case in REFUSED_KEY if case in health.evidence), "")
         if 200 <= status < 300:
             health.forget_refusals()
-            health.vouched_until = now + VOUCHED_S
-        elif status == 401 and case and not health.cooling_until:
+            health.vouched_until = self._clock.monotonic() + VOUCHED_S
+        elif status == 401 and case and EVERYBODY not in health.cooldowns:
             seconds = choice.upstream.verdict(case).cooldown_s or MAX_RETRY_AFTER_S
-            self._cool_down(choice, health, case, seconds)
+            self._cool_down(choice, health, case, seconds, EVERYBODY)
         else:
             health.is_unclear = True
 
@@ -7770,9 +7879,13 @@ class Upstreams:
             return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
         return doubled * (0.9 + 0.2 * self._chance())
 
-    def _cool_down(self, choice: Choice, health: Health, case: str, seconds: float, lone_user: str = "") -> None:
-        health.cool_down(seconds, case, self._clock, lone_user)
-        whose = f"the calls of {lone_user} only, for " if lone_user else ""
+    def _cool_down(
+        self, choice: Choice, health: Health, case: str, seconds: float, whom: Whom, is_said: bool = False
+    ) -> None:
+        health.cool_down(Cooldown(health, whom, case, seconds, is_said, self._clock), self._clock.monotonic())
+        whose = f"the calls of {whom.user} only, for " if whom.user else ""
+        if whom.model:
+            whose = f"{printable(whom.model)} only, for "
         if case in REFUSED_KEY:
             log.error(
                 "upstream %s: its API key is left alone for %s%.0f m: %s, %s. Put a good one into the config; "
@@ -7826,13 +7939,12 @@ class Upstreams:
 
     def probed(self, choice: Choice) -> None:
         """An upstream answered, though no call asked it. That says nothing of a key's limits or credit."""
-        healths = [choice.health] + [choice.key_health] * (
-            choice.key_health.why in REFUSED_KEY and choice.key_health.why != "402"
-        )
-        if any(health.cooling_until for health in healths):
+        found = [*choice.health.cooldowns.values()]
+        found += [cooldown for cooldown in choice.key_health.cooldowns.values() if cooldown.why in ("401", "403")]
+        if found:
             log.info("upstream %s answers again", choice)
-            for health in healths:
-                health.close()
+            for cooldown in found:
+                cooldown.close()
             self.wake()
 
     def reset(self, name: str) -> None:
@@ -7858,10 +7970,13 @@ class Upstreams:
     def _told(self, health: Health) -> dict[str, Any]:
         state = health.state(self._clock.monotonic())
         told: dict[str, Any] = {"state": state, "running": health.running, "failures": health.failures}
-        if health.cooling_until:
-            told |= {"why": health.why, "since": utc_time(health.since), "until": utc_time(health.until)}
-        if health.lone_user:  # not whose: /health names no users
-            told["for_one_user"] = True
+        shown = health.shown()
+        if shown:
+            told |= {"why": shown.why, "since": utc_time(shown.since), "until": utc_time(shown.until_time)}
+            if shown.whom.user:  # not whose: /health names no users
+                told["for_one_user"] = True
+            if shown.whom.model:
+                told["for_one_model"] = True
         return told
 
     def close(self) -> None:
@@ -9342,7 +9457,7 @@ class Scrape(NamedTuple):
             "upstream_cooldown_seconds",
             "For how long it is still left alone; also where that is for one user only, and its state is ok.",
             labels,
-            [(place, max(0.0, health.cooling_until - now)) for place, health in healths.items()],
+            [(place, health.cooling_s(now)) for place, health in healths.items()],
         )
         yield Series(
             "upstream_failures",
@@ -9492,7 +9607,7 @@ class Models:
 
     async def _fetch(self, upstream: UpstreamConfig) -> list[ListedModel]:
         choices, now = self._relay.upstreams.choices(upstream), self._relay.clock.monotonic()
-        ready = next((choice for choice in choices if choice.key_health.is_ready(now)), choices[0])
+        ready = next((choice for choice in choices if choice.key_health.cooling_s(now) == 0), choices[0])
         status, body = await ask_models(self._relay, ready)
         if status != 200:
             raise ValueError(f"status {status}")
@@ -9515,7 +9630,7 @@ class Probes:
         for upstream in upstreams:
             if upstream.probe > 0 and upstream.format != "demo":
                 for choice in self._relay.upstreams.choices(upstream):
-                    is_cooling = choice.health.cooling_until > now or choice.key_health.cooling_until > now
+                    is_cooling = choice.health.cooling_s(now) > 0 or choice.key_health.cooling_s(now) > 0
                     if is_cooling and now - self._asked_at.get(choice.place, -math.inf) >= upstream.probe:
                         self._asked_at[choice.place] = now
                         self._start(self._probe(choice))

@@ -71,11 +71,24 @@ class World:
         assert ticket
         return ticket
 
-    def call_of(self, user: str = "", **asked: str) -> g.Call:
+    def call_of(self, user: str = "", team: str = "", **asked: str) -> g.Call:
         """A call of a user, of another one each time unless one is named."""
         call = self.call(**asked)
-        call.key = msgspec.structs.replace(call.key, name=user or next(self.users))
+        call.key = msgspec.structs.replace(call.key, name=user or next(self.users), team=team)
         return call
+
+    def fail_for(
+        self, user: str, case: str = "500", retry_after_s: float | None = None, team: str = "", model: str = MODEL
+    ) -> None:
+        """A call of this user fails; it must be let in."""
+        ticket = self.upstreams.take(self.call_of(user, team, model=model), set())
+        assert ticket
+        with ticket:
+            self.upstreams.failed(ticket, case, retry_after_s)
+
+    def is_let_in(self, user: str, model: str = MODEL, team: str = "") -> bool:
+        """Whether a call of this user may be sent somewhere now."""
+        return self.upstreams.is_anybody_ready(self.call_of(user, team, model=model), set())
 
     def refuse(self, case: str, session: str = "s") -> Place:
         """Our API key is refused to two users, and the list of models tells nothing; who it was."""
@@ -715,46 +728,69 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
     assert row == {"name": "a", **fine, "keys": keys}
 
 
+class NaiveRest:
+    """One cooldown, and the trial that may be on its way."""
+
+    def __init__(self, until: float) -> None:
+        self.until, self.trial, self.alone_until = until, None, 0.0
+
+
 class NaiveBreaker:
-    """One breaker, as simple as it can be said."""
+    """One breaker, as simple as it can be said, for calls each of another user: it rests for a model, or for all."""
 
     def __init__(self) -> None:
-        self.failures = self.trips = self.era = 0
-        self.open_until: float | None = None
-        self.trial: g.Ticket | None = None
+        self.era = self.failures = self.count = 0
+        self.last = 0.0
+        self.trips: Counter[str] = Counter()
+        self.rests: dict[str, NaiveRest] = {}
         self.began: dict[g.Ticket, int] = {}
+        self.tries: dict[g.Ticket, list[NaiveRest]] = {}
 
     def lets_in(self, now: float) -> bool:
-        return self.open_until is None or (now >= self.open_until and self.trial is None)
+        return all(now >= r.until and (r.trial is None or now >= r.alone_until) for r in self.rests.values())
 
-    def begin(self, ticket: g.Ticket) -> None:
+    def begin(self, ticket: g.Ticket, now: float) -> None:
         self.began[ticket] = self.era
-        if self.open_until is not None:
-            assert self.trial is None
-            self.trial = ticket
+        self.tries[ticket] = list(self.rests.values())
+        for rest in self.rests.values():
+            if rest.trial is None:
+                rest.trial, rest.alone_until = ticket, now + 10.0
 
     def answered(self, ticket: g.Ticket) -> None:
-        if self.trial is ticket:
-            self.open_until = self.trial = None
+        for name, rest in tuple(self.rests.items()):
+            if rest in self.tries[ticket]:
+                del self.rests[name]
+        self.tries[ticket] = []
 
     def finished(self, ticket: g.Ticket) -> None:
         if self.began[ticket] == self.era:
-            self.failures = self.trips = 0
+            self.failures = self.count = 0
+            self.trips.clear()
 
-    def failed(self, ticket: g.Ticket, now: float, at_once: float) -> None:
+    def failed(self, ticket: g.Ticket, now: float, is_429: bool) -> None:
         if self.began[ticket] == self.era:
+            tried = [name for name, rest in self.rests.items() if rest in self.tries[ticket]]
+            self.left(ticket)
             self.failures += 1
-            if at_once or self.trial is ticket or self.failures >= 3:
-                self.open_until = now + min(40.0, 10.0 * 2**self.trips)
-                self.trips, self.era, self.trial = self.trips + 1, self.era + 1, None
+            self.count = 1 if now - self.last > 600 else self.count + 1
+            self.last = now
+            is_for_all = "all" in tried or self.count >= (2 if is_429 else 3)
+            if is_for_all or is_429:
+                name = "all" if is_for_all else "model"
+                self.rests = {each: r for each, r in self.rests.items() if each == "all" or now < r.until + 600}
+                self.rests[name] = NaiveRest(now + min(40.0, 10.0 * 2 ** self.trips[name]))
+                self.trips[name] += 1
+                self.era += 1
 
     def left(self, ticket: g.Ticket) -> None:
-        if self.trial is ticket:
-            self.trial = None
+        for rest in self.tries.pop(ticket, []):
+            if rest.trial is ticket:
+                rest.trial = None
 
     def reset(self) -> None:
-        self.failures = self.trips = 0
-        self.open_until = self.trial = None
+        self.failures = self.count = 0
+        self.trips.clear()
+        self.rests.clear()
         self.era += 1
 
 
@@ -777,8 +813,8 @@ class BreakerMachine(RuleBasedStateMachine):
         assert (ticket is not None) == (self.upstream.lets_in(self.now) and self.key.lets_in(self.now))
         if ticket:
             self.tickets.append(ticket)
-            self.upstream.begin(ticket)
-            self.key.begin(ticket)
+            self.upstream.begin(ticket, self.now)
+            self.key.begin(ticket, self.now)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data())
@@ -806,9 +842,9 @@ class BreakerMachine(RuleBasedStateMachine):
             self.upstream.finished(ticket)
             self.key.finished(ticket)
         elif case == "429":
-            self.key.failed(ticket, self.now, 10.0)
+            self.key.failed(ticket, self.now, True)
         elif case in ("529", "unreachable"):
-            self.upstream.failed(ticket, self.now, 0.0)
+            self.upstream.failed(ticket, self.now, False)
         self.upstream.left(ticket)
         self.key.left(ticket)
 
@@ -825,9 +861,12 @@ class BreakerMachine(RuleBasedStateMachine):
     @invariant()
     def counters_agree(self) -> None:
         (choice,) = self.world.upstreams.choices(self.world.config.upstreams[0])
+        names = {g.EVERYBODY: "all", g.Whom(model=MODEL): "model"}
         for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
-            assert (health.running, health.failures, health.trips) == (len(self.tickets), naive.failures, naive.trips)
-            assert (health.cooling_until or None, health.is_tried) == (naive.open_until, naive.trial is not None)
+            trips = {names[whom]: count for whom, count in health.trips.items()}
+            rests = {names[whom]: (rest.until, rest.trial) for whom, rest in health.cooldowns.items()}
+            assert (health.running, health.failures, trips) == (len(self.tickets), naive.failures, naive.trips)
+            assert rests == {name: (rest.until, rest.trial) for name, rest in naive.rests.items()}
 
     def teardown(self) -> None:
         for ticket in self.tickets:
@@ -837,7 +876,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
 def test_the_breaker_does_what_a_naive_one_does(caplog):
     """
-    Whatever order calls begin, fail, are answered and left in: the same calls are let in, and never two trials at once.
+    Whatever order calls begin, fail, are answered and left in: the same calls are let in; trials are alone for 10 s.
     """
     run_state_machine_as_test(
         BreakerMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -900,7 +939,8 @@ def test_a_single_user_has_a_breaker_too(case, away_s):
 def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case):
     """
     At night, when nobody else's calls succeed: whoever comes then is asked for at once, also while a trial of the
-    first one hangs and however often its trials fail; a success lets in all, a second user's failure keeps out all.
+    first one hangs and however often its trials fail. It counts as one failure; with as many of others' as are wanted
+    in a row, or with another user for whom an API key is refused, all are kept out.
     """
     world = World({"a": ""})
     for _ in range(4):
@@ -918,10 +958,155 @@ def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case)
     assert away_s > 0 and during_the_trial == ("a", 1)
     assert world.upstreams.take(world.call_of("mallory"), set()) is None
     assert world.upstreams.ready_in(world.call_of("bob"), set()) == 0.0
-    with world.take(user="bob") as ticket:
-        world.upstreams.failed(ticket, case)
+    world.fail_for("bob", case)
+    assert (world.place() is None) == (case in g.REFUSED_KEY)
+    if case not in g.REFUSED_KEY:
+        world.fail_for("carol", case)
     assert world.place() is None
     caplog.clear()
+
+
+@pytest.mark.logs("is left alone")
+def test_what_one_user_is_held_up_for_ends_with_anybodys_success():
+    """
+    The first success forgets all suspicion.
+    """
+    world = World({"a": ""})
+    for seconds in (0, 5, 5):
+        world.clock.advance(seconds)
+        world.fail_for("mallory")
+    before = world.is_let_in("mallory")
+
+    world.stream("s", 0.1)
+
+    assert (before, world.is_let_in("mallory")) == (False, True)
+
+
+@pytest.mark.logs("is left alone for claude-test only, for 10.0 s: 429")
+def test_a_429_rests_an_api_key_for_its_model_only():
+    """
+    Providers limit by model: other models go on; whoever asks for that one waits, and /health says so.
+    """
+    world = World({"a": ""})
+
+    world.fail_for("alice", "429")
+    (row,) = world.upstreams.report(world.config.upstreams)
+
+    assert [world.is_let_in("bob", model) for model in (MODEL, "claude-other")] == [False, True]
+    assert (row["state"], row["keys"][0]["state"], row["keys"][0]["for_one_model"]) == ("ok", "cooling", True)
+    world.clock.advance(10)
+    assert world.is_let_in("bob")
+
+
+@pytest.mark.logs("is left alone for claude-test only")
+@pytest.mark.logs("is left alone for 63.0 s: 429")
+@pytest.mark.parametrize(("user", "model"), [("alice", "claude-other"), ("bob", MODEL)])
+def test_a_429_of_two_users_or_two_models_rests_the_whole_api_key(user, model):
+    """
+    Then it is the account that is limited. The second user is the trial after the first one's cooldown.
+    """
+    world = World({"a": ""})
+    world.fail_for("alice", "429")
+    world.clock.advance(10)
+
+    world.fail_for(user, "429", 60.0, model=model)
+
+    assert not world.is_let_in("carol", "claude-third")
+    assert world.upstreams.ready_in(world.call_of("carol"), set()) == pytest.approx(63.0)
+
+
+@pytest.mark.logs("is left alone for claude-test only")
+async def test_a_waiting_call_for_a_model_that_rests_holds_up_no_other_model():
+    """
+    It is passed over and keeps its turn.
+    """
+    world = World({"a": "max_connections: 1"})
+    world.fail_for("alice", "429")
+    busy = world.take(model="claude-other")
+    held, _ = world.waiting(world.call_of("alice"))
+    await begun(world, 1)
+    other, _ = world.waiting(world.call_of("bob", model="claude-other"))
+    await begun(world, 2)
+
+    busy.__exit__()
+    ticket = await other
+
+    assert ticket.call.key.name == "bob" and not held.done()
+    world.upstreams.close()
+    await held
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("case", ["500", "503", "408", "529"])
+def test_a_retry_after_said_to_one_user_holds_up_only_that_user(case):
+    """
+    It says how long, not whose fault it is: until a second user hears it everybody else goes on. A success of others
+    does not shorten it.
+    """
+    world = World({"a": ""})
+
+    world.fail_for("mallory", case, 60.0)
+    world.stream("s", 0.1)
+    mallory, bob = (world.upstreams.ready_in(world.call_of(user), set()) for user in ("mallory", "bob"))
+    state = world.reported()
+    world.fail_for("bob", case, 60.0)
+    carol = world.is_let_in("carol")
+    world.fail_for("carol", case, 60.0)
+
+    assert (mallory, bob, carol, state) == (pytest.approx(63.0), 0.0, True, {"a": "ok"})
+    assert not world.is_let_in("dave") and world.reported() == {"a": "cooling"}
+
+
+@pytest.mark.logs("is left alone")
+def test_a_trial_that_takes_long_keeps_nobody_out():
+    """
+    It is alone for ten seconds. What the others find out meanwhile holds: its own failure is then an ordinary one.
+    """
+    world = breaker_world()
+    world.fail("529", times=3)
+    world.clock.advance(10)
+
+    with world.take() as slow:
+        world.clock.advance(9.9)
+        alone = world.place()
+        world.clock.advance(0.1)
+        others = [world.take() for _ in range(3)]
+        world.upstreams.answered(others[0])
+        world.upstreams.finished(others[0])
+        world.upstreams.failed(slow, "first_byte_timeout")
+    for ticket in others:
+        ticket.__exit__()
+
+    assert (alone, world.place(), world.reported()) == (None, ("a", 1), {"a": "ok"})
+
+
+@pytest.mark.logs("is left alone for the calls of mallory only")
+def test_one_failure_beside_a_user_who_is_held_up_alone_is_one_failure():
+    """
+    It is no trial: of a user whose calls fail by themselves nothing follows for the others.
+    """
+    world = World({"a": ""})
+    for seconds in (0, 5, 5):
+        world.clock.advance(seconds)
+        world.fail_for("mallory")
+
+    world.fail_for("bob")
+
+    assert [world.is_let_in(user) for user in ("mallory", "bob", "carol")] == [False, True, True]
+
+
+@pytest.mark.logs("is left alone for the calls of team red only")
+def test_two_keys_of_one_team_are_one_user():
+    """
+    Whoever has two gateway keys takes nothing from the other teams with them.
+    """
+    world = World({"a": ""})
+
+    for seconds, user in ((0, "one"), (1, "two"), (1, "one"), (8, "two")):
+        world.clock.advance(seconds)
+        world.fail_for(user, team="red")
+
+    assert [world.is_let_in("three", team=team) for team in ("red", "blue", "")] == [False, True, True]
 
 
 @pytest.mark.logs("is left alone")

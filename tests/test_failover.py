@@ -1224,7 +1224,7 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
 
     (choice,) = gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])
     assert reply.texts == ["Hello"] and not reply.was_cut
-    assert (choice.health.failures, choice.health.trips) == (2, 1)
+    assert (choice.health.failures, choice.health.trips) == (2, {g.EVERYBODY: 1})
 
 
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
@@ -1303,7 +1303,9 @@ async def test_a_probe_lets_an_upstream_in_that_answers_again(start_gateway, ups
     upstreams["a"].script = json_body({"data": []})
 
     gateway.tick(1)
-    await until(lambda: not gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])[0].health.why)
+    await until(
+        lambda: not gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])[0].health.cooldowns
+    )
 
     assert (probes, still) == (["/v1/models?limit=1000"], "cooling")
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
@@ -1618,6 +1620,16 @@ async def test_want_of_descriptors_is_blamed_on_no_upstream(start_gateway, upstr
     entry = gateway.entries()[1]
     assert (entry["outcome"], entry["attempts"][0]["outcome"]) == ("unavailable", "own_trouble")
     assert (await gateway.get("/health")).json["upstreams"][0]["failures"] == 0
+
+
+async def test_want_of_descriptors_at_the_first_lookup_of_a_name_is_no_ones_fault(clock):
+    """
+    The resolver then says that there is no such name, or that it failed for a while.
+    """
+    with no_descriptors(), pytest.raises(OSError) as caught:
+        await g.Names(clock.clock).find("never-asked-before.invalid", False)
+
+    assert g.is_own_trouble(caught.value)
 
 
 @pytest.mark.parametrize("number", ["EMFILE", "ENFILE", "ENOMEM", "ENOBUFS", "EADDRNOTAVAIL", "ECONNREFUSED"])
