@@ -235,7 +235,8 @@ class Pace(NamedTuple):
     ping_s: float = 15.0  # Claude Code gives up after 300 s without a byte
     drain_s: float = 60.0  # an answer read on for nobody, at most this long …
     drain_idle_s: float = 10.0  # … at most so long in silence …
-    drain_calls: int = 64  # … and so many at once
+    drain_calls: int = 64  # … and so many at once, of one key at most as many as are still free
+    free_drains: int = 2  # of one key's drains, how many do not count in `concurrent`
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
     waiting_calls: int = 256  # calls that may wait for the same upstreams
     backoff_s: float = 0.5  # before an upstream is asked again by the same call; twice that the next time …
@@ -780,6 +781,11 @@ class Key(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         return f"{self.name} (…{self.last4})" if self.last4 else self.name
+
+    @property
+    def spends(self) -> bool:
+        """Whether a limit in tokens or dollars holds for its calls."""
+        return any(limit.unit in ("tokens", "usd") for budget in self.budgets for limit in budget.limits)
 
     def allows_model(self, model: str) -> bool:
         """Whether one of the key's globs matches."""
@@ -4554,10 +4560,11 @@ class Limits:
             else:
                 self._go_on(waiter)
 
-    def check(self) -> None:
-        """End the waits that have lasted long enough."""
+    def check(self, stood_s: float = 0.0) -> None:
+        """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
         now = self._clock.monotonic()
         for waiter in self._waiters():
+            waiter.until += stood_s
             if now >= waiter.until:
                 waiter.end(self._too_many(waiter.call.reservation))
 
@@ -7741,11 +7748,15 @@ class Upstreams:
                 held_models.add(call.model)
         return False
 
-    def check(self) -> None:
-        """Give what has cooled down to those who wait, and end the waits that have lasted long enough."""
+    def check(self, stood_s: float = 0.0) -> None:
+        """Give what has cooled down to those who wait, and end the waits that have lasted long enough.
+
+        The time `stood_s` for which the loop stood still counts for none.
+        """
         self.wake()
         now = self._clock.monotonic()
         for seeker in self._seekers():
+            seeker.until += stood_s
             if now >= seeker.until:
                 seeker.end(None)
 
@@ -8861,18 +8872,31 @@ class Exchange:
         self.sink = None
         self.client_ready()
         wants_rest = attempt is not None and (self.is_served or self._hears_out(attempt))
-        if attempt and attempt.line and wants_rest and self._relay.may_drain():
-            self._drain_until = self.clock() + self.pace.drain_s
-            self.call.reservation.return_slots()  # whoever asks again must not wait for what it left
+        if attempt and attempt.line and wants_rest and self._relay.begin_drain(self):
+            self._drain_until = self.clock() + self._drain_limits()[0]
         else:
-            self.end(self._for_ledger(Outcome("client_gone", self.status)))
+            self._leave()
+
+    def _leave(self) -> None:
+        """End a call whose client is gone. Where a limit holds, what was not heard counts as what was reserved."""
+        attempt = self.attempt
+        if attempt and attempt.line and self.call.key.spends and self._hears_out(attempt):
+            attempt.meter.is_unread = True
+        self.end(self._for_ledger(Outcome("client_gone", self.status)))
+
+    def _drain_limits(self) -> tuple[float, float]:
+        """Seconds that a drain may take in all and in silence: where a limit holds, as long as for a client."""
+        attempt, pace = self.attempt, self.pace
+        if attempt and self.call.key.spends and not attempt.meter.finished:
+            idle = float(attempt.upstream.timeouts.idle)
+            return max(pace.drain_s, idle), max(pace.drain_idle_s, idle)
+        return pace.drain_s, pace.drain_idle_s
 
     def _hears_out(self, attempt: Attempt) -> bool:
         """Whether the ledger wants the rest of an answer: by itself where a limit would be evaded by leaving early."""
         how = attempt.upstream.on_disconnect
         if how == "auto":
-            budgets = self.call.key.budgets
-            return any(limit.unit in ("tokens", "usd") for budget in budgets for limit in budget.limits)
+            return self.call.key.spends
         return how == "drain"
 
     @property
@@ -8898,11 +8922,14 @@ class Exchange:
             return
         attempt = self.attempt
         if self._drain_until is not None:
-            if attempt is None or now > self._drain_until or now - attempt.heard_at > self.pace.drain_idle_s:
-                self.end(self._for_ledger(Outcome("client_gone", self.status)))
+            if attempt is None or now > self._drain_until or now - attempt.heard_at > self._drain_limits()[1]:
+                self._leave()
         elif self.paused_at is not None:
             if attempt and now - self.paused_at > attempt.upstream.timeouts.idle:
-                self.end(Outcome("client_gone", self.status))
+                sink = self.sink
+                self.client_gone()
+                if sink:
+                    sink.cut()
         else:
             if attempt:
                 attempt.check(now)
@@ -8978,6 +9005,7 @@ class Relay:
         self.upstreams = Upstreams(clock, pace)
         self.names = Names(clock)
         self.running: set[Exchange] = set()
+        self.drains: Counter[str] = Counter()  # answers that are read on for nobody, by the key's name
         self._without_usage: dict[tuple[tuple[str, str | None, str | None, bool], str], float] = {}  # until, by model
         self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
 
@@ -9020,6 +9048,8 @@ class Relay:
             return exchange.done.result()  # it had ended, and still waited for a connection
         finally:
             self.running.discard(exchange)
+            if exchange.sink is None and exchange.is_draining:
+                self._end_drain(exchange)
             if exchange.attempt:
                 exchange.attempt.end()
 
@@ -9231,9 +9261,26 @@ class Relay:
         last = f" (the last of {tries} attempts)" if tries > 1 else ""
         return kind(f"The upstream {name} {failed.failure.sentence}{last}.", retry_after_s=wait_s)
 
-    def may_drain(self) -> bool:
-        """Whether one more answer may be read on for nobody."""
-        return sum(exchange.is_draining for exchange in self.running) < self.pace.drain_calls
+    def begin_drain(self, exchange: Exchange) -> bool:
+        """Take a place for an answer that is read on for nobody; False if there is none for its key.
+
+        A key may have no more places than are still free (see `BodyMemory`). Its first two drains give their slots
+        back, so that whoever asks again does not wait for what it left; any other keeps counting in `concurrent`.
+        """
+        name = exchange.call.key.name
+        own = self.drains[name]
+        if own >= self.pace.drain_calls - self.drains.total():
+            return False
+        self.drains[name] = own + 1
+        if own < self.pace.free_drains:
+            exchange.call.reservation.return_slots()
+        return True
+
+    def _end_drain(self, exchange: Exchange) -> None:
+        name = exchange.call.key.name
+        self.drains[name] -= 1
+        if not self.drains[name]:
+            del self.drains[name]
 
     def check(self, stood_s: float = 0.0) -> None:
         """Look at every running call's deadlines; a bug in one ends that call.
@@ -10132,9 +10179,9 @@ class Gateway:
         """Look at deadlines and at the ledger; to be called often. `stood_s`: so long the loop stood still before."""
         run = self.guard.run
         run(self.relay.check, stood_s)
-        run(self.relay.upstreams.check)
+        run(self.relay.upstreams.check, stood_s)
         run(self.relay.sweep, stood_s)
-        run(self.limits.check)
+        run(self.limits.check, stood_s)
         run(self.ledger.tick)
         run(self.probes.check, self.config.upstreams)
         run(self.refusals.check)

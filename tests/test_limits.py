@@ -779,6 +779,28 @@ async def test_a_wait_ends_after_queue(start_gateway, upstream):
     running.cancel()
 
 
+async def test_a_wait_is_longer_by_the_time_for_which_the_loop_stood_still(start_gateway, upstream):
+    """
+    Nobody is refused because the gateway itself was held up.
+    """
+    upstream.script = [stall()]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1", whole="queue: 10s"))
+    running = post(gateway)
+    await upstream.request_came()
+    waiting = post(gateway)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    gateway.clock.advance(30)
+    gateway.gateway.tick(30.0)
+    (waiter,) = gateway.gateway.limits._waiters()
+    has_ended = waiter.turn.done()
+    gateway.tick(10)
+
+    assert not has_ended
+    assert refusal(await waiting) == (429, "rate_limit_error", None, "5")
+    running.cancel()
+
+
 async def test_a_queue_of_no_time_refuses_at_once(start_gateway, upstream):
     """
     `queue: 0s`: nobody waits.

@@ -685,6 +685,106 @@ async def test_a_drained_answer_has_its_bounds(start_gateway, upstream, silences
     assert gateway.clock.now == (11 if not talks else 66)
 
 
+async def test_a_silent_answer_is_heard_out_as_long_as_for_a_client_where_a_limit_holds(start_gateway, upstream):
+    """
+    A model that thinks for four minutes is heard out, and booked with its numbers.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20}"))
+    go_on = asyncio.Event()
+    rest = [wait_for(go_on), message_delta(output_tokens=77), message_stop(), end()]
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *rest]
+    client = await start_stream(gateway)
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+
+    gateway.tick(seconds=240)
+    go_on.set()
+    await gateway.settled()
+
+    assert ledger_line(gateway.entries()[0], "output_tokens", "estimated") == {"output_tokens": 77, "estimated": False}
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "never reads"])
+async def test_an_answer_not_heard_out_is_booked_with_its_reserved_output(start_gateway, upstream, leaves):
+    """
+    Where a limit holds, a drain that ends before the upstream's numbers costs what was reserved, by estimate.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20}"))
+    megabytes = [] if leaves else [body(b": " + b"x" * (1 << 20) + b"\n\n") for _ in range(32)]
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *megabytes, stall()]
+    client = await start_stream(gateway)
+    (exchange,) = gateway.gateway.relay.running
+    if leaves:
+        client.abort()
+    else:
+        await until(lambda: exchange.paused_at is not None)
+        gateway.tick(seconds=301)
+    await gateway_sees_it_gone(gateway)
+    reserved = exchange.call.reserved_output
+
+    gateway.tick(seconds=301)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], entry["estimated"], entry["output_tokens"]) == ("client_gone", True, int(reserved))
+    assert reserved > 10
+
+
+async def test_a_client_that_never_reads_is_heard_out_like_one_that_left(start_gateway, upstream):
+    """
+    Its connection is cut after `idle`, and the rest of the answer is read for the ledger.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20}"))
+    megabytes = [body(b": " + b"x" * (1 << 20) + b"\n\n") for _ in range(32)]
+    rest = [message_delta(output_tokens=77), message_stop(), end()]
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *megabytes, *rest]
+    await start_stream(gateway)
+    (exchange,) = gateway.gateway.relay.running
+    await until(lambda: exchange.paused_at is not None)
+
+    gateway.tick(seconds=301)
+    await gateway.settled()
+
+    (entry,) = gateway.entries()
+    assert (entry["outcome"], entry["output_tokens"], entry["estimated"]) == ("client_gone", 77, False)
+
+
+async def test_a_keys_third_drain_counts_as_a_running_call(start_gateway, upstream):
+    """
+    Whoever leaves answers on purpose has no more of them running upstream than `concurrent` and two.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, concurrent: 2}"))
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    relay = gateway.gateway.relay
+
+    for drains in range(1, 5):
+        client = await start_stream(gateway)
+        client.abort()
+        await until(lambda drains=drains: relay.drains.total() == drains)
+
+    holds = sorted(exchange.call.reservation.slots > 0 for exchange in relay.running)
+    assert holds == [False, False, True, True]
+    gateway.tick(seconds=301)
+    await gateway.settled()
+    assert not relay.drains
+    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+
+
+async def test_one_key_cannot_take_all_places_for_drains(start_gateway, upstream):
+    """
+    A key drains no more answers than there are places left for others.
+    """
+    pace = g.Pace(drain_calls=4)
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20}"), pace)
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    for client in [await start_stream(gateway) for _ in range(4)]:
+        client.abort()
+    await gateway_sees_it_gone(gateway)
+    await until(lambda: len(gateway.gateway.relay.running) == 2)
+
+    assert gateway.gateway.relay.drains.total() == 2
+
+
 async def test_only_so_many_answers_are_drained_at_once(start_gateway, upstream):
     """
     Nothing is kept without a bound: above it a client that goes away cancels.
