@@ -351,6 +351,17 @@ def first_values(headers: Headers) -> dict[bytes, bytes]:
     return {name.lower(): value for name, value in reversed(headers)}
 
 
+class Besides(NamedTuple):
+    """What a request may be billed for beside its text and its answer at its model's price (`read_besides`)."""
+
+    models: tuple[str, ...] = ()  # that may serve it, or run for it, beside its own
+    is_unclear: bool = False  # it names models where they cannot be read: the dearest of the price table counts
+    runs: int = 0  # of other models by its tools: each has the call's input, and an output of its own
+    extras: tuple[tuple[str, int], ...] = ()  # what is billed by the piece, and how many of it
+    write: str = ""  # the price of its input, where that is written to a cache: a field of `Price`
+    has_stored: bool = False  # it refers to input that lies upstream
+
+
 class Call:
     """One request of a client, from its head to its entry in the ledger."""
 
@@ -358,6 +369,7 @@ class Call:
         "address",
         "admitted",
         "affinity",
+        "besides",
         "blamed",
         "body",
         "bytes_up",
@@ -414,6 +426,7 @@ class Call:
         self.blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
         self.stream = False
         self.premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
+        self.besides: Besides | None = None  # None as most calls have it
         self.includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
 
     @property
@@ -1074,6 +1087,7 @@ SURCHARGES = (
 )
 SURCHARGE_NAMES = tuple(dict.fromkeys(name for name, _, _ in SURCHARGES))
 EXTRAS = ("web_search", "file_search", "code_execution", "code_interpreter")
+FREE_PREMIUM = "a premium is a factor on what a call costs: with 0 it would be free; 1 means no premium"
 # Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
 ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
@@ -1109,6 +1123,8 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
         audio = (self.audio.input, self.audio.output) if self.audio else ()
         if not all(0 <= amount < math.inf for amount in (*self.surcharges.values(), *audio)):
             raise ValueError("a price is a number and not negative")
+        if any(amount == 0 and name not in EXTRAS for name, amount in self.surcharges.items()):
+            raise ValueError(FREE_PREMIUM)
 
     @property
     def surcharges(self) -> dict[str, float]:
@@ -1630,6 +1646,8 @@ def parse_surcharge(name: str, amount: object) -> float:
     """A premium or an extra for all models."""
     if name in SURCHARGE_NAMES:
         if isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 <= amount < math.inf:
+            if amount == 0 and name not in EXTRAS:
+                raise Misplaced([name], FREE_PREMIUM)
             return float(amount)
         raise Misplaced([name], f"expected a plain number such as 1.5, not negative, got {amount!r}")
     if name in PriceConfig.__struct_fields__:
@@ -4311,8 +4329,8 @@ class Reservation:
             scope.admitted[self._step] = scope.admitted.get(self._step, 0) + 1
 
     def hold(self, amounts: dict[str, int]) -> None:
-        """Hold tokens and money, by unit, of every limit."""
-        self._amounts = amounts
+        """Hold tokens and money (more), by unit, of every limit."""
+        self._amounts = {unit: self._amounts.get(unit, 0) + amount for unit, amount in amounts.items()}
         for _, scope in self.scopes:
             for unit, amount in amounts.items():
                 scope.reserved[unit] += amount
@@ -4362,9 +4380,18 @@ class InputRatios:
     MAX_RATIO = 4.0
     MIN_TOKENS = 100  # estimated; of less, what the upstream adds by itself is the larger part
     MAX_PAIRS = 4096
+    STORED = 100_000, 1_000_000  # tokens of input that lies upstream: the least and the most that are reserved for it
 
     def __init__(self) -> None:
         self._ratios: dict[tuple[str, str], float] = {}
+        self._largest: dict[str, int] = {}  # input by key, where it is above the least of STORED
+
+    def stored(self, call: Call) -> int:
+        """The tokens that a call may refer to (`previous_response_id`): as many as its key has ever sent at once.
+
+        What lies upstream was sent before, and was counted then. At least a quarter of a usual context of 400,000.
+        """
+        return self._largest.get(call.key.name, self.STORED[0])
 
     def of(self, call: Call) -> float:
         """The ratio for a call, 1 to MAX_RATIO."""
@@ -4372,7 +4399,9 @@ class InputRatios:
 
     def learn(self, call: Call, input_tokens: int) -> None:
         """Take in how much input a call had, cached or not, by its upstream's count."""
-        if call.input_estimate < self.MIN_TOKENS:
+        if input_tokens > self._largest.get(call.key.name, self.STORED[0]):
+            self._largest[call.key.name] = min(input_tokens, self.STORED[1])
+        if call.input_estimate < self.MIN_TOKENS or (call.besides and call.besides.has_stored):
             return
         pair = (call.key.name, call.model)
         before = self._ratios.get(pair, 1.0)
@@ -4388,8 +4417,8 @@ class Limits:
     """Admits calls: every limit of the key, its team and the gateway is checked and reserved together or not at all.
 
     How far a limit can be passed: by what the calls that run at that moment cost beyond their reservations. A
-    reservation is the estimated input (`estimate_input`, times what `InputRatios` has learnt) and the output that the
-    client allows, but at most `limits.reserve_output` and what is left.
+    reservation is the estimated input (`estimate_input`, times what `InputRatios` has learnt), the output that the
+    client allows, but at most `limits.reserve_output` and what is left, and what else may be billed (`_reserve`).
 
     A call needs a slot of each of its budgets that has `concurrent`: of its key's, its team's and the gateway's, taken
     in this order. Where one has none left, the call keeps the slots that it has and waits in that budget's queue. So
@@ -4574,20 +4603,33 @@ class Limits:
             waiter.end(self._too_many(waiter.call.reservation))
 
     def _reserve(self, call: Call, reservation: Reservation) -> None:
-        """Hold the estimated input and the expected output in every window at once. Raises LimitSpent, LimitFull."""
-        config, now = call.config, self._clock.wall()
+        """Hold what a call may cost in every window at once. Raises LimitSpent, LimitFull.
+
+        The rule: (input + stored input) x price of input, or of a cache's writes if the body asks for these; the same
+        and `reserve_output` for each run of another model by a tool; so many pieces of each hosted tool; all of which
+        must fit. Then the output, of which only what is left is held. Tokens have the dearest price and premiums of
+        all models that the request or the upstream may turn to.
+
+        An example: 20,000 tokens to a model of $2 and $10 (writes to a cache $2.50), `cache_control`, web_search with
+        `max_uses: 8`, an advisor of $5 and $25 (writes $6.25) with `max_uses: 2`, `max_tokens: 4000`. Held are input
+        20,000 x 6.25 / 1e6 = $0.125; two runs of 0.125 + 8192 x 25 / 1e6 = $0.6596; searches 8 x 0.01 = $0.08;
+        and output 4000 x 25 / 1e6 = $0.10: together $0.9646.
+        """
+        config, now, besides = call.config, self._clock.wall(), call.besides
         input_tokens = call.input_estimate * self.ratios.of(call)
+        if besides and besides.has_stored:
+            input_tokens += self.ratios.stored(call)
         weights, price = config.limits.weights, self._expected_price(call, math.ceil(input_tokens))
-        if call.premiums:
-            factor = math.prod(config.premiums(call.upstream_model, call.premiums).values())
-            price = msgspec.structs.replace(
-                price, input=price.input * max(1.0, factor), output=price.output * max(1.0, factor)
-            )
         each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
         need = {
             "tokens": math.ceil(input_tokens * weights.input),
             "usd": math.ceil(input_tokens * price.input * 1e3),
         }
+        if besides:
+            extras = config.surcharges(call.upstream_model)
+            for unit, per_token in each.items():
+                need[unit] += math.ceil(besides.runs * (need[unit] + config.limits.reserve_output * per_token))
+            need["usd"] += math.ceil(sum(extras[name] * count for name, count in besides.extras) * NANO["usd"])
         output = call.reserved_output
         for budget, scope in reservation.scopes:
             for limit in budget.limits:
@@ -4608,13 +4650,31 @@ class Limits:
             self._served[asked] = served
 
     def _expected_price(self, call: Call, input_tokens: int) -> Price:
-        """The dearest of those who may serve a call, as far as is known."""
-        if len(call.servings) < 2 and call.upstream_model not in self._served:  # as most calls are
-            return call.config.price(call.upstream_model).at(input_tokens)
-        names = {serving.model for serving in call.servings} or {call.upstream_model}
+        """The dearest of those who may serve a call, as far as is known; `input` is what its input costs at most."""
+        config, besides = call.config, call.besides or Besides()
+        if not (call.besides or call.premiums or len(call.servings) > 1 or call.upstream_model in self._served):
+            return config.price(call.upstream_model).at(input_tokens)  # as most calls are
+        names = {call.upstream_model, *(serving.model for serving in call.servings), *besides.models}
         names |= {self._served[name] for name in names if name in self._served}
-        prices = [call.config.price(name).at(input_tokens) for name in names]
-        return max(prices, key=lambda price: price.input + price.output)
+        rates = []
+        for name in names:
+            factor = max(1.0, math.prod(config.premiums(name, call.premiums).values()))
+            rates.append((config.price(name).at(input_tokens), factor))
+        if besides.is_unclear:
+            rates.append((config.file.prices.dearest().base, max(factor for _, factor in rates)))
+        classes = ("input", besides.write) if besides.write else ("input",)
+        return Price(
+            max(getattr(price, name) * factor for price, factor in rates for name in classes),
+            max(price.output * factor for price, factor in rates),
+        )
+
+    def allows_more(self, reservation: Reservation) -> bool:
+        """Whether what is spent and held, the call's own included, is still within every limit of tokens and money."""
+        try:
+            self.refuse_spent(reservation.call.config, reservation.scopes, ("tokens", "usd"))
+        except GatewayError:
+            return False
+        return True
 
     def _left(self, config: Config, budget: Budget, scope: Scope, limit: Limit, need: float, now: float) -> float:
         """What a limit has left after `need`, in its unit. Raises LimitSpent where that is no question of time."""
@@ -4881,6 +4941,10 @@ class RequestPeek(msgspec.Struct, gc=False):
     max_completion_tokens: Raw = msgspec.UNSET
     max_output_tokens: Raw = msgspec.UNSET
     n: Raw = msgspec.UNSET
+    max_tool_calls: Raw = msgspec.UNSET
+    previous_response_id: Raw = msgspec.UNSET
+    conversation: Raw = msgspec.UNSET
+    prompt: Raw = msgspec.UNSET
     speed: Raw = msgspec.UNSET
     service_tier: Raw = msgspec.UNSET
     inference_geo: Raw = msgspec.UNSET
@@ -4894,8 +4958,8 @@ OTHER_NAMES = b"""
     system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
     container mcp_servers betas diagnostics safeguards
     stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
-    reasoning_effort verbosity user instructions prompt reasoning text store include parallel_tool_calls
-    previous_response_id prompt_cache_retention client_metadata safety_identifier
+    reasoning_effort verbosity user instructions reasoning text store include parallel_tool_calls
+    prompt_cache_retention client_metadata safety_identifier
     truncation encoding_format dimensions
 """.split()
 KnownFields = msgspec.defstruct(
@@ -5507,6 +5571,86 @@ def check_other_models(key: Key, peek: RequestPeek) -> None:
             )
 
 
+class BilledTool(msgspec.Struct, gc=False):
+    """What is read of a tool that the upstream runs itself."""
+
+    type: Raw = msgspec.UNSET
+    max_uses: Raw = msgspec.UNSET
+
+
+# What is reserved where a request does not say how often a tool may be used: of each that is billed by the piece (a
+# container of Code Interpreter is billed once), and of one that has a model of its own, such as an advisor.
+USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1}
+MODEL_USES = 3
+MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
+MODEL_FIELD = re.compile(rb'models?"\s*:\s*["\[]', re.IGNORECASE)
+BILLED_TYPE = re.compile(rb'"(?:%b)' % "|".join(EXTRAS).encode())
+MAX_ESCAPES = 100_000  # that are looked at, 50 ns each; with more of them a body counts as if it hid something
+# A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
+ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
+
+
+def read_besides(call: Call, peek: RequestPeek) -> Besides:
+    """Find what a request may be billed for beside its text and its answer. Raises BadRequest.
+
+    Tools are walked only where their text has what looks like a model or a hosted tool, or escapes that could hide it.
+    """
+    body, write, is_escaped = call.body, "", False
+    if b"\\u00" in body:
+        is_escaped = body.count(b"\\u00") > MAX_ESCAPES or ESCAPED.search(body) is not None
+    if is_escaped or b"cache_control" in body:
+        write = "cache_write_1h" if is_escaped or b'"1h"' in body else "cache_write_5m"
+    stored = (peek.previous_response_id, peek.conversation, peek.prompt)
+    has_stored = call.route.kind == "responses" and (
+        any(value and not has_value(value, b"null") for value in stored) or is_escaped or b"item_reference" in body
+    )
+    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
+    is_large = len(tools) > MAX_MODEL_PLACES
+    may_name = (is_escaped, is_large, peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
+    found: list[NamedModel] = []
+    if any(may_name) or peek.content_policy_fallbacks or MODEL_FIELD.search(tools):
+        found = list(other_models(peek))
+    runs, extras = 0, Counter[str]()
+    if is_large:
+        extras["web_search"] = MOST_USES
+    elif found or is_escaped or BILLED_TYPE.search(tools):
+        runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
+    names = {model.name for model in found if not model.expected}
+    is_unclear = any(model.expected for model in found)
+    return Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
+
+
+def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) -> tuple[int, Counter[str]]:
+    """The runs of other models and the pieces that a request allows its tools.
+
+    `found` are the models that it names; `calls` are those of all tools, where the request bounds them.
+    """
+    extras = Counter[str]()
+    runs = sum(place.startswith("plugins") and "allowed_models" not in place for place, _, _ in found)
+    named = Counter(place.partition(".")[0] for place, _, _ in found)  # tools[3]: 1
+    for number, item in enumerate(list_items(tools, MAX_LOOKED_AT + 1)):
+        if number == MAX_LOOKED_AT:
+            extras["web_search"] = MOST_USES  # nobody knows what the others are
+            break
+        if not bytes(item).lstrip().startswith(b"{"):
+            continue
+        tool = msgspec.json.decode(item, type=BilledTool)
+        said, kind = read_uses(tool.max_uses), decode_short(tool.type, str, "")
+        uses = calls if said is None else said
+        for name in EXTRAS:
+            if kind.startswith(name):
+                extras[name] += USES[name] if uses is None else uses
+        runs += named[f"tools[{number}]"] * (MODEL_USES if uses is None else uses)
+    return runs, extras
+
+
+def read_uses(value: Raw) -> int | None:
+    """How often a tool may be used, as a request says it; None where it says nothing."""
+    if value is msgspec.UNSET or has_value(value, b"null"):
+        return None
+    return int(min(read_most(value), MOST_USES))
+
+
 def read_request(call: Call) -> None:
     """Fill in what the body says: model, stream, session. Raises BadRequest and PolicyBlocked."""
     try:
@@ -5537,6 +5681,21 @@ def read_request(call: Call) -> None:
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
         call.premiums = tuple((field, word) for field, word in asked.items() if word)
+    if (
+        peek.tools
+        or peek.models
+        or peek.plugins
+        or peek.fallbacks
+        or peek.context_window_fallbacks
+        or peek.content_policy_fallbacks
+        or peek.previous_response_id
+        or peek.conversation
+        or peek.prompt
+        or b"cache_control" in call.body
+        or b"\\u00" in call.body
+        or (call.route.kind == "responses" and b"item_reference" in call.body)
+    ):
+        call.besides = read_besides(call, peek)
     call.session = find_session(call, peek)
 
 
@@ -8719,6 +8878,7 @@ class Exchange:
         "call",
         "clock",
         "deadline",
+        "discard",
         "discarded",
         "done",
         "is_booked",
@@ -8741,6 +8901,7 @@ class Exchange:
         self._relay, self.clock, self.pace = relay, relay.clock.monotonic, relay.pace
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
+        self.discard: Callable[[Exchange, Attempt], bool] | None = None  # hold what one has cost; may another follow?
         self.is_booked = False
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
@@ -9221,8 +9382,10 @@ class Relay:
         if failure.case == UNMETERED:
             log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
         self.upstreams.failed(ticket, failure.case, error.retry_after_s)
+        may_go_on = True
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
+            may_go_on = exchange.discard is None or exchange.discard(exchange, attempt)
         if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream, call.route.kind)
@@ -9231,7 +9394,7 @@ class Relay:
         is_final = verdict.blame == "none" and failure is not OWN_TROUBLE
         if is_final or failure.case in REFUSED_KEY:  # it would say the same again
             out |= places
-        return verdict.try_next
+        return verdict.try_next and may_go_on
 
     def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:
         """The most useful answer: an upstream's own words, else what went wrong and when to come again."""
@@ -9911,7 +10074,7 @@ class Gateway:
                 call.upstream_model = call.servings[0].model
                 self.check_open()
                 exchange = sink.exchange = Exchange(call, sink, self.relay)
-                exchange.book = self.book
+                exchange.book, exchange.discard = self.book, self.hold_discarded
                 if sink.is_gone:
                     exchange.client_gone()
                 await self.limits.admit(call, exchange.done)
@@ -9953,6 +10116,21 @@ class Gateway:
             "%s: %s %s %s refused: %d %s", call.id, call.key, call.route.path, call.model, error.status, error.message
         )
         sink.refuse(error, call.route.api, call.id)
+
+    def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
+        """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
+        call, usage = exchange.call, attempt.usage()
+        bill = call.config.bill(attempt.ticket.model, attempt.meter.model[:MAX_NAME], usage)
+        usd = min(bill.cost_usd, MAX_COST_USD)
+        tokens = call.config.limits.weights
+        counted = (
+            usage.input_tokens * tokens.input
+            + usage.output_tokens * tokens.output
+            + (usage.cache_write_5m_tokens + usage.cache_write_1h_tokens) * tokens.cache_write
+            + usage.cache_read_tokens * tokens.cache_read
+        )
+        call.reservation.hold({"tokens": math.ceil(counted), "usd": math.ceil(usd * NANO["usd"])})
+        return self.limits.allows_more(call.reservation)
 
     def book(self, exchange: Exchange, outcome: Outcome) -> None:
         """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""

@@ -843,6 +843,30 @@ async def test_what_was_billed_and_thrown_away_is_booked_and_marked(start_gatewa
     caplog.clear()
 
 
+async def test_attempts_that_are_billed_in_vain_end_where_the_limit_does(start_gateway, upstreams, caplog):
+    """
+    Each upstream counts input of $0.6 and fails: after the second nobody is asked, the key has but a dollar.
+    """
+    text = config_of({name: upstreams[name].url for name in "abc"}).replace(
+        f"key: {KEY}}}", f"key: {KEY}, limits: {{usd/day: 1}}}}"
+    )
+    gateway = await start_gateway(text)
+    failing = [head(200, SSE), message_start(input_tokens=60_000), error_event("overloaded_error", "no"), end()]
+    for upstream in upstreams.values():
+        upstream.script = failing
+
+    reply = await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+
+    asked = sum(len(upstream.requests) for upstream in upstreams.values())
+    spent = sum(entry["cost_usd"] for entry in gateway.entries())
+    assert (asked, b"overloaded_error" in reply.body) == (2, True)
+    assert spent == pytest.approx(1.2001)
+    scopes = gateway.gateway.limits.scopes(gateway.gateway.config.keys.find([KEY]))
+    assert [scope.reserved["usd"] for _, scope in scopes] == [0] * len(scopes)
+    caplog.clear()
+
+
 async def test_what_was_billed_is_booked_once_when_its_client_leaves_before_the_next_attempt(
     start_gateway, upstreams, caplog
 ):

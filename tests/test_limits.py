@@ -666,6 +666,8 @@ def test_the_output_is_bounded_by_the_routes_own_field(path, fields, tokens):
 class CallOf:
     """As much of a call as its ratio is found by."""
 
+    besides = None
+
     def __init__(self, key: str, model: str, estimate: int) -> None:
         self.key, self.model, self.input_estimate = type("Key", (), {"name": key}), model, estimate
 
@@ -727,6 +729,139 @@ async def test_what_was_learnt_is_reserved(start_gateway, upstream):
     await running
 
     assert row["reserved"] == estimate * 2 + 100
+
+
+# --- what is billed beside text and answer -----------------------------------------------
+
+
+SEARCH = {"type": "web_search_20250305", "name": "web_search"}
+ADVISOR = {"type": "advisor_20260301", "name": "advisor", "model": "claude-opus-4-1"}
+CACHED = [{"type": "text", "text": "word " * 400, "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
+BESIDES = {
+    "an advisor": ("messages", {"tools": [ADVISOR]}, 3 * 8192 * 75e-6),
+    "an advisor with max_uses": ("messages", {"tools": [ADVISOR | {"max_uses": 5}]}, 5 * 8192 * 75e-6),
+    "a fallback": ("messages", {"fallbacks": [{"model": "claude-opus-4-1"}], "max_tokens": 8000}, 8000 * 75e-6),
+    "names of models": ("chat", {"models": ["claude-opus-4-1"], "max_tokens": 8000}, 8000 * 75e-6),
+    "a fallback that cannot be read": ("messages", {"fallbacks": 5, "max_tokens": 3000}, 3000 * 270e-6),
+    "searches": ("messages", {"tools": [SEARCH]}, 10 * 0.01),
+    "searches with max_uses": ("messages", {"tools": [{"name": "f"}, SEARCH | {"max_uses": 500}]}, 500 * 0.01),
+    "searches as a text": ("messages", {"tools": [SEARCH | {"max_uses": "500"}]}, 1e6 * 0.01),
+    "too many tools": ("messages", {"tools": [SEARCH | {"name": "x" * 50}] * 30_000}, 1e6 * 0.01),
+    "OpenAI's tools": (
+        "responses",
+        {"tools": [{"type": "web_search_preview"}, {"type": "file_search"}, {"type": "code_interpreter"}]},
+        10 * 0.01 + 10 * 0.0025 + 0.03,
+    ),
+    "max_tool_calls": ("responses", {"tools": [{"type": "web_search"}], "max_tool_calls": 70}, 70 * 0.01),
+    "an earlier response": ("responses", {"previous_response_id": "resp_1"}, 100_000 * 1e-6),
+    "a conversation": ("responses", {"conversation": {"id": "conv_1"}}, 100_000 * 1e-6),
+    "a stored prompt": ("responses", {"prompt": {"id": "pmpt_1"}}, 100_000 * 1e-6),
+    "an item": ("responses", {"input": [{"type": "item_reference", "id": "msg_1"}]}, 100_000 * 1e-6),
+    "cache writes": ("messages", {"system": CACHED, "max_tokens": 0}, 500 * 2e-6),
+}
+BESIDES_PATHS = {"messages": "/v1/messages", "chat": "/v1/chat/completions", "responses": "/v1/responses"}
+
+
+def read_call(kind: str, body: bytes, limits: str = "usd/day: 1") -> g.Call:
+    """A call of alice's to a model of $1 and $5, read."""
+    snapshot = g.Config.parse(config("http://127.0.0.1:1", limits), Path("config.yaml"), g.Clock(), {})
+    call = g.Call(snapshot, snapshot.keys.find([KEY]), g.ROUTES[BESIDES_PATHS[kind]], b"", [], "")
+    call.body = body
+    g.read_request(call)
+    return call
+
+
+def body_of(fields: dict) -> bytes:
+    """A short request to a model of $1 and $5 that allows next to no output, and what it has besides."""
+    request = {"model": "claude-haiku-4-5", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    return json.dumps(request | {"max_output_tokens": 1} | fields).encode()
+
+
+@pytest.mark.parametrize("case", BESIDES)
+def test_what_may_be_billed_besides_is_reserved(case):
+    """
+    Other models, their runs, hosted tools, cache writes and input that lies upstream, at the price of each.
+    """
+    kind, fields, usd = BESIDES[case]
+    call = read_call(kind, body_of(fields), "usd/day: 100k")
+    calendar = g.Calendar(call.config.timezone)
+    limits = g.Limits(g.Fold(calendar, 0.0), call.config.clock, g.Pace())
+
+    with g.Reservation(limits, g.BodyMemory(0), call) as held:
+        limits._reserve(call, held)
+        reserved = held.scopes[0][1].reserved["usd"] / 1e9
+
+    plain = 0.01 + call.input_estimate * 100e-6  # USD: the least text and answer, or the same once more for each run
+    assert usd <= reserved <= usd + plain
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [ADVISOR]},
+        {"tools": [SEARCH | {"max_uses": 1000}]},
+        {"tools": [SEARCH | {"max_uses": "1000"}]},
+        {"system": [{"type": "text", "text": "word " * 450_000, "cache_control": {"ttl": "1h", "type": "ephemeral"}}]},
+    ],
+    ids=["advisor", "searches", "a number as text", "cache writes"],
+)
+async def test_what_would_pass_a_dollar_is_refused(start_gateway, upstream, fields):
+    """
+    A key with a dollar a day cannot ask for what may cost more; without that its request fits.
+    """
+    gateway = await start_gateway(config(upstream.url, "usd/day: 1"))
+    upstream.script = SPENDS
+
+    refused = await gateway.post("/v1/messages", json.loads(body_of(fields)))
+    plain = await gateway.post("/v1/messages", json.loads(body_of({})))
+
+    assert (refused.status, refused.error["type"], plain.status) == (429, "billing_error", 200)
+    assert len(upstream.requests) == 1
+
+
+def test_a_name_that_json_escapes_hides_nothing():
+    """
+    Readers decode names and values before they look at them: an escaped cache_control or 1h is as dear.
+    """
+    plain = body_of({"system": CACHED})
+    hidden = [plain.replace(b"cache_control", b"cache\\u005fcontrol"), plain.replace(b'"1h"', b'"\\u0031h"')]
+    tool = body_of({"tools": [ADVISOR, SEARCH]})
+    hidden_tool = tool.replace(b'"model": "claude-o', b'"mod\\u0065l": "claude-o').replace(b"web_s", b"web\\u005fs")
+
+    assert {read_call("messages", body).besides.write for body in [plain, *hidden]} == {"cache_write_1h"}
+    for body in (tool, hidden_tool):
+        besides = read_call("messages", body).besides
+        assert (besides.models, besides.runs, dict(besides.extras)) == (("claude-opus-4-1",), 3, {"web_search": 10})
+
+
+def test_an_ordinary_request_has_nothing_besides():
+    """
+    No tools: nothing is read; tools of the client's own, whose texts have escapes and models: nothing is reserved.
+    """
+    schema = {"type": "object", "properties": {"model": {"type": "string", "enum": ["opus"]}}}
+    own = {"name": "Agent", "description": "web_search with a model <b>\u00e9</b>", "input_schema": schema}
+    as_go_writes_it = body_of({"tools": [own]}).replace(b"<", b"\\u003c").replace(b">", b"\\u003e")
+
+    assert read_call("messages", body_of({})).besides is None
+    assert read_call("messages", as_go_writes_it).besides == g.Besides()
+    assert read_call("responses", body_of({"previous_response_id": None})).besides == g.Besides()
+
+
+def test_stored_input_is_the_largest_that_a_key_has_sent_and_teaches_no_ratio():
+    """
+    A small call cannot talk it down, and what lies upstream is no sign of how many tokens a text has.
+    """
+    ratios, call = g.InputRatios(), CallOf("alice", "m", 1000)
+    referring = CallOf("alice", "m", 1000)
+    referring.besides = g.Besides(has_stored=True)
+
+    stored = [ratios.stored(call)]
+    for tokens in (300_000, 10, 10**9):
+        ratios.learn(referring, tokens)
+        stored.append(ratios.stored(call))
+
+    assert stored == [100_000, 300_000, 300_000, 1_000_000]
+    assert (ratios.of(call), ratios.stored(CallOf("bob", "m", 1000))) == (1.0, 100_000)
 
 
 # --- at once ----------------------------------------------------------------------------
