@@ -5583,41 +5583,35 @@ class BilledTool(msgspec.Struct, gc=False):
 USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1}
 MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
-MODEL_FIELD = re.compile(rb'models?"\s*:\s*["\[]', re.IGNORECASE)
+MODEL_FIELD = re.compile(rb'models?"\s*:\s*["\[]')  # in small letters
 BILLED_TYPE = re.compile(rb'"(?:%b)' % "|".join(EXTRAS).encode())
 MAX_ESCAPES = 100_000  # that are looked at, 50 ns each; with more of them a body counts as if it hid something
 # A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
 ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 
 
-def read_besides(call: Call, peek: RequestPeek) -> Besides:
-    """Find what a request may be billed for beside its text and its answer. Raises BadRequest.
+PLAIN_MARK = re.compile(rb'"cache_control"\s*:\s*(?:null|\{(?:[^{}"]|"\w*")*+\})')
+MAX_MARKS = 64  # of prompt caching, which are looked at; the API allows 4
 
-    Tools are walked only where their text has what looks like a model or a hosted tool, or escapes that could hide it.
-    """
-    body, write, is_escaped = call.body, "", False
-    if b"\\u00" in body:
-        is_escaped = body.count(b"\\u00") > MAX_ESCAPES or ESCAPED.search(body) is not None
-    if is_escaped or b"cache_control" in body:
-        write = "cache_write_1h" if is_escaped or b'"1h"' in body else "cache_write_5m"
-    stored = (peek.previous_response_id, peek.conversation, peek.prompt)
-    has_stored = call.route.kind == "responses" and (
-        any(value and not has_value(value, b"null") for value in stored) or is_escaped or b"item_reference" in body
-    )
-    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
-    is_large = len(tools) > MAX_MODEL_PLACES
-    may_name = (is_escaped, is_large, peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
-    found: list[NamedModel] = []
-    if any(may_name) or peek.content_policy_fallbacks or MODEL_FIELD.search(tools):
-        found = list(other_models(peek))
-    runs, extras = 0, Counter[str]()
-    if is_large:
-        extras["web_search"] = MOST_USES
-    elif found or is_escaped or BILLED_TYPE.search(tools):
-        runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
-    names = {model.name for model in found if not model.expected}
-    is_unclear = any(model.expected for model in found)
-    return Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
+
+def writes_for_an_hour(body: bytes) -> bool:
+    """Whether a mark of prompt caching has "1h", or is none that can be read so plainly."""
+    at = body.find(b'"cache_control"')
+    for _ in range(MAX_MARKS):
+        if at < 0:
+            return False
+        mark = PLAIN_MARK.match(body, at)
+        if mark is None or b'"1h"' in mark[0]:
+            return True
+        at = body.find(b'"cache_control"', mark.end())
+    return True
+
+
+def read_uses(value: Raw) -> int | None:
+    """How often a tool may be used, as a request says it; None where it says nothing."""
+    if value is msgspec.UNSET or has_value(value, b"null"):
+        return None
+    return int(min(read_most(value), MOST_USES))
 
 
 def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) -> tuple[int, Counter[str]]:
@@ -5644,11 +5638,34 @@ def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) ->
     return runs, extras
 
 
-def read_uses(value: Raw) -> int | None:
-    """How often a tool may be used, as a request says it; None where it says nothing."""
-    if value is msgspec.UNSET or has_value(value, b"null"):
-        return None
-    return int(min(read_most(value), MOST_USES))
+def read_besides(call: Call, peek: RequestPeek) -> Besides:
+    """Find what a request may be billed for beside its text and its answer. Raises BadRequest.
+
+    Tools are walked only where their text has what looks like a model or a hosted tool, or escapes that could hide it.
+    """
+    body, write, is_escaped = call.body, "", False
+    if b"\\u00" in body:
+        is_escaped = body.count(b"\\u00") > MAX_ESCAPES or ESCAPED.search(body) is not None
+    if is_escaped or b'"cache_control"' in body:
+        write = "cache_write_1h" if is_escaped or writes_for_an_hour(body) else "cache_write_5m"
+    stored = (peek.previous_response_id, peek.conversation, peek.prompt)
+    has_stored = call.route.kind == "responses" and (
+        any(value and not has_value(value, b"null") for value in stored) or is_escaped or b"item_reference" in body
+    )
+    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
+    is_large = len(tools) > MAX_MODEL_PLACES
+    may_name = (is_escaped, is_large, peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
+    found: list[NamedModel] = []
+    if any(may_name) or peek.content_policy_fallbacks or MODEL_FIELD.search(tools.lower()):
+        found = list(other_models(peek))
+    runs, extras = 0, Counter[str]()
+    if is_large:
+        extras["web_search"] = MOST_USES
+    elif found or is_escaped or BILLED_TYPE.search(tools):
+        runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
+    names = {model.name for model in found if not model.expected}
+    is_unclear = any(model.expected for model in found)
+    return Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
 
 
 def read_request(call: Call) -> None:
@@ -5691,8 +5708,8 @@ def read_request(call: Call) -> None:
         or peek.previous_response_id
         or peek.conversation
         or peek.prompt
-        or b"cache_control" in call.body
-        or b"\\u00" in call.body
+        or b'"cache_control"' in call.body
+        or (b"\\" in call.body and b"\\u00" in call.body)
         or (call.route.kind == "responses" and b"item_reference" in call.body)
     ):
         call.besides = read_besides(call, peek)

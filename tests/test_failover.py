@@ -847,7 +847,7 @@ async def test_attempts_that_are_billed_in_vain_end_where_the_limit_does(start_g
     """
     Each upstream counts input of $0.6 and fails: after the second nobody is asked, the key has but a dollar.
     """
-    text = config_of({name: upstreams[name].url for name in "abc"}).replace(
+    text = config_of({name: upstreams[name].url for name in "abc"}, "max_attempts: 3").replace(
         f"key: {KEY}}}", f"key: {KEY}, limits: {{usd/day: 1}}}}"
     )
     gateway = await start_gateway(text)

@@ -834,6 +834,27 @@ def test_a_name_that_json_escapes_hides_nothing():
         assert (besides.models, besides.runs, dict(besides.extras)) == (("claude-opus-4-1",), 3, {"web_search": 10})
 
 
+@pytest.mark.parametrize(
+    ("mark", "write"),
+    [
+        ({"type": "ephemeral"}, "cache_write_5m"),
+        ({"type": "ephemeral", "ttl": "5m"}, "cache_write_5m"),
+        (None, "cache_write_5m"),
+        ({"ttl": "1h", "type": "ephemeral"}, "cache_write_1h"),
+        ({"type": {}, "ttl": "1h"}, "cache_write_1h"),
+        ({"type": "}", "ttl": "1h"}, "cache_write_1h"),
+    ],
+)
+def test_an_hour_in_the_cache_is_found_where_it_is_said(mark, write):
+    """
+    In the mark itself, the last of several; what is no plain mark counts as an hour. A text that says 1h does not.
+    """
+    blocks = [{"type": "text", "text": "1h", "cache_control": {"type": "ephemeral"}}] * 3
+    body = body_of({"system": [*blocks, {"type": "text", "text": "1h", "cache_control": mark}]})
+
+    assert read_call("messages", body).besides.write == write
+
+
 def test_an_ordinary_request_has_nothing_besides():
     """
     No tools: nothing is read; tools of the client's own, whose texts have escapes and models: nothing is reserved.
