@@ -5136,15 +5136,28 @@ CAPITALS_AND_DIGITS = CAPITALS + b"0123456789"  # a digit: three quarters; any o
 SAMPLES, SAMPLE_SIZE = 32, 256
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
-IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels (platform.claude.com/docs, "Vision")
-DOCUMENT_TOKENS = 250_000  # of a PDF whose pages cannot be counted: a quarter of the largest context
-MOST_PDF_TOKENS = 1_000_000  # of a PDF whose pages can be: the largest context
+PIXELS_A_TOKEN = 750  # (platform.claude.com/docs, "Vision")
+IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels
+OPENAI_IMAGE = 2.5, 300  # times as many, and more: its tiles of 512 pixels (170 tokens) and patches of 32 (up to 2.46)
+# … and of the one family whose tiles cost 5,667 tokens: an image has up to eight (platform.openai.com/docs, "Images").
+TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
+PDF_TOKENS = 1_000_000  # of a PDF whose pages cannot be counted: the largest context
 PAGE_TOKENS = 4_500  # of a PDF's page: 1,500 to 3,000 of text, and its image
-MAX_COUNTED_PDF = 4 << 20  # bytes of base64 in which pages are looked for, 5 ms
+MAX_COUNTED_PDF = 8 << 20  # bytes of base64 of a request in which pages are looked for, 30 ms, of bad ones 130
+MAX_INFLATED_PDF = 8 << 20  # bytes of its streams that are inflated, 30 ms, of so many streams
+MAX_PDF_STREAMS = 5000
+PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
+PDF_NO_TEXT = re.compile(rb"/(?:Image|Length1|Length2|XRef|Metadata|EmbeddedFile)\b")  # of a stream, in its dictionary
 PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
-PDF_PACKED = b"/ObjStm"  # objects, pages perhaps, that are compressed together
+# An object's beginning, before which is its number; the pages of a part of the document, or what a page contains.
+PDF_LISTS = re.compile(rb"obj\b|/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R)?")
+PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")
+PDF_REFERENCE = re.compile(rb"\b\d{1,10}\s{1,9}\d{1,9}\s{1,9}R")
+MAX_PDF_OBJECTS = 50_000  # and lists, and names with escapes: 1 µs each
+MAX_A85_PDF = 256 << 10  # bytes of streams in ASCII85, 50 ms
+PDF_ESCAPED = re.compile(rb"/[A-Za-z]{0,8}#[0-9A-Fa-f]{2}[#0-9A-Za-z]{0,30}")  # a name, in which #41 is A
+PDF_NAMES = frozenset((b"/Type", b"/Page", b"/Pages", b"/Kids", b"/ObjStm", b"/Contents"))
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
-MIN_ATTACHMENT = 1024  # bytes of base64; what is smaller counts as text
 MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
 ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "messages": (b'"source"',),
@@ -5179,12 +5192,12 @@ class Attached(msgspec.Struct, gc=False):
 # By a block's type: the field with the attachment, that field's own with the base64, and the most that it costs.
 ATTACHMENTS = {
     "image": ("source", "data", IMAGE_TOKENS),
-    "document": ("source", "data", MOST_PDF_TOKENS),
+    "document": ("source", "data", PDF_TOKENS),
     "image_url": ("image_url", "url", IMAGE_TOKENS),
     "input_image": ("image_url", "", IMAGE_TOKENS),
     "computer_screenshot": ("image_url", "", IMAGE_TOKENS),
-    "file": ("file", "file_data", MOST_PDF_TOKENS),
-    "input_file": ("file_data", "", MOST_PDF_TOKENS),  # a data: URL, as its API has it
+    "file": ("file", "file_data", PDF_TOKENS),
+    "input_file": ("file_data", "", PDF_TOKENS),  # a data: URL, as its API has it
 }
 # By type ("" is a message): the field with further blocks.
 NESTED = {
@@ -5223,44 +5236,152 @@ def image_size(start: bytes) -> tuple[int, int] | None:
     return jpeg_size(start) if start[:2] == b"\xff\xd8" else None
 
 
-def estimate_pdf(text: bytes) -> int:
-    """The tokens of a PDF in base64: by its pages where they can be counted, else those of a large one.
+def inflate_pdf(pdf: bytes) -> tuple[bytes, int]:
+    """The objects that a PDF has compressed together, and how many bytes of its streams have text.
 
-    Its size says nothing: 600 pages that share one content are 57 KB, and 6 KB with compressed objects, in which no
-    page can be seen. A page is read as text and as an image (platform.claude.com/docs, "PDF support").
+    Images, fonts and the like are passed over. Raises ValueError where a stream is written in another way, or where
+    there is too much of them.
     """
-    if len(text) > MAX_COUNTED_PDF:
-        return DOCUMENT_TOKENS
+    objects, inflated, with_text, in_a85, end = [], 0, 0, 0, 0
+    for count, found in enumerate(PDF_STREAM.finditer(pdf)):
+        if found.start() < end:
+            continue  # within the one before
+        fields = pdf[max(end, found.start() - 500) : found.start()]
+        fields, end = fields[fields.rfind(b"obj") + 1 :], pdf.find(b"endstream", found.end())
+        if PDF_NO_TEXT.search(fields):
+            continue
+        if count > MAX_PDF_STREAMS or end < 0:
+            raise ValueError("too many streams, or one without an end")
+        data = pdf[found.end() : end]
+        if b"/ASCII85Decode" in fields:
+            in_a85 += len(data)
+            data = base64.a85decode(b"<~" + data.strip(), adobe=True) if in_a85 <= MAX_A85_PDF else b""
+        if b"/Filter" in fields:
+            try:
+                data = zlib.decompressobj().decompress(data, MAX_INFLATED_PDF - inflated + 1)
+            except zlib.error:
+                raise ValueError("a stream in another encoding") from None
+        inflated += len(data)
+        if inflated > MAX_INFLATED_PDF:
+            raise ValueError("too much text")
+        if b"/ObjStm" in fields:
+            objects.append(data)
+        elif b"Tj" in data or b"TJ" in data:
+            with_text += len(data)
+    return b"\n".join(objects), with_text
+
+
+def count_kids(pdf: bytes) -> int:
+    """How many pages and parts are named in the `Kids` of a PDF.
+
+    Raises ValueError where a list stands elsewhere, and where a page or its content is named twice: but for another
+    version of the same object, as editors append it.
+    """
+    owners: dict[bytes, object] = {}  # by what is named: the object that names it
+    kids, owner = 0, object()
+    for count, found in enumerate(PDF_LISTS.finditer(pdf)):
+        kind, names = found.groups()
+        if count > MAX_PDF_OBJECTS:
+            raise ValueError("too many objects")
+        if kind is None:
+            number = PDF_NUMBER.search(pdf, max(0, found.start() - 40), found.start())
+            owner = int(number[1]) if number else owner
+            continue
+        if names is None or (kind == b"Kids" and not names.startswith(b"[")):
+            raise ValueError("a list that stands elsewhere")
+        named = [kind + b" ".join(name.split()) for name in PDF_REFERENCE.findall(names)]
+        if len(set(named)) < len(named) or any(owners.setdefault(name, owner) != owner for name in named):
+            raise ValueError("named twice")
+        kids += len(named) * (kind == b"Kids")
+        if not isinstance(owner, int):
+            owner = object()  # objects that are packed together have no number here
+    return kids
+
+
+def read_pdf(pdf: bytes) -> tuple[int, int]:
+    """The pages of a PDF, and how many bytes have text, if it is written in the plain way. Raises ValueError if not.
+
+    A page is an object of its type, and named in the `Kids` of its parent. Plain means: each is named once, as is what
+    it contains, in a list that stands there, and these names have no escapes. 600 times the same page are 4 KB.
+    """
+    if not pdf.startswith(b"%PDF-"):
+        raise ValueError("readers look past what stands before that")
+    objects, with_text = inflate_pdf(pdf)
+    escaped = itertools.chain(PDF_ESCAPED.finditer(pdf), PDF_ESCAPED.finditer(objects))
+    for count, name in enumerate(escaped):
+        plain = re.sub(rb"#([0-9A-Fa-f]{2})", lambda code: bytes([int(code[1], 16)]), name[0])
+        if plain in PDF_NAMES or count > MAX_PDF_OBJECTS:
+            raise ValueError("a name with escapes")
+    kids = count_kids(pdf) + count_kids(objects)
+    most = PDF_TOKENS // PAGE_TOKENS + 1
+    found = itertools.islice(itertools.chain(PDF_PAGE.finditer(pdf), PDF_PAGE.finditer(objects)), most)
+    pages = max(sum(1 for _ in found), kids)
+    if not pages:
+        raise ValueError("no pages")
+    return pages, with_text
+
+
+def estimate_pdf(text: bytes) -> int:
+    """The tokens of a PDF in base64: by its pages and its text where they can be read, else the largest context.
+
+    Its size says nothing: 600 pages that share one content are 57 KB. A page is read as text and as an image
+    (platform.claude.com/docs, "PDF support").
+    """
     try:
-        pdf = base64.b64decode(text.replace(b"\\/", b"/"), validate=True)
+        pages, with_text = read_pdf(base64.b64decode(text, validate=True))
     except ValueError:
-        return DOCUMENT_TOKENS
-    pages = len(PDF_PAGE.findall(pdf))
-    if not pages or PDF_PACKED in pdf:
-        return DOCUMENT_TOKENS
-    return max(min(pages * PAGE_TOKENS, MOST_PDF_TOKENS), min(len(text) // 4, DOCUMENT_TOKENS))
+        return PDF_TOKENS
+    return min(max(pages * PAGE_TOKENS, with_text // 4), PDF_TOKENS)
 
 
-def estimate_attachment(text: bytes) -> int | None:
-    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
+def estimate_image(width: int, height: int, family: str) -> int:
+    """The tokens that an image can have at most; `family` as in `estimate_input`."""
+    tokens = min(IMAGE_TOKENS, width * height // PIXELS_A_TOKEN + 1)
+    if family == "tiled":
+        return TILED_IMAGE_TOKENS
+    if family == "openai":
+        factor, more = OPENAI_IMAGE
+        return min(IMAGE_TOKENS, math.ceil(tokens * factor) + more)
+    return tokens
+
+
+def plain_base64(text: bytes) -> bytes:
+    """Base64 without its data: URL, the escapes of its JSON string, and white space, which servers look past."""
+    if b"\\" in text:
+        try:
+            text = msgspec.json.decode(b'"%b"' % text, type=str).encode()
+        except UNREADABLE:
+            return b""
     if text.startswith(b"data:"):
         text = text[text.find(b",", 0, 256) + 1 :]
+    return text.translate(None, b" \t\r\n") if b" " in text or b"\n" in text else text
+
+
+def estimate_attachment(text: bytes, family: str = "", room: int = MAX_COUNTED_PDF) -> int | None:
+    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none.
+
+    A PDF of more than `room` bytes is not looked into.
+    """
+    has_blanks = b" " in text  # as words have, and no image
+    text = plain_base64(text)
     step = max(1, len(text) // SAMPLES)
-    if any(not BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
+    if not all(BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
         return None
-    head = text[: 64 << 10].replace(b"\\/", b"/")
+    head = text[: 64 << 10]
     try:
         start = base64.b64decode(head[: len(head) // 4 * 4], validate=True)
     except ValueError:
         return None
-    if start.startswith(b"%PDF-"):
-        return estimate_pdf(text)
+    if b"%PDF-" in start[:1100]:
+        return estimate_pdf(text) if len(text) <= room else PDF_TOKENS
+    if has_blanks:
+        return None
     if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
         return None
-    width, height = image_size(start) or (IMAGE_TOKENS, 750)
+    width, height = image_size(start) or (IMAGE_TOKENS, PIXELS_A_TOKEN)
     if len(text) // 4 * 3 > width * height * 8 + (64 << 10):  # more bytes than pixels can have: its size is a lie
-        return IMAGE_TOKENS
-    return min(IMAGE_TOKENS, width * height // 750 + 1)  # 750 pixels a token
+        return estimate_image(IMAGE_TOKENS, PIXELS_A_TOKEN, family)
+    return estimate_image(width, height, family)
 
 
 ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
@@ -5301,15 +5422,19 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
                 yield from attachments(memoryview(b"[%b]" % text if text[:1] == b"{" else text), budget, depth + 1)
 
 
-def token_rate(body: bytes, has_attachments: bool) -> float:
-    """Tokens per byte of a body's text, 0.25 to 1; beside attachments, samples that look like base64 are left out."""
+def token_rate(body: bytes, attached: int = 0) -> float:
+    """Tokens per byte of a body's text, 0.25 to 1, `attached` bytes of it left out.
+
+    Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
+    """
     text = body
-    if has_attachments or len(body) > SAMPLES * SAMPLE_SIZE:
+    if attached or len(body) > SAMPLES * SAMPLE_SIZE:
         step = max(SAMPLE_SIZE, len(body) // SAMPLES)
         starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
         samples = [body[start : start + SAMPLE_SIZE] for start in starts]
-        if has_attachments:
-            samples = [sample for sample in samples if not BASE64_ONLY.fullmatch(sample)]
+        if attached:
+            samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
+            del samples[: round(len(samples) * attached / len(body))]
         text = b"".join(samples)
     if not text:
         return 0.25
@@ -5320,23 +5445,27 @@ def token_rate(body: bytes, has_attachments: bool) -> float:
     return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
 
 
-def estimate_input(body: bytes, conversation: Raw, kind: str) -> int:
+def estimate_input(body: bytes, conversation: Raw, route: Route, model: str) -> int:
     """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
 
     `conversation` is the list of messages or input items within it. A byte of text is at least a quarter of a token.
     """
-    text_bytes, tokens = len(body), 0
-    parts = b"" if conversation is msgspec.UNSET else bytes(conversation)
-    has_attachments = any(mark in parts for mark in ATTACHMENT_MARKS[kind])
-    if has_attachments:
-        found = attachments(memoryview(parts), iter(range(MAX_PARTS)))
-        for text, most in itertools.islice(found, MAX_ATTACHMENTS):
-            if not text:
-                tokens += most
-            elif len(text) > MIN_ATTACHMENT and (cost := estimate_attachment(text[1:-1])) is not None:
-                tokens += min(cost, most)
-                text_bytes -= len(text)
-    return tokens + math.ceil(text_bytes * token_rate(body, has_attachments))
+    text_bytes, tokens, room = len(body), 0, MAX_COUNTED_PDF
+    for mark in ATTACHMENT_MARKS[route.kind]:
+        if mark in body and conversation is not msgspec.UNSET:
+            family = "" if route.api == "anthropic" else "tiled" if matches(TILED_IMAGES, model) else "openai"
+            found = attachments(memoryview(bytes(conversation)), iter(range(MAX_PARTS)))
+            for text, most in itertools.islice(found, MAX_ATTACHMENTS):
+                if family == "tiled" and most == IMAGE_TOKENS:
+                    most = TILED_IMAGE_TOKENS
+                if not text:
+                    tokens += most
+                elif (cost := estimate_attachment(text[1:-1], family, room)) is not None:
+                    tokens += min(cost, most)
+                    text_bytes -= len(text)
+                    room -= len(text) * (most == PDF_TOKENS)
+            break
+    return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
 
 def read_most(value: Raw) -> float:
@@ -5693,7 +5822,7 @@ def read_request(call: Call) -> None:
         call.includes_usage = asks_for_usage(peek.stream_options)
     call.bytes_up = len(call.body)
     conversation = peek.input if call.route.kind == "responses" else peek.messages
-    call.input_estimate = estimate_input(call.body, conversation, call.route.kind)
+    call.input_estimate = estimate_input(call.body, conversation, call.route, model)
     call.max_output = max_output(call.route, peek)
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}

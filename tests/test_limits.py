@@ -7,8 +7,10 @@ import base64
 import json
 import math
 import os
+import random
 import re
 import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +44,12 @@ CHOICES = [{"index": 0, "message": {"role": "assistant", "content": "hi"}, "fini
 CHAT_SPENDS = json_body({"id": "c1", "object": "chat.completion", "model": "m", "choices": CHOICES, "usage": USAGE})
 
 
-def estimate_of(body: object, kind: str = "messages") -> int:
+def estimate_of(body: object, kind: str = "messages", model: str = "m") -> int:
     """What a request is estimated at."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = g.PEEK_DECODER.decode(data)
-    return g.estimate_input(data, fields.input if kind == "responses" else fields.messages, kind)
+    (route,) = [route for route in g.ROUTES.values() if route.kind == kind]
+    return g.estimate_input(data, fields.input if kind == "responses" else fields.messages, route, model)
 
 
 INPUT = estimate_of(HELLO)
@@ -483,6 +486,8 @@ def test_images_are_estimated_by_their_size(name, wrapped):
     """
     start, tokens = IMAGES[name]
     kind, block = WRAPPED[wrapped]
+    if kind != "messages":
+        tokens = min(5000, math.ceil(tokens * 2.5) + 300)
 
     estimate = estimate_of(request_with(kind, block % base64.b64encode(start + FILLING).decode()), kind)
 
@@ -526,32 +531,133 @@ def test_text_is_never_an_image(name):
     assert estimate_of(body) >= (len(body) / 4 if BEHIND_A_PNG[name] else g.IMAGE_TOKENS)
 
 
-def pdf(pages: int, objects: bytes = b"") -> str:
-    """As much of a PDF as its estimate looks at, in base64."""
-    page = b"<< /Type /Page /Parent 1 0 R >>\n"
-    return base64.b64encode(b"%PDF-1.7\n" + b"%" * g.MIN_ATTACHMENT + page * pages + objects).decode()
+def stream(data: bytes, fields: bytes = b"/Filter/FlateDecode") -> bytes:
+    """A stream of a PDF."""
+    return b"<<%b/Length %d>>\nstream\n%b\nendstream endobj " % (fields, len(data), data)
 
 
-@pytest.mark.parametrize(
-    ("document", "tokens"),
-    [
-        (pdf(3), 13_500),
-        (pdf(200), 900_000),
-        (pdf(600), 1_000_000),
-        (pdf(0, b"/Type /ObjStm"), 250_000),
-        (pdf(1, b"/Type /ObjStm"), 250_000),
-        (pdf(0, b"\x01" * 30_000), 250_000),
-        (pdf(2, b"\x01" * 4_000_000), 250_000),
-    ],
-    ids=["three", "many", "more than a context", "packed", "partly packed", "none to be seen", "large"],
-)
-def test_a_pdf_counts_by_its_pages(document, tokens):
+def pdf(*objects: bytes, start: bytes = b"%PDF-1.7\n") -> str:
+    """A PDF of some objects, numbered from 1, in base64."""
+    numbered = b"".join(b"%d 0 obj%b endobj\n" % (i, data) for i, data in enumerate(objects, 1))
+    return base64.b64encode(start + numbered + b"%%EOF").decode()
+
+
+PAGE = b"<</Type /Page /Parent 1 0 R>>"
+SEVEN_PAGES = b"".join(b"<</Type/Page/Contents %d 0 R>>" % i for i in range(7))
+SHOWN = zlib.compress(b"(a word or two) Tj " * 20_000)  # 380 KB
+SIX_HUNDRED = b"<</Type /Pages /Kids [" + b"3 0 R " * 600 + b"]>>"
+TREE = [b"<</Kids [2 0 R 3 0 R]>>", b"<</Kids [4 0 R]>>", b"<</Kids[4 0 R]>>", PAGE]
+PDFS = {
+    "three pages": (pdf(*[PAGE] * 3), 13_500),
+    "many": (pdf(*[PAGE] * 200), 900_000),
+    "more than a context": (pdf(*[PAGE] * 600), 1_000_000),
+    "small": (pdf(PAGE), 4_500),
+    "pages without a type, named by their parent": (pdf(b"<</Kids [2 0 R 3 0 R 4 0 R]>>"), 13_500),
+    "packed": (pdf(stream(zlib.compress(SEVEN_PAGES), b"/Type/ObjStm/Filter/FlateDecode")), 31_500),
+    "partly packed": (pdf(PAGE, stream(zlib.compress(SEVEN_PAGES), b"/Filter/FlateDecode/Type/ObjStm")), 36_000),
+    "with much text": (pdf(PAGE, stream(SHOWN)), 95_000),
+    "with much text in ASCII85": (
+        pdf(PAGE, stream(base64.a85encode(SHOWN, adobe=True)[2:], b"/Filter [/ASCII85Decode /FlateDecode]")),
+        95_000,
+    ),
+    "with much plain text": (pdf(PAGE, stream(zlib.decompress(SHOWN), b"")), 95_000),
+    "with an image": (pdf(PAGE, stream(b"\0" * 9000, b"/Subtype/Image/Filter/DCTDecode")), 4_500),
+    "edited: a new version of an object behind the old": (
+        pdf(b"<</Kids[2 0 R]>>", PAGE, b"%%EOF 1 0 obj<</Kids[2 0 R 9 0 R]>>"),
+        13_500,
+    ),
+    "one page named 600 times": (pdf(SIX_HUNDRED, PAGE), 1_000_000),
+    "a part named twice": (pdf(*TREE), 1_000_000),
+    "a content named twice": (pdf(*[b"<</Type/Page/Contents 9 0 R>>"] * 2), 1_000_000),
+    "kids elsewhere": (pdf(b"<</Type/Pages/Kids 2 0 R>>", b"[3 0 R 3 0 R]", PAGE), 1_000_000),
+    "a name with escapes": (pdf(PAGE, b"<</Type/P#61ge>>"), 1_000_000),
+    "something before it": (pdf(PAGE, start=b"x%PDF-1.7\n"), 1_000_000),
+    "no page to be seen": (pdf(b"\x01" * 30_000), 1_000_000),
+    "packed in another way": (pdf(PAGE, stream(b"\x80\0", b"/Type/ObjStm/Filter/LZWDecode")), 1_000_000),
+    "text in another encoding": (pdf(PAGE, stream(b"\x80\0", b"/Filter/LZWDecode")), 1_000_000),
+    "a stream without an end": (pdf(PAGE, b"<<>>\nstream\n(a) Tj"), 1_000_000),
+    "text that inflates to 100 MB": (pdf(PAGE, stream(zlib.compress(b"(a) Tj " * 14_000_000, 1))), 1_000_000),
+    "too large to be read": (pdf(PAGE, b"\x01" * g.MAX_COUNTED_PDF), 1_000_000),
+}
+
+
+@pytest.mark.parametrize("name", PDFS)
+def test_a_pdf_counts_by_its_pages_and_its_text(name):
     """
     600 pages that share one content are 57 KB, and cost up to 2 million tokens: 50 such calls were $225 on $1 a day.
     """
+    document, tokens = PDFS[name]
     block = WRAPPED["anthropic"][1].replace('"image"', '"document"')
 
     assert estimate_of(request_with("messages", block % document)) == pytest.approx(tokens, abs=500)
+
+
+@pytest.mark.parametrize("cut", ["\\n", "\\r\\n", " ", "\\u000a"])
+def test_base64_may_be_broken_into_lines(cut):
+    """
+    Servers look past white space: a PDF or an image with a line break counted as its few bytes of text.
+    """
+    document, image = pdf(*[PAGE] * 20), base64.b64encode(PNG + struct.pack(">II", 1500, 1500)).decode()
+    as_document = WRAPPED["anthropic"][1].replace('"image"', '"document"')
+
+    broken = [text[:20] + cut + text[20:] for text in (document, image)]
+    if cut == " ":  # so text would have: an image has none
+        assert estimate_of(request_with("messages", WRAPPED["anthropic"][1] % (broken[1] + " word" * 9000))) > 11_000
+        broken[1] = image
+
+    assert estimate_of(request_with("messages", as_document % broken[0])) >= 90_000
+    assert 3000 <= estimate_of(request_with("messages", WRAPPED["anthropic"][1] % broken[1])) < 3200
+
+
+def test_many_pdfs_cost_as_much_time_as_one():
+    """
+    Of one request so many bytes are looked into; the rest counts as the largest context each.
+    """
+    block = WRAPPED["anthropic"][1].replace('"image"', '"document"') % pdf(
+        PAGE, b"% " + b"x" * (g.MAX_COUNTED_PDF // 2)
+    )
+
+    assert estimate_of(request_with("messages", ",".join([block] * 3))) == pytest.approx(2_004_500, abs=500)
+
+
+def test_noise_beside_an_attachment_counts_as_what_it_is():
+    """
+    Only so large a share of the samples is left out as the attachments had: one word had hidden 1 MB of noise.
+    """
+    noise = base64.b64encode(random.Random(1).randbytes(600_000)).decode()
+    image = WRAPPED["anthropic"][1] % base64.b64encode(PNG + struct.pack(">II", 100, 100) + bytes(30_000)).decode()
+    text = f'{{"type":"text","text":"{noise}"}}'
+
+    alone, beside = (estimate_of(request_with("messages", blocks)) for blocks in (text, f"{image},{text}"))
+
+    assert beside == pytest.approx(alone, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "least", "most"),
+    [
+        ("gpt-4o-mini", (512, 512), 8500, 50_000),
+        ("gpt-4o-mini-2024-07-18", (2048, 768), 48_100, 50_000),
+        ("gpt-4o", (513, 513), 765, 1500),
+        ("gpt-4o", (2048, 768), 1445, 5200),
+        ("gpt-4.1-mini", (1024, 1024), 1659, 5200),
+        ("gpt-5-nano", (1024, 1536), 3779, 5200),
+        ("gpt-5", (32, 32), 85, 500),
+    ],
+)
+@pytest.mark.parametrize("wrapped", ["chat", "responses"])
+def test_images_of_openais_models_count_by_their_family(wrapped, model, size, least, most):
+    """
+    Tiles of 512 pixels, or patches of 32; those of gpt-4o-mini cost 33 times as much (OpenAI's guide to images).
+    """
+    kind, block = WRAPPED[wrapped]
+    image = base64.b64encode(PNG + struct.pack(">II", *size) + FILLING).decode()
+
+    estimate = estimate_of(request_with(kind, block % image), kind, model) - text_estimate(kind, block)
+
+    assert least <= estimate <= most
+    by_url = block.replace("data:image/png;base64,", "") % "https://x.test/a.png"
+    assert estimate_of(request_with(kind, by_url), kind, model) >= least
 
 
 @pytest.mark.parametrize("kind", ['"text"', '"te\\u0078t"', '"content"', '"unknown"', "5"])
