@@ -9209,7 +9209,7 @@ class Exchange:
         """Whether the ledger wants the rest of an answer: by itself where a limit would be evaded by leaving early."""
         how = attempt.upstream.on_disconnect
         if how == "auto":
-            return self.call.key.spends
+            return self.call.key.spends and attempt.meter.charged
         return how == "drain"
 
     @property
@@ -9318,7 +9318,7 @@ class Relay:
         self.upstreams = Upstreams(clock, pace)
         self.names = Names(clock)
         self.running: set[Exchange] = set()
-        self.drains: Counter[str] = Counter()  # answers that are read on for nobody, by the key's name
+        self.drains: dict[str, list[Exchange]] = {}  # that are read on for nobody, by the key's name, the oldest first
         self._without_usage: dict[tuple[tuple[str, str | None, str | None, bool], str], float] = {}  # until, by model
         self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
 
@@ -9579,23 +9579,30 @@ class Relay:
     def begin_drain(self, exchange: Exchange) -> bool:
         """Take a place for an answer that is read on for nobody; False if there is none for its key.
 
-        A key may have no more places than are still free (see `BodyMemory`). Its first two drains give their slots
-        back, so that whoever asks again does not wait for what it left; any other keeps counting in `concurrent`.
+        A key may have no more places than are still free (see `BodyMemory`).
         """
-        name = exchange.call.key.name
-        own = self.drains[name]
-        if own >= self.pace.drain_calls - self.drains.total():
+        own = self.drains.get(exchange.call.key.name, [])
+        if len(own) >= self.pace.drain_calls - sum(map(len, self.drains.values())):
             return False
-        self.drains[name] = own + 1
-        if own < self.pace.free_drains:
-            exchange.call.reservation.return_slots()
+        own.append(exchange)
+        self.drains[exchange.call.key.name] = own
+        self._free_slots(own)
         return True
 
     def _end_drain(self, exchange: Exchange) -> None:
-        name = exchange.call.key.name
-        self.drains[name] -= 1
-        if not self.drains[name]:
-            del self.drains[name]
+        own = self.drains[exchange.call.key.name]
+        own.remove(exchange)
+        self._free_slots(own)
+        if not own:
+            del self.drains[exchange.call.key.name]
+
+    def _free_slots(self, own: list[Exchange]) -> None:
+        """Give back the slots of a key's two oldest drains, so that whoever asks again does not wait for what it left.
+
+        Any other keeps counting in `concurrent`, until one of these ends.
+        """
+        for exchange in own[: self.pace.free_drains]:
+            exchange.call.reservation.return_slots()
 
     def check(self, stood_s: float = 0.0) -> None:
         """Look at every running call's deadlines; a bug in one ends that call.

@@ -1052,6 +1052,26 @@ async def test_each_of_an_upstreams_keys_is_left_alone_on_its_own(start_gateway,
     caplog.clear()
 
 
+async def test_a_wait_for_an_upstream_is_longer_by_the_time_for_which_the_loop_stood_still(start_gateway, upstreams):
+    """
+    Nobody is told that all upstreams are full because the gateway itself was held up.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "wait: 5s", more={"a": ", max_concurrent: 1"}))
+    released = asyncio.Event()
+    upstreams["a"].script = [wait_for(released), *stream_of("a")]
+    first = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(0)))
+    await upstreams["a"].request_came()
+    second = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
+    await until(lambda: len(gateway.gateway.relay.running) == 2)
+    await until(lambda: gateway.gateway.relay.upstreams._seekers())
+
+    gateway.clock.advance(30)
+    gateway.gateway.tick(30.0)
+    released.set()
+
+    assert [(await asking).texts for asking in (first, second)] == [["a"]] * 2
+
+
 async def test_a_full_upstream_leaves_the_rest_to_others_and_then_lets_them_wait_in_turn(start_gateway, upstreams):
     """
     `max_concurrent` bounds the calls of one key; above it others are asked, and then the oldest is first.

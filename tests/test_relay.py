@@ -654,6 +654,11 @@ async def test_whoever_left_an_answer_may_ask_again_while_it_is_heard_out(start_
     assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
 
 
+def drained(gateway) -> int:
+    """How many answers are read on for the ledger alone."""
+    return sum(exchange.is_draining for exchange in gateway.gateway.relay.running)
+
+
 async def gateway_sees_it_gone(gateway) -> None:
     """Wait until no exchange has a client any more."""
     await until(lambda: not (any(exchange.sink for exchange in gateway.gateway.relay.running)))
@@ -760,7 +765,7 @@ async def test_a_keys_third_drain_counts_as_a_running_call(start_gateway, upstre
     for drains in range(1, 5):
         client = await start_stream(gateway)
         client.abort()
-        await until(lambda drains=drains: relay.drains.total() == drains)
+        await until(lambda drains=drains: drained(gateway) == drains)
 
     holds = sorted(exchange.call.reservation.slots > 0 for exchange in relay.running)
     assert holds == [False, False, True, True]
@@ -768,6 +773,52 @@ async def test_a_keys_third_drain_counts_as_a_running_call(start_gateway, upstre
     await gateway.settled()
     assert not relay.drains
     assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+
+
+async def test_when_a_drain_ends_another_one_of_its_key_counts_no_longer(start_gateway, upstream):
+    """
+    Two of a key's drains are free, whichever they are: who left four may ask again when two of them have ended.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, concurrent: 2}"))
+    go_on = [asyncio.Event() for _ in range(4)]
+    begin = [head(200, SSE), message_start(input_tokens=12), text("Hel")]
+    rest = [message_delta(output_tokens=7), message_stop(), end()]
+    upstream.scripts = [*([*begin, wait_for(step), *rest] for step in go_on), HELLO_SCRIPT]
+    for count in range(1, 5):
+        client = await start_stream(gateway)
+        client.abort()
+        await until(lambda count=count: drained(gateway) == count)
+
+    for step in go_on[:2]:
+        step.set()
+    await until(lambda: drained(gateway) == 2)
+    async with asyncio.timeout(1):
+        again = await gateway.post("/v1/messages", HELLO_STREAM)
+    for step in go_on[2:]:
+        step.set()
+    await gateway.settled()
+
+    assert again.texts == ["Hello", " world"]
+    assert not gateway.gateway.relay.drains
+    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+
+
+async def test_a_count_that_costs_nothing_is_not_heard_out(start_gateway, upstream):
+    """
+    count_tokens evades no limit: it takes no place from the answers that do, and is cancelled at once.
+    """
+    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20}"))
+    upstream.script = [stall()]
+    client = await gateway.connect()
+    count = request_bytes("POST", "/v1/messages/count_tokens", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+    await client.send(count)
+    await upstream.request_came()
+
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+
+    assert drained(gateway) == 0
+    await gateway.settled()
 
 
 async def test_one_key_cannot_take_all_places_for_drains(start_gateway, upstream):
@@ -782,7 +833,7 @@ async def test_one_key_cannot_take_all_places_for_drains(start_gateway, upstream
     await gateway_sees_it_gone(gateway)
     await until(lambda: len(gateway.gateway.relay.running) == 2)
 
-    assert gateway.gateway.relay.drains.total() == 2
+    assert drained(gateway) == 2
 
 
 async def test_only_so_many_answers_are_drained_at_once(start_gateway, upstream):
