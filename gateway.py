@@ -9191,10 +9191,10 @@ class Exchange:
             self._leave()
 
     def _leave(self) -> None:
-        """End a call whose client is gone. Where a limit holds, what was not heard counts as what was reserved."""
+        """End a call whose client is gone. Where a limit holds, an end not heard counts as what was reserved."""
         attempt = self.attempt
         if attempt and attempt.line and self.call.key.spends and self._hears_out(attempt):
-            attempt.meter.is_unread = True
+            attempt.meter.is_unread |= not attempt.meter.finished
         self.end(self._for_ledger(Outcome("client_gone", self.status)))
 
     def _drain_limits(self) -> tuple[float, float]:

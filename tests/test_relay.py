@@ -735,6 +735,31 @@ async def test_an_answer_not_heard_out_is_booked_with_its_reserved_output(start_
     assert reserved > 10
 
 
+@pytest.mark.parametrize("drain_calls", [64, 0], ids=["heard out", "no place"])
+async def test_an_answer_that_came_to_its_end_without_usage_costs_its_text(start_gateway, upstream, drain_calls):
+    """
+    Its client has left with the terminal event, the line stays open: nothing is missing that would count as reserved.
+    """
+    text_of = limited(upstream.url, "{tokens/month: 1M}", ", format: openai, include_usage: false")
+    gateway = await start_gateway(text_of, g.Pace(drain_calls=drain_calls))
+    upstream.script = [head(200, SSE), chat_chunk("x" * 40), chat_done(), stall()]
+    client = await gateway.connect()
+    request = json.dumps(HELLO_STREAM).encode()
+    await client.send(request_bytes("POST", "/v1/chat/completions", {"x-api-key": KEY}, request))
+    await client.read_until(b"[DONE]")
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+
+    gateway.tick(seconds=11)
+    await gateway.settled()
+
+    assert ledger_line(gateway.entries()[0], "outcome", "output_tokens", "estimated") == {
+        "outcome": "completed",
+        "output_tokens": 10,
+        "estimated": True,
+    }
+
+
 async def test_a_client_that_never_reads_is_heard_out_like_one_that_left(start_gateway, upstream):
     """
     Its connection is cut after `idle`, and the rest of the answer is read for the ledger.
