@@ -342,6 +342,8 @@ def printable(text: str, most: int = 128) -> str:
 
     What is not to be seen (control characters, line breaks, what turns the direction of writing) becomes `�`.
     """
+    if len(text) <= most and text.isprintable():
+        return text
     text = text[:most]
     return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
 
@@ -360,6 +362,9 @@ class Besides(NamedTuple):
     extras: tuple[tuple[str, int], ...] = ()  # what is billed by the piece, and how many of it
     write: str = ""  # the price of its input, where that is written to a cache: a field of `Price`
     has_stored: bool = False  # it refers to input that lies upstream
+
+
+NOTHING_BESIDES = Besides()
 
 
 class Call:
@@ -4651,7 +4656,7 @@ class Limits:
 
     def _expected_price(self, call: Call, input_tokens: int) -> Price:
         """The dearest of those who may serve a call, as far as is known; `input` is what its input costs at most."""
-        config, besides = call.config, call.besides or Besides()
+        config, besides = call.config, call.besides or NOTHING_BESIDES
         if not (call.besides or call.premiums or len(call.servings) > 1 or call.upstream_model in self._served):
             return config.price(call.upstream_model).at(input_tokens)  # as most calls are
         names = {call.upstream_model, *(serving.model for serving in call.servings), *besides.models}
@@ -5127,13 +5132,14 @@ def session_of(metadata: Raw) -> str:
 #
 # A byte ÷ 4 holds for English alone. Bytes are counted by class: Chinese is about 1.5 tokens for the 3 bytes of a
 # character, code is full of signs that are tokens of their own, and base64 or hexadecimal noise has a token for every
-# 1.5 to 2 characters. Of a large body 32 samples are counted, from places that a client cannot know.
+# 1.5 to 2 characters. Of a larger body a sample is counted, from places that a client cannot know.
 # What is left over is learnt from the answers, per key and model (`InputRatios`).
 
 SMALL_LETTERS = b"abcdefghijklmnopqrstuvwxyz \t\r\n"  # words, and white space: a quarter of a token for each
 CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # one token: 3 % of a text, 40 % of base64
 CAPITALS_AND_DIGITS = CAPITALS + b"0123456789"  # a digit: three quarters; any other byte, sign or script: a half
-SAMPLES, SAMPLE_SIZE = 32, 256
+SAMPLED_BYTES = 256  # at least: single bytes from all over a body
+SAMPLES, SAMPLE_SIZE = 32, 256  # beside attachments
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
 PIXELS_A_TOKEN = 750  # (platform.claude.com/docs, "Vision")
@@ -5427,15 +5433,15 @@ def token_rate(body: bytes, attached: int = 0) -> float:
 
     Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
     """
-    text = body
-    if attached or len(body) > SAMPLES * SAMPLE_SIZE:
+    if attached:
         step = max(SAMPLE_SIZE, len(body) // SAMPLES)
         starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
         samples = [body[start : start + SAMPLE_SIZE] for start in starts]
-        if attached:
-            samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
-            del samples[: round(len(samples) * attached / len(body))]
-        text = b"".join(samples)
+        samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
+        text = b"".join(samples[round(len(samples) * attached / len(body)) :])
+    else:
+        step = len(body) // SAMPLED_BYTES or 1
+        text = body[int(random.random() * step) :: step]
     if not text:
         return 0.25
     rest = text.translate(None, SMALL_LETTERS)
@@ -5470,6 +5476,9 @@ def estimate_input(body: bytes, conversation: Raw, route: Route, model: str) -> 
 
 def read_most(value: Raw) -> float:
     """A count that a request allows; infinite where it is no number that all servers read alike, such as "8000"."""
+    text = bytes(cast(msgspec.Raw, value))
+    if text.isdigit() and len(text) < 16:  # as most are
+        return int(text)
     count = decode_short(value, int, -1)
     return count if count >= 0 else math.inf
 
@@ -5712,28 +5721,62 @@ class BilledTool(msgspec.Struct, gc=False):
 USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1}
 MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
-MODEL_FIELD = re.compile(rb'models?"\s*:\s*["\[]')  # in small letters
-BILLED_TYPE = re.compile(rb'"(?:%b)' % "|".join(EXTRAS).encode())
-MAX_ESCAPES = 100_000  # that are looked at, 50 ns each; with more of them a body counts as if it hid something
+# Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
+CLIENTS_OWN = (b'"function"', b'"custom"', b"null")
+MAX_PLAIN_TOOLS = 256 << 10  # bytes of tools that are decoded at once, into 100 bytes for each
+MAX_SEARCHED = 16 << 10  # bytes of a body in which escapes are looked for: 0.1 ms for each 100 KB
 # A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
 ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
+
+
+class ToolKind(msgspec.Struct, gc=False):
+    """What tells of a tool whether the client runs it itself, without a model of its own."""
+
+    type: Raw = msgspec.UNSET
+    model: Raw = msgspec.UNSET
+    advisor: Raw = msgspec.UNSET
+
+
+TOOLS_DECODER = msgspec.json.Decoder(list[ToolKind] | None)
+
+
+def are_clients_own(tools: Raw) -> bool:
+    """Whether all tools of a request are run by its client, as far as that is seen at once."""
+    if tools is msgspec.UNSET or len(tools) > MAX_PLAIN_TOOLS:
+        return tools is msgspec.UNSET
+    try:
+        kinds = TOOLS_DECODER.decode(tools) or ()
+    except UNREADABLE:
+        return False
+    return not any((kind.type and bytes(kind.type) not in CLIENTS_OWN) or kind.model or kind.advisor for kind in kinds)
+
+
+def is_escaped(body: bytes) -> bool:
+    """Whether JSON's escapes may hide a name in a body; a large one with any escape counts so."""
+    return b"\\u00" in body and (len(body) > MAX_SEARCHED or ESCAPED.search(body) is not None)
 
 
 PLAIN_MARK = re.compile(rb'"cache_control"\s*:\s*(?:null|\{(?:[^{}"]|"\w*")*+\})')
 MAX_MARKS = 64  # of prompt caching, which are looked at; the API allows 4
 
 
-def writes_for_an_hour(body: bytes) -> bool:
-    """Whether a mark of prompt caching has "1h", or is none that can be read so plainly."""
+def cache_write(body: bytes) -> str:
+    """The price at which a request's input may be written to a cache, a field of `Price`; "" where it asks for none.
+
+    A mark of prompt caching that has "1h", or cannot be read plainly, counts as an hour. Where escapes may hide marks
+    of a large body, and there are no others, they count as the usual ones.
+    """
     at = body.find(b'"cache_control"')
+    if at < 0:
+        return "cache_write_5m" if len(body) > MAX_SEARCHED and b"\\u00" in body else ""
     for _ in range(MAX_MARKS):
-        if at < 0:
-            return False
         mark = PLAIN_MARK.match(body, at)
         if mark is None or b'"1h"' in mark[0]:
-            return True
+            return "cache_write_1h"
         at = body.find(b'"cache_control"', mark.end())
-    return True
+        if at < 0:
+            return "cache_write_5m"
+    return "cache_write_1h"
 
 
 def read_uses(value: Raw) -> int | None:
@@ -5767,34 +5810,31 @@ def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) ->
     return runs, extras
 
 
-def read_besides(call: Call, peek: RequestPeek) -> Besides:
-    """Find what a request may be billed for beside its text and its answer. Raises BadRequest.
+def read_besides(call: Call, peek: RequestPeek, write: str) -> Besides | None:
+    """Find what a request may be billed for beside its text and its answer; None for nothing. Raises BadRequest.
 
-    Tools are walked only where their text has what looks like a model or a hosted tool, or escapes that could hide it.
+    `write` is the price of its input in a cache. Tools are walked only where one is not the client's own.
     """
-    body, write, is_escaped = call.body, "", False
-    if b"\\u00" in body:
-        is_escaped = body.count(b"\\u00") > MAX_ESCAPES or ESCAPED.search(body) is not None
-    if is_escaped or b'"cache_control"' in body:
-        write = "cache_write_1h" if is_escaped or writes_for_an_hour(body) else "cache_write_5m"
     stored = (peek.previous_response_id, peek.conversation, peek.prompt)
     has_stored = call.route.kind == "responses" and (
-        any(value and not has_value(value, b"null") for value in stored) or is_escaped or b"item_reference" in body
+        any(value and not has_value(value, b"null") for value in stored)
+        or b"item_reference" in call.body
+        or is_escaped(call.body)
     )
-    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
-    is_large = len(tools) > MAX_MODEL_PLACES
-    may_name = (is_escaped, is_large, peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
     found: list[NamedModel] = []
-    if any(may_name) or peek.content_policy_fallbacks or MODEL_FIELD.search(tools.lower()):
+    runs, extras, are_plain = 0, Counter[str](), are_clients_own(peek.tools)
+    may_name = (peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
+    if not are_plain or any(may_name) or peek.content_policy_fallbacks:
         found = list(other_models(peek))
-    runs, extras = 0, Counter[str]()
-    if is_large:
+    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
+    if len(tools) > MAX_MODEL_PLACES:
         extras["web_search"] = MOST_USES
-    elif found or is_escaped or BILLED_TYPE.search(tools):
+    elif found or not are_plain:
         runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
     names = {model.name for model in found if not model.expected}
     is_unclear = any(model.expected for model in found)
-    return Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
+    besides = Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
+    return None if besides == NOTHING_BESIDES else besides
 
 
 def read_request(call: Call) -> None:
@@ -5827,21 +5867,18 @@ def read_request(call: Call) -> None:
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
         call.premiums = tuple((field, word) for field, word in asked.items() if word)
+    write = cache_write(call.body)
     if (
-        peek.tools
+        write
+        or peek.tools
         or peek.models
         or peek.plugins
         or peek.fallbacks
         or peek.context_window_fallbacks
         or peek.content_policy_fallbacks
-        or peek.previous_response_id
-        or peek.conversation
-        or peek.prompt
-        or b'"cache_control"' in call.body
-        or (b"\\" in call.body and b"\\u00" in call.body)
-        or (call.route.kind == "responses" and b"item_reference" in call.body)
+        or call.route.kind == "responses"
     ):
-        call.besides = read_besides(call, peek)
+        call.besides = read_besides(call, peek, write)
     call.session = find_session(call, peek)
 
 
@@ -10890,9 +10927,10 @@ class ClientConnection(asyncio.Protocol):
             return None
         method = self._parser.get_method()
         self._version, self._named = self._parser.get_http_version(), first_values(self._headers)
-        is_websocket = method == b"GET" and self._named.get(b"upgrade", b"").lower() == b"websocket"
-        if self._parser.should_upgrade() and method != b"CONNECT" and not is_websocket:
-            return None  # `_ignore_upgrade` follows
+        if self._parser.should_upgrade() and method != b"CONNECT":
+            is_websocket = method == b"GET" and self._named.get(b"upgrade", b"").lower() == b"websocket"
+            if not is_websocket:
+                return None  # `_ignore_upgrade` follows
         self._keep_alive = self._parser.should_keep_alive()
         try:
             self._check_head()
