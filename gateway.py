@@ -246,7 +246,8 @@ class Pace(NamedTuple):
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
-    body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
+    body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s` …
+    wanted_body_s: float = 5.0  # … or its first seconds, while another key's call waits for the slot that it holds
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
     leave_s: float = 10.0  # … at most so long
@@ -4200,6 +4201,10 @@ class WaitQueue(Generic[W]):
         self.remove(dropped)
         return dropped
 
+    def has_other(self, key: str) -> bool:
+        """Whether a call of any other key waits."""
+        return len(self._by_key) > (1 if key in self._by_key else 0)
+
     def first(self) -> W:
         """Whose turn it is."""
         return next(iter(next(iter(self._by_key.values()))))
@@ -4315,6 +4320,11 @@ class Reservation:
     def full(self) -> tuple[Budget, Scope]:
         """The budget whose slot is the next that it needs."""
         return self.scopes[self.slots]
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a call of another key waits for a slot that this one holds."""
+        return self._limits.is_wanted(self)
 
     def hold_body(self, size: int) -> None:
         """Hold so many bytes (more) for the body. Raises TooLarge or Unavailable."""
@@ -4465,6 +4475,12 @@ class Limits:
     def waiting(self) -> int:
         """Calls that wait for a slot."""
         return sum(map(len, self._queues.values())) if self._queues else 0
+
+    def is_wanted(self, reservation: Reservation) -> bool:
+        """Whether a call of another key waits for a slot that a reservation holds."""
+        key = reservation.call.key.name
+        held = reservation.scopes[: reservation.slots]
+        return any(scope in self._queues and self._queues[scope].has_other(key) for _, scope in held)
 
     def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]], units: Sequence[str]) -> None:
         """Refuse one more call where a limit in one of these units is used up, or holds no request more.
@@ -11192,10 +11208,15 @@ class ClientConnection(asyncio.Protocol):
                 self._close()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
-        elif self._state is State.BODY and age > pace.body_s + self._body_size / pace.body_bytes_s:
+        elif self._state is State.BODY and age > self._body_patience(pace):
             self._reject(RequestTimeout("The request's body came too slowly."))
         elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
+
+    def _body_patience(self, pace: Pace) -> float:
+        """Seconds from its head in which a body must have come as far as it has."""
+        is_wanted = self._call is not None and self._call.reservation.is_wanted
+        return (pace.wanted_body_s if is_wanted else pace.body_s) + self._body_size / pace.body_bytes_s
 
     @property
     def is_answering(self) -> bool:

@@ -1065,6 +1065,34 @@ async def test_a_wait_is_longer_by_the_time_for_which_the_loop_stood_still(start
     running.cancel()
 
 
+@pytest.mark.parametrize("waits", ["bob", "alice", ""])
+async def test_a_body_that_drips_holds_no_slot_that_another_key_waits_for(start_gateway, upstream, waits):
+    """
+    One key's unfinished bodies do not keep its team from working: within seconds they give way.
+    """
+    upstream.script = [*SPENDS]
+    gateway = await start_gateway(config(upstream.url, team="concurrent: 2"))
+    drips = [await gateway.connect() for _ in range(2)]
+    for drip in drips:
+        await drip.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "1000"}) + b"{")
+    await until(lambda: sum(scope.running for scope in gateway.gateway.limits._scopes.values()) >= 4)
+    waiting = post(gateway, BOB if waits == "bob" else KEY) if waits else None
+    await until(lambda: gateway.gateway.limits.waiting == bool(waits))
+
+    gateway.tick(6)
+    if waits == "bob":
+        assert (await waiting).status == 200
+    dripping = [connection._state for connection in gateway.door.connections].count(g.State.BODY)
+    gateway.tick(60)
+    statuses = [(await drip.answer()).status for drip in drips]
+    if waits == "alice":
+        await waiting
+
+    assert dripping == (1 if waits == "bob" else 2)
+    assert statuses == [408, 408]
+    await idle(gateway)
+
+
 async def test_a_queue_of_no_time_refuses_at_once(start_gateway, upstream):
     """
     `queue: 0s`: nobody waits.
