@@ -246,8 +246,8 @@ class Pace(NamedTuple):
     upstream_idle_s: float = 55.0  # kept-alive connections; common load balancers close at 60
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
-    body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s` …
-    wanted_body_s: float = 5.0  # … or its first seconds, while another key's call waits for the slot that it holds
+    body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
+    slow_body_s: float = 5.0  # a body that is not whole by then holds no slot until it is
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
     leave_s: float = 10.0  # … at most so long
@@ -4201,10 +4201,6 @@ class WaitQueue(Generic[W]):
         self.remove(dropped)
         return dropped
 
-    def has_other(self, key: str) -> bool:
-        """Whether a call of any other key waits."""
-        return len(self._by_key) > (1 if key in self._by_key else 0)
-
     def first(self) -> W:
         """Whose turn it is."""
         return next(iter(next(iter(self._by_key.values()))))
@@ -4295,7 +4291,18 @@ class Reservation:
     A context manager: leaving it gives everything back, whatever happened.
     """
 
-    __slots__ = ("_amounts", "_limits", "_memory", "_step", "body_bytes", "call", "scopes", "slots", "waiter")
+    __slots__ = (
+        "_amounts",
+        "_limits",
+        "_memory",
+        "_step",
+        "body_bytes",
+        "call",
+        "is_deferred",
+        "scopes",
+        "slots",
+        "waiter",
+    )
 
     def __init__(self, limits: Limits, memory: BodyMemory, call: Call) -> None:
         self._limits, self._memory = limits, memory
@@ -4304,6 +4311,7 @@ class Reservation:
         self.scopes = limits.scopes(call.key, call.route.kind)  # of the key, of its team, of the gateway
         self.slots = 0  # so many of the scopes, from the first on, have given it a slot
         self.waiter: Waiter[bool] | None = None  # where it had to wait for one
+        self.is_deferred = False  # it enters again when its body is whole
         self._step: int | None = None  # of the last minute: where its request counts
         self._amounts: dict[str, int] = {}
 
@@ -4320,11 +4328,6 @@ class Reservation:
     def full(self) -> tuple[Budget, Scope]:
         """The budget whose slot is the next that it needs."""
         return self.scopes[self.slots]
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether a call of another key waits for a slot that this one holds."""
-        return self._limits.is_wanted(self)
 
     def hold_body(self, size: int) -> None:
         """Hold so many bytes (more) for the body. Raises TooLarge or Unavailable."""
@@ -4350,7 +4353,18 @@ class Reservation:
             for unit, amount in amounts.items():
                 scope.reserved[unit] += amount
 
-    def release(self) -> None:
+    def defer(self) -> None:
+        """Give slots and request back: the body is slow. `Limits.admit` asks for them again once it is whole.
+
+        One key's bodies that dripped for a minute kept its whole team out, at no cost.
+        """
+        if self.slots < len(self.scopes):  # it is deferred already; or it waits, which has a deadline of its own
+            return
+        self.release(keeps_body=True)
+        self.waiter = None
+        self.is_deferred = True
+
+    def release(self, keeps_body: bool = False) -> None:
         """Give everything back. A second time there is nothing left to give."""
         step, self._step = self._step, None
         amounts, self._amounts = self._amounts, {}
@@ -4366,7 +4380,7 @@ class Reservation:
             self._limits.leave_queue(self)
         if self.slots:
             self.return_slots()
-        if self.call.headers or self.body_bytes:  # else it has let go at the first content
+        if not keeps_body and (self.call.headers or self.body_bytes):  # else it has let go at the first content
             self.call.let_go()
 
     def return_slots(self) -> None:
@@ -4442,6 +4456,8 @@ class Limits:
     1 runs, 1 has bob's slot and waits in the gateway's queue. One of alice's ends: her slot goes to her next call,
     which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
 
+    A call whose body is not whole after some seconds gives its slots back, and enters again when it is (`defer`).
+
     count_tokens is free and takes none of these slots. It has a few for each key, which are waited for likewise.
     """
 
@@ -4475,12 +4491,6 @@ class Limits:
     def waiting(self) -> int:
         """Calls that wait for a slot."""
         return sum(map(len, self._queues.values())) if self._queues else 0
-
-    def is_wanted(self, reservation: Reservation) -> bool:
-        """Whether a call of another key waits for a slot that a reservation holds."""
-        key = reservation.call.key.name
-        held = reservation.scopes[: reservation.slots]
-        return any(scope in self._queues and self._queues[scope].has_other(key) for _, scope in held)
 
     def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]], units: Sequence[str]) -> None:
         """Refuse one more call where a limit in one of these units is used up, or holds no request more.
@@ -4524,6 +4534,8 @@ class Limits:
 
         Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
         """
+        if call.reservation.is_deferred:
+            self.enter(call.reservation, len(call.body))
         waiter = call.reservation.waiter
         if waiter:
             await waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
@@ -11208,15 +11220,12 @@ class ClientConnection(asyncio.Protocol):
                 self._close()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
-        elif self._state is State.BODY and age > self._body_patience(pace):
+        elif self._state is State.BODY and age > pace.body_s + self._body_size / pace.body_bytes_s:
             self._reject(RequestTimeout("The request's body came too slowly."))
         elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
-
-    def _body_patience(self, pace: Pace) -> float:
-        """Seconds from its head in which a body must have come as far as it has."""
-        is_wanted = self._call is not None and self._call.reservation.is_wanted
-        return (pace.wanted_body_s if is_wanted else pace.body_s) + self._body_size / pace.body_bytes_s
+        elif self._call and age > pace.slow_body_s:
+            self._call.reservation.defer()
 
     @property
     def is_answering(self) -> bool:

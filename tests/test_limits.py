@@ -1065,31 +1065,59 @@ async def test_a_wait_is_longer_by_the_time_for_which_the_loop_stood_still(start
     running.cancel()
 
 
-@pytest.mark.parametrize("waits", ["bob", "alice", ""])
-async def test_a_body_that_drips_holds_no_slot_that_another_key_waits_for(start_gateway, upstream, waits):
+async def send_slowly(gateway: GatewayUnderTest, calls: int) -> list[Connection]:
+    """Calls of alice's whose bodies have all but their last byte."""
+    slow = [await gateway.connect() for _ in range(calls)]
+    for client in slow:
+        await client.send(SLOW[:-1])
+    scopes = gateway.gateway.limits._scopes
+    await until(lambda: ("team", "crew") in scopes and scopes["team", "crew"].running == calls)
+    return slow
+
+
+SLOW = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
+
+
+async def test_a_slow_body_keeps_no_other_key_of_its_team_out(start_gateway, upstream):
     """
-    One key's unfinished bodies do not keep its team from working: within seconds they give way.
+    After 5 s it holds no slot any more; when it is whole, its call is served as any other, and counts as one request.
     """
     upstream.script = [*SPENDS]
-    gateway = await start_gateway(config(upstream.url, team="concurrent: 2"))
-    drips = [await gateway.connect() for _ in range(2)]
-    for drip in drips:
-        await drip.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "1000"}) + b"{")
-    await until(lambda: sum(scope.running for scope in gateway.gateway.limits._scopes.values()) >= 4)
-    waiting = post(gateway, BOB if waits == "bob" else KEY) if waits else None
-    await until(lambda: gateway.gateway.limits.waiting == bool(waits))
+    gateway = await start_gateway(config(upstream.url, "requests/minute: 2", team="concurrent: 2"))
+    slow = await send_slowly(gateway, 2)
+    waiting = post(gateway, BOB)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
 
     gateway.tick(6)
-    if waits == "bob":
-        assert (await waiting).status == 200
-    dripping = [connection._state for connection in gateway.door.connections].count(g.State.BODY)
-    gateway.tick(60)
-    statuses = [(await drip.answer()).status for drip in drips]
-    if waits == "alice":
-        await waiting
+    bob = [await waiting, await post(gateway, BOB)]
+    for client in slow:
+        await client.send(SLOW[-1:])
+    alice = [await client.answer() for client in slow]
 
-    assert dripping == (1 if waits == "bob" else 2)
-    assert statuses == [408, 408]
+    assert [reply.status for reply in bob + alice] == [200] * 4
+    assert (await post(gateway)).status == 429  # the third request of her minute
+    await gateway.settled()
+    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+
+
+async def test_a_slow_body_that_is_whole_waits_in_turn(start_gateway, upstream):
+    """
+    It gave its slot to a call that was whole before it, and gets the next.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [wait_for(go_on), *SPENDS]
+    gateway = await start_gateway(config(upstream.url, team="concurrent: 1"))
+    (slow,) = await send_slowly(gateway, 1)
+    bob = post(gateway, BOB)
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+
+    gateway.tick(6)
+    await upstream.request_came()
+    await slow.send(SLOW[-1:])
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    go_on.set()
+
+    assert [(await bob).status, (await slow.answer()).status] == [200, 200]
     await idle(gateway)
 
 
