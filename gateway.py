@@ -1610,6 +1610,9 @@ def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int]
         names = list(settings_at(kind, steps))
         close = difflib.get_close_matches(found[1], names, 1)
         meant = f", did you mean {close[0]}?" if close else ""
+        name, colon, _ = found[1].partition(":")
+        if colon and name in names:
+            meant = f", is a blank missing behind `{name}:`?"
         return [*steps, found[1]], f"unknown setting{meant} (there are: {', '.join(names)})"
     if found := re.fullmatch(r"Invalid enum value (.*)", message):
         expected = settings_at(kind, steps[:-1])[str(steps[-1])]
@@ -1896,7 +1899,10 @@ class PlainReader:
 
     def _fill(self, event: yaml.ScalarEvent, at: str) -> str:
         def fill(found: re.Match[str]) -> str:
-            value = self._environ.get(found[1]) or found[2]
+            value = self._environ.get(found[1])
+            if value:
+                self._document.from_environment[value] = found[1]
+            value = value or found[2]
             if value is None:
                 problem = f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})"
                 raise self._document.error(event, at, problem)
@@ -1908,12 +1914,19 @@ class PlainReader:
         return re.sub(pattern, fill, event.value)
 
 
+SECRET_TEXT = re.compile(  # an API key, or what may be one
+    r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
+)
+MAX_STEP = 40  # characters of a name in a message
+
+
 class Document:
     """The text of a config.yaml: values to read; and its YAML nodes, places to name and to edit."""
 
     def __init__(self, text: str, path: Path) -> None:
         self.text, self.path = text, path
         self.filled: set[str] = set()  # the places, as `keys[0].key`, where `${…}` stood when it was read
+        self.from_environment: dict[str, str] = {}  # what was filled in there, and the variable's name
 
     @functools.cached_property
     def root(self) -> yaml.MappingNode:
@@ -1922,7 +1935,9 @@ class Document:
             root = yaml.compose(self.text, Loader=YAML_LOADER)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise ConfigError(f"{self.path}:{mark.line + 1 if mark else '?'}: not YAML: {error.problem}") from None
+            raise ConfigError(
+                f"{self.path}:{mark.line + 1 if mark else '?'}: not YAML: {self._told(error.problem or '')}"
+            ) from None
         except yaml.reader.ReaderError as error:
             line = self.text.count("\n", 0, error.position) + 1
             raise ConfigError(f"{self.path}:{line}: not YAML: {error.reason}") from None
@@ -1967,11 +1982,25 @@ class Document:
 
     def error(self, event: Event, at: str, problem: str) -> ConfigError:
         """A ConfigError at an event."""
-        return ConfigError(f"{self.path}:{event.start_mark.line + 1}: {at}{': ' if at else ''}{problem}")
+        return ConfigError(
+            f"{self.path}:{event.start_mark.line + 1}: {self._told(at)}{': ' if at else ''}{self._told(problem)}"
+        )
 
     def problem(self, steps: Sequence[str | int], problem: str) -> ConfigError:
         """A ConfigError at a path such as ("keys", 0, "expires")."""
-        return ConfigError(f"{self.path}:{self.locate(steps)}: {join_steps(steps)}: {problem}")
+        short = [f"{step[:MAX_STEP]}…" if isinstance(step, str) and len(step) > MAX_STEP else step for step in steps]
+        return ConfigError(f"{self.path}:{self.locate(steps)}: {self._told(join_steps(short))}: {self._told(problem)}")
+
+    def _told(self, text: str) -> str:
+        """A text for a message, without what looks like a secret, or comes from the environment.
+
+        The message stands in the log, and /health once told it to everybody: of `api_key:sk-ant-…`, where a blank is
+        missing, the whole is the name of a setting.
+        """
+        for value, name in self.from_environment.items():
+            if len(value) > 3:  # else it is no secret
+                text = text.replace(value, f"${{{name}}}")
+        return SECRET_TEXT.sub("…", text)
 
 
 def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
@@ -10562,8 +10591,7 @@ class Gateway:
             "config": {
                 "digest": self.config.digest,
                 "loaded_at": utc_time(self.loaded_at),
-                "reload_failed_at": self.reload_failed_at and utc_time(self.reload_failed_at),
-                "reload_error": self.reload_error.replace(str(self.config.path), self.config.path.name) or None,
+                "reload_failed_at": self.reload_failed_at and utc_time(self.reload_failed_at),  # the log says why
             },
             "ledger": {"failure": failure or None, "waiting": waiting},
             "upstreams": self.relay.upstreams.report(self.config.upstreams),

@@ -1106,6 +1106,56 @@ def test_every_error_names_file_line_path_and_what_would_be_right(tmp_path, name
     assert str(caught.value) == f"{tmp_path}/config.yaml:{message.replace('FOLDER', str(tmp_path))}"
 
 
+SECRET = "sk-ant-api03-Zm9vYmFyYmF6cXV4-0123456789"
+LEAKS = {
+    "no blank behind the colon": f"upstreams:\n  - {{name: a, url: https://a.test, api_key:{SECRET}}}\n",
+    "no blank, in a line of its own": f"upstreams:\n  - name: a\n    url: https://a.test\n    api_key:{SECRET}\n",
+    "a name that is a key": DEMO + f"server: {{{SECRET}: 1}}\n",
+    "a key for a number": DEMO + f"server: {{port: {SECRET}}}\n",
+    "a key for a date": KEYS + f"  - {{name: a, key: {HASH}, expires: {SECRET}}}\n",
+    "a key for a limit": KEYS + f"  - {{name: a, key: {HASH}, limits: {{usd/day: {SECRET}}}}}\n",
+    "a key for a limit's name": KEYS + f"  - {{name: a, key: {HASH}, limits: {{{SECRET}: 1}}}}\n",
+    "a key for a time zone": DEMO + f"server: {{timezone: {SECRET}}}\n",
+    "a key for a team": KEYS + f"  - {{name: a, key: {HASH}, team: {SECRET}}}\n",
+    "a key for a price": DEMO + f"prices: {{a: {{input: {SECRET}}}}}\n",
+    "a key for a policy": DEMO + f"routing: {{policy: {SECRET}}}\n",
+    "a key for an alias": DEMO + f"server: {{host: *{SECRET}}}\n",
+    "a key for a tag": DEMO + f"server: {{host: !{SECRET} a}}\n",
+    "a key for an anchor": DEMO + f"server: {{host: &{SECRET} a, contact: &{SECRET} b}}\n",
+    "a key as a url": f"upstreams:\n  - {{name: a, url: {SECRET}}}\n",
+    "a key that is no key": f"upstreams:\n  - {{name: a, url: https://a.test, api_key: '{SECRET} '}}\n",
+    "a user's key twice": KEYS + f"  - {{name: a, key: {SECRET}}}\n  - {{name: b, key: {SECRET}}}\n",
+    "a key from the environment for a number": DEMO + "server: {port: '${K}'}\n",
+    "a key from the environment for a size": DEMO + "server: {max_body: '${K}'}\n",
+    "a password from the environment": DEMO + "server: {timezone: '${P}'}\n",
+}
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_a_message_shows_no_secret(tmp_path, name):
+    """
+    It goes into the log, onto terminals and into bug reports; whatever stands in the wrong place may be a key.
+    """
+    (tmp_path / "config.yaml").write_text(LEAKS[name])
+
+    with pytest.raises(g.ConfigError) as raised:
+        g.Config.load(tmp_path / "config.yaml", environ={"K": SECRET, "P": "hunter2!"})
+
+    message = str(raised.value)
+    assert not any(part in message for part in (SECRET, SECRET[:12], SECRET[-12:], "hunter2"))
+    assert message.startswith(f"{tmp_path}/config.yaml:")
+
+
+def test_a_long_name_is_cut_in_a_message(tmp_path):
+    """
+    A whole paragraph may be taken for a name.
+    """
+    (tmp_path / "config.yaml").write_text(DEMO + f"server: {{{'very long ' * 100}: 1}}\n")
+
+    with pytest.raises(g.ConfigError, match=r"server\.(very long ){4}…: unknown setting"):
+        g.Config.load(tmp_path / "config.yaml")
+
+
 @pytest.mark.parametrize("place", ["upstreams[0].api_key", "keys[0].key"])
 @pytest.mark.parametrize(
     ("written", "message"),

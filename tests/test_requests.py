@@ -944,7 +944,6 @@ async def test_health_tells_the_state_and_no_secret(gateway):
             "digest": gateway.gateway.config.digest,
             "loaded_at": "2026-09-21T14:13:20.000Z",
             "reload_failed_at": None,
-            "reload_error": None,
         },
         "ledger": {"failure": None, "waiting": 0},
         "upstreams": [
