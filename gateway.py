@@ -143,6 +143,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -662,6 +663,7 @@ class Vault:
     """Encrypts and decrypts upstream keys with Fernet; several secrets, newest first."""
 
     PREFIX = "enc:"
+    FILE = "gateway.secret"
 
     def __init__(self, fernet_keys: Sequence[str], source: str) -> None:
         self._keys = list(fernet_keys)
@@ -687,7 +689,7 @@ class Vault:
         """The file of the sealing secret, whether or not it is there; None where GATEWAY_SECRET holds it."""
         if environ.get("GATEWAY_SECRET"):
             return None
-        return Path(environ.get("GATEWAY_SECRET_FILE") or directory / "gateway.secret")
+        return Path(environ.get("GATEWAY_SECRET_FILE") or directory / Vault.FILE)
 
     @staticmethod
     def new_secret() -> str:
@@ -2282,6 +2284,14 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
 
 
+def too_open(secret: Path | None) -> list[str]:
+    """A warning, where others than its owner (and group) may read the file of the sealing secret."""
+    with contextlib.suppress(OSError):
+        if secret and secret.stat().st_mode & 0o007:
+            return [f"{secret} can be read by every user of this host, and opens all sealed keys: chmod 600 {secret}"]
+    return []
+
+
 def is_rootless(root: Path = Path("/")) -> bool:
     """Whether this is a container that was started without root; `root` is where /proc is.
 
@@ -2309,6 +2319,7 @@ class Config:
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
         self.body_memory = builder.body_memory()
+        self.warnings += too_open(Vault.file(self.path.parent, environ))
         asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
         if asked not in (None, port):
             self.warnings.append(
@@ -3327,6 +3338,11 @@ def chunks(file: IO[bytes], offset: int) -> Iterator[bytes]:
         log.error("ledger: %s is damaged and counts only up to there: %s", os.path.basename(file.name), error)
 
 
+def open_shared(path: str | Path, flags: int) -> int:
+    """Open a file of the ledger's folder, which only its owner and group may read: it tells who works when."""
+    return os.open(path, flags, 0o640)
+
+
 class LedgerFiles:
     """The ledger as it is read: its lines in the order in which they were written, gzipped months included."""
 
@@ -3463,7 +3479,8 @@ class LedgerFiles:
                 continue
             packed, temporary = path.with_name(path.name + ".gz"), path.with_name(f".{path.name}.gz")
             before = path.stat().st_size
-            with open(path, "rb") as plain, gzip.open(temporary, "wb", 6) as file:
+            written = open(temporary, "wb", opener=open_shared)  # noqa: SIM115 - closed below
+            with open(path, "rb") as plain, written, gzip.open(written, "wb", 6) as file:
                 shutil.copyfileobj(plain, file, 1 << 20)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -3508,7 +3525,7 @@ def set_torn_line_aside(fd: int, path: Path) -> None:
     torn = unfinished_line(fd, size)
     if not torn:
         return
-    with open(path.with_suffix(".torn"), "ab") as aside:
+    with open(path.with_suffix(".torn"), "ab", opener=open_shared) as aside:
         aside.write(torn + b"\n")
     os.ftruncate(fd, size - len(torn))
     log.warning("ledger: a torn last line of %s was set aside in %s", path.name, path.with_suffix(".torn").name)
@@ -3574,7 +3591,8 @@ class Checkpoint(msgspec.Struct):
     def write(cls, directory: Path, data: bytes) -> None:
         """Put an encoded one beside the ledger; a digest in front of it tells a whole one."""
         temporary = directory / f".{cls.FILE}"
-        temporary.write_bytes(hashlib.blake2b(data).digest() + data)
+        with open(temporary, "wb", opener=open_shared) as file:
+            file.write(hashlib.blake2b(data).digest() + data)
         temporary.replace(directory / cls.FILE)
 
     @classmethod
@@ -3919,7 +3937,7 @@ class Ledger:
         """Have a month's file open, without what a crash may have left of its last line. Raises OSError."""
         path = self.directory / f"usage-{month}.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        fd = open_shared(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         try:
             with contextlib.suppress(BlockingIOError):  # somebody is writing: nothing is torn
                 lock(fd)
@@ -12332,12 +12350,16 @@ def base_url(config: Config, port: int) -> str:
 
 
 def greeting(config: Config, port: int, key: str) -> str:
-    """What the terminal shows once the gateway listens."""
+    """What the terminal shows once the gateway listens; `key` is the first one, or how a shell gets it, or ""."""
     url = base_url(config, port)
     path = config.path.name if config.path.parent == Path.cwd() else config.path
     lines = [f"claude-gateway {VERSION} listens on {url} ({path})", ""]
     lines += ["Point Claude Code at it:", "", EXPORTS % (url, key or "sk-proxy-...")]
-    if key:
+    if key.startswith("$"):
+        lines.append(
+            f"The first key is in that file, for its owner only: delete it then. Another: {PROGRAM} key add NAME"
+        )
+    elif key:
         lines.append(f"This key is shown once; {config.path.name} keeps only its hash. Another: {PROGRAM} key add NAME")
     else:
         lines.append(f"Make a key: {PROGRAM} key add NAME")
@@ -12600,8 +12622,8 @@ class Server:
         log.info("stopped")
 
 
-async def serve(config: Config, key: str, log_writer: LogWriter) -> None:
-    """Run the gateway until it is told to stop."""
+async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
+    """Run the gateway until it is told to stop; `shown_key` as in `greeting`."""
     gc.set_threshold(2000, 10, 10)  # calls leave no circles behind: some that others leave can wait a little
     server = Server(config)
     server.gateway.metrics.lost_log_lines = lambda: log_writer.lost
@@ -12609,7 +12631,7 @@ async def serve(config: Config, key: str, log_writer: LogWriter) -> None:
     for warning in config.warnings:
         log.warning("config: %s", warning)
     # One write, so that no line of the log comes between the text and its end where both go into one file.
-    print(greeting(config, port, key) + "\n", end="", flush=True)
+    print(greeting(config, port, shown_key) + "\n", end="", flush=True)
     await server.run()
 
 
@@ -12622,17 +12644,38 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
+def first_key(path: Path, is_named: bool) -> str:
+    """Make a config where the gateway is started for the first time; its key, or how a shell gets it from a file.
+
+    `is_named`: --config named the file, which was to be there. What GATEWAY_CONFIG names is made in an empty folder: a
+    volume of a container. Only a terminal is shown the key: a container's log keeps it for good. Raises CommandError.
+    """
+    remedy = f"look at the name, or make it: {PROGRAM} --config {path} init"
+    if is_named:
+        raise CommandError(f"there is no {path}: {remedy}")
+    with contextlib.suppress(OSError):  # there is no folder yet, or `init_config` says what is wrong with it
+        others = {each.name for each in path.parent.iterdir()} - {"lost+found", Vault.FILE}
+        if others and os.environ.get("GATEWAY_CONFIG"):
+            raise CommandError(f"there is no {path}, but {sorted(others)[0]} is there: {remedy}")
+    key = init_config(path)
+    if sys.stdout.isatty():
+        return key
+    file = path.parent / "first-key.txt"
+    write_new(file, key + "\n", 0o600)
+    return f"$(cat {shlex.quote(str(file))})"
+
+
 def command_serve(options: argparse.Namespace) -> None:
     """Run the gateway; where there is no config yet, make one first."""
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # until it serves: as process 1 of a container nothing else ends it
     path: Path = options.config
-    key = "" if path.exists() or path.is_symlink() else init_config(path)
+    shown_key = "" if path.exists() or path.is_symlink() else first_key(path, options.is_config_named)
     config = Config.load(path)
     log_writer: LogWriter = options.log_writer
     with log_writer.in_thread(sys.stderr), asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(config, key, log_writer))
+        runner.run(serve(config, shown_key, log_writer))
 
 
 def command_init(options: argparse.Namespace) -> None:
@@ -13816,6 +13859,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the process's exit code."""
     open_missing_streams()
     options = arguments().parse_args(argv)
+    options.is_config_named = getattr(options, "config", None) is not None
     options.config = Path(
         getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"
     ).absolute()

@@ -60,8 +60,8 @@ class Process:
 
     @property
     def key(self) -> str:
-        """The key that was shown."""
-        return re.search(r"ANTHROPIC_AUTH_TOKEN=(sk-proxy-\w+)", self.greeting)[1]
+        """The first key, which stands in a file: a pipe is no terminal."""
+        return Path(re.search(r"ANTHROPIC_AUTH_TOKEN=\$\(cat (\S+)\)", self.greeting)[1]).read_text().strip()
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; exit code and log."""
@@ -99,7 +99,8 @@ async def test_the_first_command_makes_everything_and_the_second_changes_nothing
     assert reply.content[0].text.startswith("Hello from the demo upstream. You said: “say hello”.")
     assert (code, "completed" in log) == (0, True)
     assert (tmp_path / "gateway.secret").stat().st_mode & 0o777 == 0o600
-    assert first.key not in before[tmp_path / "config.yaml"].decode()
+    assert first.key not in before[tmp_path / "config.yaml"].decode() and "sk-proxy-" not in first.greeting + log
+    assert (tmp_path / "first-key.txt").stat().st_mode & 0o777 == 0o600
     assert before == {file: file.read_bytes() for file in before}
     assert "sk-proxy-..." in second.greeting
     await client.close()
@@ -356,3 +357,75 @@ async def test_a_full_disk_loses_no_entry_and_refuses_before_it_would(start_gate
         await gateway.stop()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_terminal_is_shown_the_first_key_and_no_file_keeps_it(tmp_path):
+    """
+    Who sits before it sees the key once; the folder has only its hash.
+    """
+    ours, theirs = os.openpty()
+    command = [sys.executable, g.__file__, "serve"]
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")} | {"GATEWAY_PORT": "0"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=theirs, stderr=subprocess.DEVNULL)
+    shown = b""
+    while b"gateway.py seal" not in shown:
+        shown += os.read(ours, 1 << 12)
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+    os.close(ours)
+    os.close(theirs)
+
+    key = re.search(rb"ANTHROPIC_AUTH_TOKEN=(sk-proxy-\w+)", shown)[1]
+    assert not (tmp_path / "first-key.txt").exists()
+    assert all(key not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("case", ["--config", "GATEWAY_CONFIG in a folder that has something"])
+def test_a_name_with_a_typo_makes_no_demo_gateway(tmp_path, case):
+    """
+    Only `init`, the default name and an empty folder that GATEWAY_CONFIG names do.
+    """
+    (tmp_path / "usage").mkdir()
+    path = tmp_path / "confg.yaml"
+    by_option = case == "--config"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("GATEWAY_")}
+    environ |= {"GATEWAY_PORT": "0"} | ({} if by_option else {"GATEWAY_CONFIG": str(path)})
+    command = [sys.executable, g.__file__, *(["--config", str(path)] if by_option else []), "serve"]
+
+    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=20)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith(f"error: there is no {path}") and f"--config {path} init" in ended.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["usage"]
+
+
+def test_what_lies_beside_the_ledger_is_for_its_owner_and_group(tmp_path, processes):
+    """
+    Who works when, and on what, is nobody else's business, whatever the umask says.
+    """
+    before = os.umask(0)
+    try:
+        process = Process(tmp_path)
+    finally:
+        os.umask(before)
+    processes.append(process)
+    process.end()
+
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "usage").iterdir() if file.is_file()}
+    assert modes and {mode & 0o027 for mode in modes.values()} == {0}
+
+
+def test_a_secret_that_others_can_read_is_warned_of(tmp_path):
+    """
+    It opens all sealed keys.
+    """
+    path, secret = tmp_path / "config.yaml", tmp_path / "gateway.secret"
+    path.write_text("upstreams: [{name: demo, format: demo}]\n")
+    secret.write_text(g.Vault.new_secret())
+
+    warnings = []
+    for mode in (0o644, 0o640, 0o600):
+        secret.chmod(mode)
+        warnings.append([warning for warning in g.Config.load(path, environ={}).warnings if str(secret) in warning])
+
+    assert [len(found) for found in warnings] == [1, 0, 0] and "chmod 600" in warnings[0][0]
