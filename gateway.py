@@ -3558,10 +3558,10 @@ def unlock(fd: int) -> None:
 
 
 def hold_folder(directory: Path, how: int) -> int:
-    """Hold the folder of a ledger as long as the descriptor is open: a gateway with LOCK_SH, a restore with LOCK_EX.
+    """Hold the folder of a ledger as long as the descriptor is open: a gateway or a restore, each alone, with LOCK_EX.
 
-    Not the files, whose locks are for single lines; the kernel lets go when a process dies. Raises OSError, and
-    BlockingIOError where the other kind holds it.
+    Commands ask with LOCK_SH whether one of them does. The lock is not the files', whose locks are for single lines;
+    the kernel lets go when a process dies. Raises OSError, and BlockingIOError where another holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -3731,6 +3731,22 @@ class Ledger:
         if waiting:
             raise OSError(errno.EAGAIN, failure)
 
+    def hold(self) -> None:
+        """Be the folder's only gateway until `close`: two would each count only their own calls. Raises OSError."""
+        for _ in range(10):
+            try:
+                self._folder = hold_folder(self.directory, fcntl.LOCK_EX)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)  # a command that asks holds it for a moment
+        else:
+            remedy = "end that first, or give this gateway a usage.directory of its own"
+            raise OSError(errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}")
+        if (self.directory / UNFINISHED).exists():
+            os.close(self._folder)
+            self._folder = -1
+            raise OSError(errno.EBUSY, "a restore was broken off there: run it again, with --force")
+
     # Reading
 
     def load(self) -> None:
@@ -3739,14 +3755,6 @@ class Ledger:
         Raises OSError.
         """
         files, started = LedgerFiles(self.directory), time.monotonic()
-        try:
-            folder = hold_folder(self.directory, fcntl.LOCK_SH)
-        except BlockingIOError:
-            raise OSError(errno.EBUSY, "a backup is being restored there") from None
-        if (self.directory / UNFINISHED).exists():
-            os.close(folder)
-            raise OSError(errno.EBUSY, "a restore was broken off there: run it again, with --force")
-        self._folder = folder
         checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
         if checkpoint:
             self.fold.restore(checkpoint.books)
@@ -12050,7 +12058,7 @@ def is_served(directory: Path, wait_s: float) -> bool:
     if not directory.is_dir():
         return False
     try:
-        os.close(hold_folder(directory, fcntl.LOCK_EX))
+        os.close(hold_folder(directory, fcntl.LOCK_SH))
     except BlockingIOError:
         return True
     with contextlib.suppress(OSError):  # no hard links here, or a folder that cannot be written
@@ -12560,11 +12568,10 @@ class Server:
                 "set server.port, or GATEWAY_PORT where the config reads it"
             ) from None
         try:
+            self.gateway.ledger.hold()
             self.gateway.ledger.load()
         except OSError as error:
-            raise CommandError(
-                f"cannot write the ledger in {self.gateway.ledger.directory}: {why_not(error)}"
-            ) from None
+            raise CommandError(f"cannot use the ledger in {self.gateway.ledger.directory}: {why_not(error)}") from None
         self._watch.start()
         return port
 

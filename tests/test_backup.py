@@ -512,11 +512,13 @@ def test_after_a_restore_that_was_broken_off_no_gateway_starts(site, backup, clo
     (usage / ".restore-left").mkdir()
 
     with pytest.raises(OSError, match="a restore was broken off there: run it again, with --force"):
-        g.Ledger(usage, 1, clock.clock).load()
+        g.Ledger(usage, 1, clock.clock).hold()
     assert site.run("--config", "new/config.yaml", "restore", "--force", "b.tar.gz") == 0
 
     assert everything(usage) == everything(Path("usage"))
-    g.Ledger(usage, 1, clock.clock).load()
+    restored = g.Ledger(usage, 1, clock.clock)
+    restored.hold()
+    restored.close()
 
 
 def test_what_is_there_is_replaced_only_by_force_and_kept(site, backup):
@@ -613,8 +615,10 @@ def test_no_gateway_starts_into_a_restore(tmp_path, clock):
     """
     held = g.hold_folder(tmp_path, g.fcntl.LOCK_EX)
 
-    with pytest.raises(OSError, match="a backup is being restored there"):
-        g.Ledger(tmp_path, 0, clock.clock).load()
+    with pytest.raises(
+        OSError, match="another gateway runs on it, or a backup is being restored there: end that first"
+    ):
+        g.Ledger(tmp_path, 0, clock.clock).hold()
     os.close(held)
 
 

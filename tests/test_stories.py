@@ -246,6 +246,29 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
     assert "Traceback" not in log
 
 
+def test_a_second_gateway_on_the_same_ledger_is_refused_until_the_first_is_gone(tmp_path, processes):
+    """
+    Each would count only its own calls against the limits, and a restart would lose the other's. A killed one holds
+    nothing, and commands work beside a running one.
+    """
+    first = Process(tmp_path)
+    processes.append(first)
+
+    second = Process(tmp_path)
+    processes.append(second)
+    code, log = second.end()
+    usage = subprocess.run([sys.executable, str(PROGRAM), "usage"], cwd=tmp_path, capture_output=True, timeout=20)
+    first.end(signal.SIGKILL)
+    third = Process(tmp_path)
+    processes.append(third)
+
+    assert (code, second.port) == (1, 0)
+    assert f"error: cannot use the ledger in {tmp_path / 'usage'}: another gateway runs on it, or a backup" in log
+    assert "Traceback" not in log
+    assert usage.returncode == 0
+    assert third.port and third.end()[0] == 0
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_the_official_anthropic_sdk_works(gateway, upstream, stream):
     """
