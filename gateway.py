@@ -178,22 +178,28 @@ from typing import (
     get_origin,
 )
 
-import httptools
-import msgspec
-import tornado.http1connection
-import tornado.httpserver
-import tornado.iostream
-import tornado.web
-import yaml
-from watchdog.events import (
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
-from watchdog.observers import Observer
+try:
+    import httptools
+    import msgspec
+    import tornado.http1connection
+    import tornado.httpserver
+    import tornado.iostream
+    import tornado.web
+    import yaml
+    from watchdog.events import (
+        FileClosedEvent,
+        FileCreatedEvent,
+        FileDeletedEvent,
+        FileMovedEvent,
+        FileSystemEvent,
+        FileSystemEventHandler,
+    )
+    from watchdog.observers import Observer
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {sys.executable} has no package {missing.name}: activate the virtual environment that has it, or make "
+        "one (python3 -m venv .venv) and run in it: pip install -r requirements.txt"
+    )
 
 if TYPE_CHECKING:
     import prometheus_client
@@ -12798,7 +12804,9 @@ def yaml_scalar(text: str) -> str:
     """Text as a YAML scalar, quoted where it must be. Raises CommandError."""
     if not text.isprintable():
         raise CommandError(f"expected text that can be printed, got {text!a}")
-    plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) and yaml.safe_load(text) == text
+    plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) is not None
+    with contextlib.suppress(ValueError):  # of what YAML takes for a date, such as 2027-13-45
+        plain = plain and yaml.safe_load(text) == text
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
@@ -12834,9 +12842,9 @@ def command_key_add(options: argparse.Namespace) -> None:
     if options.model:
         fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
     if options.expires:
-        fields["expires"] = (
-            options.expires if re.fullmatch(r"[\d-]+", options.expires) else yaml_scalar(options.expires)
-        )
+        if read_date(options.expires) is None:
+            raise CommandError(f"--expires: expected a date such as 2027-01-31, got {options.expires!r}")
+        fields["expires"] = options.expires if re.fullmatch(r"[\d-]+", options.expires) else json.dumps(options.expires)
     editor.append_key(fields)
     config = editor.save()
     print(f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n")
@@ -13862,27 +13870,43 @@ def open_missing_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
+def discard_output() -> None:
+    """Write nothing more to a standard output that takes nothing, not even when the process ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit code."""
+    """Run a command; the process's exit code. Whatever goes wrong, a person reads one sentence."""
     open_missing_streams()
     options = arguments().parse_args(argv)
     options.is_config_named = getattr(options, "config", None) is not None
     options.config = Path(
         getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"
     ).absolute()
-    level = getattr(options, "log_level", "info").upper()
-    options.log_writer = start_logging(level)
+    options.log_writer = start_logging(getattr(options, "log_level", "info").upper())
     try:
         code: int | None = options.run(options)
-    except (ConfigError, CommandError, SealError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        sys.stderr.close()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read has seen enough
+        discard_output()
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return code or 0
+    except (ConfigError, CommandError, SealError) as error:
+        sentence = str(error)
+    except OSError as error:
+        discard_output()
+        about = f"{error.filename}: " if error.filename else "cannot write what there is to say: "
+        sentence = about + why_not(error)
+    except Exception as error:
+        log.log(logging.ERROR if options.run is command_serve else logging.DEBUG, "a bug", exc_info=error)
+        what = f"{type(error).__name__}: {printable(str(error), 200)}"
+        sentence = f"a bug in this program ({what}); with --log-level debug before the command it says where"
+    else:
+        return code or 0
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

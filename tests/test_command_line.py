@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import errno
+import io
 import json
 import os
 import re
@@ -1201,3 +1202,87 @@ def test_archived_months_go_on_counting(shell):
     assert nothing == "Nothing to archive: no month is over that is not gzipped.\n"
     assert shell.out == before
     assert shell.run("usage", "verify") == 0
+
+
+# --- one sentence for whatever goes wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("date", ["2027-13-45", "2027-02-30", "nonsense", "2027", "01.02.2027"])
+def test_a_date_that_is_none_is_told(shell, date):
+    """
+    Also one that YAML takes for a date, for which it raised from within.
+    """
+    shell.run("init")
+    before = shell.config
+
+    assert shell.run("key", "add", "bob", "--expires", date) == 1
+
+    assert shell.err == f"error: --expires: expected a date such as 2027-01-31, got {date!r}\n"
+    assert shell.config == before
+
+
+def run_process(folder: Path, *arguments: str, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+    """A command in a process of its own."""
+    command = [sys.executable, *python, g.__file__, *arguments]
+    return subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=20, **options)
+
+
+@pytest.mark.parametrize("command", [("check",), ("key", "list"), ("usage", "--csv"), ("init",), ("backup", "-")])
+def test_a_full_disk_behind_stdout_is_one_sentence(shell, command):
+    """
+    No traceback, and nothing more when the process ends.
+    """
+    if command != ("init",):
+        shell.run("init")
+
+    with open("/dev/full", "w") as full:
+        ended = run_process(shell.folder, *command, stdout=full)
+
+    assert ended.returncode == 1
+    assert re.fullmatch(r"error: .*No space left on device\n", ended.stderr)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(shell):
+    """
+    `| head -1` closes the pipe.
+    """
+    shell.run("init")
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    ended = run_process(shell.folder, "check", stdout=writing)
+    os.close(writing)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_missing_package_is_told_with_what_helps(tmp_path):
+    """
+    `python3 gateway.py` with the system's Python, in place of the environment's.
+    """
+    ended = run_process(tmp_path, "check", python=("-S", "-I"), stdout=subprocess.PIPE)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch(r"error: .* has no package \w+: .*pip install -r requirements.txt\n", ended.stderr)
+
+
+class BrokenOutput(io.StringIO):
+    """A standard output with a bug."""
+
+    def write(self, text: str) -> int:
+        raise RuntimeError("no\nlines")
+
+
+def test_a_bug_is_one_sentence_and_its_place_is_for_those_who_ask(shell, monkeypatch):
+    """
+    What nobody foresaw ends with 1 and says how to learn more.
+    """
+    shell.run("init")
+    monkeypatch.setattr(sys, "stdout", BrokenOutput())
+
+    assert shell.run("check") == 1
+
+    assert shell.err == (
+        "error: a bug in this program (RuntimeError: no\ufffdlines); "
+        "with --log-level debug before the command it says where\n"
+    )
