@@ -3698,6 +3698,7 @@ class Ledger:
 
     QUEUE = 10_000  # entries; new calls are refused before one more would not fit
     CHECKPOINT_EVERY = 50_000  # lines
+    CHECKPOINT_S = 5.0  # while it is read at a start
 
     def __init__(self, directory: Path, fsync_s: float, clock: Clock, timezone: dt.tzinfo = dt.UTC) -> None:
         self.directory, self.fsync_s = directory, fsync_s
@@ -3713,6 +3714,7 @@ class Ledger:
         self._was_moved = False
         self._is_loaded = False  # only then are the counters worth a checkpoint
         self._since_checkpoint = 0
+        self._kept_at = clock.monotonic()
         self._synced_at = clock.monotonic()
         self._syncing: ThreadFuture[None] | None = None
         self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
@@ -3756,9 +3758,14 @@ class Ledger:
     # Reading
 
     def load(self) -> None:
-        """Count what is there, and open the newest file, so that a folder that cannot be written is known at the start.
+        """Count what is there, at once. Raises OSError."""
+        deque(self.loading(), 0)
 
-        Raises OSError.
+    def loading(self) -> Iterator[None]:
+        """Count what is there, a megabyte a step. Raises OSError.
+
+        The newest file is opened first, so that a folder that cannot be written is known at the start. A checkpoint
+        every few seconds lets the next start go on where this one was killed.
         """
         files, started = LedgerFiles(self.directory), time.monotonic()
         checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
@@ -3772,7 +3779,7 @@ class Ledger:
         try:
             for path in present:
                 if month_of(path) >= max(self._sizes, default=""):
-                    self._read(path, started)
+                    yield from self._read(path)
         finally:
             gc.enable()
         self._is_loaded = True
@@ -3783,9 +3790,9 @@ class Ledger:
         if read >= self.CHECKPOINT_EVERY:
             self._write_checkpoint()
 
-    def _read(self, path: Path, started: float) -> None:
-        """Count a file's lines from where it was left."""
-        month, rest, last, unreadable, told_at = month_of(path), b"", b"", 0, started
+    def _read(self, path: Path) -> Iterator[None]:
+        """Count a file's lines from where it was left, a megabyte a step."""
+        month, rest, unreadable = month_of(path), b"", 0
         offset = self._sizes.setdefault(month, 0)
         decode, post = POSTING_DECODER.decode, self.fold.post
         with LedgerFiles.open(path) as file:
@@ -3797,11 +3804,14 @@ class Ledger:
                         post(decode(line))
                     except UNCOUNTABLE:
                         unreadable += 1
-                last = lines[-1] + b"\n" if lines else last
-                if time.monotonic() - told_at > 2:
-                    told_at = time.monotonic()
+                if lines:
+                    self._sizes[month] = offset - len(rest)
+                    self._chain = chain_of(lines[-1] + b"\n") or self._chain
+                if self._clock.monotonic() - self._kept_at > self.CHECKPOINT_S:
+                    self._kept_at = self._clock.monotonic()
                     log.info("ledger: %s entries read, now in %s", f"{self.fold.books.entries:,}", path.name)
-        self._sizes[month], self._chain = offset - len(rest), chain_of(last) or self._chain
+                    self._write_checkpoint()
+                yield
         if unreadable:
             log.warning(
                 "ledger: %d lines of %s cannot be read and count nothing; `usage verify` names them",
@@ -10279,6 +10289,7 @@ class Gateway:
         self.reload_failed_at: float | None = None
         self.reload_error = ""
         self.stopping = False
+        self.starting = False  # the ledger is still being read
         self._reloading = asyncio.Lock()
         self._reading = asyncio.Lock()
         self.turns = Turns()
@@ -10385,6 +10396,8 @@ class Gateway:
         """Refuse what could not be booked. Raises Unavailable."""
         if self.stopping:
             raise Unavailable("The gateway is stopping.", retry_after_s=5)
+        if self.starting:
+            raise Unavailable("The gateway is starting: it still reads its ledger.", retry_after_s=2)
         if not self.ledger.has_room(len(self.relay.running) + self.limits.waiting):
             raise Unavailable("The gateway cannot write its ledger and takes no more calls.", retry_after_s=30)
 
@@ -10616,7 +10629,8 @@ class Gateway:
         waiting, failure = self.ledger.waiting, self.ledger.failure
         return {
             "live": True,
-            "ready": not self.stopping and not failure,
+            "ready": not self.starting and not self.stopping and not failure,
+            "starting": {"entries": self.ledger.fold.books.entries} if self.starting else None,
             "stopping": self.stopping,
             "version": VERSION,
             "calls": len(self.relay.running),
@@ -12564,8 +12578,12 @@ class Server:
         self._stop_now = asyncio.Event()
 
     async def start(self) -> int:
-        """Bind, open the ledger, watch; the port. Raises CommandError."""
+        """Bind, read the ledger, watch; the port. Raises CommandError.
+
+        /health answers while the ledger is read; calls are refused, because limits are not known yet.
+        """
         server = self.gateway.config.server
+        self.gateway.starting = True
         try:
             port = await self.door.listen(server.host, server.port)
         except OSError as error:
@@ -12575,9 +12593,12 @@ class Server:
             ) from None
         try:
             self.gateway.ledger.hold()
-            self.gateway.ledger.load()
+            for _ in self.gateway.ledger.loading():
+                self.gateway.guard.run(self.door.check)
+                await asyncio.sleep(0)
         except OSError as error:
             raise CommandError(f"cannot use the ledger in {self.gateway.ledger.directory}: {why_not(error)}") from None
+        self.gateway.starting = False
         self._watch.start()
         return port
 

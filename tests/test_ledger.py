@@ -888,6 +888,31 @@ def correction(cost_usd: float = -1.0, time: str = "2026-09-21T14:00:00.000Z") -
 RESET = g.Reset(time="2026-09-21T14:00:00.000Z", scope="key", name="alice")
 
 
+def test_a_start_that_is_killed_while_it_reads_goes_on_from_there(make_ledger, tmp_path, clock):
+    """
+    Else a probe that ends a slow start would end all that follow, too.
+    """
+    ledger = make_ledger()
+    ledger.load()
+    for number in range(6000):
+        ledger.append(entry(number))
+    ledger.close()
+    (tmp_path / g.Checkpoint.FILE).unlink()
+    killed = make_ledger()
+    steps = killed.loading()
+    next(steps)
+    clock.advance(6)
+    next(steps)
+    killed._disk.shutdown()
+    steps.close()
+
+    found = g.Checkpoint.read(g.LedgerFiles(tmp_path), "UTC")
+    resumed = counted(reloaded(tmp_path, clock))
+
+    assert found and 0 < found.books.entries < 6000
+    assert resumed == counted(without_checkpoint(tmp_path, clock))
+
+
 def usd(ledger: g.Ledger, window: str = "", now: float = START) -> float:
     """What alice has spent."""
     return ledger.fold.scope("key", "alice").spent("usd", window, now, g.Weights()) / 1e9

@@ -937,6 +937,7 @@ async def test_health_tells_the_state_and_no_secret(gateway):
     assert reply.json == {
         "live": True,
         "ready": True,
+        "starting": None,
         "stopping": False,
         "version": g.VERSION,
         "calls": 0,

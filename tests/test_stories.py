@@ -246,6 +246,45 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
     assert "Traceback" not in log
 
 
+async def test_health_answers_while_the_ledger_is_read(tmp_path, clock):
+    """
+    A probe sees a start that takes its time, and not a gateway that hangs.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_text("upstreams: [{name: demo, format: demo}]\nserver: {port: 0}\n")
+    (tmp_path / "usage").mkdir()
+    line = json.dumps({"type": "call", "time": "2026-09-01T00:00:00.000Z", "key": "alice", "padding": "x" * 4000})
+    (tmp_path / "usage" / "usage-2026-09.jsonl").write_text(f"{line}\n" * 1000)
+    server = g.Server(g.Config.load(path, clock.clock))
+
+    started, seen = asyncio.ensure_future(server.start()), []
+    while not started.done():
+        seen.append(server.gateway.health())
+        await asyncio.sleep(0)
+    await started
+    ready = server.gateway.health()
+    await server.close()
+
+    counts = {health["starting"]["entries"] for health in seen if health["starting"]}
+    assert len(counts) > 3 and 0 < sorted(counts)[1] < 1000
+    assert not any(health["ready"] for health in seen if health["starting"])
+    assert (ready["ready"], ready["starting"]) == (True, None)
+
+
+async def test_no_call_is_taken_while_the_ledger_is_read(gateway, upstream):
+    """
+    What the limits allow is not known yet.
+    """
+    gateway.gateway.starting = True
+
+    health = await gateway.get("/health")
+    reply = await gateway.post("/v1/messages", HELLO)
+
+    assert (health.status, health.json["live"], health.json["ready"]) == (503, True, False)
+    assert (reply.status, reply.headers["retry-after"]) == (503, "2")
+    assert reply.error["message"] == "The gateway is starting: it still reads its ledger."
+
+
 def test_a_second_gateway_on_the_same_ledger_is_refused_until_the_first_is_gone(tmp_path, processes):
     """
     Each would count only its own calls against the limits, and a restart would lose the other's. A killed one holds
