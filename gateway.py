@@ -5248,29 +5248,29 @@ OPENAI_IMAGE = 2.5, 300  # times as many, and more: its tiles of 512 pixels (170
 TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
 PDF_TOKENS = 1_000_000  # of a PDF whose pages cannot be counted: the largest context
 PAGE_TOKENS = 4_500  # of a PDF's page: 1,500 to 3,000 of text, and its image
-MAX_COUNTED_PDF = 8 << 20  # bytes of base64 of a request in which pages are looked for, 30 ms, of bad ones 130
-MAX_INFLATED_PDF = 8 << 20  # bytes of its streams that are inflated, 30 ms, of so many streams
-MAX_PDF_STREAMS = 5000
+MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
+MAX_PDF_PARTS = 50_000  # objects, streams, lists and names with escapes of all of them: 2 µs each
+MAX_A85_PDF = 256 << 10  # bytes of a PDF's streams in ASCII85, 50 ms
+LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
 PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
-PDF_NO_TEXT = re.compile(rb"/(?:Image|Length1|Length2|XRef|Metadata|EmbeddedFile)\b")  # of a stream, in its dictionary
+PDF_IMAGE = re.compile(rb"/(?:DCTDecode|JPXDecode|CCITTFaxDecode|JBIG2Decode)\b")  # how nothing but images is packed
 PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
 # An object's beginning, before which is its number; the pages of a part of the document, or what a page contains.
 PDF_LISTS = re.compile(rb"obj\b|/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R)?")
 PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")
-PDF_REFERENCE = re.compile(rb"\b\d{1,10}\s{1,9}\d{1,9}\s{1,9}R")
-MAX_PDF_OBJECTS = 50_000  # and lists, and names with escapes: 1 µs each
-MAX_A85_PDF = 256 << 10  # bytes of streams in ASCII85, 50 ms
+PDF_REFERENCE = re.compile(rb"\b(\d{1,10})\s{1,9}\d{1,9}\s{1,9}R")
 PDF_ESCAPED = re.compile(rb"/[A-Za-z]{0,8}#[0-9A-Fa-f]{2}[#0-9A-Za-z]{0,30}")  # a name, in which #41 is A
-PDF_NAMES = frozenset((b"/Type", b"/Page", b"/Pages", b"/Kids", b"/ObjStm", b"/Contents"))
+PDF_NAMES = frozenset((b"/Type", b"/Page", b"/Pages", b"/Kids", b"/ObjStm", b"/Contents", b"/Form"))
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
 MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
 ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "messages": (b'"source"',),
     "count_tokens": (b'"source"',),
-    "chat": (b'"image_url"',),
-    "responses": (b'"image_url"', b'"input_file"'),
+    "chat": (b'"image_url"', b'"file"'),
+    "responses": (b'"image_url"', b'"input_image"', b'"input_file"'),
     "embeddings": (),
-}  # without these in it a conversation has no attachment
+}  # without these in it, or escapes that could hide them, a conversation has no attachment
+ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
 
 
 class Part(msgspec.Struct, gc=False):
@@ -5304,15 +5304,8 @@ ATTACHMENTS = {
     "file": ("file", "file_data", PDF_TOKENS),
     "input_file": ("file_data", "", PDF_TOKENS),  # a data: URL, as its API has it
 }
-# By type ("" is a message): the field with further blocks.
-NESTED = {
-    "": "content",
-    "message": "content",
-    "tool_result": "content",
-    "function_call_output": "output",
-    "custom_tool_call_output": "output",
-    "computer_call_output": "output",
-}
+NO_PARTS = ("text", "thinking", "redacted_thinking", "tool_use")  # types of blocks that have no others within
+MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
 
 
 def jpeg_size(start: bytes) -> tuple[int, int] | None:
@@ -5341,102 +5334,120 @@ def image_size(start: bytes) -> tuple[int, int] | None:
     return jpeg_size(start) if start[:2] == b"\xff\xd8" else None
 
 
-def inflate_pdf(pdf: bytes) -> tuple[bytes, int]:
-    """The objects that a PDF has compressed together, and how many bytes of its streams have text.
+class PdfReader:
+    """Reads the PDFs of one request, as far as their pages and texts are written in the plain way.
 
-    Images, fonts and the like are passed over. Raises ValueError where a stream is written in another way, or where
-    there is too much of them.
+    A page is an object of its type, and named in the `Kids` of its parent; its text is in the streams that its
+    `Contents` names, and in forms, which any page may show. Plain means: each of these is named once, in a list that
+    stands there; names have no escapes; streams are inflated, or in ASCII85. Any other PDF raises `ValueError` within,
+    and so does what is more than can be looked at of one request.
     """
-    objects, inflated, with_text, in_a85, end = [], 0, 0, 0, 0
-    for count, found in enumerate(PDF_STREAM.finditer(pdf)):
-        if found.start() < end:
-            continue  # within the one before
-        fields = pdf[max(end, found.start() - 500) : found.start()]
-        fields, end = fields[fields.rfind(b"obj") + 1 :], pdf.find(b"endstream", found.end())
-        if PDF_NO_TEXT.search(fields):
-            continue
-        if count > MAX_PDF_STREAMS or end < 0:
-            raise ValueError("too many streams, or one without an end")
-        data = pdf[found.end() : end]
+
+    def __init__(self) -> None:
+        self.room, self.parts = MAX_PDF, MAX_PDF_PARTS  # what may still be looked at
+
+    def tokens(self, text: bytes) -> int:
+        """The tokens of a PDF in base64: by its pages and its text where they can be read, else the largest context.
+
+        Its size says nothing: 600 pages that share one content are 57 KB. A page is read as text and as an image
+        (platform.claude.com/docs, "PDF support").
+        """
+        try:
+            self._take(max(len(text), LEAST_PDF))
+            pages, with_text = self._read(base64.b64decode(text, validate=True))
+        except ValueError:
+            return PDF_TOKENS
+        return min(max(pages * PAGE_TOKENS, with_text // 4), PDF_TOKENS)
+
+    def _take(self, size: int) -> None:
+        self.room -= size
+        if self.room < 0:
+            raise ValueError("more than can be looked at")
+
+    def _count(self) -> None:
+        self.parts -= 1
+        if self.parts < 0:
+            raise ValueError("more parts than can be looked at")
+
+    def _read(self, pdf: bytes) -> tuple[int, int]:
+        """The pages, and the bytes of text."""
+        if not pdf.startswith(b"%PDF-"):
+            raise ValueError("readers look past what stands before that")
+        streams = list(self._streams(pdf))
+        objects = b"\n".join(self._inflate(fields, data) for _, fields, data in streams if b"/ObjStm" in fields)
+        for name in itertools.chain(PDF_ESCAPED.finditer(pdf), PDF_ESCAPED.finditer(objects)):
+            self._count()
+            if re.sub(rb"#([0-9A-Fa-f]{2})", lambda code: bytes([int(code[1], 16)]), name[0]) in PDF_NAMES:
+                raise ValueError("a name with escapes")
+        owners: dict[bytes, object] = {}
+        kids = self._kids(pdf, owners) + self._kids(objects, owners)
+        found = itertools.chain(PDF_PAGE.finditer(pdf), PDF_PAGE.finditer(objects))
+        pages = max(kids, sum(1 for _ in itertools.islice(found, PDF_TOKENS // PAGE_TOKENS + 1)))
+        contents = {int(name[8:]) for name in owners if name.startswith(b"Contents")}
+        if contents - {number for number, _, _ in streams}:
+            raise ValueError("a list of contents that stands elsewhere")
+        with_text = 0
+        for number, fields, data in streams:
+            if b"/ObjStm" not in fields and (number in contents or b"/Form" in fields):
+                size = len(self._inflate(fields, data))
+                with_text += size if number in contents else size * pages
+        if not pages:
+            raise ValueError("no pages")
+        return pages, with_text
+
+    def _streams(self, pdf: bytes) -> Iterator[tuple[int | None, bytes, memoryview]]:
+        """Each stream, with its object's number and dictionary."""
+        end = 0
+        for found in PDF_STREAM.finditer(pdf):
+            if found.start() < end:
+                continue  # within the one before
+            self._count()
+            before = pdf[max(end, found.start() - 1000) : found.start()]
+            start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
+            number = PDF_NUMBER.search(before, 0, max(0, start))
+            if end < 0 or start < 0:
+                raise ValueError("a stream without an end, or without a beginning")
+            yield int(number[1]) if number else None, before[start:], memoryview(pdf)[found.end() : end]
+
+    def _inflate(self, fields: bytes, data: bytes | memoryview) -> bytes:
+        """The bytes of a stream. Raises ValueError if they are packed in another way."""
+        if PDF_IMAGE.search(fields):
+            return b""
         if b"/ASCII85Decode" in fields:
-            in_a85 += len(data)
-            data = base64.a85decode(b"<~" + data.strip(), adobe=True) if in_a85 <= MAX_A85_PDF else b""
+            if len(data) > MAX_A85_PDF:
+                raise ValueError("much ASCII85")
+            self._take(8 * len(data))  # it takes longer
+            data = base64.a85decode(b"<~" + bytes(data).strip(), adobe=True)
         if b"/Filter" in fields:
             try:
-                data = zlib.decompressobj().decompress(data, MAX_INFLATED_PDF - inflated + 1)
+                data = zlib.decompressobj().decompress(data, self.room + 1)
             except zlib.error:
                 raise ValueError("a stream in another encoding") from None
-        inflated += len(data)
-        if inflated > MAX_INFLATED_PDF:
-            raise ValueError("too much text")
-        if b"/ObjStm" in fields:
-            objects.append(data)
-        elif b"Tj" in data or b"TJ" in data:
-            with_text += len(data)
-    return b"\n".join(objects), with_text
+        self._take(len(data))
+        return bytes(data)
 
+    def _kids(self, pdf: bytes, owners: dict[bytes, object]) -> int:
+        """How many pages and parts are named in the `Kids` of a text of objects.
 
-def count_kids(pdf: bytes) -> int:
-    """How many pages and parts are named in the `Kids` of a PDF.
-
-    Raises ValueError where a list stands elsewhere, and where a page or its content is named twice: but for another
-    version of the same object, as editors append it.
-    """
-    owners: dict[bytes, object] = {}  # by what is named: the object that names it
-    kids, owner = 0, object()
-    for count, found in enumerate(PDF_LISTS.finditer(pdf)):
-        kind, names = found.groups()
-        if count > MAX_PDF_OBJECTS:
-            raise ValueError("too many objects")
-        if kind is None:
-            number = PDF_NUMBER.search(pdf, max(0, found.start() - 40), found.start())
-            owner = int(number[1]) if number else owner
-            continue
-        if names is None or (kind == b"Kids" and not names.startswith(b"[")):
-            raise ValueError("a list that stands elsewhere")
-        named = [kind + b" ".join(name.split()) for name in PDF_REFERENCE.findall(names)]
-        if len(set(named)) < len(named) or any(owners.setdefault(name, owner) != owner for name in named):
-            raise ValueError("named twice")
-        kids += len(named) * (kind == b"Kids")
-        if not isinstance(owner, int):
-            owner = object()  # objects that are packed together have no number here
-    return kids
-
-
-def read_pdf(pdf: bytes) -> tuple[int, int]:
-    """The pages of a PDF, and how many bytes have text, if it is written in the plain way. Raises ValueError if not.
-
-    A page is an object of its type, and named in the `Kids` of its parent. Plain means: each is named once, as is what
-    it contains, in a list that stands there, and these names have no escapes. 600 times the same page are 4 KB.
-    """
-    if not pdf.startswith(b"%PDF-"):
-        raise ValueError("readers look past what stands before that")
-    objects, with_text = inflate_pdf(pdf)
-    escaped = itertools.chain(PDF_ESCAPED.finditer(pdf), PDF_ESCAPED.finditer(objects))
-    for count, name in enumerate(escaped):
-        plain = re.sub(rb"#([0-9A-Fa-f]{2})", lambda code: bytes([int(code[1], 16)]), name[0])
-        if plain in PDF_NAMES or count > MAX_PDF_OBJECTS:
-            raise ValueError("a name with escapes")
-    kids = count_kids(pdf) + count_kids(objects)
-    most = PDF_TOKENS // PAGE_TOKENS + 1
-    found = itertools.islice(itertools.chain(PDF_PAGE.finditer(pdf), PDF_PAGE.finditer(objects)), most)
-    pages = max(sum(1 for _ in found), kids)
-    if not pages:
-        raise ValueError("no pages")
-    return pages, with_text
-
-
-def estimate_pdf(text: bytes) -> int:
-    """The tokens of a PDF in base64: by its pages and its text where they can be read, else the largest context.
-
-    Its size says nothing: 600 pages that share one content are 57 KB. A page is read as text and as an image
-    (platform.claude.com/docs, "PDF support").
-    """
-    try:
-        pages, with_text = read_pdf(base64.b64decode(text, validate=True))
-    except ValueError:
-        return PDF_TOKENS
-    return min(max(pages * PAGE_TOKENS, with_text // 4), PDF_TOKENS)
+        `owners` has the object that names each: another version of the same object, as editors append it, may do so.
+        """
+        kids, owner = 0, object()
+        for found in PDF_LISTS.finditer(pdf):
+            self._count()
+            kind, names = found.groups()
+            if kind is None:
+                number = PDF_NUMBER.search(pdf, max(0, found.start() - 40), found.start())
+                owner = int(number[1]) if number else owner
+                continue
+            if names is None or (kind == b"Kids" and not names.startswith(b"[")):
+                raise ValueError("a list that stands elsewhere")
+            named = [kind + name for name in PDF_REFERENCE.findall(names)]
+            if len(set(named)) < len(named) or any(owners.setdefault(name, owner) != owner for name in named):
+                raise ValueError("named twice")
+            kids += len(named) * (kind == b"Kids")
+            if not isinstance(owner, int):
+                owner = object()  # objects that are packed together have no number here
+        return kids
 
 
 def estimate_image(width: int, height: int, family: str) -> int:
@@ -5462,11 +5473,8 @@ def plain_base64(text: bytes) -> bytes:
     return text.translate(None, b" \t\r\n") if b" " in text or b"\n" in text else text
 
 
-def estimate_attachment(text: bytes, family: str = "", room: int = MAX_COUNTED_PDF) -> int | None:
-    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none.
-
-    A PDF of more than `room` bytes is not looked into.
-    """
+def estimate_attachment(text: bytes, family: str, pdfs: PdfReader) -> int | None:
+    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
     has_blanks = b" " in text  # as words have, and no image
     text = plain_base64(text)
     step = max(1, len(text) // SAMPLES)
@@ -5478,7 +5486,7 @@ def estimate_attachment(text: bytes, family: str = "", room: int = MAX_COUNTED_P
     except ValueError:
         return None
     if b"%PDF-" in start[:1100]:
-        return estimate_pdf(text) if len(text) <= room else PDF_TOKENS
+        return pdfs.tokens(text)
     if has_blanks:
         return None
     if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
@@ -5508,7 +5516,10 @@ def attached_base64(value: Raw, inner: str) -> bytes:
 
 
 def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, int]]:
-    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and the most that it costs."""
+    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and the most that it costs.
+
+    Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
+    """
     for item in list_items(parts, MAX_PARTS):
         if next(budget, None) is None:
             return
@@ -5520,10 +5531,11 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
         if kind in ATTACHMENTS:
             field, inner, most = ATTACHMENTS[kind]
             yield attached_base64(getattr(part, field), inner), most
-        elif kind in NESTED and depth < 3:
-            within = getattr(part, NESTED[kind])
-            if within is not msgspec.UNSET:
-                text = bytes(within)
+        elif kind in NO_PARTS:
+            continue
+        for within in (part.content, part.output, part.source):
+            text = b"" if within is msgspec.UNSET else bytes(within)
+            if text[:1] in (b"[", b"{") and depth < MAX_DEPTH:
                 yield from attachments(memoryview(b"[%b]" % text if text[:1] == b"{" else text), budget, depth + 1)
 
 
@@ -5555,21 +5567,21 @@ def estimate_input(body: bytes, conversation: Raw, route: Route, model: str) -> 
 
     `conversation` is the list of messages or input items within it. A byte of text is at least a quarter of a token.
     """
-    text_bytes, tokens, room = len(body), 0, MAX_COUNTED_PDF
+    text_bytes, tokens, has_any = len(body), 0, False
     for mark in ATTACHMENT_MARKS[route.kind]:
-        if mark in body and conversation is not msgspec.UNSET:
-            family = "" if route.api == "anthropic" else "tiled" if matches(TILED_IMAGES, model) else "openai"
-            found = attachments(memoryview(bytes(conversation)), iter(range(MAX_PARTS)))
-            for text, most in itertools.islice(found, MAX_ATTACHMENTS):
-                if family == "tiled" and most == IMAGE_TOKENS:
-                    most = TILED_IMAGE_TOKENS
-                if not text:
-                    tokens += most
-                elif (cost := estimate_attachment(text[1:-1], family, room)) is not None:
-                    tokens += min(cost, most)
-                    text_bytes -= len(text)
-                    room -= len(text) * (most == PDF_TOKENS)
-            break
+        has_any = has_any or mark in body
+    if has_any or (b"\\u00" in body and ESCAPED_LETTER.search(body)):
+        parts = b"" if conversation is msgspec.UNSET else bytes(conversation)
+        family = "" if route.api == "anthropic" else "tiled" if matches(TILED_IMAGES, model) else "openai"
+        found, pdfs = attachments(memoryview(parts), iter(range(MAX_PARTS))), PdfReader()
+        for text, most in itertools.islice(found, MAX_ATTACHMENTS):
+            if family == "tiled" and most == IMAGE_TOKENS:
+                most = TILED_IMAGE_TOKENS
+            if not text:
+                tokens += most
+            elif (cost := estimate_attachment(text[1:-1], family, pdfs)) is not None:
+                tokens += min(cost, most)
+                text_bytes -= len(text)
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
 

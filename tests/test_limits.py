@@ -543,7 +543,8 @@ def pdf(*objects: bytes, start: bytes = b"%PDF-1.7\n") -> str:
 
 
 PAGE = b"<</Type /Page /Parent 1 0 R>>"
-SEVEN_PAGES = b"".join(b"<</Type/Page/Contents %d 0 R>>" % i for i in range(7))
+WITH_TEXT = b"<</Type/Page/Contents 2 0 R>>"
+SEVEN_PAGES = b"<</Type/Page>>" * 7
 SHOWN = zlib.compress(b"(a word or two) Tj " * 20_000)  # 380 KB
 SIX_HUNDRED = b"<</Type /Pages /Kids [" + b"3 0 R " * 600 + b"]>>"
 TREE = [b"<</Kids [2 0 R 3 0 R]>>", b"<</Kids [4 0 R]>>", b"<</Kids[4 0 R]>>", PAGE]
@@ -555,13 +556,28 @@ PDFS = {
     "pages without a type, named by their parent": (pdf(b"<</Kids [2 0 R 3 0 R 4 0 R]>>"), 13_500),
     "packed": (pdf(stream(zlib.compress(SEVEN_PAGES), b"/Type/ObjStm/Filter/FlateDecode")), 31_500),
     "partly packed": (pdf(PAGE, stream(zlib.compress(SEVEN_PAGES), b"/Filter/FlateDecode/Type/ObjStm")), 36_000),
-    "with much text": (pdf(PAGE, stream(SHOWN)), 95_000),
+    "with much text": (pdf(WITH_TEXT, stream(SHOWN)), 95_000),
     "with much text in ASCII85": (
-        pdf(PAGE, stream(base64.a85encode(SHOWN, adobe=True)[2:], b"/Filter [/ASCII85Decode /FlateDecode]")),
+        pdf(WITH_TEXT, stream(base64.a85encode(SHOWN, adobe=True)[2:], b"/Filter [/ASCII85Decode /FlateDecode]")),
         95_000,
     ),
-    "with much plain text": (pdf(PAGE, stream(zlib.decompress(SHOWN), b"")), 95_000),
+    "with much plain text": (pdf(WITH_TEXT, stream(zlib.decompress(SHOWN), b"")), 95_000),
     "with an image": (pdf(PAGE, stream(b"\0" * 9000, b"/Subtype/Image/Filter/DCTDecode")), 4_500),
+    "with a large image": (
+        pdf(PAGE, stream(zlib.compress(bytes(20 << 20)), b"/Subtype/Image/Filter/FlateDecode")),
+        4_500,
+    ),
+    "with text that calls itself a font": (pdf(WITH_TEXT, stream(SHOWN, b"/Length1 1/Filter/FlateDecode")), 95_000),
+    "with text that calls itself an image": (pdf(WITH_TEXT, stream(SHOWN, b"/Image/Filter/FlateDecode")), 95_000),
+    "packed objects that call themselves otherwise": (
+        pdf(stream(zlib.compress(SEVEN_PAGES), b"/Type/ObjStm/Metadata/Filter/FlateDecode")),
+        31_500,
+    ),
+    "with a text in a form that each page may show": (
+        pdf(PAGE, PAGE, PAGE, stream(SHOWN, b"/Subtype/Form/Filter/FlateDecode")),
+        285_000,
+    ),
+    "contents elsewhere": (pdf(WITH_TEXT, b"[3 0 R]", stream(SHOWN)), 1_000_000),
     "edited: a new version of an object behind the old": (
         pdf(b"<</Kids[2 0 R]>>", PAGE, b"%%EOF 1 0 obj<</Kids[2 0 R 9 0 R]>>"),
         13_500,
@@ -574,10 +590,10 @@ PDFS = {
     "something before it": (pdf(PAGE, start=b"x%PDF-1.7\n"), 1_000_000),
     "no page to be seen": (pdf(b"\x01" * 30_000), 1_000_000),
     "packed in another way": (pdf(PAGE, stream(b"\x80\0", b"/Type/ObjStm/Filter/LZWDecode")), 1_000_000),
-    "text in another encoding": (pdf(PAGE, stream(b"\x80\0", b"/Filter/LZWDecode")), 1_000_000),
+    "text in another encoding": (pdf(WITH_TEXT, stream(b"\x80\0", b"/Filter/LZWDecode")), 1_000_000),
     "a stream without an end": (pdf(PAGE, b"<<>>\nstream\n(a) Tj"), 1_000_000),
-    "text that inflates to 100 MB": (pdf(PAGE, stream(zlib.compress(b"(a) Tj " * 14_000_000, 1))), 1_000_000),
-    "too large to be read": (pdf(PAGE, b"\x01" * g.MAX_COUNTED_PDF), 1_000_000),
+    "text that inflates to 100 MB": (pdf(WITH_TEXT, stream(zlib.compress(b"(a) Tj " * 14_000_000, 1))), 1_000_000),
+    "too large to be read": (pdf(PAGE, b"\x01" * g.MAX_PDF), 1_000_000),
 }
 
 
@@ -613,11 +629,74 @@ def test_many_pdfs_cost_as_much_time_as_one():
     """
     Of one request so many bytes are looked into; the rest counts as the largest context each.
     """
-    block = WRAPPED["anthropic"][1].replace('"image"', '"document"') % pdf(
-        PAGE, b"% " + b"x" * (g.MAX_COUNTED_PDF // 2)
-    )
+    block = WRAPPED["anthropic"][1].replace('"image"', '"document"') % pdf(PAGE, b"% " + b"x" * (g.MAX_PDF // 2))
 
     assert estimate_of(request_with("messages", ",".join([block] * 3))) == pytest.approx(2_004_500, abs=500)
+
+
+def reading_of(*documents: str) -> tuple[int, int]:
+    """How many functions are called to read PDFs, and their tokens."""
+    reader, tokens = g.PdfReader(), 0
+
+    def read() -> None:
+        nonlocal tokens
+        tokens = sum(reader.tokens(document.encode()) for document in documents)
+
+    return calls_made(read), tokens
+
+
+PACKED_OBJECTS = pdf(stream(zlib.compress(b"obj " * 40_000), b"/Type/ObjStm/Filter/FlateDecode"))
+SLOW_PDFS = {
+    "streams without an end": [base64.b64encode(b"%PDF-1.4\n 1 0 obj" + b"/Image>>stream\n" * 60_000).decode()],
+    "many small ones with many objects": [PACKED_OBJECTS] * 1000,
+    "many bombs": [pdf(stream(zlib.compress(bytes(8_300_000)), b"/Type/ObjStm/Filter/FlateDecode"))] * 1000,
+    "lists of one page": [pdf(b"/Kids[1 0 R]" * 60_000)],
+    "names with escapes": [pdf(b"/#41" * 60_000)],
+}
+
+
+@pytest.mark.parametrize("name", SLOW_PDFS)
+def test_reading_pdfs_is_bounded_for_all_of_a_request_together(name):
+    """
+    1 MB of streams that did not end took 14 s, 46 PDFs of 500 bytes 3.8 s; 1,000 such would have taken 83 s.
+    """
+    calls, tokens = reading_of(*SLOW_PDFS[name])
+
+    assert calls < 500_000
+    assert tokens >= 1_000_000
+
+
+HIDDEN = {
+    "an escaped name": ("messages", '{"type":"image","\\u0073ource":{"type":"url","url":"https://x.test"}}', 5000),
+    "an escaped type": (
+        "messages",
+        '{"type":"docu\\u006dent","source":{"type":"url","url":"https://x.test"}}',
+        1_000_000,
+    ),
+    "a document of blocks": (
+        "messages",
+        '{"type":"document","source":{"type":"content","content":[{"type":"image","source":{"type":"url","url":"u"}}]}}',
+        5000,
+    ),
+    "a fetched page": (
+        "messages",
+        '{"type":"web_fetch_tool_result","content":{"type":"web_fetch_result","content":{"type":"document","source":'
+        '{"type":"url","url":"u"}}}}',
+        1_000_000,
+    ),
+    "a file of chat": ("chat", '{"type":"file","file":{"file_id":"f"}}', 1_000_000),
+    "an image of a file": ("responses", '{"type":"input_image","file_id":"f"}', 5000),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_lies_elsewhere_counts_however_it_is_named(name):
+    """
+    Escaped, within other blocks, or by the number of a file: 600 such images counted as 18,000 tokens, not 3 million.
+    """
+    kind, block, tokens = HIDDEN[name]
+
+    assert estimate_of(request_with(kind, block.replace("\\\\", "\\")), kind) >= tokens
 
 
 def test_noise_beside_an_attachment_counts_as_what_it_is():
@@ -735,8 +814,8 @@ def test_an_attachment_of_any_bytes_has_an_estimate(data):
     """
     The head may be cut anywhere and need not be base64.
     """
-    assert (g.estimate_attachment(data) or 0) >= 0
-    assert (g.estimate_attachment(base64.b64encode(data)) or 0) >= 0
+    assert (g.estimate_attachment(data, "", g.PdfReader()) or 0) >= 0
+    assert (g.estimate_attachment(base64.b64encode(data), "", g.PdfReader()) or 0) >= 0
 
 
 OUTPUTS = [
