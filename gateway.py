@@ -7691,14 +7691,16 @@ class Blamed(NamedTuple):
 
     one_user: str  # one user's calls failed
     for_long: str  # the same, for `ALONE_S` without a success of anybody
-    several: str  # calls of two users failed; of 429 also calls for two models
+    several: str  # calls of two users failed, `breaker.failures` in a row; of 429 calls of two users for two models
 
 
 # One user's request may fail for its own sake, whatever status and headers it gets; it takes nothing from the others.
 BLAMED = {
     "failed": Blamed("nobody", "user", "everybody"),  # `breaker.failures` in a row; a single 401, 402 or 403
     "said": Blamed("user", "user", "everybody"),  # a single answer with the time to come again
-    "429": Blamed("model", "model", "everybody"),  # providers limit by model or account; a single one
+    "429": Blamed(
+        "user", "user", "everybody"
+    ),  # a single one. Providers limit by model: of two users' for one, "model"
     "sure": Blamed("everybody", "everybody", "everybody"),  # not reached, in a row; the config's `cooldown`, at once
 }
 
@@ -7836,7 +7838,7 @@ class Health:
         if cooldown.whom == EVERYBODY:
             self.forget_refusals()
         elif cooldown.whom.user and cooldown.whom not in self.cooldowns:
-            self.evidence[cooldown.kind].count = 1
+            self.evidence[cooldown.kind].count = len(self.evidence[cooldown.kind].users)
         recent = {whom: old for whom, old in self.cooldowns.items() if now < old.until + EVIDENCE_S}
         self.cooldowns = recent | {cooldown.whom: cooldown}
 
@@ -8273,6 +8275,8 @@ class Upstreams:
         whom = self._whom(ticket, health, case, retry_after_s, tried)
         if whom is not None:
             breaker = call.config.routing.breaker
+            if retry_after_s and not whom.user and kind == "failed":  # the header is one user's answer's
+                retry_after_s = min(retry_after_s, breaker.max_cooldown)
             seconds = self._cooldown_s(health.trips[whom], retry_after_s, verdict.cooldown_s, breaker)
             self._cool_down(choice, health, case, seconds, whom, bool(retry_after_s))
         return None
@@ -8297,12 +8301,12 @@ class Upstreams:
         elif kind == "failed" and retry_after_s:
             row = "said"
         blamed = BLAMED[row].one_user
-        if len(evidence.users) > 1 or (kind == "429" and len(evidence.models) > 1):
-            blamed = BLAMED[row].several
-        elif evidence.last - evidence.since >= ALONE_S:
+        is_often = bool(verdict.cooldown_s) or evidence.count >= call.config.routing.breaker.failures
+        if len(evidence.users) > 1 and (is_often or kind == "429"):
+            blamed = "model" if kind == "429" and len(evidence.models) == 1 else BLAMED[row].several
+        elif len(evidence.users) == 1 and evidence.last - evidence.since >= ALONE_S:
             blamed = BLAMED[row].for_long
-        is_often = retry_after_s or verdict.cooldown_s or evidence.count >= call.config.routing.breaker.failures
-        if not is_often or (case == "403" and not health.is_unclear):
+        if not (is_often or retry_after_s) or (case == "403" and not health.is_unclear):
             blamed = "nobody"
         covered = {"everybody": EVERYBODY, "model": Whom(model=call.model), "user": Whom(user=user_of(call))}
         found = [whom for name, whom in covered.items() if name == blamed or whom in tried]
