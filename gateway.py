@@ -4129,6 +4129,7 @@ def summarize(lines: Iterable[LedgerLine], by: Sequence[str], timezone: dt.tzinf
 # --- 5. Limits: may this key spend now? --------------------------------------------
 
 NANO = {"tokens": 1.0, "requests": 1.0, "usd": 1e9}  # money is counted in nano-USD
+IMAGE_USD = 0.25  # of a generated image, which is billed by its tokens: the largest in high quality
 
 
 def amount_text(unit: str, *amounts: float) -> str:
@@ -4733,7 +4734,8 @@ class Limits:
             extras = config.surcharges(call.upstream_model)
             for unit, per_token in each.items():
                 need[unit] += math.ceil(besides.runs * (need[unit] + config.limits.reserve_output * per_token))
-            need["usd"] += math.ceil(sum(extras[name] * count for name, count in besides.extras) * NANO["usd"])
+            pieces = sum(extras.get(name, IMAGE_USD) * count for name, count in besides.extras)
+            need["usd"] += math.ceil(pieces * NANO["usd"])
         output = call.reserved_output
         for budget, scope in reservation.scopes:
             for limit in budget.limits:
@@ -5053,6 +5055,7 @@ class RequestPeek(msgspec.Struct, gc=False):
     service_tier: Raw = msgspec.UNSET
     inference_geo: Raw = msgspec.UNSET
     stream_options: Raw = msgspec.UNSET
+    mcp_servers: Raw = msgspec.UNSET
     messages: Raw = msgspec.UNSET
     input: Raw = msgspec.UNSET
 
@@ -5060,7 +5063,7 @@ class RequestPeek(msgspec.Struct, gc=False):
 # The other names that the APIs have, so that a body of these alone is known by its length.
 OTHER_NAMES = b"""
     system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
-    container mcp_servers betas diagnostics safeguards
+    container betas diagnostics safeguards
     stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
     reasoning_effort verbosity user instructions reasoning text store include parallel_tool_calls
     prompt_cache_retention client_metadata safety_identifier
@@ -5805,19 +5808,46 @@ def other_models(peek: RequestPeek) -> Iterator[NamedModel]:
         raise BadRequest(f"The request body is not as expected: {error}") from None
 
 
-def check_other_models(key: Key, peek: RequestPeek) -> None:
+class RouterFields(msgspec.Struct, gc=False):
+    """Names at the top of a request by which LiteLLM and OpenRouter turn to other models, or to another router."""
+
+    user_config: Raw = msgspec.UNSET
+    model_list: Raw = msgspec.UNSET
+    router_settings_override: Raw = msgspec.UNSET
+    default_fallbacks: Raw = msgspec.UNSET
+    api_base: Raw = msgspec.UNSET
+    base_url: Raw = msgspec.UNSET
+    preset: Raw = msgspec.UNSET
+
+
+def check_other_models(call: Call, peek: RequestPeek) -> None:
     """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked and BadRequest."""
+    key, why = call.key, f"the key {call.key} may use only some models"
+    if b"model" in urllib.parse.unquote_to_bytes(call.query).lower():
+        raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
+    if "," in (peek.model or ""):
+        raise PolicyBlocked(f"model: {why}, and servers may read several here. Name one.")
+    fields = msgspec.json.decode(call.body, type=RouterFields)
+    for name in fields.__struct_fields__:
+        if getattr(fields, name):
+            raise PolicyBlocked(f"{name}: {why}, and this can turn to others. Leave it out.")
+    found = set[str]()
     for place, name, expected in other_models(peek):
         if expected:
             raise PolicyBlocked(
-                f"{place}: expected {expected}, since the key {key} may use only some models, and each that a request "
-                f"names is looked at. Leave {place} out, or write it so."
+                f"{place}: expected {expected}, since {why}, and each that a request names is looked at. "
+                f"Leave {place} out, or write it so."
             )
         if not key.allows_model(name):
             raise PolicyBlocked(
                 f"The key {key} may not use the model {name!r}, which {place} names. "
                 f"Leave {place} out, or name one that it may use."
             )
+        found.add(place.partition("[")[0])
+    for place, mark in (("tools", b"openrouter:"), ("plugins", b"fusion")):  # which have models of their own choice
+        value: Raw = getattr(peek, place)
+        if value is not msgspec.UNSET and mark in bytes(value) and place not in found:
+            raise PolicyBlocked(f"{place}: {why}, and {mark.decode()} without a model chooses some. Name its models.")
 
 
 class BilledTool(msgspec.Struct, gc=False):
@@ -5829,7 +5859,7 @@ class BilledTool(msgspec.Struct, gc=False):
 
 # What is reserved where a request does not say how often a tool may be used: of each that is billed by the piece (a
 # container of Code Interpreter is billed once), and of one that has a model of its own, such as an advisor.
-USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1}
+USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1, "image_generation": 4}
 MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
 # Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
@@ -5914,7 +5944,7 @@ def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) ->
         tool = msgspec.json.decode(item, type=BilledTool)
         said, kind = read_uses(tool.max_uses), decode_short(tool.type, str, "")
         uses = calls if said is None else said
-        for name in EXTRAS:
+        for name in USES:
             if kind.startswith(name):
                 extras[name] += USES[name] if uses is None else uses
         runs += named[f"tools[{number}]"] * (MODEL_USES if uses is None else uses)
@@ -5926,18 +5956,22 @@ def read_besides(call: Call, peek: RequestPeek, write: str) -> Besides | None:
 
     `write` is the price of its input in a cache. Tools are walked only where one is not the client's own.
     """
+    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
     stored = (peek.previous_response_id, peek.conversation, peek.prompt)
-    has_stored = call.route.kind == "responses" and (
-        any(value and not has_value(value, b"null") for value in stored)
-        or b"item_reference" in call.body
-        or is_escaped(call.body)
+    brings_more = bool(peek.mcp_servers) or b'"web_fetch' in tools or b'"mcp"' in tools
+    has_stored = brings_more or (
+        call.route.kind == "responses"
+        and (
+            any(value and not has_value(value, b"null") for value in stored)
+            or b"item_reference" in call.body
+            or is_escaped(call.body)
+        )
     )
     found: list[NamedModel] = []
     runs, extras, are_plain = 0, Counter[str](), are_clients_own(peek.tools)
     may_name = (peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
     if not are_plain or any(may_name) or peek.content_policy_fallbacks:
         found = list(other_models(peek))
-    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
     if len(tools) > MAX_MODEL_PLACES:
         extras["web_search"] = MOST_USES
     elif found or not are_plain:
@@ -5966,7 +6000,7 @@ def read_request(call: Call) -> None:
     if is_in_background and call.route.kind == "responses":
         raise PolicyBlocked("background: this gateway serves no responses in the background, whose cost it cannot see.")
     if "*" not in call.key.models:
-        check_other_models(call.key, peek)
+        check_other_models(call, peek)
     call.model = call.upstream_model = model
     call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
     if call.stream and call.route.kind == "chat":
@@ -5988,6 +6022,7 @@ def read_request(call: Call) -> None:
         or peek.context_window_fallbacks
         or peek.content_policy_fallbacks
         or call.route.kind == "responses"
+        or peek.mcp_servers
     ):
         call.besides = read_besides(call, peek, write)
     call.session = find_session(call, peek)
@@ -10926,8 +10961,8 @@ class ClientConnection(asyncio.Protocol):
             self._door.hand_over(self, self._foreign_head())
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
-        elif self._state is State.BODY and self._wire_size > 2 * self._body_size + self.MAX_HEAD:
-            # Each chunk costs a call: 40 connections with bodies in chunks of one byte stopped the loop for 4 s.
+        elif self._state is State.BODY and self._wire_size > self._body_size + self._body_size // 8 + self.MAX_HEAD:
+            # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
             self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
         elif self._pipelined and self._state is State.IDLE:
             self._close()
@@ -12711,6 +12746,7 @@ def first_key(path: Path, is_named: bool) -> str:
     if sys.stdout.isatty():
         return key
     file = path.parent / "first-key.txt"
+    file.unlink(missing_ok=True)  # of a config that is not there any more
     write_new(file, key + "\n", 0o600)
     return f"$(cat {shlex.quote(str(file))})"
 

@@ -943,6 +943,9 @@ BESIDES = {
     "a stored prompt": ("responses", {"prompt": {"id": "pmpt_1"}}, 100_000 * 1e-6),
     "an item": ("responses", {"input": [{"type": "item_reference", "id": "msg_1"}]}, 100_000 * 1e-6),
     "cache writes": ("messages", {"system": CACHED, "max_tokens": 0}, 500 * 2e-6),
+    "images": ("responses", {"tools": [{"type": "image_generation"}]}, 4 * 0.25),
+    "pages": ("messages", {"tools": [{"type": "web_fetch_20250910", "name": "web_fetch"}]}, 100_000 * 1e-6),
+    "servers of its own": ("messages", {"mcp_servers": [{"type": "url", "url": "https://x.test"}]}, 100_000 * 1e-6),
 }
 BESIDES_PATHS = {"messages": "/v1/messages", "chat": "/v1/chat/completions", "responses": "/v1/responses"}
 

@@ -612,19 +612,20 @@ async def test_one_keys_unfinished_bodies_keep_nobody_out(start_gateway, upstrea
     assert len(gateway.door._of_key["alice"]) == 5
 
 
+@pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"7\r\n[1,2,3]\r\n"])
 @pytest.mark.parametrize(
     "head", [LOGS, request_bytes("GET", "/health", {"transfer-encoding": "chunked"}), CHUNKED_CALL]
 )
-async def test_a_body_that_is_mostly_framing_is_refused(gateway, head):
+async def test_a_body_that_is_mostly_framing_is_refused(gateway, head, chunk):
     """
-    A chunk costs a call of Python: 40 connections with bodies in chunks of one byte stopped the loop for 4 s.
+    A chunk costs a call of Python: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
     """
     connection = await gateway.connect()
     await connection.send(head)
 
     with contextlib.suppress(ConnectionError):
         for _ in range(100):
-            await connection.send(b"1\r\nx\r\n" * 1000)
+            await connection.send(chunk * 1000)
     reply = await connection.answer()
 
     assert reply.status == 400 and "framing" in reply.error["message"]
@@ -1199,6 +1200,38 @@ async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway
     assert refused.error["message"].endswith(
         f"may not use the model 'claude-opus-9', which {place} names. Leave {place} out, or name one that it may use."
     )
+    assert allowed.status == 200 and len(upstream.requests) == 1
+
+
+AROUND = {
+    "a query": ("?beta=true&model=claude-opus-9", {}, "The query names a model"),
+    "an escaped query": ("?%6dodel=claude-opus-9", {}, "The query names a model"),
+    "several names": ("", {"model": "claude-test,claude-opus-9"}, "model: "),
+    "a router": ("", {"user_config": {"model_list": []}}, "user_config: "),
+    "a list of models": ("", {"model_list": [{"model_name": "claude-test"}]}, "model_list: "),
+    "another server": ("", {"api_base": "https://x.test"}, "api_base: "),
+    "a preset": ("", {"preset": "best"}, "preset: "),
+    "a tool that chooses": ("", {"tools": [{"type": "openrouter:fusion"}]}, "tools: "),
+    "a plugin that chooses": ("", {"plugins": [{"id": "fusion"}]}, "plugins: "),
+}
+
+
+@pytest.mark.parametrize("way", AROUND)
+async def test_a_key_for_some_models_has_no_way_around(start_gateway, upstream, way):
+    """
+    What LiteLLM and OpenRouter take for another model, or for leave to choose one; a key for all may use it.
+    """
+    query, fields, start = AROUND[way]
+    text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test*"],')
+    gateway = await start_gateway(text)
+    upstream.script = hello_json()
+
+    refused = await gateway.post(f"/v1/messages{query}", HELLO | fields)
+    await gateway.write(text.replace('models: ["claude-test*"]', 'models: ["*"]'))
+    allowed = await gateway.post(f"/v1/messages{query}", HELLO | fields)
+
+    assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
+    assert refused.error["message"].startswith(start) and "some models" in refused.error["message"]
     assert allowed.status == 200 and len(upstream.requests) == 1
 
 
