@@ -369,6 +369,7 @@ class Besides(NamedTuple):
     runs: int = 0  # of other models by its tools: each has the call's input, and an output of its own
     extras: tuple[tuple[str, int], ...] = ()  # what is billed by the piece, and how many of it
     write: str = ""  # the price of its input, where that is written to a cache: a field of `Price`
+    has_sound: bool = False  # it asks for an answer in sound
     has_stored: bool = False  # it refers to input that lies upstream
 
 
@@ -4765,7 +4766,10 @@ class Limits:
         rates = []
         for name in names:
             factor = max(1.0, math.prod(config.premiums(name, call.premiums).values()))
-            rates.append((config.price(name).at(input_tokens), factor))
+            row = config.price(name)
+            rates.append((row.at(input_tokens), factor))
+            if besides.has_sound and row.audio:
+                rates.append((row.audio, factor))
         if besides.is_unclear:
             rates.append((config.file.prices.dearest().base, max(factor for _, factor in rates)))
         classes = ("input", besides.write) if besides.write else ("input",)
@@ -5056,6 +5060,7 @@ class RequestPeek(msgspec.Struct, gc=False):
     inference_geo: Raw = msgspec.UNSET
     stream_options: Raw = msgspec.UNSET
     mcp_servers: Raw = msgspec.UNSET
+    modalities: Raw = msgspec.UNSET
     messages: Raw = msgspec.UNSET
     input: Raw = msgspec.UNSET
 
@@ -5323,11 +5328,12 @@ def jpeg_size(start: bytes) -> tuple[int, int] | None:
 
 
 def image_size(start: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels of a PNG, GIF, WebP or JPEG, of which `start` is the beginning; None if unknown."""
+    """Width and height in pixels of a PNG, WebP or JPEG, of which `start` is the beginning; None if unknown.
+
+    So it is of a GIF: its frames may be larger than the screen that it names at its beginning.
+    """
     if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) >= 24:
         return struct.unpack(">II", start[16:24])
-    if start[:4] == b"GIF8" and len(start) >= 10:
-        return struct.unpack("<HH", start[6:10])
     if start[:4] == b"RIFF" and start[12:16] == b"VP8X" and len(start) >= 30:
         width, height = (int.from_bytes(start[i : i + 3], "little") + 1 for i in (24, 27))
         return width, height
@@ -5978,7 +5984,8 @@ def read_besides(call: Call, peek: RequestPeek, write: str) -> Besides | None:
         runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
     names = {model.name for model in found if not model.expected}
     is_unclear = any(model.expected for model in found)
-    besides = Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_stored)
+    has_sound = peek.modalities is not msgspec.UNSET and b"audio" in bytes(peek.modalities)
+    besides = Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_sound, has_stored)
     return None if besides == NOTHING_BESIDES else besides
 
 
@@ -6023,6 +6030,7 @@ def read_request(call: Call) -> None:
         or peek.content_policy_fallbacks
         or call.route.kind == "responses"
         or peek.mcp_servers
+        or peek.modalities
     ):
         call.besides = read_besides(call, peek, write)
     call.session = find_session(call, peek)

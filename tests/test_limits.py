@@ -443,7 +443,7 @@ PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 JPEG_THUMBNAIL = b"\xff\xe1\x00\x20Exif\0\0\xff\xd8\xff\xc0\x00\x11\x08\x00\x10\x00\x10" + bytes(13)
 IMAGES = {
     "png": (PNG + struct.pack(">II", 750, 100), 101),
-    "gif": (b"GIF89a" + struct.pack("<HH", 300, 200), 81),
+    "gif, whose frames may be larger than its screen": (b"GIF89a" + struct.pack("<HH", 300, 200), 5000),
     "webp": (b"RIFF\0\0\0\0WEBPVP8X" + bytes(8) + (749).to_bytes(3, "little") + (99).to_bytes(3, "little"), 101),
     "webp with losses": (b"RIFF\0\0\0\0WEBPVP8 " + bytes(10) + struct.pack("<HH", 750, 100), 101),
     "jpeg": (b"\xff\xd8\xff\xc0\x00\x11\x08" + struct.pack(">HH", 100, 750), 101),
@@ -943,6 +943,11 @@ BESIDES = {
     "a stored prompt": ("responses", {"prompt": {"id": "pmpt_1"}}, 100_000 * 1e-6),
     "an item": ("responses", {"input": [{"type": "item_reference", "id": "msg_1"}]}, 100_000 * 1e-6),
     "cache writes": ("messages", {"system": CACHED, "max_tokens": 0}, 500 * 2e-6),
+    "sound": (
+        "chat",
+        {"model": "gpt-4o-audio-preview", "modalities": ["text", "audio"], "max_tokens": 8000},
+        8000 * 80e-6,
+    ),
     "images": ("responses", {"tools": [{"type": "image_generation"}]}, 4 * 0.25),
     "pages": ("messages", {"tools": [{"type": "web_fetch_20250910", "name": "web_fetch"}]}, 100_000 * 1e-6),
     "servers of its own": ("messages", {"mcp_servers": [{"type": "url", "url": "https://x.test"}]}, 100_000 * 1e-6),
