@@ -4761,6 +4761,8 @@ class Limits:
         config, besides = call.config, call.besides or NOTHING_BESIDES
         if not (call.besides or call.premiums or len(call.servings) > 1 or call.upstream_model in self._served):
             return config.price(call.upstream_model).at(input_tokens)  # as most calls are
+        if besides.has_stored:
+            input_tokens = InputRatios.STORED[1]  # nobody knows how much: the dearest tier
         names = {call.upstream_model, *(serving.model for serving in call.servings), *besides.models}
         names |= {self._served[name] for name in names if name in self._served}
         rates = []
@@ -7828,7 +7830,7 @@ class Health:
         self.load = load
         self.turn = 0.0  # of round robin
         self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
-        self.first_bytes: dict[str, deque[float]] = {}  # seconds, of the last streams, by model
+        self.first_bytes: dict[str, deque[tuple[float, str]]] = {}  # of the last streams, by model: seconds, user
         self.reset()
 
     def reset(self) -> None:
@@ -7885,16 +7887,20 @@ class Health:
         recent = {whom: old for whom, old in self.cooldowns.items() if now < old.until + EVIDENCE_S}
         self.cooldowns = recent | {cooldown.whom: cooldown}
 
-    def note_first_byte(self, model: str, seconds: float) -> None:
+    def note_first_byte(self, model: str, seconds: float, user: str) -> None:
         """A stream of `model` began after so many seconds."""
         if model not in self.first_bytes and len(self.first_bytes) >= 64:
             self.first_bytes.clear()
-        self.first_bytes.setdefault(model, deque(maxlen=8)).append(seconds)
+        self.first_bytes.setdefault(model, deque(maxlen=8)).append((seconds, user))
 
     def usual_first_byte(self, model: str) -> float | None:
         """The median of the last streams, None where there were too few."""
         seen = sorted(self.first_bytes.get(model, ()))
-        return seen[len(seen) // 2] if len(seen) >= CALLS_TO_JUDGE else None
+        return seen[len(seen) // 2][0] if len(seen) >= CALLS_TO_JUDGE else None
+
+    def users_of(self, model: str) -> set[str]:
+        """Whose streams the last ones were."""
+        return {user for _, user in self.first_bytes.get(model, ())}
 
     def cooling_s(self, now: float) -> float:
         """For how long it is still left alone, for whomever."""
@@ -8420,16 +8426,21 @@ class Upstreams:
             log.warning(text, choice, whose, seconds, case, health.failures)
 
     def _judge_speed(self, ticket: Ticket, first_byte_s: float) -> None:
-        """Demote an upstream whose first bytes come far later than those of its peers."""
+        """Demote an upstream whose first bytes come far later than those of its peers.
+
+        One user's calls may be slow for what is asked with them, and say nothing where the peers had others' calls.
+        """
         call, upstream, factor = ticket.call, ticket.choice.upstream, ticket.call.config.routing.slow
         peers = [s.upstream for s in call.servings if s.upstream.priority == upstream.priority]
         if not factor or len(peers) < 2:
             return
         health, now = ticket.choice.health, self._clock.monotonic()
-        health.note_first_byte(call.model, first_byte_s)
-        own = health.usual_first_byte(call.model)
-        others = [self.choices(peer)[0].health.usual_first_byte(call.model) for peer in peers if peer is not upstream]
-        usual = sorted(seconds for seconds in others if seconds is not None)
+        health.note_first_byte(call.model, first_byte_s, user_of(call))
+        own, users = health.usual_first_byte(call.model), health.users_of(call.model)
+        others = [self.choices(peer)[0].health for peer in peers if peer is not upstream]
+        usual = sorted(s for s in (other.usual_first_byte(call.model) for other in others) if s is not None)
+        if len(users) < 2 and any(other.users_of(call.model) - users for other in others):
+            return
         if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
             health.slow_until = {model: until for model, until in health.slow_until.items() if until > now}
             health.slow_until[call.model] = now + SLOW_S

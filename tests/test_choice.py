@@ -1828,6 +1828,24 @@ def test_an_upstream_is_not_slow_for_less(first_bytes, more):
     assert world.reported()["a"] == "ok"
 
 
+@pytest.mark.parametrize(("peers_user", "is_slow"), [("bob", False), ("mallory", True)])
+def test_one_users_slow_calls_say_nothing_beside_others_quick_ones(caplog, peers_user, is_slow):
+    """
+    Ten long prompts of one user had moved everybody's sessions for two minutes; alone, a user compares with itself.
+    """
+    world = World(THREE)
+    home = {name: world.session_at(name) for name in THREE}
+
+    for name, seconds, user in [("b", 1.0, peers_user), ("c", 1.0, peers_user), ("a", 9.0, "mallory")]:
+        for _ in range(10):
+            with world.take(home[name], user=user) as ticket:
+                world.upstreams.answered(ticket, seconds)
+                world.upstreams.finished(ticket)
+
+    assert (world.reported()["a"] == "slow") is is_slow
+    caplog.clear()
+
+
 def test_a_single_outlier_does_not_make_an_upstream_slow():
     """
     The median of the last eight counts: three long ones among them say nothing.

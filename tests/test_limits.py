@@ -939,6 +939,11 @@ BESIDES = {
     ),
     "max_tool_calls": ("responses", {"tools": [{"type": "web_search"}], "max_tool_calls": 70}, 70 * 0.01),
     "an earlier response": ("responses", {"previous_response_id": "resp_1"}, 100_000 * 1e-6),
+    "an earlier response, at the dearest tier": (
+        "responses",
+        {"model": "gpt-5.5", "previous_response_id": "resp_1", "max_output_tokens": 1},
+        100_000 * 10e-6,
+    ),
     "a conversation": ("responses", {"conversation": {"id": "conv_1"}}, 100_000 * 1e-6),
     "a stored prompt": ("responses", {"prompt": {"id": "pmpt_1"}}, 100_000 * 1e-6),
     "an item": ("responses", {"input": [{"type": "item_reference", "id": "msg_1"}]}, 100_000 * 1e-6),
