@@ -11180,8 +11180,14 @@ class ClientConnection(asyncio.Protocol):
         """Check what the head suffices for; only then is the body wanted (`expects`: and asked for)."""
         gateway, named = self._door.gateway, self._named
         key, address = gateway.authenticate(self._headers, named, self.peer)
-        if not self.key_name and not self._door.recognize(self, key):
-            self._keep_alive = False
+        if not self.key_name:
+            self._keep_alive = self._door.recognize(self, key) and self._keep_alive
+            if self._door.has_too_many(key):
+                raise Unavailable(
+                    f"The key {key} has more than half of the connections that this gateway can have "
+                    f"({self._door.most:,}; see `ulimit -n`): the others are for everybody else.",
+                    retry_after_s=5,
+                )
         gateway.check_open()
         config = gateway.config
         if b"content-encoding" in named and named[b"content-encoding"].strip().lower() not in (b"", b"identity"):
@@ -11771,6 +11777,13 @@ class Door:
         own = self._of_key.setdefault(key.name, OrderedDict())
         own[connection] = None
         return len(own) <= self.most - len(self.connections)
+
+    def has_too_many(self, key: Key) -> bool:
+        """Whether a key has more than half of all places, so that its calls would leave none for others.
+
+        480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
+        """
+        return len(self._of_key.get(key.name, ())) > max(1, self.most // 2)
 
     def leave(self, connection: ClientConnection | HandedStream) -> None:
         """Count a connection out; once is enough."""

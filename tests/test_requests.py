@@ -578,10 +578,11 @@ async def test_where_all_connections_are_in_use_a_new_one_is_closed(start_gatewa
     A stream that runs is not given up for a stranger. The log says so, at most once a minute.
     """
     upstream.script = [head(200, "text/event-stream"), message_start(12), text("hello"), stall()]
-    gateway = await start_gateway(config_text(upstream.url), most=2)
-    streams = [await gateway.connect() for _ in range(2)]
-    for stream in streams:
-        await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
+    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=2)
+    for key in (KEY, OTHER_KEY):
+        stream = await gateway.connect()
+        await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": key}, json.dumps(HELLO_STREAM).encode()))
         await stream.read_until(b"hello")
 
     late = await gateway.connect()
@@ -599,17 +600,40 @@ async def test_one_keys_unfinished_bodies_keep_nobody_out(start_gateway, upstrea
     gateway = await start_gateway(two, most=6)
     unfinished = []
     for count in range(1, 7):
+        token, name = [(KEY, "alice"), (OTHER_KEY, "bob")][count % 2]
         unfinished.append(await gateway.connect())
-        await unfinished[-1].send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "content-length": "100"}))
-        await until(lambda count=count: len(gateway.door._of_key.get("alice", ())) == count)
+        await unfinished[-1].send(request_bytes("POST", "/v1/messages", {"x-api-key": token, "content-length": "100"}))
+        await until(lambda name=name, count=count: len(gateway.door._of_key.get(name, ())) == (count + 1) // 2)
 
     health = await gateway.get("/health")
-    bob = await gateway.post("/v1/messages", HELLO, token=OTHER_KEY)
 
-    assert (health.status, bob.status) == (200, 200)
+    assert health.status == 200
     assert gateway.gateway.metrics.connections_refused == {"key": 1}
-    assert await unfinished[-1].is_closed()
-    assert len(gateway.door._of_key["alice"]) == 5
+    assert sorted(len(own) for own in gateway.door._of_key.values()) == [2, 3]
+
+
+async def test_one_key_has_half_of_all_connections_at_most(start_gateway, upstream):
+    """
+    480 silent streams of one key under `ulimit -n 1024` left no place for anybody else, nor for /health.
+    """
+    upstream.script = [head(200, "text/event-stream"), message_start(12), text("hello"), stall()]
+    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=6)
+    call = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode())
+    for _ in range(3):
+        stream = await gateway.connect()
+        await stream.send(call)
+        await stream.read_until(b"hello")
+
+    fourth = await gateway.connect()
+    await fourth.send(call)
+    refused = await fourth.answer()
+    upstream.script = hello_json()
+    health, bob = await gateway.get("/health"), await gateway.post("/v1/messages", HELLO, token=OTHER_KEY)
+
+    assert (refused.status, health.status, bob.status) == (503, 200, 200)
+    assert "more than half of the connections" in refused.error["message"]
+    assert await fourth.is_closed()
 
 
 @pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"7\r\n[1,2,3]\r\n"])
