@@ -2504,11 +2504,46 @@ def replace_file(path: Path, data: bytes) -> Path | None:
     return None
 
 
+EDIT_WAIT_S = 10.0  # for another edit to end
+
+
+def lock_config(path: Path) -> int:
+    """Be the only one who edits a config until the descriptor that is returned is closed. Raises ConfigError.
+
+    The lock is on the file itself, which an edit replaces: whoever has waited looks whether it is still there. -1
+    where the file system knows no locks: then an edit only finds out that another one came in between.
+    """
+    until = time.monotonic() + EDIT_WAIT_S
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return -1  # reading it says what is wrong
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(fd)
+                raise ConfigError(f"{path}: somebody else has edited it for {EDIT_WAIT_S:g} s; try again") from None
+            time.sleep(0.02)
+        except OSError:
+            os.close(fd)
+            return -1
+        os.close(fd)
+
+
 class ConfigEditor:
-    """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces."""
+    """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces.
+
+    From its beginning until it is saved no other edits the file: of six keys added at once all are there.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._lock = -1
         self.path = path
+        self._lock = lock_config(path)
         self.backup: Path | None = None  # what the file was, where it could not be replaced at once
         self.original = read_text(path)
         self.document = Document(self.original, path)
@@ -2607,15 +2642,27 @@ class ConfigEditor:
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Config:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
-        config = Config.parse(self.document.text, self.path, Clock(), environ)
-        if read_text(self.path) != self.original:
-            raise ConfigError(
-                f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
-            )
-        target = Path(os.path.realpath(self.path))  # a symlink stays one
-        self.backup = replace_file(target, self.document.text.encode())
-        self.original = self.document.text
+        try:
+            config = Config.parse(self.document.text, self.path, Clock(), environ)
+            if read_text(self.path) != self.original:
+                raise ConfigError(
+                    f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
+                )
+            target = Path(os.path.realpath(self.path))  # a symlink stays one
+            self.backup = replace_file(target, self.document.text.encode())
+            self.original = self.document.text
+        finally:
+            self.unlock()
         return config
+
+    def unlock(self) -> None:
+        """Let others edit the file."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __del__(self) -> None:
+        self.unlock()
 
 
 # --- 4. Ledger: what was spent, line by line ---------------------------------------

@@ -1286,3 +1286,41 @@ def test_a_bug_is_one_sentence_and_its_place_is_for_those_who_ask(shell, monkeyp
         "error: a bug in this program (RuntimeError: no\ufffdlines); "
         "with --log-level debug before the command it says where\n"
     )
+
+
+# --- edits at the same time -----------------------------------------------------------------------------
+
+
+def test_of_several_edits_at_once_none_is_lost(shell):
+    """
+    Six keys added at once are all there, and one revoked beside them stays revoked: each that said so was made.
+    """
+    shell.run("init")
+    shell.run("key", "add", "bob")
+    commands = [["key", "add", f"user-{i}"] for i in range(6)] + [["key", "revoke", "bob"]]
+
+    running = [
+        subprocess.Popen([sys.executable, g.__file__, *command], cwd=shell.folder, stdout=subprocess.DEVNULL)
+        for command in commands
+    ]
+    codes = [process.wait(30) for process in running]
+
+    keys = {key.name: key for key in g.Config.load(shell.folder / "config.yaml").keys}
+    assert codes == [0] * 7
+    assert sorted(keys) == ["bob", "me", *(f"user-{i}" for i in range(6))]
+    assert not keys["bob"].enabled
+
+
+def test_an_edit_does_not_wait_for_ever(shell, monkeypatch):
+    """
+    Somebody's that hangs is told.
+    """
+    shell.run("init")
+    monkeypatch.setattr(g, "EDIT_WAIT_S", 0.05)
+    other = g.ConfigEditor(shell.folder / "config.yaml")
+
+    assert shell.run("key", "add", "bob") == 1
+
+    assert "somebody else has edited it" in shell.err
+    other.unlock()
+    assert shell.run("key", "add", "bob") == 0
