@@ -121,6 +121,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import copy
 import csv
 import datetime as dt
 import difflib
@@ -902,6 +903,8 @@ FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", 
 
 class ConfigError(Exception):
     """config.yaml cannot be used; the message names file, line, path and what would be right."""
+
+    without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
 
 
 class Misplaced(ValueError):
@@ -2360,6 +2363,25 @@ class Config:
         except SealError as error:
             raise ConfigError(f"{path}: {error}") from None
 
+    def without_revoked(self, text: str, environ: Mapping[str, str]) -> Config | None:
+        """This snapshot without the keys that a text disables whose rest is bad; None where it disables none of them.
+
+        An unrelated mistake must not keep a key in use that was revoked because somebody else had it.
+        """
+        try:
+            listed = Document(text, self.path).plain(environ).get("keys")
+        except ConfigError:
+            return None
+        listed = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
+        revoked = {item.get("name") for item in listed if item.get("enabled") is False}
+        if not any(key.enabled and key.name in revoked for key in self.keys):
+            return None
+        config = copy.copy(self)
+        config.keys = KeyRing(
+            msgspec.structs.replace(key, enabled=False) if key.name in revoked else key for key in self.keys
+        )
+        return config
+
     def check_again(self, call: Call) -> Key:
         """The key of a call that began before this snapshot. Raises KeyRefused or KeyForbidden."""
         key = self.keys.find_again(call.key)
@@ -2644,6 +2666,15 @@ class ConfigEditor:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
         try:
             config = Config.parse(self.document.text, self.path, Clock(), environ)
+        except ConfigError:
+            self.unlock()
+            raise
+        self.replace()
+        return config
+
+    def replace(self) -> None:
+        """Replace the file with the new text, good or bad. Raises ConfigError."""
+        try:
             if read_text(self.path) != self.original:
                 raise ConfigError(
                     f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
@@ -2653,7 +2684,6 @@ class ConfigEditor:
             self.original = self.document.text
         finally:
             self.unlock()
-        return config
 
     def unlock(self) -> None:
         """Let others edit the file."""
@@ -10697,6 +10727,11 @@ class Gateway:
             except ConfigError as error:
                 if str(error) != self.reload_error:
                     log.error("config not reloaded, the last good one stays: %s", error)
+                if error.without_revoked:
+                    log.warning("config: the keys that it disables are refused all the same")
+                    self.config = error.without_revoked
+                    self.limits.reload(self.config)
+                    self.relay.upstreams.refuse_keys(self.config)
                 self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
                 return False
             except Exception:
@@ -10715,7 +10750,11 @@ class Gateway:
         text = read_text(self.config.path)
         if config_digest(text) == self.config.digest:
             return None
-        return Config.parse(text, self.config.path, self.clock, self._environ)
+        try:
+            return Config.parse(text, self.config.path, self.clock, self._environ)
+        except ConfigError as error:
+            error.without_revoked = self.config.without_revoked(text, self._environ)
+            raise
 
     def _take(self, config: Config) -> None:
         before, self.config = self.config, config
@@ -13033,8 +13072,14 @@ def command_key_revoke(options: argparse.Namespace) -> None:
     """Disable a key; its name stays for the ledger."""
     editor = ConfigEditor(options.config)
     editor.set_field(("keys", key_index(editor, options.name)), "enabled", "false")
-    editor.save()
-    print(f"{options.name}'s key is refused within a second. `enabled: true` in {editor.path.name} brings it back.")
+    mistake = ""
+    try:
+        Config.parse(editor.document.text, editor.path, Clock(), os.environ)
+    except ConfigError as error:  # somebody else's: it must not keep the key in use
+        mistake = f"\nBut the file has a mistake; until it is mended nothing else of it is live:\n  {error}"
+    editor.replace()
+    back = f"`enabled: true` in {editor.path.name} brings it back."
+    print(f"{options.name}'s key is refused within a second. {back}{mistake}")
 
 
 def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:

@@ -501,6 +501,20 @@ def test_key_revoke_disables_a_key_and_touches_nothing_else(shell):
     assert shell.config == ALICE.replace("# the end", "    enabled: false\n# the end")
 
 
+def test_a_key_is_revoked_beside_somebody_elses_mistake(shell):
+    """
+    A misspelled limit elsewhere does not keep a key in use that has been stolen; the mistake is told.
+    """
+    bad = ALICE.replace("# the end", "    limits: {usd/dya: 5}\n# the end")
+    shell.write(bad)
+
+    assert shell.run("key", "revoke", "alice") == 0
+
+    assert shell.out.startswith("alice's key is refused within a second.")
+    assert "But the file has a mistake" in shell.out and "usd/dya" in shell.out
+    assert shell.config == bad.replace("# the end", "    enabled: false\n# the end")
+
+
 def test_a_key_revoked_twice_is_revoked_once(shell):
     """
     The line that is there is used.

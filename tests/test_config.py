@@ -1666,7 +1666,7 @@ def test_appending_a_key_changes_nothing_else(file, text):
 
     values = yaml.safe_load(text)
     assert yaml.safe_load(after) == values | {"keys": [*(values.get("keys") or []), NEW]}
-    gone, came = lines_changed(text.rstrip(), after.rstrip())
+    gone, came = lines_changed(text.rstrip("\r\n"), after.rstrip("\r\n"))
     in_brackets = "keys: [" in text or "keys: ~" in text
     assert len(gone) <= in_brackets and all(came) >= ("keys:" in text)
     assert keeps_line_ends(text, after)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from client import request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, config_text, until
-from upstream import end, head, message_delta, message_start, message_stop, text, wait_for
+from upstream import end, head, hello_json, message_delta, message_start, message_stop, text, wait_for
 
 import gateway as g
 
@@ -262,11 +262,34 @@ async def test_a_bad_file_changes_nothing_and_says_why(gateway, upstream, name):
     assert (await gateway.get("/health")).json["config"]["reload_failed_at"] is None
 
 
+@pytest.mark.logs("config not reloaded, the last good one stays")
+@pytest.mark.logs("config: the keys that it disables are refused all the same")
+async def test_a_key_that_a_bad_file_disables_is_refused_all_the_same(gateway, upstream):
+    """
+    Nothing else of the file is live, and its mistake is told; the key comes back with a good file that enables it.
+    """
+    upstream.script = hello_json()
+    good = gateway.path.read_text()
+    revoked = good.replace(f"key: {KEY}}}", f"key: {KEY}, enabled: false}}")
+
+    taken = await gateway.write(revoked.replace("port: 0", "prot: 0"))
+    again = await gateway.gateway.reload()
+    refused = await gateway.post("/v1/messages", HELLO)
+    await gateway.write(good.replace("port: 0", "port: 0, contact: ann"))
+    back = await gateway.post("/v1/messages", HELLO)
+
+    assert revoked != good and not taken and not again
+    assert (refused.status, refused.error["message"]) == (
+        403,
+        "The key alice (…stuv) is disabled. Ask whoever runs this gateway.",
+    )
+    assert back.status == 200
+
+
 async def test_connections_survive_a_reload_and_those_of_a_removed_upstream_are_closed(gateway, upstream):
     """
     State is not configuration: the pool stays where the address stays.
     """
-    from upstream import hello_json
 
     upstream.script = hello_json()
     await gateway.post("/v1/messages", HELLO)
