@@ -1105,6 +1105,7 @@ SURCHARGES = (
 )
 SURCHARGE_NAMES = tuple(dict.fromkeys(name for name, _, _ in SURCHARGES))
 EXTRAS = ("web_search", "file_search", "code_execution", "code_interpreter")
+CHAT_SEARCH = "web_search"  # what a chat with `web_search_options` is billed for beside its tokens
 FREE_PREMIUM = "a premium is a factor on what a call costs: with 0 it would be free; 1 means no premium"
 # Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
@@ -5144,6 +5145,7 @@ class RequestPeek(msgspec.Struct, gc=False):
     stream_options: Raw = msgspec.UNSET
     mcp_servers: Raw = msgspec.UNSET
     modalities: Raw = msgspec.UNSET
+    web_search_options: Raw = msgspec.UNSET
     messages: Raw = msgspec.UNSET
     input: Raw = msgspec.UNSET
 
@@ -6065,6 +6067,8 @@ def read_besides(call: Call, peek: RequestPeek, write: str) -> Besides | None:
         extras["web_search"] = MOST_USES
     elif found or not are_plain:
         runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
+    if call.route.kind == "chat" and peek.web_search_options:
+        extras[CHAT_SEARCH] += 1  # the model of a chat that searches does so once
     names = {model.name for model in found if not model.expected}
     is_unclear = any(model.expected for model in found)
     has_sound = peek.modalities is not msgspec.UNSET and b"audio" in bytes(peek.modalities)
@@ -6114,6 +6118,7 @@ def read_request(call: Call) -> None:
         or call.route.kind == "responses"
         or peek.mcp_servers
         or peek.modalities
+        or peek.web_search_options
     ):
         call.besides = read_besides(call, peek, write)
     call.session = find_session(call, peek)
@@ -7036,6 +7041,13 @@ class ChatMeter(OpenAIMeter):
             self.usage(event.usage)
             if event.service_tier:
                 self.premium("service_tier", event.service_tier)
+
+    def sum_up(self) -> Usage:
+        """The counts, and the search that `web_search_options` asked for, which the usage does not tell."""
+        besides = self._call.besides
+        if besides and any(name == CHAT_SEARCH for name, _ in besides.extras) and self.did_work:
+            self.extras[CHAT_SEARCH] = max(1, self.extras.get(CHAT_SEARCH, 0))
+        return super().sum_up()
 
     def unreadable(self, data: bytes, is_json: bool) -> None:
         if data.strip() == b"[DONE]":

@@ -953,6 +953,7 @@ BESIDES = {
         {"model": "gpt-4o-audio-preview", "modalities": ["text", "audio"], "max_tokens": 8000},
         8000 * 80e-6,
     ),
+    "a chat that searches": ("chat", {"web_search_options": {"search_context_size": "low"}}, 0.01),
     "images": ("responses", {"tools": [{"type": "image_generation"}]}, 4 * 0.25),
     "pages": ("messages", {"tools": [{"type": "web_fetch_20250910", "name": "web_fetch"}]}, 100_000 * 1e-6),
     "servers of its own": ("messages", {"mcp_servers": [{"type": "url", "url": "https://x.test"}]}, 100_000 * 1e-6),
@@ -1066,6 +1067,21 @@ def test_an_ordinary_request_has_nothing_besides():
     assert read_call("messages", body_of({})).besides is None
     assert read_call("messages", as_go_writes_it).besides is None
     assert read_call("responses", body_of({"previous_response_id": None})).besides is None
+
+
+async def test_a_chat_that_searches_is_billed_for_its_search(start_gateway, upstream):
+    """
+    Its usage does not tell: 50 calls were booked at $0.01 in all, of which each had cost that much more.
+    """
+    gateway = await start_gateway(config(upstream.url, upstream=", format: openai"))
+    upstream.script = CHAT_SPENDS
+
+    for fields in ({}, {"web_search_options": {}}):
+        await gateway.post("/v1/chat/completions", HELLO | fields)
+    plain, searching = gateway.entries()
+
+    assert searching["charges"] == [{"what": "web_search", "usd": 0.01, "count": 1}]
+    assert searching["cost_usd"] == pytest.approx(plain["cost_usd"] + 0.01)
 
 
 def test_stored_input_is_the_largest_that_a_key_has_sent_and_teaches_no_ratio():
