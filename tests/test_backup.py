@@ -370,12 +370,15 @@ def test_a_backup_while_a_gateway_writes_and_months_turn_is_a_beginning_of_the_c
     Whatever moment it is: no gap, no half line, and the checkpoint counts nothing that is missing.
     """
     shutil.rmtree("usage")
-    clock, number, weeks = FakeClock(), 0, 0
+    clock, number, weeks, before = FakeClock(), 0, 0, 0
     ledger = g.Ledger(site.folder / "usage", 3600, clock.clock)
     ledger.load()
 
     def append() -> None:
         nonlocal number, weeks
+        if number > before + 1000:  # enough for this copy: all of them are read again
+            time.sleep(0.001)
+            return
         for _ in range(20):
             number += 1
             ledger.append(entry(number, g.utc_time(clock.clock.wall())))
