@@ -3568,8 +3568,11 @@ class LedgerFiles:
                 continue
             packed, temporary = path.with_name(path.name + ".gz"), path.with_name(f".{path.name}.gz")
             before = path.stat().st_size
-            written = open(temporary, "wb", opener=open_shared)  # noqa: SIM115 - closed below
-            with open(path, "rb") as plain, written, gzip.open(written, "wb", 6) as file:
+            with (
+                open(path, "rb") as plain,
+                open(temporary, "wb", opener=open_shared) as written,
+                gzip.open(written, "wb", 6) as file,
+            ):
                 shutil.copyfileobj(plain, file, 1 << 20)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -5159,8 +5162,16 @@ OTHER_NAMES = b"""
     prompt_cache_retention client_metadata safety_identifier
     truncation encoding_format dimensions
 """.split()
+# Those by which LiteLLM and OpenRouter turn to other models, or to another router.
+ROUTER_NAMES = (
+    *("user_config", "model_list", "router_settings_override", "default_fallbacks"),
+    *("api_base", "base_url", "preset"),
+)
 KnownFields = msgspec.defstruct(
-    "KnownFields", [(name.decode(), Raw, msgspec.UNSET) for name in OTHER_NAMES], bases=(RequestPeek,), gc=False
+    "KnownFields",
+    [(name, Raw, msgspec.UNSET) for name in (*(name.decode() for name in OTHER_NAMES), *ROUTER_NAMES)],
+    bases=(RequestPeek,),
+    gc=False,
 )
 KNOWN_NAMES = {b'"%b"' % name.encode(): name for name in KnownFields.__struct_fields__}
 
@@ -5899,18 +5910,6 @@ def other_models(peek: RequestPeek) -> Iterator[NamedModel]:
         raise BadRequest(f"The request body is not as expected: {error}") from None
 
 
-class RouterFields(msgspec.Struct, gc=False):
-    """Names at the top of a request by which LiteLLM and OpenRouter turn to other models, or to another router."""
-
-    user_config: Raw = msgspec.UNSET
-    model_list: Raw = msgspec.UNSET
-    router_settings_override: Raw = msgspec.UNSET
-    default_fallbacks: Raw = msgspec.UNSET
-    api_base: Raw = msgspec.UNSET
-    base_url: Raw = msgspec.UNSET
-    preset: Raw = msgspec.UNSET
-
-
 def check_other_models(call: Call, peek: RequestPeek) -> None:
     """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked and BadRequest."""
     key, why = call.key, f"the key {call.key} may use only some models"
@@ -5918,9 +5917,8 @@ def check_other_models(call: Call, peek: RequestPeek) -> None:
         raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
     if "," in (peek.model or ""):
         raise PolicyBlocked(f"model: {why}, and servers may read several here. Name one.")
-    fields = msgspec.json.decode(call.body, type=RouterFields)
-    for name in fields.__struct_fields__:
-        if getattr(fields, name):
+    for name in ROUTER_NAMES:
+        if getattr(peek, name):
             raise PolicyBlocked(f"{name}: {why}, and this can turn to others. Leave it out.")
     found = set[str]()
     for place, name, expected in other_models(peek):
