@@ -2278,8 +2278,31 @@ class ConfigBuilder:
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
 
+def is_mounted(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
+    """Whether a file is a mount of its own, as with `docker -v ./config.yaml:…`; False where /proc does not say."""
+    with contextlib.suppress(OSError):
+        # The fifth field is the mount point; blanks in it are escaped (proc(5)).
+        escaped = re.sub(r"[\\ \t\n]", lambda found: f"\\{ord(found[0]):03o}", os.path.realpath(path))
+        return any(line.split(" ")[4] == escaped for line in mounts.read_text(errors="surrogateescape").splitlines())
+    return False
+
+
+def check_mount(path: Path) -> None:
+    """Find out whether a mounted file is still the one that its name means on the host. Raises ConfigError.
+
+    Most editors put another file in its place; the mount keeps the old one, which has no name any more.
+    """
+    with contextlib.suppress(OSError):
+        if os.stat(path).st_nlink == 0 and is_mounted(path):
+            raise ConfigError(
+                f"{path}: was replaced on the host, and this container still has the old file, which nobody else sees: "
+                "restart the container, and mount the folder instead of the file"
+            )
+
+
 def read_text(path: Path) -> str:
     """The text of a config file. Raises ConfigError with what to do."""
+    check_mount(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -2293,6 +2316,16 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
+
+
+def mounted_alone(path: Path) -> list[str]:
+    """A warning, where a config is mounted as a single file."""
+    if not is_mounted(path):
+        return []
+    return [
+        f"{path} is mounted as a single file: once an editor on the host has put another one in its place, edits are "
+        "not seen here; mount its folder"
+    ]
 
 
 def too_open(secret: Path | None) -> list[str]:
@@ -2330,7 +2363,7 @@ class Config:
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
         self.body_memory = builder.body_memory()
-        self.warnings += too_open(Vault.file(self.path.parent, environ))
+        self.warnings += too_open(Vault.file(self.path.parent, environ)) + mounted_alone(self.path)
         asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
         if asked not in (None, port):
             self.warnings.append(
@@ -2568,8 +2601,12 @@ class ConfigEditor:
         self.path = path
         self._lock = lock_config(path)
         self.backup: Path | None = None  # what the file was, where it could not be replaced at once
-        self.original = read_text(path)
-        self.document = Document(self.original, path)
+        try:
+            self.original = read_text(path)
+            self.document = Document(self.original, path)
+        except ConfigError:
+            self.unlock()
+            raise
 
     def _splice(self, start: int, end: int, text: str, value: object, *steps: str | int) -> None:
         """Replace a piece of the text; that must change the value at `steps` and no other. Raises ConfigError.
@@ -12788,8 +12825,9 @@ class Server:
                 await asyncio.sleep(0)
         except OSError as error:
             raise CommandError(f"cannot use the ledger in {self.gateway.ledger.directory}: {why_not(error)}") from None
-        self.gateway.starting = False
         self._watch.start()
+        await self.gateway.reload()  # it may have been edited meanwhile: a key that was revoked never gets in
+        self.gateway.starting = False
         return port
 
     def signalled(self, number: int) -> None:
@@ -12897,6 +12935,7 @@ def command_serve(options: argparse.Namespace) -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(0)
     )  # until it serves: as process 1 of a container nothing else ends it
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the config is read again when the start is done
     path: Path = options.config
     shown_key = "" if path.exists() or path.is_symlink() else first_key(path, options.is_config_named)
     config = Config.load(path)

@@ -342,13 +342,21 @@ class Process:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
     async def start(self) -> None:
-        """Launch it and wait until it listens."""
+        """Launch it and wait until it takes calls."""
         self.launch()
         async with asyncio.timeout(20):
-            while True:
-                with contextlib.suppress(OSError):
-                    return await (await Connection.open(self.port)).close()
+            while not await self.is_ready():
                 await asyncio.sleep(0.01)
+
+    async def is_ready(self) -> bool:
+        """Whether /health says that calls are taken."""
+        try:
+            connection = await Connection.open(self.port)
+            reply = await connection.request("GET", "/health", {})
+            await connection.close()
+        except (OSError, EOFError):
+            return False
+        return reply.status == 200
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -123,30 +124,52 @@ async def test_a_file_that_is_removed_and_comes_back_is_read(watched):
     assert watched.reload_error == ""
 
 
-def test_a_bind_mounted_file_is_seen_by_the_poll(io_loop, tmp_path):
-    """
-    With `docker -v ./config.yaml:…` the file's own directory says nothing: the poll compares the content's stat.
-    """
-    outside, inside = tmp_path / "outside.yaml", tmp_path / "site" / "config.yaml"
+@pytest.fixture
+def mounted(io_loop, tmp_path) -> Iterator[tuple[g.Gateway, Path]]:
+    """A gateway whose config is a mount of its own, as with `docker -v ./config.yaml:…`; the file outside."""
+    outside, inside = tmp_path / "outside.yaml", tmp_path / "site here" / "config.yaml"
     inside.parent.mkdir()
     outside.write_text(demo(KEY))
     inside.touch()
-    mounted = subprocess.run(["mount", "--bind", outside, inside], capture_output=True, check=False)
-    if mounted.returncode:
+    if subprocess.run(["mount", "--bind", outside, inside], capture_output=True, check=False).returncode:
         pytest.skip("bind mounts need root")
     try:
         watching = watch(io_loop, inside)
-        gateway = next(watching)
-        write_in_place(outside, demo(ANOTHER_KEY))
-
-        async def poll() -> float:
-            gateway.watcher.poll()
-            return await until_known(gateway, ANOTHER_KEY)
-
-        assert io_loop.run_sync(poll) < 1.0
+        yield next(watching), outside
         next(watching, None)
     finally:
         subprocess.run(["umount", inside], check=True)
+
+
+async def test_a_bind_mounted_file_is_seen_by_the_poll(mounted):
+    """
+    The file's own directory says nothing: the poll compares the content's stat.
+    """
+    gateway, outside = mounted
+    write_in_place(outside, demo(ANOTHER_KEY))
+
+    gateway.watcher.poll()
+
+    assert await until_known(gateway, ANOTHER_KEY) < 1.0
+    assert [warning for warning in gateway.config.warnings if "mounted as a single file" in warning]
+
+
+@pytest.mark.logs("was replaced on the host")
+async def test_a_bind_mounted_file_that_is_replaced_outside_is_said_to_be_and_no_more_edited(mounted):
+    """
+    The mount keeps the old file: what is edited there is gone with the container, so nothing says OK to it.
+    """
+    gateway, outside = mounted
+    replace_by_rename(outside, demo(ANOTHER_KEY))
+
+    gateway.watcher.poll()
+    await until(lambda: gateway.reload_error)
+    with pytest.raises(g.ConfigError) as caught:
+        g.command_key_add(argparse.Namespace(config=gateway.config.path, name="bob", limit=[], model=[], expires=""))
+
+    assert str(caught.value) == gateway.reload_error
+    assert "restart the container, and mount the folder" in gateway.reload_error
+    assert gateway.config.path.read_text() == demo(KEY)
 
 
 async def test_the_poll_alone_sees_a_new_inode(gateway):

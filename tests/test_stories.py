@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -269,6 +270,28 @@ async def test_health_answers_while_the_ledger_is_read(tmp_path, clock):
     assert len(counts) > 3 and 0 < sorted(counts)[1] < 1000
     assert not any(health["ready"] for health in seen if health["starting"])
     assert (ready["ready"], ready["starting"]) == (True, None)
+
+
+async def test_a_key_that_is_revoked_during_the_start_never_gets_in(tmp_path, clock):
+    """
+    An edit that comes while the ledger is read is live before the first call is.
+    """
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"upstreams: [{{name: demo, format: demo}}]\nserver: {{port: 0}}\nkeys: [{{name: alice, key: {KEY}}}]\n"
+    )
+    (tmp_path / "usage").mkdir()
+    server = g.Server(g.Config.load(path, clock.clock))
+
+    started = asyncio.ensure_future(server.start())
+    await asyncio.sleep(0)
+    assert server.gateway.starting
+    g.command_key_revoke(argparse.Namespace(config=path, name="alice"))
+    await started
+    state = [g.key_state(key, 0.0) for key in server.gateway.config.keys]
+    await server.close()
+
+    assert state == ["disabled"]
 
 
 async def test_no_call_is_taken_while_the_ledger_is_read(gateway, upstream):
