@@ -710,10 +710,7 @@ class Vault:
         from cryptography.fernet import Fernet, MultiFernet
 
         if not self._keys:
-            raise SealError(
-                f"there is no sealing secret (looked in {self.source}); "
-                f"`{PROGRAM} init` makes one, or set GATEWAY_SECRET"
-            )
+            raise SealError(f"there is no sealing secret in {self.source}")
         try:
             return MultiFernet([Fernet(key) for key in self._keys])
         except ValueError:
@@ -727,13 +724,18 @@ class Vault:
         """Open `enc:…`; any other value is returned as it is. Raises SealError."""
         if not value.startswith(self.PREFIX):
             return Secret(value)
-        fernet = self._fernet
         from cryptography.fernet import InvalidToken
 
         try:
-            return Secret(fernet.decrypt(value.removeprefix(self.PREFIX).encode()).decode())
+            return Secret(self._fernet.decrypt(value.removeprefix(self.PREFIX).encode()).decode())
         except InvalidToken:
-            raise SealError(f"cannot be opened with the secret in {self.source}: it was sealed with another") from None
+            problem = f"was sealed with another secret than the one in {self.source}"
+        except SealError as error:
+            problem = f"cannot be opened: {error}"
+        raise SealError(
+            f"{problem}. Restore the secret that it was sealed with (its file, or GATEWAY_SECRET), "
+            f"or put the value here in clear text and run `{PROGRAM} seal`"
+        )
 
     def rotate(self, value: str) -> str:
         """Encrypt `enc:…` again with the newest secret."""
@@ -2300,13 +2302,13 @@ def check_mount(path: Path) -> None:
             )
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> str:
     """The text of a config file. Raises ConfigError with what to do."""
     check_mount(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; `{PROGRAM} init` makes one") from None
+        raise ConfigError(f"{path}: no such file; {if_missing}") from None
     except IsADirectoryError:
         raise ConfigError(
             f"{path}: is a folder, not a file: mounting a file that is not there makes one; "
@@ -10794,7 +10796,7 @@ class Gateway:
 
     def _read_config(self) -> Config | None:
         """A new snapshot, None where the file says what the present one does. Raises ConfigError."""
-        text = read_text(self.config.path)
+        text = read_text(self.config.path, "put it back: it is read within a second, and a restart needs it")
         if config_digest(text) == self.config.digest:
             return None
         try:
@@ -12568,13 +12570,19 @@ def write_new(path: Path, text: str, mode: int) -> None:
         raise CommandError(f"cannot write {path}: {why_not(error)}") from None
 
 
+def make_secret(folder: Path) -> Path | None:
+    """Write a sealing secret where there is none for the config in a folder; its file. Raises CommandError."""
+    secret = Vault.file(folder)
+    if secret is None or secret.exists():
+        return None
+    write_new(secret, Vault.new_secret() + "\n", 0o600)
+    return secret
+
+
 def init_config(path: Path) -> str:
     """Write config.yaml, the sealing secret and one key; the key, which is shown only now. Raises CommandError."""
-    made = ""
-    secret = Vault.file(path.parent)
-    if secret and not secret.exists():
-        write_new(secret, Vault.new_secret() + "\n", 0o600)
-        made = f" but that the sealing secret {secret} was made"
+    secret = make_secret(path.parent)
+    made = f" but that the sealing secret {secret} was made" if secret else ""
     if path.exists() or path.is_symlink():
         raise CommandError(f"{path} is there already; nothing was changed{made}")
     key = new_key()
@@ -13157,8 +13165,9 @@ def secret_places(config: Config) -> Iterator[Steps]:
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
     editor = ConfigEditor(options.config)
+    config = Config.load(editor.path)  # a bad file is told before anything is changed, and what cannot be opened
+    made = make_secret(editor.path.parent)
     vault = Vault.open(editor.path.parent)
-    config = Config.load(editor.path)  # a bad file is told before anything is changed
     done = []
     for steps in secret_places(config):
         node = editor.document.find(*steps)
@@ -13171,6 +13180,8 @@ def command_seal(options: argparse.Namespace) -> None:
         editor.save()
         if editor.backup:
             editor.backup.unlink()  # it holds the secrets in clear text
+    if made:
+        print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
     print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
 
 

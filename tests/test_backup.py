@@ -642,7 +642,7 @@ def test_a_secret_that_does_not_open_the_config_is_found_before_anything_is_put_
 
     assert none.startswith("error: the backup's config does not work here, nothing was restored: ")
     assert "(the sealing secret is not in the backup: it must be here before)\n" in none
-    assert "cannot be opened with the secret in GATEWAY_SECRET: it was sealed with another" in another
+    assert "was sealed with another secret than the one in GATEWAY_SECRET. Restore the secret" in another
     assert not Path("new").exists()
     monkeypatch.setenv("GATEWAY_SECRET", secret)
     assert site.run(*restore, "with.tar.gz") == 0

@@ -663,23 +663,46 @@ def test_seal_of_a_bad_config_changes_nothing(shell):
     assert shell.files() == before
 
 
-def test_seal_without_a_secret_says_how_to_make_one_and_that_works(shell):
+def test_seal_makes_the_secret_where_there_is_none(shell):
     """
     A config that was copied from the example has no secret beside it.
     """
-    text = f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n"
-    shell.write(text)
-
-    assert shell.run("seal") == 1
-    assert shell.err == (
-        f"error: there is no sealing secret (looked in {shell.folder}/gateway.secret); "
-        "`gateway.py init` makes one, or set GATEWAY_SECRET\n"
-    )
-    shell.run("init")
-    assert shell.config == text
+    shell.write(f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n")
 
     assert shell.run("seal") == 0
+
+    assert shell.out == (
+        f"Made the sealing secret {shell.folder}/gateway.secret: keep a copy elsewhere, "
+        "nothing else opens what is sealed with it.\nSealed: upstreams[0].api_key\n"
+    )
     assert PLAIN not in shell.config
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == (PLAIN,)
+    assert stat.S_IMODE(os.stat("gateway.secret").st_mode) == 0o600
+
+
+def test_a_lost_secret_is_answered_with_what_helps_and_that_helps(shell):
+    """
+    The sealed key cannot be opened by any command, and no new secret is made beside it: it would not open it either.
+    """
+    shell.write(f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n")
+    shell.run("seal")
+    sealed = shell.config
+    os.unlink("gateway.secret")
+
+    told = []
+    for command in (["check"], ["serve"], ["seal"], ["seal", "--rotate"]):
+        assert shell.run(*command) == 1
+        told.append(shell.err)
+
+    assert set(told) == {
+        f"error: {shell.folder}/config.yaml:1: upstreams[0].api_key: cannot be opened: there is no sealing secret in "
+        f"{shell.folder}/gateway.secret. Restore the secret that it was sealed with (its file, or GATEWAY_SECRET), "
+        "or put the value here in clear text and run `gateway.py seal`\n"
+    }
+    assert list(shell.files()) == ["config.yaml"]
+    shell.write(re.sub(r"enc:[^}]+", PLAIN, sealed))
+    assert shell.run("seal") == 0
+    assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == (PLAIN,)
 
 
 @pytest.mark.parametrize("key", [KEY + "a,b}", KEY + "abc:", KEY + "[a]b", KEY + "a'b#", KEY + '\\"{&*', "?" * 20])

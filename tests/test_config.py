@@ -827,8 +827,9 @@ BAD = {
     ),
     "sealed without a secret": (
         "upstreams: [{name: a, format: demo, api_key: enc:gAAAA}]",
-        "1: upstreams[0].api_key: there is no sealing secret (looked in FOLDER/gateway.secret); "
-        "`gateway.py init` makes one, or set GATEWAY_SECRET",
+        "1: upstreams[0].api_key: cannot be opened: there is no sealing secret in FOLDER/gateway.secret. Restore the "
+        "secret that it was sealed with (its file, or GATEWAY_SECRET), or put the value here in clear text and run "
+        "`gateway.py seal`",
     ),
     "port as a word": (DEMO + "server:\n  port: http\n", "3: server.port: expected a whole number such as 8, got text"),
     "no memory": (

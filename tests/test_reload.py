@@ -111,12 +111,15 @@ def test_a_swapped_symlink_is_live_within_a_second(io_loop, tmp_path):
 @pytest.mark.logs("no such file")
 async def test_a_file_that_is_removed_and_comes_back_is_read(watched):
     """
-    While the file is gone the last good snapshot serves, and the loss is said.
+    While the file is gone the last good snapshot serves, and the loss is said with what helps: a new one would not.
     """
     path = watched.config.path
     path.unlink()
     await until(lambda: watched.reload_error)
 
+    assert watched.reload_error == (
+        f"{path}: no such file; put it back: it is read within a second, and a restart needs it"
+    )
     assert await until_known(watched, KEY) < 1.0
     path.write_text(demo(ANOTHER_KEY))
 
