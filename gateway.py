@@ -20,7 +20,7 @@ The file is read from top to bottom; each section uses what stands above it:
     11. Gateway       owns all state, tells the story
     12. HTTP          the front door, no policy
     13. Backup        copied at one moment, checked, put back
-    14. Command line  serve, init, check, key, seal, upstream, usage, backup, restore; status, whose code is first
+    14. Command line  serve, init, check, key, seal, upstream, usage, backup, restore
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -33,88 +33,6 @@ Run `gateway.py --help` for the commands; README.md tells the rest.
 """
 
 from __future__ import annotations
-
-import http.client
-import json
-import os
-import sys
-import urllib.parse
-from collections.abc import Mapping
-
-# --- First of all: `status`, which must not wait for the imports below -------------
-
-# Claude Code runs it for its status line after every answer, on hosts that have Python (3.9 and up) and nothing else.
-STATUS_WINDOWS = {
-    "minute": "this minute",
-    "hour": "this hour",
-    "5h": "in 5 hours",
-    "day": "today",
-    "week": "this week",
-    "month": "this month",
-    "": "in all",
-}
-STATUS_LIMITS = 2  # are shown, those nearest to their end
-
-
-def short_number(number: float) -> str:
-    """`12.3M`, `50k`, `7`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}".removesuffix(".0") + letter
-    return f"{number:g}"
-
-
-def status_limit(limit: Mapping[str, object]) -> str:
-    """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`."""
-    unit, _, window = str(limit["limit"]).partition("/")
-    numbers = float(str(limit["used"])), float(str(limit["allowed"]))
-    used, allowed = (f"${n:,.2f}" if unit == "usd" else short_number(n) for n in numbers)
-    words = [used, "of", allowed, "" if unit == "usd" else unit, STATUS_WINDOWS.get(window, window)]
-    words.append("" if limit["scope"] == "key" else f"({limit['scope']})")
-    return " ".join(word for word in words if word)
-
-
-def status_text(answer: Mapping[str, object]) -> str:
-    """The line for an answer of `/v1/usage`. Raises LookupError, TypeError or ValueError where it is none."""
-    all_limits, today, month = answer["limits"], answer["today"], answer["month"]
-    if not (isinstance(all_limits, list) and isinstance(today, dict) and isinstance(month, dict)):
-        raise TypeError("not an answer of /v1/usage")
-    limits = [x for x in all_limits if x["limit"] != "concurrent"]
-    limits.sort(key=lambda x: x["used"] / x["allowed"] if x["allowed"] else 1.0, reverse=True)
-    texts = [status_limit(limit) for limit in limits[:STATUS_LIMITS]]
-    if limits and limits[0]["resets"]:
-        texts[0] += f", {limits[0]['resets']}"
-    costs = f"${today['cost_usd']:,.2f} today, ${month['cost_usd']:,.2f} this month"
-    line = f"{answer['key']}: {' · '.join(texts) or costs}"
-    return "".join(c for c in line if c.isprintable())  # it goes to a terminal
-
-
-def status_line(environ: Mapping[str, str]) -> str:
-    """What the key has spent, or why that is not known, in a line; never raises, waits 2 s at most for each byte."""
-    base = environ.get("ANTHROPIC_BASE_URL", "").rstrip("/").removesuffix("/v1")
-    key = environ.get("ANTHROPIC_AUTH_TOKEN") or environ.get("ANTHROPIC_API_KEY")
-    if not (base and key):
-        return f"gateway: set {'ANTHROPIC_AUTH_TOKEN' if base else 'ANTHROPIC_BASE_URL'}"
-    try:
-        url = urllib.parse.urlsplit(base)
-        connect = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}[url.scheme]
-        connection = connect(url.hostname or "", url.port, timeout=2)
-        connection.request("GET", f"{url.path}/v1/usage", headers={"x-api-key": key, "connection": "close"})
-        response = connection.getresponse()
-        if response.status != 200:
-            return "gateway: key refused" if response.status in (401, 403) else f"gateway: answers {response.status}"
-        return status_text(json.loads(response.read(1 << 20)))
-    except (OSError, http.client.HTTPException):
-        return "gateway: not reached"
-    except (LookupError, TypeError, ValueError):
-        return "gateway: not understood; is ANTHROPIC_BASE_URL the gateway's?"
-
-
-if __name__ == "__main__" and sys.argv[1:] == ["status"]:
-    print(status_line(os.environ))
-    sys.exit(0)  # always: of a command that fails Claude Code shows nothing, and the line says what is wrong
-
-# --- The imports of everything else -------------------------------------------------
 
 import argparse
 import asyncio
@@ -134,11 +52,14 @@ import functools
 import gc
 import gzip
 import hashlib
+import http.client
 import io
 import ipaddress
 import itertools
+import json
 import logging
 import math
+import os
 import random
 import re
 import resource
@@ -151,15 +72,17 @@ import socket
 import ssl
 import stat
 import struct
+import sys
 import tarfile
 import tempfile
 import threading
 import time
 import unicodedata
+import urllib.parse
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -4326,6 +4249,35 @@ class Standing(NamedTuple):
                 f"{whose} has too little left: {spent} used, and this call needs about {amount_text(unit, self.need)}"
             )
         return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
+
+
+WINDOW_PHRASES = {
+    "minute": "this minute",
+    "hour": "this hour",
+    "5h": "in 5 hours",
+    "day": "today",
+    "week": "this week",
+    "month": "this month",
+    "": "in all",
+}
+
+
+def short_number(number: float) -> str:
+    """`12.3M`, `50k`, `7`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + letter
+    return f"{number:g}"
+
+
+def limit_phrase(standing: Mapping[str, Any]) -> str:
+    """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`, of a row of `Limits.standings`."""
+    unit, _, window = standing["limit"].partition("/")
+    amounts = standing["used"], standing["allowed"]
+    used, allowed = (f"${amount:,.2f}" if unit == "usd" else short_number(amount) for amount in amounts)
+    words = [used, "of", allowed, "" if unit == "usd" else unit, WINDOW_PHRASES[window]]
+    words.append("" if standing["scope"] == "key" else f"({standing['scope']})")
+    return " ".join(word for word in words if word)
 
 
 T = TypeVar("T")
@@ -10735,6 +10687,18 @@ class Gateway:
             "month": Total.of({}, fold.spent_since(key.name, spans["month"].start)),
         }
 
+    def usage_line(self, key: Key) -> str:
+        """The same in a line, for Claude Code's status line: the two limits nearest to their end, else the cost."""
+        usage = self.usage_of(key)
+        limits = [row for row in usage["limits"] if row["limit"] != "concurrent"]
+        limits.sort(key=lambda row: row["used"] / row["allowed"] if row["allowed"] else 1.0, reverse=True)
+        phrases = [limit_phrase(row) for row in limits[:2]]
+        if not limits:
+            phrases = [f"${usage['today'].cost_usd:,.2f} today, ${usage['month'].cost_usd:,.2f} this month"]
+        elif limits[0]["resets"]:
+            phrases[0] += f", {limits[0]['resets']}"
+        return f"{key.name}: {' · '.join(phrases)}"
+
     async def stats_of(self, key: Key, by: Sequence[str], since: str, until: str) -> list[Total]:
         """What a key has spent by hour, day, month or model; times are of the gateway's time zone. Raises BadRequest.
 
@@ -11609,7 +11573,11 @@ class GatewayHandler(tornado.web.RequestHandler):
             self.set_header(name, value)
         if error.status == MethodNotAllowed.status:
             self.set_header("Allow", ", ".join(self.methods()))
-        self.finish(error_body(error, api_of(self.path), request_id))
+        self.finish(self.error_text(error, request_id))
+
+    def error_text(self, error: GatewayError, request_id: str) -> bytes:
+        """An error's body."""
+        return error_body(error, api_of(self.path), request_id)
 
     def methods(self) -> list[str]:
         """The methods that the path takes."""
@@ -11693,10 +11661,30 @@ class ModelsHandler(GatewayHandler):
 
 
 class UsageHandler(GatewayHandler):
-    """GET /v1/usage, /api/usage: how the limits of the key stand, and what it spent today and this month."""
+    """GET /v1/usage, /api/usage: how the limits of the key stand, and what it spent today and this month.
+
+    With `?format=line` the answer, also an error, is a line of text for Claude Code's status line.
+    """
 
     def get(self) -> None:
-        self.reply(200, self.gateway.usage_of(self.authenticate()))
+        key = self.authenticate()
+        if self.get_query_argument("format", "json") not in ("json", "line"):
+            raise BadRequest("format: expected json or line")
+        if not self.is_line:
+            return self.reply(200, self.gateway.usage_of(key))
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(self.gateway.usage_line(key) + "\n")
+
+    @property
+    def is_line(self) -> bool:
+        """Whether a line of text is asked for."""
+        return self.request.arguments.get("format") == [b"line"]
+
+    def error_text(self, error: GatewayError, request_id: str) -> bytes:
+        if not self.is_line:
+            return super().error_text(error, request_id)
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        return f"gateway: {error}\n".encode()
 
 
 class StatsHandler(GatewayHandler):
@@ -12523,7 +12511,7 @@ class Restore:
         yield f"Start the gateway with: {PROGRAM} {'serve' if self.config else 'check, and mend what it names'}"
 
 
-# --- 14. Command line: serve, init, check, key, seal, upstream, usage, backup, restore; status is first of all ---
+# --- 14. Command line: serve, init, check, key, seal, upstream, usage, backup, restore ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -13631,11 +13619,6 @@ def command_usage(options: argparse.Namespace) -> None:
         print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
 
 
-def command_status(options: argparse.Namespace) -> None:
-    """Print a line for Claude Code's status line: what the key of ANTHROPIC_AUTH_TOKEN has spent, of which limits."""
-    print(status_line(os.environ))
-
-
 EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
     "day": ("usage_date_utc", "start_time_iso", "start_time", "date"),
     "model": ("model_version", "model"),
@@ -14121,7 +14104,6 @@ def arguments() -> argparse.ArgumentParser:
     )
     usage_arguments(add(commands, "usage", command_usage), add)
     backup_arguments(add(commands, "backup", command_backup), add(commands, "restore", command_restore))
-    add(commands, "status", command_status)
     return parser
 
 

@@ -50,7 +50,7 @@ def test_every_command_stands_in_the_readme(capsys):
     help_text = g.arguments().format_help()
     commands = re.findall(r"^    (\w+)  ", help_text, re.MULTILINE)
 
-    assert len(commands) == 10
+    assert len(commands) == 9
     assert [command for command in commands if f"gateway.py {command}" not in README] == []
 
 

@@ -107,6 +107,28 @@ async def test_the_first_command_makes_everything_and_the_second_changes_nothing
     await client.close()
 
 
+def test_the_readmes_status_line_runs(tmp_path, processes):
+    """
+    Claude Code gives it to a shell, with the two variables that it has itself.
+    """
+    settings = json.loads(
+        re.search(r'^\{"statusLine".*\}$', PROGRAM.with_name("README.md").read_text(), re.MULTILINE)[0]
+    )
+    process = Process(tmp_path)
+    processes.append(process)
+    url = f"http://127.0.0.1:{process.port}"
+
+    def shown(**environ: str) -> str:
+        command = ["sh", "-c", settings["statusLine"]["command"]]
+        run = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True, timeout=20, check=True)
+        return run.stdout
+
+    assert shown(ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN=process.key) == "me: $0.00 today, $0.00 this month\n"
+    assert shown(ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN="sk-proxy-no").startswith("gateway: ")
+    process.end()
+    assert shown(ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN="sk-proxy-no") == "gateway: not reached\n"
+
+
 async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, processes, upstream, connect):
     """
     After SIGTERM /health is not ready, new calls are refused, running streams finish, and the exit code is 0.

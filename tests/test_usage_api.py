@@ -527,3 +527,66 @@ async def test_a_big_ledger_is_read_while_another_call_streams(gateway, upstream
     await stream.read_until(b"message_stop")
 
     assert set(map(tuple, await logs)) == {()}
+
+
+@pytest.mark.parametrize(
+    "limit, used, allowed, scope, phrase",
+    [
+        ("usd/day", 3.2, 20, "key", "$3.20 of $20.00 today"),
+        ("tokens/month", 12_345_678, 50_000_000, "key", "12.3M of 50M tokens this month"),
+        ("tokens", 999, 1000, "team", "999 of 1k tokens in all (team)"),
+        ("usd/week", 1041.5, 2000, "gateway", "$1,041.50 of $2,000.00 this week (gateway)"),
+        ("requests/5h", 5, 100, "key", "5 of 100 requests in 5 hours"),
+        ("requests/hour", 0, 2.5e9, "key", "0 of 2.5B requests this hour"),
+    ],
+)
+def test_a_limit_is_a_short_phrase(limit, used, allowed, scope, phrase):
+    """
+    A status line has room for two; whose limit it is stands there where it is not the key's own.
+    """
+    assert g.limit_phrase({"limit": limit, "used": used, "allowed": allowed, "scope": scope}) == phrase
+
+
+def test_every_window_has_its_phrase():
+    """
+    A limit of any window can be shown.
+    """
+    assert tuple(g.WINDOW_PHRASES) == (*g.LIMIT_WINDOWS, "")
+
+
+async def test_the_line_for_the_status_line_shows_the_limits_nearest_to_their_end(gateway):
+    """
+    Of alice's limits dollars are over and her team's tokens near their end; bob has his team's and the gateway's.
+    """
+    alice = await gateway.get("/v1/usage?format=line", KEY)
+    bob = await gateway.get("/api/usage?format=line", KEY_B)
+
+    assert alice.headers["content-type"] == "text/plain; charset=utf-8"
+    assert alice.body.decode() == ("alice: $0.01 of $0.01 today, resets Wed 00:00 CST · 2 of 5 requests this minute\n")
+    assert bob.body.decode() == (
+        "bob: 51 of 1k tokens in 5 hours (team), resets Tue 10:13 CST · $0.02 of $50.00 this month (gateway)\n"
+    )
+
+
+async def test_without_limits_the_line_shows_the_cost(gateway):
+    """
+    The cost of the day and of the month; `concurrent` is no limit that runs out.
+    """
+    text = gateway.path.read_text().replace("usd/day: 0.01, requests/minute: 5, ", "")
+    assert await gateway.write(text.replace("tokens/5h: 1k", "").replace("usd: 100, usd/month: 50", ""))
+
+    line = await gateway.get("/v1/usage?format=line", KEY)
+
+    assert line.body.decode() == "alice: $0.01 today, $0.01 this month\n"
+
+
+async def test_an_error_is_a_line_as_well(gateway):
+    """
+    What stands in the way fits into the status line; other formats there are none.
+    """
+    refused = await gateway.get("/v1/usage?format=line", "sk-proxy-wrong")
+    unknown = await gateway.get("/v1/usage?format=xml", KEY)
+
+    assert (refused.status, refused.body.count(b"\n")) == (401, 1)
+    assert refused.body.startswith(b"gateway: ")
+    assert (unknown.status, unknown.error["message"]) == (400, "format: expected json or line")
