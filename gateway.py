@@ -149,6 +149,13 @@ def why_not(error: OSError) -> str:
     return reason
 
 
+def os_reason(error: OSError) -> str:
+    """Why a connection failed, the same on every event loop."""
+    if isinstance(error, (ssl.SSLError, socket.gaierror)):
+        return error.strerror or str(error)
+    return os.strerror(error.errno) if error.errno else str(error) or "the connection was lost"
+
+
 class Clock(NamedTuple):
     """Where time comes from: seconds since 1970, and seconds that never jump."""
 
@@ -546,7 +553,7 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
 
 KEY_PREFIX = "sk-proxy-"
 SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
-SEALED_OR_ELSEWHERE = re.compile(r"^(enc|sha256):|\$\{")  # no secret in clear text
+SEALED_OR_ELSEWHERE = re.compile(r"^(enc|sha256):|\$\{|^\$\w+$")  # no secret in clear text
 SEALED_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})(?::(.{4}))?")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -1735,6 +1742,22 @@ def join(at: str, name: str | int) -> str:
     return f"{at}.{name}" if at else str(name)
 
 
+# What is no mistake, but hardly meant: patterns of it, and what is told.
+SLIPS = {  # in any value
+    r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
+    "^[“”„‘‚«]|[“”»]$": "typographic quotes belong to the value: YAML's own are \" and '",
+}
+PLACEHOLDER = re.compile(  # in a key or a URL
+    r"\.\.\.|\*{4,}|<[^<>]*>|\{[^{}]*\}|placeholder|(change|replace)[-_]?me"
+    r"|(?<![a-z0-9])(your(api)?(key|token|secret)?|x{4,})(?![a-z0-9])",
+    re.IGNORECASE,
+)
+UNMATCHED = {  # in a glob; the first that is found is told
+    r"\[1m\]$": "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]",
+    r"^[^\[]*(\[!?+\]?+[^\]]*\][^\[]*)*\[(?!!?+\]?+[^\]]*\])": "matches nothing: a bracket in it is not closed",
+    r"[\s,]": "matches nothing: no name has a blank or comma in it; several globs are a list",
+    "[\"'`]": "matches nothing: no name has quotes in it",
+}
 YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 Event = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
 
@@ -1820,8 +1843,12 @@ class PlainReader:
             out.append(self._value(event, events, f"{at}[{len(out)}]", depth + 1))
         return out
 
-    def _scalar(self, event: yaml.ScalarEvent, at: str) -> Any:
+    def _scalar(self, event: Event, at: str) -> Any:
         text, tag, is_bare = event.value, event.tag, event.implicit[0]
+        if "$" in text or not text.isascii():
+            for slip, told in SLIPS.items():
+                if re.search(slip, text):
+                    self._document.warn(event.start_mark.line + 1, at, told)
         if "${" in text:
             self._document.filled.add(at)
             text, tag, is_bare = self._fill(event, at), None, not event.style  # quoted: stays text
@@ -1865,6 +1892,7 @@ class Document:
         self.text, self.path = text, path
         self.filled: set[str] = set()  # the places, as `keys[0].key`, where `${…}` stood when it was read
         self.from_environment: dict[str, str] = {}  # what was filled in there, and the variable's name
+        self.warnings: list[str] = []
 
     @functools.cached_property
     def root(self) -> yaml.MappingNode:
@@ -1928,6 +1956,10 @@ class Document:
         """A ConfigError at a path such as ("keys", 0, "expires")."""
         short = [f"{step[:MAX_STEP]}…" if isinstance(step, str) and len(step) > MAX_STEP else step for step in steps]
         return ConfigError(f"{self.path}:{self.locate(steps)}: {self._told(join_steps(short))}: {self._told(problem)}")
+
+    def warn(self, line: int, at: str, text: str) -> None:
+        """Keep a warning about a setting. Its value is not shown: it may be a secret."""
+        self.warnings.append(f"line {line}: {self._told(at)}: {text}")
 
     def _told(self, text: str) -> str:
         """A text for a message, without what looks like a secret, or comes from the environment.
@@ -1993,12 +2025,19 @@ def available_memory(root: Path = Path("/")) -> int:
     return min(found)
 
 
+@functools.lru_cache(maxsize=1024)
+def why_unmatched(glob: str) -> str:
+    """Why a glob can match no model, "" where it can."""
+    return next((why for pattern, why in UNMATCHED.items() if re.search(pattern, glob)), "")
+
+
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals."""
 
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
-        self.warnings: list[str] = []
+        self.warnings = document.warnings
+        self.has_plain = False  # a secret in clear text
 
     def body_memory(self) -> int:
         """The bytes that all request bodies together may have."""
@@ -2047,6 +2086,8 @@ class ConfigBuilder:
             raise self._document.problem(("routing", "breaker", "max_cooldown"), problem)
         if not 0 <= self._file.server.port < 65536:
             raise self._document.problem(("server", "port"), "expected 0 to 65535")
+        self._check_globs(("routing", "policy"), {glob: glob for glob, _ in routing.policy})
+        self._check_globs(("prices",), {glob: glob for glob, _ in self._file.prices})
         seen: set[str] = set()
         return tuple(self._upstream(i, upstream, seen) for i, upstream in enumerate(self._file.upstreams))
 
@@ -2067,6 +2108,13 @@ class ConfigBuilder:
             self._warn_of_plain((*at, "proxy"), upstream.name, upstream.proxy)
         ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
         keys = Secrets(self._api_keys(at, upstream))
+        if not keys and upstream.url.startswith("https:") and not any(map(SECRET_HEADER.search, upstream.headers.set)):
+            self._warn((*at, "api_key"), "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`")
+        self._warn_of_placeholder((*at, "url"), upstream.url)
+        if not upstream.models:
+            self._warn((*at, "models"), 'no model is served: name some, or "*"')
+        self._check_globs((*at, "models"), {name: name for name in upstream.models})
+        self._check_globs((*at, "betas", "drop"), dict(enumerate(upstream.betas.drop)))
         if 0 < upstream.probe < 1:
             raise self._document.problem((*at, "probe"), "expected at least 1s, or 0s for none")
         if len(set(keys)) < len(keys):
@@ -2083,6 +2131,7 @@ class ConfigBuilder:
             except ValueError as error:
                 raise self._document.problem(steps, str(error)) from None
             self._warn_of_plain(steps, upstream.name, written)
+            self._warn_of_placeholder(steps, key)
             yield key
 
     def _headers(self, steps: Steps, upstream: UpstreamConfig) -> HeaderRules:
@@ -2095,6 +2144,7 @@ class ConfigBuilder:
                 raise self._document.problem((*steps, "set", name), "expected printable ASCII")
             if SECRET_HEADER.search(name):
                 self._warn_of_plain((*steps, "set", name), upstream.name, written)
+                self._warn_of_placeholder((*steps, "set", name), value)
             opened[name] = value
         for j, name in enumerate(upstream.headers.remove):
             if name.lower() in (*FRAMING, "accept-encoding", "host"):
@@ -2112,7 +2162,22 @@ class ConfigBuilder:
 
     def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
         if not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled:
+            self.has_plain = True
             self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `{PROGRAM} seal`")
+
+    def _warn(self, steps: Steps, text: str) -> None:
+        self._document.warn(self._document.locate(steps), join_steps(steps), text)
+
+    def _warn_of_placeholder(self, steps: Steps, value: str) -> None:
+        if PLACEHOLDER.search(value):
+            self._warn(steps, "looks like a placeholder: put the real one in its place")
+
+    def _check_globs(self, steps: Steps, globs: Mapping[int | str, str]) -> None:
+        """Warn of those that can match nothing; `globs` by their last step."""
+        for step, glob in globs.items():
+            why = why_unmatched(glob)
+            if why:
+                self._warn((*steps, step), why)
 
     def _check_literal(self, steps: Steps, upstream: UpstreamConfig) -> None:
         """An address in a URL is looked at here, a name's when it is connected to."""
@@ -2161,6 +2226,7 @@ class ConfigBuilder:
             if entry.team:
                 budgets.append(self._team(i, entry.team, teams))
             networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
+            self._check_globs(("keys", i, "models"), dict(enumerate(entry.models)))
             yield Key(
                 entry.name,
                 digest,
@@ -2200,6 +2266,7 @@ class ConfigBuilder:
         if len(entry.key) < 20:
             raise self._document.problem(steps, f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
         self._warn_of_plain(steps, entry.name, entry.key)
+        self._warn_of_placeholder(steps, entry.key)
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
 
 
@@ -2253,11 +2320,11 @@ def mounted_alone(path: Path) -> list[str]:
     ]
 
 
-def too_open(secret: Path | None) -> list[str]:
-    """A warning, where others than its owner (and group) may read the file of the sealing secret."""
+def too_open(path: Path | None, mode: str, what: str) -> list[str]:
+    """A warning, where others than its owner (and group) may read a file with secrets; `mode` would be right."""
     with contextlib.suppress(OSError):
-        if secret and secret.stat().st_mode & 0o007:
-            return [f"{secret} can be read by every user of this host, and opens all sealed keys: chmod 600 {secret}"]
+        if path and path.stat().st_mode & 0o007:
+            return [f"{path} can be read by every user of this host, and {what}: chmod {mode} {path}"]
     return []
 
 
@@ -2288,7 +2355,10 @@ class Config:
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
         self.body_memory = builder.body_memory()
-        self.warnings += too_open(Vault.file(self.path.parent, environ)) + mounted_alone(self.path)
+        self.warnings += too_open(Vault.file(self.path.parent, environ), "600", "opens all sealed keys")
+        if builder.has_plain:
+            self.warnings += too_open(self.path, "640", "so is what is in clear text in it")
+        self.warnings += mounted_alone(self.path)
         asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
         if asked not in (None, port):
             self.warnings.append(
@@ -12789,6 +12859,9 @@ def start_logging(level: str) -> LogWriter:
     return writer
 
 
+OTHER_HOST = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too"
+
+
 class Server:
     """The running process: gateway, door, watcher, signals."""
 
@@ -12810,10 +12883,10 @@ class Server:
         try:
             port = await self.door.listen(server.host, server.port)
         except OSError as error:
-            raise CommandError(
-                f"cannot listen on {server.host}:{server.port}: {os.strerror(error.errno or 0)}; "
-                "set server.port, or GATEWAY_PORT where the config reads it"
-            ) from None
+            other = "set server.port, or GATEWAY_PORT where the config reads it"
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                other = f"set server.host: {OTHER_HOST}"
+            raise CommandError(f"cannot listen on {server.host}:{server.port}: {os_reason(error)}; {other}") from None
         try:
             self.gateway.ledger.hold()
             for _ in self.gateway.ledger.loading():
@@ -13021,9 +13094,23 @@ def prices_text(table: PriceTable) -> str:
     return "; ".join(texts)
 
 
+async def try_to_listen(host: str) -> None:
+    """Listen for a moment on some port of a host. Raises OSError."""
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, 0)
+    server.close()
+
+
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(try_to_listen(config.server.host))
+    except OSError as error:
+        document = Document(read_text(config.path), config.path)
+        why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
+        document.warn(document.locate(("server", "host")), "server.host", why)
+        config.warnings += document.warnings
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
     print(
@@ -13231,13 +13318,6 @@ TEST_HEADERS: Headers = [
     (b"anthropic-version", b"2023-06-01"),
     (b"user-agent", f"claude-gateway/{VERSION}".encode()),
 ]
-
-
-def os_reason(error: OSError) -> str:
-    """Why a connection failed, the same on every event loop."""
-    if isinstance(error, (ssl.SSLError, socket.gaierror)):
-        return error.strerror or str(error)
-    return os.strerror(error.errno) if error.errno else str(error) or "the connection was lost"
 
 
 def attempt_reason(error: AttemptFailed) -> str:

@@ -213,7 +213,9 @@ keys:
   - {{name: bob, key: {HASH}, enabled: false, expires: 2001-01-01}}
   - {{name: carol, key: {HASH2}, expires: 2001-01-01}}
 """)
-    digest = g.Config.load(Path("config.yaml")).digest
+    path = shell.folder / "config.yaml"
+    path.chmod(0o644)
+    digest = g.Config.load(path).digest
 
     assert shell.run("check") == 0
 
@@ -246,9 +248,28 @@ limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
 warnings:
   upstreams[0].api_key (anthropic) is in clear text: run `gateway.py seal`
   keys[0].key (alice) is in clear text: run `gateway.py seal`
+  {path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}
 """
     )
     assert shell.err == ""
+
+
+@pytest.mark.parametrize(("host", "why"), [("192.0.2.7", "assign requested address"), ("gateway.invalid", "known")])
+def test_check_warns_of_a_host_that_this_machine_has_not(shell, host, why):
+    """
+    Often it is the public name, which belongs to a proxy in front. The start says the same.
+    """
+    shell.write(f"server:\n  port: 0\n  host: {host}\nupstreams: [{{name: demo, format: demo}}]\n")
+    remedy = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too"
+
+    assert shell.run("check") == 0
+    (warning,) = shell.out.partition("\nwarnings:\n  ")[2].splitlines()
+    assert shell.run("serve") == 1
+
+    assert warning.startswith("line 3: server.host: this machine cannot listen there (") and why in warning
+    assert warning.endswith(f"): {remedy}")
+    assert shell.err.startswith(f"error: cannot listen on {host}:0: ") and why in shell.err
+    assert shell.err.endswith(f"; set server.host: {remedy}\n")
 
 
 def test_check_says_that_without_keys_nobody_can_call(shell):
@@ -589,7 +610,8 @@ def test_seal_turns_every_plain_secret_into_its_sealed_form(shell, monkeypatch):
         ("sk-sk-environment",),
         (),
     ]
-    assert (config.keys.find([KEY]).name, config.warnings) == ("alice", [])
+    assert config.keys.find([KEY]).name == "alice"
+    assert [warning.partition(": there")[0] for warning in config.warnings] == ["line 12: upstreams[4].api_key"]
     assert sorted(shell.files()) == ["config.yaml", "gateway.secret"]
 
 

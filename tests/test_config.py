@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import errno
 import json
@@ -29,6 +30,9 @@ HASH, HASH2, HASH3 = ("sha256:" + digit * 64 + ":last" for digit in "123")
 KEYS = DEMO + "keys:\n"
 DIGEST, DIGEST2, DIGEST3 = (bytes.fromhex(digit * 64) for digit in "123")
 EXAMPLE = Path(g.__file__).with_name("config.example.yaml")
+
+
+NO_API_KEY = "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`"
 
 
 def load(text: str, path: Path = Path("config.yaml"), **environ: str) -> g.Config:
@@ -85,7 +89,8 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
             "proxy": None,
         }
     ]
-    assert (list(config.keys), config.file.usage, config.warnings) == ([], g.UsageConfig("usage", 1.0), [])
+    assert (list(config.keys), config.file.usage) == ([], g.UsageConfig("usage", 1.0))
+    assert config.warnings == [f"line 1: upstreams[0].api_key: {NO_API_KEY}"]
     assert (config.file.teams, config.limits) == ((), g.LimitsConfig((), 8192, 10.0, g.Weights(1.0, 1.0, 1.0, 0.1)))
     assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
     assert config.routing == g.RoutingConfig((), 4, 600.0, 120.0, 30.0, 4.0, g.BreakerConfig(3, 10.0, 600.0))
@@ -199,6 +204,7 @@ keys:
     ]
     assert config.warnings == [
         "upstreams[0].api_key (a) is in clear text: run `gateway.py seal`",
+        f"line 6: upstreams[3].api_key: {NO_API_KEY}",
         "keys[0].key (alice) is in clear text: run `gateway.py seal`",
     ]
 
@@ -615,6 +621,219 @@ def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_i
     )
 
     assert config.warnings == ["upstreams[2].api_key (c) is in clear text: run `gateway.py seal`"]
+
+
+@pytest.mark.parametrize(
+    ("upstream", "is_warned_of"),
+    [
+        ("url: https://a.test", True),
+        ("url: https://a.test, api_key: '${NONE:-}'", True),
+        ("url: https://a.test, headers: {set: {x-team: red}}", True),
+        ("url: https://a.test, headers: {set: {Authorization: '${K}'}}", False),
+        ("url: https://a.test, api_key: '${K}'", False),
+        ("url: 'http://vllm:8000'", False),
+        ("format: demo", False),
+    ],
+)
+def test_an_upstream_without_an_api_key_is_warned_about(upstream, is_warned_of):
+    """
+    No client's credential goes there in its place. In-house servers, which are asked in clear text, want none.
+    """
+    config = load(f"upstreams:\n  - {{name: a, {upstream}}}\n", K="sk-ant-1")
+
+    assert config.warnings == [f"line 2: upstreams[0].api_key: {NO_API_KEY}"] * is_warned_of
+
+
+PLACEHOLDERS = [
+    *("sk-ant-...", "YOUR_KEY", "YOUR-API-KEY-HERE", "yourapikey", "changeme", "CHANGE_ME", "replace-me", "<key>"),
+    *(
+        "sk-ant-<your key>",
+        "xxxx",
+        "sk-ant-XXXXXXXX",
+        "{api_key}",
+        "sk-ant-api03-R2D2...igAA",
+        "sk-****R2D2",
+        "placeholder",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", PLACEHOLDERS)
+def test_a_placeholder_is_warned_about_wherever_it_comes_from(value):
+    """
+    In the file, in the environment, sealed meanwhile: the upstream would refuse it at the first call. It is not shown.
+    """
+    vault = g.Vault([g.Vault.new_secret()], "")
+    value = value.replace(" ", "-")
+    text = """
+upstreams:
+  - {name: a, url: https://a.test, api_key: "%s", headers: {set: {X-Token: "%s", x-team: "%s"}}}
+  - name: b
+    url: https://b.test
+    api_key: [sk-ant-good-one, "${B}"]
+  - {name: c, url: https://c.test, api_key: "%s"}
+"""
+
+    config = load(text % (*[value] * 3, vault.seal(value)), GATEWAY_SECRET=vault._keys[0], B=value)
+
+    why = "looks like a placeholder: put the real one in its place"
+    assert [warning for warning in config.warnings if "clear text" not in warning] == [
+        f"line 3: upstreams[0].api_key: {why}",
+        f"line 3: upstreams[0].headers.set.X-Token: {why}",
+        f"line 6: upstreams[1].api_key[1]: {why}",
+        f"line 7: upstreams[2].api_key: {why}",
+    ]
+
+
+def test_a_users_key_and_an_address_may_be_placeholders_too():
+    """
+    A key that everybody can guess lets everybody in.
+    """
+    config = load(
+        "upstreams:\n- {name: a, url: 'https://YOUR-RESOURCE.openai.azure.com', api_key: '${K}'}\n"
+        "keys:\n- {name: alice, key: sk-proxy-xxxxxxxxxxxx}\n",
+        K="sk-ant-1",
+    )
+
+    why = "looks like a placeholder: put the real one in its place"
+    assert [w for w in config.warnings if "clear text" not in w] == [
+        f"line 2: upstreams[0].url: {why}",
+        f"line 4: keys[0].key: {why}",
+    ]
+
+
+@settings(max_examples=200)
+@given(st.binary(min_size=80, max_size=80), st.sampled_from(["sk-ant-api03-", "sk-proj-", "gsk_", "AIza"]))
+def test_no_key_that_was_issued_looks_like_a_placeholder(raw, prefix):
+    """
+    Random letters of either case, digits, - and _: a warning that comes by chance is one that is not read.
+    """
+    assert not g.PLACEHOLDER.search(prefix + base64.urlsafe_b64encode(raw).decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("usage: {directory: $LEDGER}\n", "2: usage.directory: $NAME"),
+        ("usage:\n  directory: /srv/$LEDGER_FOLDER/usage\n", "3: usage.directory: $NAME"),
+        ("usage: {directory: “usage”}\n", "2: usage.directory: typographic quotes"),
+        ("keys:\n- name: alice\n  key: ${K}\n  models: [“claude-*”]\n", "5: keys[0].models[0]: typographic quotes"),
+        ("usage: {directory: '${K}'}\n", None),
+        ("usage: {directory: us$age}\n", None),
+        ("usage: {directory: a$5}\n", None),
+        ('server: {contact: "Ann’s desk"}\n', None),
+    ],
+)
+def test_a_value_that_is_hardly_meant_is_warned_about(text, warning):
+    """
+    What a shell would fill in, and what a word processor made of quotes, is taken as it stands.
+    """
+    config = load(DEMO.replace("\n", "", 1).strip() + "\n" + text, K=KEY)
+
+    told = {
+        "$NAME": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
+        "typographic quotes": "typographic quotes belong to the value: YAML's own are \" and '",
+    }
+    for short, long in told.items():
+        warning = warning and warning.replace(short, long)
+    assert config.warnings == ([f"line {warning}"] if warning else [])
+
+
+def test_an_api_key_that_is_a_name_without_braces_is_no_secret_in_clear_text(tmp_path):
+    """
+    It is told what it is, once; `seal` would only hide it.
+    """
+    config = load("upstreams:\n- name: a\n  url: https://a.test\n  api_key: $ANTHROPIC_API_KEY\n")
+
+    assert config.warnings == [
+        "line 4: upstreams[0].api_key: $NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("glob", "why"),
+    [
+        ("claud-[*", "matches nothing: a bracket in it is not closed"),
+        ("claude-[]", "matches nothing: a bracket in it is not closed"),
+        ("claude-[!]", "matches nothing: a bracket in it is not closed"),
+        ("[ab]-[", "matches nothing: a bracket in it is not closed"),
+        ("claude-* ", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ("claude-*, gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ("claude-*,gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ('"claude-*"', "matches nothing: no name has quotes in it"),
+        ("claude-opus-5-5[1m]", "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]"),
+        ("claude-opus-5-5[[]1m]", ""),
+        ("claude-[!a-c]*", ""),
+        ("claude-[]a]", ""),
+        ("claude-[[]*", ""),
+        ("", ""),
+        ("Qwen/Qwen3-8B:free", ""),
+    ],
+)
+def test_a_glob_that_cannot_match_is_warned_about(glob, why):
+    """
+    It is no error: a name may have a bracket in it. `""` stands for requests without a model.
+    """
+    name = json.dumps(glob)
+    config = load(
+        f"""upstreams:
+- {{name: a, format: demo, models: [{name}]}}
+- name: b
+  format: demo
+  models: {{{name}: "*"}}
+  betas: {{drop: ["*", {name}]}}
+keys:
+- {{name: alice, key: "${{K}}", models: ["*", {name}]}}
+routing:
+  policy:
+    {name}: sticky
+prices:
+  "*": {{input: 1, output: 1}}
+  {name}: {{input: 1, output: 1}}
+""",
+        K=KEY,
+    )
+
+    at = f".{glob}" if glob else "."
+    assert config.warnings == (
+        [
+            f"line 11: routing.policy{at}: {why}",
+            f"line 14: prices{at}: {why}",
+            f"line 2: upstreams[0].models{at}: {why}",
+            f"line 5: upstreams[1].models{at}: {why}",
+            f"line 6: upstreams[1].betas.drop[1]: {why}",
+            f"line 8: keys[0].models[1]: {why}",
+        ]
+        if why
+        else []
+    )
+
+
+@pytest.mark.parametrize("models", ["[]", "{}"])
+def test_an_upstream_that_serves_no_model_is_warned_about(models):
+    """
+    It would be in the list, and never asked.
+    """
+    config = load(f"upstreams:\n- name: a\n  format: demo\n  models: {models}\n")
+
+    assert config.warnings == ['line 4: upstreams[0].models: no model is served: name some, or "*"']
+
+
+def test_a_config_with_secrets_in_clear_text_that_everybody_can_read_is_warned_about(tmp_path):
+    """
+    A sealed one has nothing in it to hide.
+    """
+    path, told = tmp_path / "config.yaml", []
+    for key, mode in ((KEY, 0o644), (KEY, 0o640), (HASH, 0o644)):
+        path.write_text(f"{DEMO}keys: [{{name: alice, key: {key}}}]\n")
+        path.chmod(mode)
+        told.append([w for w in g.Config.load(path, environ={}).warnings if "chmod" in w])
+
+    assert told == [
+        [f"{path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}"],
+        [],
+        [],
+    ]
 
 
 def test_a_port_that_the_images_health_check_does_not_know_is_warned_about():
