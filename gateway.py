@@ -77,6 +77,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import types
 import unicodedata
 import urllib.parse
 import zlib
@@ -839,23 +840,111 @@ class ConfigError(Exception):
     without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
 
 
-class Misplaced(ValueError):
-    """A wrong value below a setting; `steps` lead to it from there."""
+class Mistake(NamedTuple):
+    """A wrong value: where it stands, below what was read, and what would be right."""
 
-    def __init__(self, steps: Sequence[str | int], message: str) -> None:
-        super().__init__(message)
-        self.steps = steps
+    steps: Steps
+    problem: str
+    line: int = 0  # 0: that of `steps`
 
 
-def parse_scaled(value: object, units: dict[str, float] | dict[str, int], example: str) -> float:
-    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that shows an example."""
+class Mistakes(ValueError):
+    """All that is wrong with a value and below it: noted while the rest is read, then raised together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Mistake] = []
+        self._places: set[Steps] = set()
+
+    def note(self, steps: Steps, problem: str, line: int = 0, is_read: bool = False) -> None:
+        """Keep a mistake. Where its place, or one above it, has one already, it may follow from that and is dropped.
+
+        `is_read`: what stands there is read all the same, and nothing follows from this mistake.
+        """
+        if not self.at_or_above(steps):
+            self.found.append(Mistake(steps, problem, line))
+            if not is_read:
+                self.drop(steps)
+
+    def drop(self, steps: Steps) -> None:
+        """Note nothing more at a place and below it."""
+        self._places.add(steps)
+
+    def at_or_above(self, steps: Steps) -> bool:
+        """Whether there is a mistake at this place or at one that it is part of."""
+        return any(steps[:depth] in self._places for depth in range(len(steps) + 1))
+
+    @contextlib.contextmanager
+    def at(self, *steps: str | int) -> Iterator[None]:
+        """For `with`: what is wrong at a place is noted there instead of raised."""
+        try:
+            yield
+        except Mistakes as error:
+            for below, problem, line in error.found:
+                self.note((*steps, *below), problem, line)
+        except SealError as error:
+            if str(error) not in (mistake.problem for mistake in self.found):  # one lost secret is one mistake
+                self.note(steps, str(error))
+        except ValueError as error:
+            self.note(steps, str(error))
+
+    def __str__(self) -> str:
+        return "; ".join(mistake.problem for mistake in self.found)
+
+    def check(self) -> None:
+        """Raise what was noted, if anything was."""
+        if self.found:
+            raise self
+
+
+A_DURATION, A_SIZE, A_DATE = "a duration such as 30s", "a size such as 64MB", "a date such as 2027-01-31"
+DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
+MAX_SHOWN = 40  # characters of a name or a value in a message
+VALUE_WORDS: dict[type, str] = {
+    list: "a list",
+    dict: "a mapping",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dt.date: "a date",
+    object: "a value",
+}
+
+
+def describe(value: object) -> str:
+    """What stands in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    kind = next(word for kind, word in VALUE_WORDS.items() if isinstance(value, kind))
+    if isinstance(value, (list, dict)):
+        return kind
+    text = repr(value) if isinstance(value, (str, int, float)) else str(value)
+    return f"{kind}: {text}" if len(text) <= MAX_SHOWN else f"{kind} of {len(text):,} characters"
+
+
+def number_meant(value: object) -> str:
+    """A hint at the number that `$1,000.50`, `20 USD`, `20,50` or `"20"` stands for; "" where it may be none."""
+    text = re.sub(r"(?i)us\$|usd|dollars?|[\s$\"'_“”„‘’]", "", value) if isinstance(value, str) else ""
+    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    text = re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
+    return f"; write {text}" if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", text) else ""
+
+
+def parse_scaled(value: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
+    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         text = repr(value)
     else:
         text = str(value).strip().replace("_", "")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\D*)", text)
+    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", text, re.ASCII)
     if not found or found[2] not in units:
-        raise ValueError(f"expected something like {example}, got {value!r}")
+        hint = number_meant(value) if "" in units else ""
+        if found and not hint:
+            hint = f" (units: {', '.join(filter(None, units))})"
+        raise ValueError(f"expected {expected}, got {describe(value)}{hint}")
     return float(found[1]) * units[found[2]]
 
 
@@ -917,21 +1006,23 @@ class Policies(tuple[tuple[str, str], ...]):
         return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
 
 
+Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, description=DOLLARS)]
+Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, examples=[1.5])]
+
+
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """USD per million tokens. What is not given follows from `input` by the factors Anthropic publishes."""
 
-    input: float
-    output: float
-    cache_write_5m: float | None = None
-    cache_write_1h: float | None = None
-    cache_read: float | None = None
+    input: Dollars
+    output: Dollars
+    cache_write_5m: Dollars | None = None
+    cache_write_1h: Dollars | None = None
+    cache_read: Dollars | None = None
 
     def __post_init__(self) -> None:
         for name, factor in (("cache_write_5m", 1.25), ("cache_write_1h", 2.0), ("cache_read", 0.1)):
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, round(self.input * factor, 6))
-        if not all(0 <= price < math.inf for price in (self.input, self.output, *self._cache)):
-            raise ValueError("a price is a number and not negative")
 
     @property
     def _cache(self) -> tuple[float, float, float]:
@@ -1048,8 +1139,8 @@ NO_PREMIUM = frozenset((b"null", *(b'"%b"' % word.encode() for word in ORDINARY)
 class AudioPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """USD per million tokens of sound."""
 
-    input: float
-    output: float
+    input: Dollars
+    output: Dollars
 
 
 class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -1057,23 +1148,20 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     tiers: tuple[Tier, ...] = ()
     audio: AudioPrice | None = None
-    fast: float | None = None
-    priority: float | None = None
-    flex: float | None = None
-    batch: float | None = None
-    us: float | None = None
-    web_search: float | None = None
-    file_search: float | None = None
-    code_execution: float | None = None
-    code_interpreter: float | None = None
+    fast: Factor | None = None
+    priority: Factor | None = None
+    flex: Factor | None = None
+    batch: Factor | None = None
+    us: Factor | None = None
+    web_search: Dollars | None = None
+    file_search: Dollars | None = None
+    code_execution: Dollars | None = None
+    code_interpreter: Dollars | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len({tier.above for tier in self.tiers}) < len(self.tiers):
             raise ValueError("two tiers hold above the same number of tokens")
-        audio = (self.audio.input, self.audio.output) if self.audio else ()
-        if not all(0 <= amount < math.inf for amount in (*self.surcharges.values(), *audio)):
-            raise ValueError("a price is a number and not negative")
         if any(amount == 0 and name not in EXTRAS for name, amount in self.surcharges.items()):
             raise ValueError(FREE_PREMIUM)
 
@@ -1204,7 +1292,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the gateway listens and what it accepts."""
 
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535, examples=[8000])] = 8000
     timezone: str = "UTC"
     trusted_proxies: tuple[str, ...] = ()
     metrics_from: tuple[str, ...] = LOOPBACK
@@ -1359,7 +1447,7 @@ class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 NO_RULES = HeaderRules()
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, examples=[50])]
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq=False):
@@ -1371,7 +1459,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
     format: Literal["anthropic", "openai", "demo"] = "anthropic"
     models: dict[str, str] = msgspec.field(default_factory=lambda: {"*": "*"})
     priority: int = 1
-    weight: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 1.0
+    weight: Factor = 1.0
     max_concurrent: AtLeastOne | None = None  # calls at once, for each API key
     max_connections: AtLeastOne = 4096
     timeouts: Timeouts = Timeouts()
@@ -1446,16 +1534,13 @@ class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitSet = LimitSet()
 
 
-Weight = Annotated[float, msgspec.Meta(ge=0, le=1000)]
-
-
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much a token of each class counts in limits of tokens."""
 
-    input: Weight = 1.0
-    output: Weight = 1.0
-    cache_write: Weight = 1.0
-    cache_read: Weight = 0.1
+    input: Factor = 1.0
+    output: Factor = 1.0
+    cache_write: Factor = 1.0
+    cache_read: Factor = 0.1
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -1479,11 +1564,11 @@ class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How calls find their upstream, and how long they look."""
 
     policy: Policies = Policies()
-    max_attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 4
+    max_attempts: Annotated[int, msgspec.Meta(ge=1, le=20, examples=[4])] = 4
     deadline: Duration = Duration(600)  # for the first content, over all attempts
     patience: Duration = Duration(120)  # with a stream's silence, while another upstream is ready
     wait: Duration = Duration(30)  # for a cooldown or a slot, where no upstream is ready
-    slow: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 4.0  # times slower than its peers is demoted; 0: never
+    slow: Factor = 4.0  # times slower than its peers is demoted; 0: never
     breaker: BreakerConfig = BreakerConfig()
 
 
@@ -1508,133 +1593,205 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     usage: UsageConfig = UsageConfig()
 
 
-def settings_at(kind: Any, steps: Sequence[str | int]) -> dict[str, Any]:
-    """The settings, with their types, of the mapping that `steps` lead to."""
-    fields = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
-    for i, step in enumerate(steps):
-        if isinstance(step, str):
-            inner = fields.get(step)
-            kinds = [a for a in (inner, *get_args(inner)) if isinstance(a, type) and issubclass(a, msgspec.Struct)]
-            return settings_at(kinds[0], steps[i + 1 :]) if kinds else {}
-    return fields
-
-
-# What msgspec calls the types of YAML's values: as what is to be written, and as what stands there.
-WANTED_TYPES = {
-    "array": "a list such as [a, b]",
-    "object": "settings such as {name: value}",
-    "str": "text (in quotes, where YAML reads something else)",
-    "int": "a whole number such as 8",
-    "float": "a plain number such as 1.5",
-    "bool": "true or false",
-}
-GOT_TYPES = {
-    "array": "a list",
-    "object": "settings",
-    "str": "text",
-    "int": "a number",
-    "float": "a number",
-    "bool": "true or false",
-    "null": "nothing",
-    "date": "a date",
-    "datetime": "a date",
+TYPE_WORDS: dict[Any, str] = {
+    tuple: "a list such as [a, b]",
+    dict: "a mapping such as {name: value}",
+    str: "text",
+    int: "a whole number such as 8",
+    float: "a number such as 1.5",
+    bool: "true or false",
 }
 
 
-def explain(error: msgspec.ValidationError, kind: type) -> tuple[list[str | int], str]:
-    """The steps to what is wrong below `kind`, and what would be right."""
-    message, _, at = str(error).partition(" - at `")
-    steps: list[str | int] = [
-        int(i) if i else name for name, i in re.findall(r"\.([^.\[\]`]+)|\[(\d+)\]", at.partition(" in `")[2] or at)
-    ]
-    if isinstance(error.__cause__, Misplaced):
-        return [*steps, *error.__cause__.steps], str(error.__cause__)
-    if found := re.fullmatch(r"Object missing required field `(.*)`", message):
-        return [*steps, found[1]], "is required, and missing"
-    if found := re.fullmatch(r"Object contains unknown field `(.*)`", message):
-        names = list(settings_at(kind, steps))
-        close = difflib.get_close_matches(found[1], names, 1)
-        meant = f", did you mean {close[0]}?" if close else ""
-        name, colon, _ = found[1].partition(":")
-        if colon and name in names:
-            meant = f", is a blank missing behind `{name}:`?"
-        return [*steps, found[1]], f"unknown setting{meant} (there are: {', '.join(names)})"
-    if found := re.fullmatch(r"Invalid enum value (.*)", message):
-        expected = settings_at(kind, steps[:-1])[str(steps[-1])]
-        choices = [c for a in (expected, *get_args(expected)) if get_origin(a) is Literal for c in get_args(a)]
-        return steps, f"expected {', '.join(choices[:-1])} or {choices[-1]}, got {found[1]}"
-    if found := re.fullmatch(r"Expected `(\w+)(?: \| null)?`, got `(\w+)`", message):
-        wanted, got = found.groups()
-        names = list(settings_at(kind, steps)) if wanted == "object" else []
-        wanted = f"settings such as {{{names[0]}: …}}" if names else WANTED_TYPES[wanted]
-        return steps, f"expected {wanted}, got {GOT_TYPES.get(got, got)}"
-    return steps, message
+def one_of(choices: Sequence[str]) -> str:
+    """`a, b or c`."""
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
+
+
+def describe_type(kind: Any) -> str:
+    """What a value of a type is called in YAML's words, with an example that works."""
+    origin = get_origin(kind) or kind
+    if origin is Literal:
+        return one_of(get_args(kind))
+    if origin is Annotated:
+        number, meta = get_args(kind)
+        word, such_as, _ = TYPE_WORDS[number].partition(" such as ")
+        return meta.description or f"{word} from {meta.ge} to {meta.le}{such_as}{meta.examples[0]}"
+    if issubclass(origin, msgspec.Struct):
+        return f"a mapping such as {{{origin.__struct_encode_fields__[0]}: …}}"
+    return TYPE_WORDS[origin]
+
+
+def not_text(found: str) -> str:
+    """What to say of what is no text."""
+    hint = "" if found in ("nothing", "a list", "a mapping") else "; put it in quotes"
+    return f"expected text, got {found}{hint}"
+
+
+def mismatch(value: object, kind: Any) -> str:
+    """What to say of a value that is not of a type."""
+    if kind is str:
+        return not_text(describe(value))
+    hint = "" if get_origin(kind) is Literal else number_meant(value)
+    return f"expected {describe_type(kind)}, got {describe(value)}{hint}"
+
+
+def type_without_null(kind: Any) -> Any:
+    """`T` of `T | None`; any other type as it is."""
+    if types.NoneType not in get_args(kind):
+        return kind
+    return next(each for each in get_args(kind) if each is not types.NoneType)
+
+
+fields_of = functools.cache(msgspec.structs.fields)  # which compiles the annotations each time
+
+
+def empty(kind: Any) -> Any:
+    """A value of a type that stands for one that is wrong or missing."""
+    origin = get_origin(kind) or kind
+    if origin is Annotated:
+        return empty(get_args(kind)[0])
+    if not issubclass(origin, msgspec.Struct):
+        return origin()
+    fields = fields_of(origin)
+    return origin(**{field.name: empty(field.type) for field in fields if field.required})
+
+
+def default_of(field: Any) -> Any:
+    """A setting's default; of a required one what stands for it."""
+    if field.required:
+        return empty(field.type)
+    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+
+
+def misspelt(name: str, settings: Sequence[str]) -> tuple[str, str]:
+    """A hint at the setting that an unknown name is probably meant to be, and that setting; ("", "") for none."""
+    before, colon, _ = name.partition(":")
+    if colon and before in settings:
+        return f", is a blank missing behind `{before}:`?", before
+    close = difflib.get_close_matches(name, settings, 1)
+    return (f", did you mean {close[0]}?", close[0]) if close else ("", "")
+
+
+class Converter:
+    """Makes typed values of plain ones, as msgspec.convert does. What is wrong is noted, and has its default instead.
+
+    `decode` makes the types that msgspec does not know, and raises ValueError.
+    """
+
+    def __init__(self, mistakes: Mistakes, decode: Callable[[type, Any], object]) -> None:
+        self._mistakes, self._decode = mistakes, decode
+
+    def convert(self, value: Any, kind: Any, steps: Steps, default: Any) -> Any:
+        """A value as a type: the whole at once, or, where something in it is wrong, each of its parts."""
+        try:
+            return msgspec.convert(value, kind, dec_hook=self._decode)
+        except msgspec.ValidationError as error:
+            cause = error.__cause__
+        kind = type_without_null(kind)
+        origin, inner = get_origin(kind) or kind, get_args(kind)
+        if isinstance(value, list) and origin is tuple:
+            return tuple(self.convert(each, inner[0], (*steps, i), empty(inner[0])) for i, each in enumerate(value))
+        if isinstance(value, dict) and origin is dict:
+            return {name: self.convert(each, inner[1], (*steps, name), empty(inner[1])) for name, each in value.items()}
+        if isinstance(value, dict) and isinstance(origin, type) and issubclass(origin, msgspec.Struct):
+            return self._struct(value, origin, steps)
+        with self._mistakes.at(*steps):
+            raise cause if isinstance(cause, ValueError) else ValueError(mismatch(value, kind))
+        return default
+
+    def _struct(self, value: dict[str, Any], kind: type[msgspec.Struct], steps: Steps) -> Any:
+        """A mapping as a struct. Of a setting that is misspelt nothing else is noted."""
+        fields = {field.encode_name: field for field in fields_of(kind)}
+        for name in value:
+            if name not in fields:
+                hint, meant = misspelt(name, list(fields))
+                self._mistakes.note((*steps, name), f"unknown setting{hint} (there are: {', '.join(fields)})")
+                self._mistakes.drop((*steps, meant))
+        settings = {}
+        for name, field in fields.items():
+            if name in value:
+                settings[field.name] = self.convert(value[name], field.type, (*steps, name), default_of(field))
+            elif field.required:
+                settings[field.name] = default_of(field)
+                self._mistakes.note((*steps, name), "is required, and missing")
+        try:
+            return kind(**settings)
+        except ValueError as error:  # what its settings mean together
+            if not any(mistake.steps[: len(steps)] == steps for mistake in self._mistakes.found):
+                self._mistakes.note(steps, str(error))
+        return empty(kind)
+
+
+LIMIT_AMOUNTS = {
+    "usd": DOLLARS,
+    "tokens": "a number of tokens such as 200k or 50M",
+    "requests": "a number of requests such as 60",
+    "concurrent": "a number of calls such as 16",
+}
 
 
 def parse_limits(value: object) -> LimitSet:
     """Read the grammar of limits: `<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent`."""
     if not isinstance(value, dict):
-        raise ValueError("expected limits such as {usd/day: 20, tokens/month: 50M, concurrent: 16}")
-    limits = []
+        example = "{usd/day: 20, tokens/month: 50M, concurrent: 16}"
+        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
+    limits, mistakes = [], Mistakes()
     for key, amount in value.items():
-        unit, _, window = str(key).partition("/")
-        if not (key == "concurrent" or (unit in LIMIT_UNITS and (window in LIMIT_WINDOWS or key == unit))):
-            raise Misplaced(
-                [str(key)],
-                f"unknown limit {str(key)!r}: a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
-                f"({', '.join(LIMIT_WINDOWS)}) as in usd/day; or concurrent",
-            )
-        try:
-            limits.append(Limit(unit, window, parse_scaled(amount, COUNT_UNITS, "50M")))
-        except ValueError as error:
-            raise Misplaced([str(key)], str(error)) from None
+        unit, _, window = key.partition("/")
+        with mistakes.at(key):
+            if not (key == "concurrent" or (unit in LIMIT_UNITS and (window in LIMIT_WINDOWS or key == unit))):
+                raise ValueError(
+                    f"unknown limit: expected a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
+                    f"({', '.join(LIMIT_WINDOWS)}) as in usd/day; or concurrent"
+                )
+            limits.append(Limit(unit, window, parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
+    mistakes.check()
     return LimitSet(limits)
 
 
 def parse_amount(value: object) -> Amount:
     """A count of tokens."""
-    return Amount(parse_scaled(value, COUNT_UNITS, "200k"))
+    return Amount(parse_scaled(value, COUNT_UNITS, LIMIT_AMOUNTS["tokens"]))
 
 
-def parse_surcharge(name: str, amount: object) -> float:
-    """A premium or an extra for all models."""
-    if name in SURCHARGE_NAMES:
-        if isinstance(amount, (int, float)) and not isinstance(amount, bool) and 0 <= amount < math.inf:
-            if amount == 0 and name not in EXTRAS:
-                raise Misplaced([name], FREE_PREMIUM)
-            return float(amount)
-        raise Misplaced([name], f"expected a plain number such as 1.5, not negative, got {amount!r}")
-    if name in PriceConfig.__struct_fields__:
-        raise Misplaced([name], f'it stands in a model\'s row: {{"claude-*": {{input: 3, output: 15, {name}: …}}}}')
-    known = ", ".join(SURCHARGE_NAMES)
-    raise Misplaced([name], f"expected a model's prices such as {{input: 3, output: 15}}; a number is for {known}")
+def parse_surcharge(name: str, amount: object, converter: Converter) -> float:
+    """A premium or an extra for all models. Raises ValueError."""
+    if name not in SURCHARGE_NAMES:
+        if name in PriceConfig.__struct_fields__:
+            raise ValueError(f'it stands in a model\'s row: {{"claude-*": {{input: 3, output: 15, {name}: …}}}}')
+        known = ", ".join(SURCHARGE_NAMES)
+        raise ValueError(f"expected a mapping such as {{input: 3, output: 15}}; a number is for {known}")
+    if amount == 0 and name not in EXTRAS:
+        raise ValueError(FREE_PREMIUM)
+    return cast(float, converter.convert(amount, Dollars if name in EXTRAS else Factor, (name,), 1.0))
 
 
 def parse_prices(value: object) -> PriceTable:
     """Read the price table; `"*"` must be in it, because no model is free."""
     if not isinstance(value, dict):
-        raise ValueError('expected prices such as {"claude-*": {input: 3, output: 15}, "*": {…}}')
-    prices, surcharges, unknown = [], {}, ""
+        example = '{"claude-*": {input: 3, output: 15}, "*": {…}}'
+        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
+    prices, surcharges, unknown, mistakes = [], {}, "", Mistakes()
+    converter = Converter(mistakes, lambda kind, value: parse_amount(value))
     for pattern, price in value.items():
         is_row = isinstance(price, dict) and pattern not in SURCHARGE_NAMES
-        if not is_row and (pattern in PriceConfig.__struct_fields__ or isinstance(price, (int, float))):
-            surcharges[str(pattern)] = parse_surcharge(str(pattern), price)
-            continue
-        if pattern == "unknown" and not isinstance(price, dict):
-            if price not in ("refuse", "dearest"):
-                raise Misplaced(["unknown"], f"expected refuse or dearest, got {price!r}")
-            unknown = price
-            continue
-        try:
-            found = msgspec.convert(price, PriceConfig, dec_hook=lambda kind, value: parse_amount(value))
-            prices.append((str(pattern), found.flat()))
-        except msgspec.ValidationError as error:
-            steps, message = explain(error, PriceConfig)
-            raise Misplaced([str(pattern), *steps], message) from None
+        with mistakes.at(pattern):
+            if not is_row and (pattern in PriceConfig.__struct_fields__ or isinstance(price, (int, float))):
+                surcharges[pattern] = parse_surcharge(pattern, price, converter)
+            elif pattern == "unknown" and not isinstance(price, dict):
+                unknown = price
+                if price not in ("refuse", "dearest"):
+                    raise ValueError(f"expected refuse or dearest, got {describe(price)}")
+            else:
+                row = converter.convert(price, PriceConfig, (pattern,), empty(PriceConfig))
+                prices.append((pattern, row.flat()))
     if not prices and value:
         prices = list(BUILT_IN_PRICES.items())
-    if "*" not in dict(prices) and not unknown:
-        raise ValueError('"*" must be in the table: no model is free')
+    is_complete = all(len(mistake.steps) > 1 for mistake in mistakes.found)
+    if is_complete and "*" not in dict(prices) and not unknown:
+        mistakes.note((), '"*" must be in the table: no model is free')
+    mistakes.check()
     table = PriceTable(prices)
     table.unknown, table.surcharges = cast(Unknown, unknown), surcharges
     return table
@@ -1645,7 +1802,7 @@ def parse_fsync(value: object) -> Fsync:
     words = {"always": 0.0, "never": math.inf}
     if isinstance(value, str) and value in words:
         return Fsync(words[value])
-    return Fsync(parse_scaled(value, TIME_UNITS, "always, never or 1s"))
+    return Fsync(parse_scaled(value, TIME_UNITS, "always, never or a duration such as 1s"))
 
 
 def read_date(text: str) -> dt.date | None:
@@ -1661,69 +1818,68 @@ def parse_expiry(value: object) -> Expiry:
     if isinstance(value, str):
         value = read_date(value) or value
     if not isinstance(value, dt.date):
-        raise ValueError(f"expected a date such as 2027-01-31, got {value!r}")
+        raise ValueError(f"expected {A_DATE}, got {describe(value)}")
     return Expiry(value)
 
 
 def parse_duration(value: object) -> Duration:
     """A time."""
-    return Duration(parse_scaled(value, TIME_UNITS, "10s"))
+    return Duration(parse_scaled(value, TIME_UNITS, A_DURATION))
 
 
 def parse_policies(value: object) -> Policies:
     """A policy, or one for each glob of models."""
-    table = value if isinstance(value, dict) else {"*": value}
+    table, mistakes = value if isinstance(value, dict) else {"*": value}, Mistakes()
     for pattern, policy in table.items():
         if policy not in POLICIES:
-            message = f"expected {', '.join(POLICIES[:-1])} or {POLICIES[-1]}, got {policy!r}"
-            raise Misplaced([str(pattern)], message) if isinstance(value, dict) else ValueError(message)
-    return Policies((str(pattern), str(policy)) for pattern, policy in table.items())
+            steps = (pattern,) if isinstance(value, dict) else ()
+            mistakes.note(steps, f"expected {one_of(POLICIES)}, got {describe(policy)}")
+    mistakes.check()
+    return Policies(cast("Iterable[tuple[str, str]]", table.items()))
 
 
 def parse_verdicts(value: object) -> VerdictTable:
     """Overrides of the table of verdicts: `{404: {next: false}, 5xx: {cooldown: 1m}}`."""
     if not isinstance(value, dict):
-        raise ValueError("expected cases such as {404: {next: false}, 5xx: {cooldown: 1m}}")
+        example = "{404: {next: false}, 5xx: {cooldown: 1m}}"
+        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
+    table, mistakes = VerdictTable(), Mistakes()
+    converter = Converter(mistakes, lambda kind, value: parse_duration(value))
     for case, said in value.items():
         if isinstance(said, dict) and said.get("next") and case == "mid_stream":
-            raise Misplaced([case, "next"], "bytes are out: nobody else can be asked")
+            mistakes.note((case, "next"), "bytes are out: nobody else can be asked")
         if isinstance(said, dict) and case == "own_trouble":
-            for name in ("blame", "cooldown", "pass"):
-                if name in said:
-                    message = "what this gateway lacks is no upstream's fault: only `next` can be set"
-                    raise Misplaced([case, name], message)
+            for name in said.keys() & {"blame", "cooldown", "pass"}:
+                problem = "what this gateway lacks is no upstream's fault: only `next` can be set"
+                mistakes.note((case, name), problem)
         if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
-            raise Misplaced([case], f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
-    table = VerdictTable()
-    for case, said in value.items():
-        try:
-            table[case] = msgspec.convert(said, VerdictConfig, dec_hook=lambda kind, value: parse_duration(value))
-        except msgspec.ValidationError as error:
-            steps, message = explain(error, VerdictConfig)
-            raise Misplaced([case, *steps], message) from None
+            mistakes.note((case,), f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
+        table[case] = converter.convert(said, VerdictConfig, (case,), VerdictConfig())
+    mistakes.check()
     return table
 
 
+def parse_secret(value: object) -> Secret:
+    """A secret is text; what it is instead is not echoed."""
+    if not isinstance(value, str):
+        raise ValueError(not_text(describe(value).partition(":")[0]))
+    return Secret(value)
+
+
 def parse_secrets(value: object) -> Secrets:
-    """One secret, or a list of them; what it is instead is not echoed."""
+    """One secret, or a list of them."""
+    mistakes, found = Mistakes(), []
     for i, each in enumerate(value if isinstance(value, list) else [value]):
-        if not isinstance(each, str):
-            message = "expected a string; put it in quotes"
-            raise Misplaced([i], message) if isinstance(value, list) else ValueError(message)
-    secrets = Secrets(Secret(each) for each in (value if isinstance(value, list) else [value]) if each)
+        with mistakes.at(*((i,) if isinstance(value, list) else ())):
+            found.append(parse_secret(each))
+    mistakes.check()
+    secrets = Secrets(filter(None, found))
     secrets.is_list = isinstance(value, list)
     return secrets
 
 
-def parse_secret(value: object) -> Secret:
-    """A secret is a string; what it is instead is not echoed."""
-    if not isinstance(value, str):
-        raise ValueError("expected a string; put it in quotes")
-    return Secret(value)
-
-
 CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
-    Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, "32MB")),
+    Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, A_SIZE)),
     Amount: parse_amount,
     Duration: parse_duration,
     Fsync: parse_fsync,
@@ -1735,11 +1891,6 @@ CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
     Secrets: parse_secrets,
     VerdictTable: parse_verdicts,
 }
-
-
-def join(at: str, name: str | int) -> str:
-    """`keys[0]` and `name` make `keys[0].name`."""
-    return f"{at}.{name}" if at else str(name)
 
 
 # What is no mistake, but hardly meant: patterns of it, and what is told.
@@ -1764,7 +1915,12 @@ Event = Any  # of YAML: pyyaml's types do not know which have an anchor, a value
 
 def join_steps(steps: Sequence[str | int]) -> str:
     """("keys", 0, "name") makes `keys[0].name`."""
-    return functools.reduce(lambda at, step: f"{at}[{step}]" if isinstance(step, int) else join(at, step), steps, "")
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+def line_of(event: Event) -> int:
+    """The line, from 1, in which an event begins."""
+    return int(event.start_mark.line) + 1
 
 
 def rest_of(event: Event, events: Iterator[Event]) -> list[Event]:
@@ -1777,38 +1933,45 @@ def rest_of(event: Event, events: Iterator[Event]) -> list[Event]:
     return rest
 
 
+class Endless(Exception):
+    """A document that cannot be read to its end: where it was given up, why, and the line."""
+
+
 class PlainReader:
     """Makes dicts, lists and scalars of YAML's events, with `${NAME}` and `${NAME:-default}` filled in.
 
     At 10,000 keys the tree of nodes, which nobody needs to read them, takes 60 MB and half the time.
     """
 
+    MAX_REPEATED = 500_000
+
     def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
-        self._document, self._environ = document, environ
+        self._document, self._environ, self._mistakes = document, environ, document.mistakes
         self._anchors: dict[str, tuple[Event, list[Event]]] = {}
+        self._repeated = 0  # events of aliases
         self._scalars: Any = yaml.SafeLoader("")
         self._typed = functools.lru_cache(maxsize=256)(self._construct)
 
     def read(self, events: Iterator[Event]) -> dict[str, Any]:
-        """The one document of a stream. Raises ConfigError, and YAMLError where composing would raise, too."""
+        """The one document of a stream; mistakes are noted. Raises YAMLError where composing would, and Endless."""
         _, _, first = next(events), next(events), next(events, None)
         if not isinstance(first, yaml.MappingStartEvent):
             raise yaml.YAMLError("no mapping")
-        plain = self._value(first, events, "", 0)
+        plain = self._value(first, events, ())
         _, last = next(events), next(events)
         if not isinstance(last, yaml.StreamEndEvent):
             raise yaml.YAMLError("another document")
         return cast(dict[str, Any], plain)
 
-    def _value(self, event: Event, events: Iterator[Event], at: str, depth: int) -> Any:
+    def _value(self, event: Event, events: Iterator[Event], at: Steps) -> Any:
         event, events = self._follow(event, events)
-        if depth > 20:
-            raise self._document.error(event, at, "nested too deep (an alias of itself?)")
+        if len(at) > 20:
+            raise Endless(at, "nested too deep (an alias of itself?)", line_of(event))
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, at)
         if isinstance(event, yaml.MappingStartEvent):
-            return self._mapping(events, at, depth)
-        return self._sequence(events, at, depth)
+            return self._mapping(events, at)
+        return self._sequence(events, at)
 
     def _follow(self, event: Event, events: Iterator[Event]) -> tuple[Event, Iterator[Event]]:
         """A node's first event and where the others come from: an anchor keeps its events for its aliases."""
@@ -1822,75 +1985,86 @@ class PlainReader:
         first, rest = self._anchors[event.anchor]
         if not is_alias and first is not event:
             raise yaml.YAMLError("an anchor given twice")
+        self._repeated += is_alias * (len(rest) + 1)
+        if self._repeated > self.MAX_REPEATED:
+            problem = f"too large: aliases repeat more than {self.MAX_REPEATED:,} values"
+            raise Endless((), problem, line_of(event))
         return first, iter(rest)
 
-    def _mapping(self, events: Iterator[Event], at: str, depth: int) -> dict[str, Any]:
+    def _mapping(self, events: Iterator[Event], at: Steps) -> dict[str, Any]:
         out: dict[str, Any] = {}
+        lines: dict[str, int] = {}
         while not isinstance(event := next(events), yaml.MappingEndEvent):
-            key, _ = self._follow(event, events)
+            key, rest = self._follow(event, events)
+            line = line_of(key)
             if not isinstance(key, yaml.ScalarEvent) or key.value == "<<":
-                raise self._document.error(key, at, "expected a plain name")
+                self._mistakes.note(at, "expected a plain name", line, is_read=True)
+                rest_of(key, rest)
+                self._value(next(events), events, (*at, "<<"))
+                continue
             name = sys.intern(key.value)  # 10,000 keys have the same few
-            inner = join(at, name)
+            value = self._value(next(events), events, (*at, name))
             if name in out:
-                raise self._document.error(key, inner, "given twice")
-            out[name] = self._value(next(events), events, inner, depth + 1)
+                self._mistakes.note((*at, name), f"given twice, first in line {lines[name]}", line, is_read=True)
+            else:
+                out[name], lines[name] = value, line
         return out
 
-    def _sequence(self, events: Iterator[Event], at: str, depth: int) -> list[Any]:
+    def _sequence(self, events: Iterator[Event], at: Steps) -> list[Any]:
         out: list[Any] = []
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            out.append(self._value(event, events, f"{at}[{len(out)}]", depth + 1))
+            out.append(self._value(event, events, (*at, len(out))))
         return out
 
-    def _scalar(self, event: Event, at: str) -> Any:
+    def _scalar(self, event: Event, at: Steps) -> Any:
         text, tag, is_bare = event.value, event.tag, event.implicit[0]
         if "$" in text or not text.isascii():
             for slip, told in SLIPS.items():
                 if re.search(slip, text):
-                    self._document.warn(event.start_mark.line + 1, at, told)
-        if "${" in text:
-            self._document.filled.add(at)
-            text, tag, is_bare = self._fill(event, at), None, not event.style  # quoted: stays text
+                    self._document.warn(line_of(event), at, told)
         try:
+            if "${" in text:
+                self._document.filled.add(at)
+                text, tag, is_bare = self._fill(text), None, not event.style  # quoted: stays text
             return self._typed(text, tag, is_bare)
         except (yaml.YAMLError, ValueError) as error:
-            raise self._document.error(event, at, getattr(error, "problem", None) or str(error)) from None
+            self._mistakes.note(at, getattr(error, "problem", None) or str(error), line_of(event))
 
     def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
         if tag is None or tag == "!":
             tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
         return self._scalars.construct_document(yaml.ScalarNode(tag, text))
 
-    def _fill(self, event: yaml.ScalarEvent, at: str) -> str:
+    def _fill(self, text: str) -> str:
         def fill(found: re.Match[str]) -> str:
             value = self._environ.get(found[1])
             if value:
                 self._document.from_environment[value] = found[1]
             value = value or found[2]
             if value is None:
-                problem = f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})"
-                raise self._document.error(event, at, problem)
+                raise ValueError(f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
             return value
 
         pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
-        if "${" in re.sub(pattern, "", event.value):
-            raise self._document.error(event, at, "expected ${NAME} or ${NAME:-default}")
-        return re.sub(pattern, fill, event.value)
+        if "${" in re.sub(pattern, "", text):
+            raise ValueError("expected ${NAME} or ${NAME:-default}")
+        return re.sub(pattern, fill, text)
 
 
 SECRET_TEXT = re.compile(  # an API key, or what may be one
     r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
 )
-MAX_STEP = 40  # characters of a name in a message
 
 
 class Document:
     """The text of a config.yaml: values to read; and its YAML nodes, places to name and to edit."""
 
+    MAX_TOLD = 10  # mistakes
+
     def __init__(self, text: str, path: Path) -> None:
         self.text, self.path = text, path
-        self.filled: set[str] = set()  # the places, as `keys[0].key`, where `${…}` stood when it was read
+        self.mistakes = Mistakes()
+        self.filled: set[Steps] = set()  # the places where `${…}` stood when it was read
         self.from_environment: dict[str, str] = {}  # what was filled in there, and the variable's name
         self.warnings: list[str] = []
 
@@ -1913,12 +2087,15 @@ class Document:
         return root
 
     def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The document as dicts, lists and scalars. Raises ConfigError."""
+        """The document as dicts, lists and scalars; mistakes are noted. Raises ConfigError where it is not YAML."""
         try:
             return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
-        except yaml.YAMLError as error:
+        except Endless as end:
+            self.mistakes.note(*end.args)
+            self.check()
+        except yaml.YAMLError:
             _ = self.root  # composing meets the same, and says where
-            raise AssertionError("YAML that composes but does not parse") from error
+        raise AssertionError("YAML that composes but does not parse")
 
     def find(self, *steps: str | int) -> yaml.Node | None:
         """The node at a path such as ("keys", 0, "name"), or None."""
@@ -1946,20 +2123,35 @@ class Document:
                 line = node.start_mark.line + 1
         return line
 
-    def error(self, event: Event, at: str, problem: str) -> ConfigError:
-        """A ConfigError at an event."""
-        return ConfigError(
-            f"{self.path}:{event.start_mark.line + 1}: {self._told(at)}{': ' if at else ''}{self._told(problem)}"
-        )
-
-    def problem(self, steps: Sequence[str | int], problem: str) -> ConfigError:
+    def problem(self, steps: Steps, problem: str) -> ConfigError:
         """A ConfigError at a path such as ("keys", 0, "expires")."""
-        short = [f"{step[:MAX_STEP]}…" if isinstance(step, str) and len(step) > MAX_STEP else step for step in steps]
-        return ConfigError(f"{self.path}:{self.locate(steps)}: {self._told(join_steps(short))}: {self._told(problem)}")
+        return ConfigError(self._sentence(Mistake(steps, problem, self.locate(steps))))
 
-    def warn(self, line: int, at: str, text: str) -> None:
+    def check(self) -> None:
+        """Raise ConfigError where mistakes were noted: of the first lines, in their order, and how many more."""
+        # What an alias repeats is noted for each place with the same line: the first place counts.
+        noted: dict[tuple[object, str], Mistake] = {}
+        for mistake in self.mistakes.found:
+            noted.setdefault((mistake.line or mistake.steps, mistake.problem), mistake)
+        located = [mistake._replace(line=mistake.line or self.locate(mistake.steps)) for mistake in noted.values()]
+        found = sorted(located, key=lambda mistake: mistake.line)
+        more = len(found) - self.MAX_TOLD
+        sentences = [self._sentence(mistake) for mistake in found[: self.MAX_TOLD]]
+        if found:
+            raise ConfigError("\n".join(sentences + [f"and {more} more"] * (more > 0)))
+
+    def _sentence(self, mistake: Mistake) -> str:
+        at = join_steps(
+            [
+                f"{step[:MAX_SHOWN]}…" if isinstance(step, str) and len(step) > MAX_SHOWN else step
+                for step in mistake.steps
+            ]
+        )
+        return f"{self.path}:{mistake.line}: {self._told(at)}{': ' if at else ''}{self._told(mistake.problem)}"
+
+    def warn(self, line: int, at: Steps, text: str) -> None:
         """Keep a warning about a setting. Its value is not shown: it may be a secret."""
-        self.warnings.append(f"line {line}: {self._told(at)}: {text}")
+        self.warnings.append(f"line {line}: {self._told(join_steps(at))}: {text}")
 
     def _told(self, text: str) -> str:
         """A text for a message, without what looks like a secret, or comes from the environment.
@@ -1974,8 +2166,7 @@ class Document:
 
 
 def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
-    """Type and check a document. Raises ConfigError with line, path and what would be right."""
-
+    """Type a document; mistakes are noted. Raises ConfigError where it is not YAML."""
     shared: dict[LimitSet, LimitSet] = {}
 
     def decode(kind: type, value: object) -> object:
@@ -1988,15 +2179,16 @@ def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
     upstreams = plain.get("upstreams")
     for i, upstream in enumerate(upstreams if isinstance(upstreams, list) else []):
         models = upstream.get("models") if isinstance(upstream, dict) else None
-        for j, model in enumerate(models if isinstance(models, list) else []):
-            if not isinstance(model, str):
-                raise document.problem(("upstreams", i, "models", j), 'expected a glob such as "claude-*"')
         if isinstance(models, list):
-            upstream["models"] = dict.fromkeys(models, "*")
+            for j, model in enumerate(models):
+                if not isinstance(model, str):
+                    problem = f'expected text such as "claude-*", got {describe(model)}'
+                    document.mistakes.note(("upstreams", i, "models", j), problem)
+            upstream["models"] = {model: "*" for model in models if isinstance(model, str)}
     try:
         return msgspec.convert(plain, ConfigFile, dec_hook=decode)
-    except msgspec.ValidationError as error:
-        raise document.problem(*explain(error, ConfigFile)) from None
+    except msgspec.ValidationError:
+        return cast(ConfigFile, Converter(document.mistakes, decode).convert(plain, ConfigFile, (), None))
 
 
 def config_digest(text: str) -> str:
@@ -2031,11 +2223,23 @@ def why_unmatched(glob: str) -> str:
     return next((why for pattern, why in UNMATCHED.items() if re.search(pattern, glob)), "")
 
 
+def check_url(url: str, schemes: Sequence[str]) -> None:
+    """Raise ValueError, without the URL, which may have a password in it, where it is none that can be asked."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or not url.isascii() or any(c <= " " for c in url):
+        raise ValueError(f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
+
+
 class ConfigBuilder:
-    """Derives and checks what types alone cannot: references, addresses, seals."""
+    """Derives and checks what types alone cannot: references, addresses, seals. Mistakes are noted in the document."""
 
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
+        self._mistakes = document.mistakes
         self.warnings = document.warnings
         self.has_plain = False  # a secret in clear text
 
@@ -2044,7 +2248,7 @@ class ConfigBuilder:
         server = self._file.server
         if server.memory == 0:
             problem = "expected a size such as 256MB, in which all bodies together have room"
-            raise self._document.problem(("server", "memory"), problem)
+            self._mistakes.note(("server", "memory"), problem)
         memory = server.memory or available_memory() // 4
         if memory < server.max_body:
             self.warnings.append(
@@ -2055,14 +2259,13 @@ class ConfigBuilder:
 
     def timezone(self) -> dt.tzinfo:
         """The zone in which calendar windows turn over."""
-        if self._file.server.timezone == "UTC":
-            return dt.UTC
+        name = self._file.server.timezone
         try:
-            return zoneinfo.ZoneInfo(self._file.server.timezone)
+            return dt.UTC if name == "UTC" else zoneinfo.ZoneInfo(name)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise self._document.problem(
-                ("server", "timezone"), f"unknown time zone {self._file.server.timezone!r}; as in Europe/Berlin"
-            ) from None
+            problem = f"expected a time zone such as Europe/Berlin, got {describe(name)}"
+            self._mistakes.note(("server", "timezone"), problem)
+            return dt.UTC
 
     def networks(self, steps: Steps, texts: Sequence[str]) -> tuple[Network, ...]:
         """Networks or single addresses."""
@@ -2071,21 +2274,22 @@ class ConfigBuilder:
             try:
                 found.append(ipaddress.ip_network(text))
             except ValueError as error:
-                raise self._document.problem((*steps, i), f"{error}; as in 10.0.0.0/8 or 192.0.2.7") from None
+                why = " (bits are set behind the mask)" if "host bits" in str(error) else ""
+                problem = f"expected a network such as 10.0.0.0/8, or an address, got {describe(text)}{why}"
+                self._mistakes.note((*steps, i), problem)
         return tuple(found)
 
     def upstreams(self) -> tuple[UpstreamConfig, ...]:
         """The upstreams with their keys open."""
         if not self._file.upstreams:
-            raise self._document.problem(("upstreams",), "at least one upstream is needed")
+            self._mistakes.note(("upstreams",), "at least one upstream is needed")
         routing = self._file.routing
         if 0 < routing.slow < 1.5:
-            raise self._document.problem(("routing", "slow"), "expected at least 1.5, or 0 for never")
-        if routing.breaker.max_cooldown < routing.breaker.cooldown:
+            self._mistakes.note(("routing", "slow"), "expected at least 1.5, or 0 for never")
+        is_cooldown_good = not self._mistakes.at_or_above(("routing", "breaker", "cooldown"))
+        if routing.breaker.max_cooldown < routing.breaker.cooldown and is_cooldown_good:
             problem = "expected at least the cooldown, which is the first of them"
-            raise self._document.problem(("routing", "breaker", "max_cooldown"), problem)
-        if not 0 <= self._file.server.port < 65536:
-            raise self._document.problem(("server", "port"), "expected 0 to 65535")
+            self._mistakes.note(("routing", "breaker", "max_cooldown"), problem)
         self._check_globs(("routing", "policy"), {glob: glob for glob, _ in routing.policy})
         self._check_globs(("prices",), {glob: glob for glob, _ in self._file.prices})
         seen: set[str] = set()
@@ -2093,20 +2297,17 @@ class ConfigBuilder:
 
     def _upstream(self, i: int, upstream: UpstreamConfig, seen: set[str]) -> UpstreamConfig:
         at: Steps = ("upstreams", i)
-        self._unique((*at, "name"), upstream.name, seen)
-        if upstream.format != "demo":
-            self._check_url((*at, "url"), upstream.url, ("http", "https"))
-            if "@" in urllib.parse.urlsplit(upstream.url).netloc:
-                raise self._document.problem((*at, "url"), "expected no user or password in it; api_key is for that")
-            self._check_literal((*at, "url"), upstream)
-        if upstream.ca_file and upstream.url.startswith("https:") and not self._beside(upstream.ca_file).is_file():
-            raise self._document.problem((*at, "ca_file"), f"no such file: {self._beside(upstream.ca_file)}")
-        proxy = self._unseal((*at, "proxy"), upstream.proxy) if upstream.proxy else None
-        if proxy:
-            self._check_url((*at, "proxy"), proxy, ("http",))
-        if upstream.proxy and proxy and "@" in proxy:
-            self._warn_of_plain((*at, "proxy"), upstream.name, upstream.proxy)
+        with self._mistakes.at(*at, "name"):
+            self._check_name(upstream.name, seen)
+        if upstream.format != "demo" and not self._mistakes.at_or_above((*at, "format")):
+            with self._mistakes.at(*at, "url"):
+                self._check_upstream_url(upstream)
         ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
+        if ca_file and upstream.url.startswith("https:") and not Path(ca_file).is_file():
+            self._mistakes.note((*at, "ca_file"), f"no such file: {ca_file}")
+        proxy = None
+        with self._mistakes.at(*at, "proxy"):
+            proxy = self._proxy((*at, "proxy"), upstream)
         keys = Secrets(self._api_keys(at, upstream))
         if not keys and upstream.url.startswith("https:") and not any(map(SECRET_HEADER.search, upstream.headers.set)):
             self._warn((*at, "api_key"), "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`")
@@ -2116,57 +2317,80 @@ class ConfigBuilder:
         self._check_globs((*at, "models"), {name: name for name in upstream.models})
         self._check_globs((*at, "betas", "drop"), dict(enumerate(upstream.betas.drop)))
         if 0 < upstream.probe < 1:
-            raise self._document.problem((*at, "probe"), "expected at least 1s, or 0s for none")
+            self._mistakes.note((*at, "probe"), "expected at least 1s, or 0s for none")
         if len(set(keys)) < len(keys):
-            raise self._document.problem((*at, "api_key"), "the same key stands here twice")
+            self._mistakes.note((*at, "api_key"), "the same key stands here twice")
         headers = self._headers((*at, "headers"), upstream)
         return msgspec.structs.replace(upstream, api_key=keys, headers=headers, ca_file=ca_file, proxy=proxy)
+
+    def _check_upstream_url(self, upstream: UpstreamConfig) -> None:
+        """An address in a URL is looked at here, a name's when it is connected to. Raises ValueError."""
+        check_url(upstream.url, ("http", "https"))
+        parts = urllib.parse.urlsplit(upstream.url)
+        if "@" in parts.netloc:
+            raise ValueError("expected no user or password in it; api_key is for that")
+        host = parts.hostname or ""
+        if not upstream.allow_private and is_forbidden(host):
+            raise ValueError(f"{host} is a link-local or metadata address; see allow_private")
+
+    def _proxy(self, steps: Steps, upstream: UpstreamConfig) -> Secret | None:
+        """The proxy's URL, open. Raises ValueError."""
+        if not upstream.proxy:
+            return None
+        proxy = self._vault.unseal(upstream.proxy)
+        check_url(proxy, ("http",))
+        if "@" in proxy:
+            self._warn_of_plain(steps, upstream.name, upstream.proxy)
+        return proxy
 
     def _api_keys(self, at: Steps, upstream: UpstreamConfig) -> Iterator[Secret]:
         for j, written in enumerate(upstream.api_key):
             steps = (*at, "api_key", j) if upstream.api_key.is_list else (*at, "api_key")
-            key = self._unseal(steps, written)
-            try:
+            with self._mistakes.at(*steps):
+                key = self._vault.unseal(written)
                 check_pasted(key)
-            except ValueError as error:
-                raise self._document.problem(steps, str(error)) from None
-            self._warn_of_plain(steps, upstream.name, written)
-            self._warn_of_placeholder(steps, key)
-            yield key
+                self._warn_of_plain(steps, upstream.name, written)
+                self._warn_of_placeholder(steps, key)
+                yield key
 
     def _headers(self, steps: Steps, upstream: UpstreamConfig) -> HeaderRules:
         opened: dict[str, Secret] = {}
         for name, written in upstream.headers.set.items():
-            value = self._unseal((*steps, "set", name), written)
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in (*FRAMING, "accept-encoding"):
-                raise self._document.problem((*steps, "set", name), "no header that can be set")
-            if not value.isascii() or not value.isprintable():
-                raise self._document.problem((*steps, "set", name), "expected printable ASCII")
-            if SECRET_HEADER.search(name):
-                self._warn_of_plain((*steps, "set", name), upstream.name, written)
-                self._warn_of_placeholder((*steps, "set", name), value)
-            opened[name] = value
+            with self._mistakes.at(*steps, "set", name):
+                opened[name] = self._header(name, written)
+                if SECRET_HEADER.search(name):
+                    self._warn_of_plain((*steps, "set", name), upstream.name, written)
+                    self._warn_of_placeholder((*steps, "set", name), opened[name])
         for j, name in enumerate(upstream.headers.remove):
             if name.lower() in (*FRAMING, "accept-encoding", "host"):
-                raise self._document.problem((*steps, "remove", j), "no header that can be removed")
+                self._mistakes.note((*steps, "remove", j), "no header that can be removed")
         for j, name in enumerate(upstream.headers.passes):
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z?\[\]-]+", name):
-                raise self._document.problem((*steps, "pass", j), "expected the name of a header, or a glob of names")
+                self._mistakes.note((*steps, "pass", j), "expected the name of a header, or a glob of names")
             if is_withheld(name.lower()):
                 problem = "it frames the request, names an account or a client, or is a credential: see `headers.set`"
-                raise self._document.problem((*steps, "pass", j), f"no client's {name} may go upstream: {problem}")
+                self._mistakes.note((*steps, "pass", j), f"no client's {name} may go upstream: {problem}")
         rules = upstream.headers
         if not (opened or rules.remove or rules.passes):
             return NO_RULES
         return HeaderRules(opened, *(tuple(name.lower() for name in names) for names in (rules.remove, rules.passes)))
 
+    def _header(self, name: str, written: Secret) -> Secret:
+        """The value of a header that is set. Raises ValueError."""
+        value = self._vault.unseal(written)
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in (*FRAMING, "accept-encoding"):
+            raise ValueError("no header that can be set")
+        if not value.isascii() or not value.isprintable():
+            raise ValueError("expected printable ASCII")
+        return value
+
     def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
-        if not SEALED_OR_ELSEWHERE.search(written) and join_steps(steps) not in self._document.filled:
+        if not SEALED_OR_ELSEWHERE.search(written) and steps not in self._document.filled:
             self.has_plain = True
             self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `{PROGRAM} seal`")
 
     def _warn(self, steps: Steps, text: str) -> None:
-        self._document.warn(self._document.locate(steps), join_steps(steps), text)
+        self._document.warn(self._document.locate(steps), steps, text)
 
     def _warn_of_placeholder(self, steps: Steps, value: str) -> None:
         if PLACEHOLDER.search(value):
@@ -2179,35 +2403,15 @@ class ConfigBuilder:
             if why:
                 self._warn((*steps, step), why)
 
-    def _check_literal(self, steps: Steps, upstream: UpstreamConfig) -> None:
-        """An address in a URL is looked at here, a name's when it is connected to."""
-        host = urllib.parse.urlsplit(upstream.url).hostname or ""
-        if not upstream.allow_private and is_forbidden(host):
-            raise self._document.problem(steps, f"{host} is a link-local or metadata address; see allow_private")
-
-    def _unseal(self, steps: Steps, value: Secret) -> Secret:
-        try:
-            return self._vault.unseal(value)
-        except SealError as error:
-            raise self._document.problem(steps, str(error)) from None
-
     def _beside(self, name: str) -> Path:
         return self._document.path.parent / name
 
-    def _check_url(self, steps: Steps, url: str, schemes: Sequence[str]) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url)
-            good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:
-            good = False
-        if not good or parts.query or parts.fragment or not url.isascii() or any(c <= " " for c in url):
-            raise self._document.problem(steps, f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
-
-    def _unique(self, steps: Steps, name: str, seen: set[str]) -> None:
+    def _check_name(self, name: str, seen: set[str]) -> None:
+        """Raise ValueError where a name is none, or taken by another."""
         if not name or name != name.strip() or not name.isprintable():
-            raise self._document.problem(steps, "expected a name without white space around it")
+            raise ValueError("expected a name without white space around it")
         if name in seen:
-            raise self._document.problem(steps, f"{name!r} is taken: names tell entries apart in the ledger")
+            raise ValueError(f"{name!r} is taken: names tell entries apart in the ledger")
         seen.add(name)
 
     def keys(self, timezone: dt.tzinfo) -> Iterator[Key]:
@@ -2216,15 +2420,23 @@ class ConfigBuilder:
         digests: set[bytes] = set()
         teams, gateway = self.teams(), self._file.limits.gateway.budget("gateway")
         for i, entry in enumerate(self._file.keys):
-            self._unique(("keys", i, "name"), entry.name, names)
-            digest, last4 = self._digest(i, entry)
-            if digest in digests:
-                raise self._document.problem(("keys", i, "key"), "the same key stands here twice")
-            digests.add(digest)
+            with self._mistakes.at("keys", i, "name"):
+                self._check_name(entry.name, names)
+            digest, last4 = b"", ""
+            with self._mistakes.at("keys", i, "key"):
+                digest, last4 = self._digest(("keys", i, "key"), entry)
+                if digest in digests:
+                    raise ValueError("the same key stands here twice")
+                digests.add(digest)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
             budgets = [limits.budget("key", entry.name)]
-            if entry.team:
-                budgets.append(self._team(i, entry.team, teams))
+            with self._mistakes.at("keys", i, "team"):
+                if entry.team:
+                    budgets.append(self._team(entry.team, teams))
+            expires_at = math.inf
+            with self._mistakes.at("keys", i, "expires"):
+                if entry.expires:
+                    expires_at = entry.expires.at(timezone)
             networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
             self._check_globs(("keys", i, "models"), dict(enumerate(entry.models)))
             yield Key(
@@ -2232,39 +2444,40 @@ class ConfigBuilder:
                 digest,
                 last4,
                 entry.models,
-                entry.expires.at(timezone) if entry.expires else math.inf,
+                expires_at,
                 networks,
                 entry.enabled,
                 entry.team,
                 (*budgets, gateway),
             )
 
-    def _team(self, i: int, name: str, teams: Mapping[str, Budget]) -> Budget:
+    def _team(self, name: str, teams: Mapping[str, Budget]) -> Budget:
+        """A team's limits. Raises ValueError."""
         if name in teams:
             return teams[name]
+        if "" in teams or self._mistakes.at_or_above(("teams",)):  # it may be the one whose name is wrong
+            return LimitSet().budget("team", name)
         known = f"there are: {', '.join(teams)}" if teams else "there are none; see `teams:`"
-        raise self._document.problem(("keys", i, "team"), f"there is no team {name!r} ({known})")
+        raise ValueError(f"there is no team {name!r} ({known})")
 
     def teams(self) -> dict[str, Budget]:
         """The limits of each team."""
         names: set[str] = set()
         for i, team in enumerate(self._file.teams):
-            self._unique(("teams", i, "name"), team.name, names)
+            with self._mistakes.at("teams", i, "name"):
+                self._check_name(team.name, names)
         return {team.name: team.limits.budget("team", team.name) for team in self._file.teams}
 
-    def _digest(self, i: int, entry: KeyConfig) -> tuple[bytes, str]:
-        steps = ("keys", i, "key")
+    def _digest(self, steps: Steps, entry: KeyConfig) -> tuple[bytes, str]:
+        """A key's hash and last characters. Raises ValueError."""
         sealed = SEALED_KEY.fullmatch(entry.key)
         if sealed:
             return bytes.fromhex(sealed[1]), sealed[2] or ""
-        try:
-            check_pasted(entry.key)
-        except ValueError as error:
-            raise self._document.problem(steps, str(error)) from None
+        check_pasted(entry.key)
         if entry.key.lower().startswith(("sha256:", "enc:")):
-            raise self._document.problem(steps, "expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
+            raise ValueError("expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
         if len(entry.key) < 20:
-            raise self._document.problem(steps, f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
+            raise ValueError(f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
         self._warn_of_plain(steps, entry.name, entry.key)
         self._warn_of_placeholder(steps, entry.key)
         return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
@@ -2355,6 +2568,7 @@ class Config:
         self.keys = KeyRing(builder.keys(self.timezone))
         self.warnings = builder.warnings
         self.body_memory = builder.body_memory()
+        document.check()
         self.warnings += too_open(Vault.file(self.path.parent, environ), "600", "opens all sealed keys")
         if builder.has_plain:
             self.warnings += too_open(self.path, "640", "so is what is in clear text in it")
@@ -12079,7 +12293,9 @@ def ledger_place(text: str, path: Path) -> Path:
     if not isinstance(node, yaml.ScalarNode):
         return path.parent / UsageConfig().directory
     alone = Document(f"directory: {json.dumps(node.value)}", path)
-    return path.parent / str(alone.plain(os.environ)["directory"])
+    directory = alone.plain(os.environ)["directory"]
+    alone.check()
+    return path.parent / str(directory)
 
 
 def read_source(path: Path) -> Source | None:
@@ -13109,7 +13325,7 @@ def command_check(options: argparse.Namespace) -> None:
     except OSError as error:
         document = Document(read_text(config.path), config.path)
         why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
-        document.warn(document.locate(("server", "host")), "server.host", why)
+        document.warn(document.locate(("server", "host")), ("server", "host"), why)
         config.warnings += document.warnings
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
@@ -13930,7 +14146,7 @@ def command_usage_reset(options: argparse.Namespace) -> None:
     try:
         parse_limits({options.limit: 0} if options.limit else {})
     except ValueError as error:
-        raise CommandError(f"--limit: {error}") from None
+        raise CommandError(f"--limit {options.limit}: {error}") from None
     now = utc_time(config.clock.wall())
     append_correction(config, Reset(time=now, scope=scope, name=name, limit=options.limit, note=options.note))
     print(f"{options.limit or 'All limits'} of {scope}{' ' if name else ''}{name}: from zero, within a second.")
@@ -14075,7 +14291,7 @@ def command_upstream_reset(options: argparse.Namespace) -> None:
 def bounded_time(text: str) -> float:
     """A time to wait for the command line."""
     try:
-        seconds = parse_scaled(text, TIME_UNITS, "30s")
+        seconds = parse_scaled(text, TIME_UNITS, A_DURATION)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if not 0 < seconds <= 3600:

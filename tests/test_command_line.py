@@ -451,8 +451,8 @@ def test_any_text_can_be_written_into_yaml(text):
         (["b\udcffb"], "expected"),
         (["bob", "--limit", "usd/day"], "--limit usd/day: "),
         (["bob", "--limit", "usd/day="], "--limit usd/day=: "),
-        (["bob", "--limit", "usd/day=lots"], "expected something like 50M, got 'lots'"),
-        (["bob", "--limit", "usd/year=5"], "unknown limit 'usd/year'"),
+        (["bob", "--limit", "usd/day=lots"], "(without the $ sign), got text: 'lots'"),
+        (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit: expected a unit"),
         (["bob", "--expires", "tomorrow"], "expected a date such as 2027-01-31, got 'tomorrow'"),
         (
             ["bob", "--expires", "2027-01-31, enabled: false"],
@@ -1117,8 +1117,8 @@ def test_missing_rights_are_told_with_the_user_who_misses_them(error, reason):
 # Corrections, the chain, the archive
 
 UNITS = (
-    "a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
-    "or concurrent"
+    "expected a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) "
+    "as in usd/day; or concurrent"
 )
 LEDGER_CONFIG = f"""
 upstreams: [{{name: demo, format: demo}}]
@@ -1191,7 +1191,7 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
             ("reset", "alice", "--limit", "concurrent"),
             "--limit concurrent: counts what runs, there is nothing to reset",
         ),
-        (("reset", "alice", "--limit", "usd/year"), f"--limit: unknown limit 'usd/year': {UNITS}"),
+        (("reset", "alice", "--limit", "usd/year"), f"--limit usd/year: unknown limit: {UNITS}"),
         (("adjust", "alice"), "say what to adjust: --usd, --tokens or --requests"),
         (("adjust", "--usd", "1"), "name one: a KEY, --team TEAM, or --gateway"),
     ],
