@@ -1293,6 +1293,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535, examples=[8000])] = 8000
+    url: str = ""  # where clients find it, if not at host and port: a proxy's
     timezone: str = "UTC"
     trusted_proxies: tuple[str, ...] = ()
     metrics_from: tuple[str, ...] = LOOPBACK
@@ -2234,6 +2235,13 @@ def check_url(url: str, schemes: Sequence[str]) -> None:
         raise ValueError(f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
 
 
+def check_http_url(url: str, instead: str) -> None:
+    """The same for http and https, where a user or password has no place; `instead` says what is for that."""
+    check_url(url, ("http", "https"))
+    if "@" in urllib.parse.urlsplit(url).netloc:
+        raise ValueError(f"expected no user or password in it; {instead}")
+
+
 class ConfigBuilder:
     """Derives and checks what types alone cannot: references, addresses, seals. Mistakes are noted in the document."""
 
@@ -2290,6 +2298,9 @@ class ConfigBuilder:
         if routing.breaker.max_cooldown < routing.breaker.cooldown and is_cooldown_good:
             problem = "expected at least the cooldown, which is the first of them"
             self._mistakes.note(("routing", "breaker", "max_cooldown"), problem)
+        if self._file.server.url:
+            with self._mistakes.at("server", "url"):
+                check_http_url(self._file.server.url, "users have keys for that")
         self._check_globs(("routing", "policy"), {glob: glob for glob, _ in routing.policy})
         self._check_globs(("prices",), {glob: glob for glob, _ in self._file.prices})
         seen: set[str] = set()
@@ -2325,11 +2336,8 @@ class ConfigBuilder:
 
     def _check_upstream_url(self, upstream: UpstreamConfig) -> None:
         """An address in a URL is looked at here, a name's when it is connected to. Raises ValueError."""
-        check_url(upstream.url, ("http", "https"))
-        parts = urllib.parse.urlsplit(upstream.url)
-        if "@" in parts.netloc:
-            raise ValueError("expected no user or password in it; api_key is for that")
-        host = parts.hostname or ""
+        check_http_url(upstream.url, "api_key is for that")
+        host = urllib.parse.urlsplit(upstream.url).hostname or ""
         if not upstream.allow_private and is_forbidden(host):
             raise ValueError(f"{host} is a link-local or metadata address; see allow_private")
 
@@ -12864,19 +12872,23 @@ def init_config(path: Path) -> str:
     return key
 
 
-def base_url(config: Config, port: int) -> str:
+def local_url(config: Config, port: int) -> str:
     """Where a client on this host finds the gateway."""
     host = config.server.host
     host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     return f"http://{host}:{port}"
 
 
+def exports(config: Config, port: int, key: str) -> str:
+    """What a user's shell needs for Claude Code."""
+    return EXPORTS % (config.server.url.rstrip("/") or local_url(config, port), key)
+
+
 def greeting(config: Config, port: int, key: str) -> str:
     """What the terminal shows once the gateway listens; `key` is the first one, or how a shell gets it, or ""."""
-    url = base_url(config, port)
     path = config.path.name if config.path.parent == Path.cwd() else config.path
-    lines = [f"claude-gateway {VERSION} listens on {url} ({path})", ""]
-    lines += ["Point Claude Code at it:", "", EXPORTS % (url, key or "sk-proxy-...")]
+    lines = [f"claude-gateway {VERSION} listens on {local_url(config, port)} ({path})", ""]
+    lines += ["Point Claude Code at it:", "", exports(config, port, key or "sk-proxy-...")]
     if key.startswith("$"):
         lines.append(
             f"The first key is in that file, for its owner only: delete it then. Another: {PROGRAM} key add NAME"
@@ -13075,7 +13087,7 @@ def start_logging(level: str) -> LogWriter:
     return writer
 
 
-OTHER_HOST = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too"
+OTHER_HOST = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too; a proxy's name belongs into server.url"
 
 
 class Server:
@@ -13329,11 +13341,9 @@ def command_check(options: argparse.Namespace) -> None:
         config.warnings += document.warnings
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
-    print(
-        f"listens on {server.host}:{server.port}, time zone {server.timezone}, bodies to {server.max_body:,} bytes, ",
-        end="",
-    )
-    print(f"all together to {config.body_memory:,}")
+    known = f" and is known as {server.url}" if server.url else ""
+    print(f"listens on {server.host}:{server.port}{known}, time zone {server.timezone}, ", end="")
+    print(f"bodies to {server.max_body:,} bytes, all together to {config.body_memory:,}")
     print(f"ledger in {config.usage_directory}\n\nupstreams, of those that serve a model the lowest priority is asked:")
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")
@@ -13400,7 +13410,7 @@ def command_key_add(options: argparse.Namespace) -> None:
     editor.append_key(fields)
     config = editor.save()
     print(f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n")
-    print(EXPORTS % (base_url(config, config.server.port), key), end="")
+    print(exports(config, config.server.port, key), end="")
 
 
 def command_key_list(options: argparse.Namespace) -> None:

@@ -260,7 +260,7 @@ def test_check_warns_of_a_host_that_this_machine_has_not(shell, host, why):
     Often it is the public name, which belongs to a proxy in front. The start says the same.
     """
     shell.write(f"server:\n  port: 0\n  host: {host}\nupstreams: [{{name: demo, format: demo}}]\n")
-    remedy = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too"
+    remedy = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too; a proxy's name belongs into server.url"
 
     assert shell.run("check") == 0
     (warning,) = shell.out.partition("\nwarnings:\n  ")[2].splitlines()
@@ -366,6 +366,26 @@ For Claude Code:
     )
     added = f"  - name: bob\n    key: {g.seal_key(key)}\n"
     assert shell.config == ALICE.replace("# the end\n", added + "# the end\n")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://gateway.example.com", "https://gateway.example.com/", "http://proxy:81/claude/"]
+)
+def test_what_users_are_to_set_is_the_public_address(shell, url):
+    """
+    Behind a proxy the gateway's own address is of use to nobody else. The greeting still says where it listens.
+    """
+    shell.write(f"server: {{url: '{url}'}}\n" + "upstreams: [{name: demo, format: demo}]\n")
+
+    shell.run("key", "add", "alice")
+    added = shell.out
+    greeting = g.greeting(g.Config.load(shell.folder / "config.yaml"), 8123, "")
+    shell.run("check")
+
+    line = f"  export ANTHROPIC_BASE_URL={url.rstrip('/')}\n"
+    assert line in added and line in greeting
+    assert greeting.startswith(f"claude-gateway {g.VERSION} listens on http://127.0.0.1:8123 (config.yaml)\n")
+    assert f"\nlistens on 127.0.0.1:8000 and is known as {url}, time zone UTC" in shell.out
 
 
 def test_key_add_writes_limits_models_and_the_last_day(shell):

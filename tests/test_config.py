@@ -57,6 +57,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
     assert msgspec.structs.asdict(config.file.server) == {
         "host": "127.0.0.1",
         "port": 8000,
+        "url": "",
         "timezone": "UTC",
         "trusted_proxies": (),
         "metrics_from": ("127.0.0.0/8", "::1/128"),
@@ -955,7 +956,7 @@ BAD = {
     "unknown setting": (
         DEMO + "server:\n  port: 1\n  prot: 1\n",
         "4: server.prot: unknown setting, did you mean port? "
-        "(there are: host, port, timezone, trusted_proxies, metrics_from, max_body, memory, drain, contact)",
+        "(there are: host, port, url, timezone, trusted_proxies, metrics_from, max_body, memory, drain, contact)",
     ),
     "unknown setting of a list's item": (
         DEMO.replace("}", ", colour: red}"),
@@ -1002,6 +1003,22 @@ BAD = {
     "models as text": (
         "upstreams: [{name: a, format: demo, models: claude-x}]",
         "1: upstreams[0].models: expected a mapping such as {name: value}, got text: 'claude-x'",
+    ),
+    "a public address without a host": (
+        DEMO + "server:\n  url: https:///v1\n",
+        "3: server.url: expected http://… or https://… and a host",
+    ),
+    "a public address that is a name": (
+        DEMO + "server:\n  url: gateway.example.com\n",
+        "3: server.url: expected http://… or https://… and a host",
+    ),
+    "a public address with a query": (
+        DEMO + "server:\n  url: https://gateway.example.com/?a=1\n",
+        "3: server.url: expected http://… or https://… and a host",
+    ),
+    "a public address with a password": (
+        DEMO + "server:\n  url: https://a:b@gateway.example.com\n",
+        "3: server.url: expected no user or password in it; users have keys for that",
     ),
     "no url": ("upstreams: [{name: a}]", "1: upstreams[0].url: expected http://… or https://… and a host"),
     "other scheme": (
