@@ -8280,6 +8280,11 @@ class Health:
         """For how long it is still left alone, for whomever."""
         return max((cooldown.until - now for cooldown in self.cooldowns.values() if cooldown.until > now), default=0.0)
 
+    def is_out(self, now: float) -> bool:
+        """Whether it is left alone for everybody, and not for want of patience: a 429 passes by itself."""
+        cooldown = self.cooldowns.get(EVERYBODY)
+        return cooldown is not None and now < cooldown.until and cooldown.kind != "429"
+
     def shown(self) -> Cooldown | None:
         """Of its cooldowns the one that people are shown: for the most calls, and the longest."""
         return min(
@@ -8856,6 +8861,12 @@ class Upstreams:
                 health.reset()
         log.info("upstream %s: what spoke against it is forgotten", name)
         self.wake()
+
+    def can_serve(self, upstreams: Iterable[UpstreamConfig]) -> bool:
+        """Whether some API key of some upstream can be used. After a cooldown it can: only a call finds out."""
+        now = self._clock.monotonic()
+        choices = (choice for upstream in upstreams for choice in self.choices(upstream))
+        return not all(choice.health.is_out(now) or choice.key_health.is_out(now) for choice in choices)
 
     def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
         """How each upstream and each of its keys stands: why it is left alone, since when and until when."""
@@ -11084,9 +11095,17 @@ class Gateway:
     def health(self) -> dict[str, Any]:
         """What /health says: no secrets, and of names only the upstreams'."""
         waiting, failure = self.ledger.waiting, self.ledger.failure
+        reasons = {
+            "the ledger is still being read": self.starting,
+            "the gateway is stopping": self.stopping,
+            "the ledger cannot be written": failure,
+            "no upstream key can be used": not self.relay.upstreams.can_serve(self.config.upstreams),
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
         return {
             "live": True,
-            "ready": not self.starting and not self.stopping and not failure,
+            "ready": reason is None,
+            "reason": reason,
             "starting": {"entries": self.ledger.fold.books.entries} if self.starting else None,
             "stopping": self.stopping,
             "version": VERSION,
@@ -11900,11 +11919,20 @@ class GatewayHandler(tornado.web.RequestHandler):
 
 
 class HealthHandler(GatewayHandler):
-    """GET /health: 200 while calls are taken, 503 while they are not."""
+    """GET /health: 200 while calls can be answered, 503 while they cannot."""
 
     def get(self) -> None:
         health = self.gateway.health()
         self.reply(200 if health["ready"] else 503, health)
+
+    head = get
+
+
+class LiveHandler(GatewayHandler):
+    """GET /livez: 200 while this process answers; what a restart does not help against is /health's matter."""
+
+    def get(self) -> None:
+        self.reply(200, {"live": True})
 
     head = get
 
@@ -12063,6 +12091,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     return tornado.web.Application(
         [
             (r"/health/?", HealthHandler, own),
+            (r"/livez/?", LiveHandler, own),
             (r"/metrics/?", MetricsHandler, own),
             (r"(?:/v1)?/(?:v1|api)/usage/?", UsageHandler, own),
             (r"/api/usage/stats/?", StatsHandler, own),

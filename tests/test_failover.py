@@ -1228,6 +1228,61 @@ async def test_the_breaker_opens_lets_one_through_and_closes(start_gateway, upst
     assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
+async def probed(gateway: GatewayUnderTest) -> tuple[int, bool, str | None]:
+    """What a readiness probe gets, and what it may read."""
+    reply = await gateway.get("/health", token="")
+    assert (await gateway.get("/livez", token="")).status == 200
+    return reply.status, reply.json["ready"], reply.json["reason"]
+
+
+READY, NOT_READY = (200, True, None), (503, False, "no upstream key can be used")
+
+
+@pytest.mark.logs("is left alone for")
+@pytest.mark.logs("refuses our API key")
+@pytest.mark.logs("no answer, attempts 1")
+async def test_the_gateway_is_not_ready_while_no_upstream_key_can_be_used(start_gateway, upstreams):
+    """
+    One key refused, the other's upstream broken: a load balancer is to ask another gateway. With the first cooldown's
+    end it is ready, because nothing but a call finds out; a restart would not help, so it is live all the time.
+    """
+    text = config_of({"a": upstreams["a"].url, "b": upstreams["b"].url}, "max_attempts: 1, wait: 0s")
+    gateway = await start_gateway(text)
+    upstreams["a"].script, upstreams["b"].script = FAULTS["401"], FAULTS["closed before the head"]
+    found = [await probed(gateway)]
+
+    for number in range(40):
+        await gateway.post("/v1/messages", ask_of(number), (KEY, BOB)[number % 2])
+        found.append(await probed(gateway))
+        if found[-1] != READY:
+            break
+    gateway.clock.advance(11)  # the breaker's cooldown
+    ended = await probed(gateway)
+    states = [row["state"] for row in (await gateway.get("/health")).json["upstreams"]]
+
+    assert found == [READY] * (len(found) - 1) + [NOT_READY]
+    assert (ended, states) == (READY, ["ok", "half_open"])
+
+
+@pytest.mark.logs("is left alone for")
+@pytest.mark.parametrize("fault", ["429 with retry-after", "500"])
+async def test_a_gateway_whose_upstream_rests_for_less_than_everything_is_ready(start_gateway, upstreams, fault):
+    """
+    Too many calls, or one user's alone: the answer with its `retry-after` is better than none.
+    """
+    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1, wait: 0s"))
+    upstreams["a"].script = FAULTS[fault]
+    users = (KEY, BOB) if fault.startswith("429") else (KEY,)
+    for number in range(3):
+        for model in ("claude-a", "claude-b"):
+            await gateway.post("/v1/messages", ask_of(number) | {"model": model}, users[number % len(users)])
+        gateway.clock.advance(5)
+
+    row = (await gateway.get("/health")).json["upstreams"][0]
+    assert "until" in (row if fault == "500" else row["keys"][0])
+    assert await probed(gateway) == READY
+
+
 @pytest.mark.logs("upstream a is left alone for the calls of alice only, for")
 async def test_an_upstream_left_alone_for_one_user_is_ok_for_the_operator(start_gateway, upstreams):
     """

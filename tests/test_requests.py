@@ -962,6 +962,7 @@ async def test_health_tells_the_state_and_no_secret(gateway):
     assert reply.json == {
         "live": True,
         "ready": True,
+        "reason": None,
         "starting": None,
         "stopping": False,
         "version": g.VERSION,
