@@ -13613,6 +13613,38 @@ def secrets_in(upstream: UpstreamConfig) -> set[str]:
     return found - {""}
 
 
+class UpstreamState(msgspec.Struct):
+    """How an upstream, or one of its API keys, stands in a running gateway: what /health says of it."""
+
+    name: str = ""
+    number: int | None = None
+    why: str = ""
+    until: str = ""
+    for_one_user: bool = False
+    for_one_model: bool = False
+    keys: tuple[UpstreamState, ...] = ()
+
+
+class RunningGateway(msgspec.Struct):
+    """What of /health is read here; `config` has the digest of what runs."""
+
+    config: dict[str, Any] = {}
+    upstreams: tuple[UpstreamState, ...] = ()
+
+
+def ask_running(config: Config) -> RunningGateway:
+    """What the gateway says that listens where a config says; nothing where there is none. Waits 2 s at most."""
+    url = urllib.parse.urlsplit(local_url(config, config.server.port))
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=2)
+    try:
+        connection.request("GET", "/health", headers={"connection": "close"})
+        return msgspec.json.decode(connection.getresponse().read(1 << 20), type=RunningGateway)
+    except (OSError, http.client.HTTPException, *UNREADABLE):
+        return RunningGateway()
+    finally:
+        connection.close()
+
+
 class UpstreamTest:
     """One tiny real call per API key of an upstream; what each step found is told as it ends.
 
@@ -13646,6 +13678,21 @@ class UpstreamTest:
     def is_good(self) -> bool:
         """Whether no step failed."""
         return all(step.state != "FAILED" for step in self.steps)
+
+    def compare(self, running: RunningGateway) -> None:
+        """Report what a running gateway leaves alone, whatever was found here: it goes by its own calls."""
+        now = utc_time(self._config.clock.wall())
+        other = running.config.get("digest") != self._config.digest
+        gateway = "the running gateway, with another config," if other else "the running gateway"
+        for upstream in running.upstreams:
+            for row in (upstream, *upstream.keys):
+                if upstream.name != self.upstream.name or row.until <= now:
+                    continue
+                whose = " for one user" * row.for_one_user + " for one model" * row.for_one_model
+                detail = f"{gateway} leaves it alone{whose} until {row.until} ({row.why}): "
+                detail += f"`{PROGRAM} upstream reset {upstream.name}` ends that"
+                facts = {"why": row.why, "until": row.until}
+                self._report(Step("gateway", row.number, "warn", None, self._clean(detail), facts))
 
     async def _connect(self) -> bool:
         """Make the connection that the first call then finds in the pool."""
@@ -13845,10 +13892,11 @@ def upstreams_named(config: Config, name: str) -> list[UpstreamConfig]:
     return found
 
 
-async def run_tests(tests: Sequence[UpstreamTest], tell: Callable[[str], None]) -> None:
+async def run_tests(tests: Sequence[UpstreamTest], running: RunningGateway, tell: Callable[[str], None]) -> None:
     """One after the other, so that lines come in their order and times are not each other's."""
     for test in tests:
         await test.run()
+        test.compare(running)
         tell("")
     await asyncio.sleep(0)  # closed transports let go of their sockets a turn later
 
@@ -13863,7 +13911,7 @@ def command_upstream_test(options: argparse.Namespace) -> int:
         for upstream in upstreams_named(config, options.name)
     ]
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(run_tests(tests, tell))
+        runner.run(run_tests(tests, ask_running(config), tell))
     keys, answered, cost = (sum(getattr(test, name) for test in tests) for name in ("keys", "answered", "cost_usd"))
     is_good = all(test.is_good for test in tests)
     tell(f"{answered} of {keys} keys answered (not booked; cost about ${cost:.6f} in all)")

@@ -1352,6 +1352,52 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     assert [path.name for path in gateway.gateway.ledger.directory.glob("upstream*")] == []
 
 
+@pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
+@pytest.mark.logs("upstream b is left alone for")
+@pytest.mark.logs("no answer, attempts")
+async def test_upstream_test_says_what_the_running_gateway_leaves_alone(start_gateway, upstreams, capsys, monkeypatch):
+    """
+    The key answers again, but the gateway still goes by what its calls met: until when, why, and what ends that.
+    """
+    text = config_of({"a": upstreams["a"].url, "b": upstreams["b"].url}, "max_attempts: 1, wait: 0s")
+    server = "server:\n  host: 127.0.0.1\n  port: ${TEST_PORT:-0}"
+    gateway = await start_gateway(text.replace("server: {host: 127.0.0.1, port: 0, contact: ops}", server))
+    gateway.clock.advance(1e9)  # later than the command's own clock
+    upstreams["a"].script, upstreams["b"].script = FAULTS["401"], FAULTS["closed before the head"]
+    for number in range(40):
+        await gateway.post("/v1/messages", ask_of(number), (KEY, BOB)[number % 2])
+        if await probed(gateway) == NOT_READY:
+            break
+    a, b = (await gateway.get("/health")).json["upstreams"]
+    models = json_body({"data": [{"id": "claude-haiku-4-5"}]})
+    for name in "ab":
+        upstreams[name].script = lambda request: models if request.method == "GET" else stream_of("Hello")
+    monkeypatch.setenv("TEST_PORT", str(gateway.port))
+
+    async def told(*options: str) -> str:
+        command = ["--config", str(gateway.path), "upstream", "test", *options]
+        assert await asyncio.get_running_loop().run_in_executor(None, g.main, command) == 0
+        return capsys.readouterr().out
+
+    lines = [line for line in (await told()).splitlines() if "gateway" in line]
+    steps = [upstream["steps"] for upstream in json.loads(await told("--json"))["upstreams"]]
+    gateway.path.write_text(gateway.path.read_text() + "# edited\n")
+    other = await told("a")
+    await gateway.stop()
+    gone = await told()
+
+    assert lines == [
+        "  key 1 gateway  warn               the running gateway leaves it alone "
+        f"until {a['keys'][0]['until']} (401): `gateway.py upstream reset a` ends that",
+        "  gateway        warn               the running gateway leaves it alone "
+        f"until {b['until']} (cut): `gateway.py upstream reset b` ends that",
+    ]
+    facts = [step["facts"] for step in itertools.chain(*steps) if step["step"] == "gateway"]
+    assert facts == [{"why": "401", "until": a["keys"][0]["until"]}, {"why": "cut", "until": b["until"]}]
+    assert "the running gateway, with another config, leaves it alone until" in other
+    assert "the running gateway" not in gone and "2 of 2 keys answered" in gone
+
+
 async def test_a_reset_that_cannot_be_read_stops_nothing(start_gateway, upstreams):
     """
     Whoever wrote it, in whatever encoding: it is taken away, and deadlines go on being looked at.
