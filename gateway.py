@@ -924,6 +924,30 @@ def describe(value: object) -> str:
     return f"{kind}: {text}" if len(text) <= MAX_SHOWN else f"{kind} of {len(text):,} characters"
 
 
+# Characters that look like those that mean something to YAML, and what is told of them.
+ODD_CHARACTERS = {
+    "\u00a0\u1680\u2000-\u200d\u202f\u205f\u2060\u3000\ufeff": "is no blank for YAML: put an ordinary one in its place",
+    "“”„‟‘’‚‛«»": "is no quote for YAML: its own are \" and '",
+    "：﹕，；": "is no punctuation for YAML: put the ASCII one in its place",
+}
+
+
+def name_of(character: str) -> str:
+    """A character as it can be told: itself, or `U+00A0 (no-break space)`."""
+    if character.isascii() and character.isprintable():
+        return character
+    return f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})"
+
+
+def odd_character(text: str) -> str:
+    """What is told of the first odd character in a text; "" where there is none."""
+    for characters, told in ODD_CHARACTERS.items():
+        found = re.search(f"[{characters}]", text)
+        if found:
+            return f"{name_of(found[0])} {told}"
+    return ""
+
+
 def number_meant(value: object) -> str:
     """A hint at the number that `$1,000.50`, `20 USD`, `20,50` or `"20"` stands for; "" where it may be none."""
     text = re.sub(r"(?i)us\$|usd|dollars?|[\s$\"'_“”„‘’]", "", value) if isinstance(value, str) else ""
@@ -1629,11 +1653,21 @@ def not_text(found: str) -> str:
     return f"expected text, got {found}{hint}"
 
 
+SCALARS = (str, int, float, bool, Literal, Annotated)
+NOT_QUITE_A_PAIR = re.compile(r"([\w-]+(?::|(?=\s)))\s*\S")  # `port:8000`, `port 8000`
+
+
 def mismatch(value: object, kind: Any) -> str:
     """What to say of a value that is not of a type."""
     if kind is str:
         return not_text(describe(value))
+    pair = isinstance(value, str) and (get_origin(kind) or kind) not in SCALARS and NOT_QUITE_A_PAIR.match(value)
+    if pair:  # not shown: it may be `api_key:sk-ant-…`
+        hint = f", is a {'blank' if pair[1].endswith(':') else 'colon'} missing behind `{pair[1]}`?"
+        return f"expected {describe_type(kind)}, got text{f'; {odd}' if (odd := odd_character(pair[0])) else hint}"
     hint = "" if get_origin(kind) is Literal else number_meant(value)
+    if isinstance(value, str) and not hint and odd_character(value):
+        hint = f"; {odd_character(value)}"
     return f"expected {describe_type(kind)}, got {describe(value)}{hint}"
 
 
@@ -1671,6 +1705,9 @@ def misspelt(name: str, settings: Sequence[str]) -> tuple[str, str]:
     if colon and before in settings:
         return f", is a blank missing behind `{before}:`?", before
     close = difflib.get_close_matches(name, settings, 1)
+    odd = odd_character(name)
+    if odd:
+        return f": {odd}", close[0] if close else ""
     return (f", did you mean {close[0]}?", close[0]) if close else ("", "")
 
 
@@ -2028,13 +2065,19 @@ class PlainReader:
                 self._document.filled.add(at)
                 text, tag, is_bare = self._fill(text), None, not event.style  # quoted: stays text
             return self._typed(text, tag, is_bare)
-        except (yaml.YAMLError, ValueError) as error:
-            self._mistakes.note(at, getattr(error, "problem", None) or str(error), line_of(event))
+        except yaml.YAMLError:
+            self._mistakes.note(at, "text that begins with ! must be in quotes", line_of(event))
+        except ValueError as error:
+            self._mistakes.note(at, str(error), line_of(event))
 
     def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
         if tag is None or tag == "!":
             tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
-        return self._scalars.construct_document(yaml.ScalarNode(tag, text))
+        try:
+            return self._scalars.construct_document(yaml.ScalarNode(tag, text))
+        except (ValueError, OverflowError):  # 2027-02-30, 5,000 digits, !!int x
+            expected = A_DATE if tag.endswith("timestamp") else "what YAML can read, or text in quotes"
+            raise ValueError(f"expected {expected}, got {describe(text)}") from None
 
     def _fill(self, text: str) -> str:
         def fill(found: re.Match[str]) -> str:
@@ -2052,9 +2095,123 @@ class PlainReader:
         return re.sub(pattern, fill, text)
 
 
-SECRET_TEXT = re.compile(  # an API key, or what may be one
+SECRET_TEXT = re.compile(  # an API key, or what may be one or a part of one, and a password in a URL
     r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
+    r"|(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{12,}|[^/@\s]{3,}(?=@)"
 )
+SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
+    r"(?<=key|ret|ken|uth|oxy|ord)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
+)
+
+
+SECRET_PART = re.compile(  # of a key that a mistake has cut in two, and what is directly behind it
+    rf"({SECRET_TEXT.pattern}|(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{{6,}})[^\s,\]}}]*"
+)
+
+
+def mask(text: str, at: int = 0) -> tuple[str, int]:
+    """A line without what may be a secret in it, and where in it the character `at` is then."""
+    setting = SECRET_SETTING.search(text)
+    end = setting.start("secret") if setting else len(text)
+    spans = [found.span() for found in SECRET_PART.finditer(text, 0, end)]
+    spans += [setting.span("secret")] if setting else []
+    for first, last in reversed(spans):
+        text = text[:first] + "…" + text[last:]
+        at = at - (last - first) + 1 if at >= last else min(at, first)
+    return text, at
+
+
+# What a document that is no YAML most likely has: a pattern of the parser's problem, one of the scene, and what is
+# told. A scene is the line above, and the line of the problem with a NUL before the character where the parser stands;
+# `here` is what the caret is put under. The first row that fits counts.
+ODD = "".join(ODD_CHARACTERS)
+YAML_CAUSES = (
+    ("", r"\n[ \0]*(?P<here>\t)", "a tab in the indent: put blanks in its place"),
+    ("control|special char", r"\0(?P<here>[^\n])", "{here} may not be in a file of YAML: remove it"),
+    ("", rf"(?:^|[-:,\[{{] ?)[ \0]*(?P<here>[{ODD}])", ""),
+    ("", r"(?:^[ \0]*(?:- +)*[\w.*/-]+|[\w\"'\]}])\0? *(?P<here>[：﹕，；])", ""),
+    (
+        "alphabetic or numeric|undefined alias",
+        r"(?P<here>(?<=\0)[*&]|[*&](?=\0))",
+        'text that begins with {here} must be in quotes, such as "{here}"',
+    ),
+    (
+        "cannot start|directive|document start",
+        r"(?P<here>(?<=\0)[@`%]|^%)",
+        "text that begins with {here} must be in quotes",
+    ),
+    ("comment or line break|chomping", r"(?P<here>[|>])\0", "text that begins with {here} must be in quotes"),
+    ("sequence entries", r"\0(?P<here>-)", "a list begins in the next line, or is written [a, b]"),
+    ("end of stream|unexpected document", r"\0(?P<here>[\"'])", "this quote is not closed"),
+    ("escape", r"(?P<here>(?<=\0)\\|\\(?=\0))", "in double quotes a \\ is doubled; in single quotes it is itself"),
+    ("opened above", r"\0(?P<here>[{\[])", "this bracket is not closed, or a comma is missing in it"),
+    (
+        "',' or",
+        r"\0(?P<here>)",
+        "a comma or a closing bracket is missing before this, or text with `: ` in it needs quotes",
+    ),
+    (
+        "",
+        r"(?P<here>[\"'])[ ]*\0[^\s#\]}]",
+        "text follows a closing quote: is one too many here, or one missing above?",
+    ),
+    ("block|expected key", r"\0(?P<here>[}\]])", "no bracket is open that {here} could close"),
+    ("expected ':'", r"\0[\w-]+(?P<here>:)\S", "a blank is missing behind the colon"),
+    ("expected ':'", r"\0(?P<here>)", "a colon is missing behind the name"),
+    ("mapping values", r"\n[^\n]*:[ ][^\n]*\0(?P<here>:)", "text with a colon and a blank in it must be in quotes"),
+    ("mapping values", r"\A *(?:- +)*[\w.-]+(?P<here>:)\S", "a blank is missing behind the colon"),
+    ("mapping values", r"\A *(?:- +)*(?P<here>)[^\s:]+[^:\n]*\n", "a colon is missing behind the name"),
+    ("mapping values", r"\n *(?P<here>)", "it is indented deeper than the line above, which has its value already"),
+    ("document", r"\0(?P<here>)", "more than one document: remove the lines --- and ..."),
+    ("second occurrence", r"\0(?P<here>)", "an anchor of this name is above already"),
+    (
+        "did not find|block end",
+        r"\n *(?P<here>)",
+        "its indent fits none above: settings of one mapping, and items of one list, begin in the same column",
+    ),
+)
+# Where the parser stands when it finds out is then not where the mistake is, but where what it read began.
+FOUND_OUT_LATE = re.compile("end of stream|unexpected document|expected ':'")
+LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # of YAML 1.1
+
+
+def quote_line(text: str, at: int) -> str:
+    """A line of the config for a message, without secrets, with a caret under the character `at`."""
+    text, at = mask(text, at)
+    start = max(0, at - 60)
+    shown = "".join("→" if c == "\t" else "·" if c.isspace() and c != " " else c for c in text[start : start + 100])
+    width = sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown[: at - start])
+    return f"\n    {printable(shown)}\n    {' ' * width}^"
+
+
+def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
+    """The line of a document that is no YAML, why, and that line with a caret."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        problem, mark, context = error.problem or "", error.problem_mark, error.context_mark
+        if context and mark and "',' or" in problem and context.line < mark.line:
+            problem, mark = f"opened above: {problem}", context
+        elif mark is None or (context and FOUND_OUT_LATE.search(problem)):
+            mark = context
+        row, column = (mark.line, mark.column) if mark else (0, 0)
+    else:  # of the reader
+        problem, found = str(error), yaml.reader.Reader.NON_PRINTABLE.search(text)
+        read = LINE_BREAK.split(text[: found.start()]) if found else [""]
+        row, column = len(read) - 1, len(read[-1])
+    lines = [*LINE_BREAK.split(text), ""]
+    row = min(row, len(lines) - 1)
+    above = next((i for i in range(row - 1, -1, -1) if lines[i].strip() and not lines[i].lstrip().startswith("#")), row)
+    start, line = max(0, column - 500), lines[row]
+    scene = f"{lines[above][:500]}\n{line[start:column]}\0{line[column : column + 500]}"
+    for of_problem, of_scene, cause in YAML_CAUSES:
+        found = re.search(of_problem, problem) and re.search(of_scene, scene, re.MULTILINE)
+        if found:
+            here = found["here"]
+            cause = cause.replace("{here}", name_of(here) if here else "") or odd_character(here)
+            before = scene[: found.start("here")].replace("\0", "")
+            is_above = "\n" not in before
+            row, column = (above, len(before)) if is_above else (row, start + len(before.partition("\n")[2]))
+            return Mistake((), f"not YAML: {cause}{quote_line(lines[row], column)}", row + 1)
+    return Mistake((), f"not YAML: {problem}{quote_line(line, column)}", row + 1)
 
 
 class Document:
@@ -2074,17 +2231,11 @@ class Document:
         """The tree of nodes, made when it is asked for. Raises ConfigError."""
         try:
             root = yaml.compose(self.text, Loader=YAML_LOADER)
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            raise ConfigError(
-                f"{self.path}:{mark.line + 1 if mark else '?'}: not YAML: {self._told(error.problem or '')}"
-            ) from None
-        except yaml.reader.ReaderError as error:
-            line = self.text.count("\n", 0, error.position) + 1
-            raise ConfigError(f"{self.path}:{line}: not YAML: {error.reason}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(self._sentence(explain_syntax(self.text, error))) from None
         if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else "no mapping"
-            raise ConfigError(f"{self.path}:1: expected settings such as `upstreams:`, found {found}")
+            found = "nothing" if root is None else "a list" if isinstance(root, yaml.SequenceNode) else "text"
+            raise ConfigError(f"{self.path}:1: expected a mapping such as `upstreams: …`, got {found}")
         return root
 
     def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -2093,9 +2244,13 @@ class Document:
             return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
         except Endless as end:
             self.mistakes.note(*end.args)
-            self.check()
         except yaml.YAMLError:
-            _ = self.root  # composing meets the same, and says where
+            try:
+                _ = yaml.compose(self.text, Loader=YAML_LOADER)  # meets the same, and says where
+            except yaml.YAMLError as error:
+                self.mistakes.note(*explain_syntax(self.text, error))
+        self.check()
+        _ = self.root
         raise AssertionError("YAML that composes but does not parse")
 
     def find(self, *steps: str | int) -> yaml.Node | None:
@@ -2148,7 +2303,8 @@ class Document:
                 for step in mistake.steps
             ]
         )
-        return f"{self.path}:{mistake.line}: {self._told(at)}{': ' if at else ''}{self._told(mistake.problem)}"
+        at = f"{printable(self._told(mask(at)[0]))}: " if at else ""
+        return f"{self.path}:{mistake.line}: {at}{self._told(mistake.problem)}"
 
     def warn(self, line: int, at: Steps, text: str) -> None:
         """Keep a warning about a setting. Its value is not shown: it may be a secret."""
@@ -2517,7 +2673,7 @@ def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> st
     """The text of a config file. Raises ConfigError with what to do."""
     check_mount(path)
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {if_missing}") from None
     except IsADirectoryError:
@@ -2525,10 +2681,15 @@ def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> st
             f"{path}: is a folder, not a file: mounting a file that is not there makes one; "
             "remove it, and mount the folder in which config.yaml lies"
         ) from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
+        raise ConfigError(f"{path}:1: is UTF-16: save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 (the byte {data[error.start]:#x}): save it as UTF-8") from None
 
 
 def mounted_alone(path: Path) -> list[str]:

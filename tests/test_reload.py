@@ -259,7 +259,7 @@ async def test_a_running_stream_is_untouched_by_a_reload(gateway, upstream):
 
 
 BAD = {
-    "empty": ("", "expected settings such as `upstreams:`, found nothing"),
+    "empty": ("", "expected a mapping such as `upstreams: …`, got nothing"),
     "half": (config_text("http://h")[:70], "config.yaml:"),
     "unknown setting": (config_text("http://h", ", modles: {}"), "did you mean models?"),
     "wrong type": (
