@@ -1,7 +1,7 @@
 # The gateway as a small image: Python's slim one, the locked dependencies, gateway.py as bytecode, an unprivileged user.
 #   docker build -t claude-gateway .        or deploy/build.sh --test, which also tries what it built
 
-# The base. The workflow hands in its digest as well, resolved once for all platforms.
+# The base; a digest may stand behind the tag (3.13-slim@sha256:…).
 ARG PYTHON=3.13-slim
 
 FROM python:${PYTHON} AS python

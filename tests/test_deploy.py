@@ -472,16 +472,16 @@ def test_each_container_has_no_more_rights_than_it_needs(name):
 
 def test_addresses_that_are_trusted_are_given_to_nobody_else():
     """
-    A container without a fixed address gets one outside of those that the README lets the gateway believe.
+    A container without a fixed address gets one outside of those that docs/deployment.md lets the gateway believe.
     """
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text().replace("${GATEWAY_NET:-172.29.87}", "172.29.87"))
-    readme = (DEPLOY / "README.md").read_text()
+    page = (DEPLOY.parent / "docs/deployment.md").read_text()
     (net,) = compose["networks"]["gateway"]["ipam"]["config"]
     names = ("caddy", "nginx", "prometheus")
     fixed = [compose["services"][name]["networks"]["gateway"]["ipv4_address"] for name in names]
 
-    assert f"trusted_proxies: [{', '.join(fixed[:2])}]" in readme
-    assert f"metrics_from: [127.0.0.1, {fixed[2]}]" in readme
+    assert f"trusted_proxies: [{', '.join(fixed[:2])}]" in page
+    assert f"metrics_from: [127.0.0.1, {fixed[2]}]" in page
     assert all(ipaddress.ip_address(a) in ipaddress.ip_network(net["subnet"]) for a in fixed)
     assert not any(ipaddress.ip_address(a) in ipaddress.ip_network(net["ip_range"]) for a in fixed)
 
@@ -549,3 +549,20 @@ def test_a_stop_waits_longer_than_the_gateway_lets_answers_run():
     waits = [compose["stop_grace_period"], re.search(r"TimeoutStopSec=(\w+)", unit)[1]]
     waits.append(re.search(r"--stop-timeout (\d+)", readme)[1] + "s")
     assert all(seconds(wait) > g.ServerConfig().drain for wait in waits), waits
+
+
+def test_what_tells_instances_apart_is_there():
+    """
+    Each variable and setting of the table of development, test and production is one.
+    """
+    table = (DEPLOY.parent / "docs/deployment.md").read_text().partition("## Development, test, production")[2]
+    table = table.partition("\n## ")[0]
+    known = (DEPLOY / "compose.yaml").read_text() + Path(g.__file__).read_text()
+    example = yaml.safe_load((DEPLOY.parent / "config.example.yaml").read_text())
+
+    variables = set(re.findall(r"GATEWAY_\w+", table))
+    settings = re.findall(r"`((?:server|limits|usage)\.\w+)`", table)
+
+    assert len(variables) >= 6 and [name for name in variables if name not in known] == []
+    assert len(settings) >= 5
+    assert [name for name in settings if name.split(".")[1] not in example[name.split(".")[0]]] == []
