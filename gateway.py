@@ -1956,6 +1956,13 @@ def join_steps(steps: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
+MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
+
+
+class Endless(Exception):
+    """A document that cannot be read to its end: where it was given up, why, and the line."""
+
+
 def line_of(event: Event) -> int:
     """The line, from 1, in which an event begins."""
     return int(event.start_mark.line) + 1
@@ -1966,13 +1973,21 @@ def rest_of(event: Event, events: Iterator[Event]) -> list[Event]:
     rest: list[Event] = []
     depth = int(isinstance(event, yaml.CollectionStartEvent))
     while depth:
+        if depth > MAX_NESTING:
+            raise Endless((), "nested too deep", line_of(event))
         rest.append(next(events))
         depth += isinstance(rest[-1], yaml.CollectionStartEvent) - isinstance(rest[-1], yaml.CollectionEndEvent)
     return rest
 
 
-class Endless(Exception):
-    """A document that cannot be read to its end: where it was given up, why, and the line."""
+def compose(text: str) -> yaml.Node | None:
+    """The tree of a document's nodes. Raises YAMLError, and Endless: libyaml's composer would overflow the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=YAML_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            raise Endless((), "nested too deep", line_of(event))
+    return yaml.compose(text, Loader=YAML_LOADER)
 
 
 class PlainReader:
@@ -2003,7 +2018,7 @@ class PlainReader:
 
     def _value(self, event: Event, events: Iterator[Event], at: Steps) -> Any:
         event, events = self._follow(event, events)
-        if len(at) > 20:
+        if len(at) > MAX_NESTING:
             raise Endless(at, "nested too deep (an alias of itself?)", line_of(event))
         if isinstance(event, yaml.ScalarEvent):
             return self._scalar(event, at)
@@ -2075,7 +2090,7 @@ class PlainReader:
             tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
         try:
             return self._scalars.construct_document(yaml.ScalarNode(tag, text))
-        except (ValueError, OverflowError):  # 2027-02-30, 5,000 digits, !!int x
+        except (ValueError, ArithmeticError, AttributeError, LookupError):  # 2027-02-30, 5,000 digits, !!int x
             expected = A_DATE if tag.endswith("timestamp") else "what YAML can read, or text in quotes"
             raise ValueError(f"expected {expected}, got {describe(text)}") from None
 
@@ -2230,7 +2245,9 @@ class Document:
     def root(self) -> yaml.MappingNode:
         """The tree of nodes, made when it is asked for. Raises ConfigError."""
         try:
-            root = yaml.compose(self.text, Loader=YAML_LOADER)
+            root = compose(self.text)
+        except Endless as end:
+            raise ConfigError(self._sentence(Mistake(*end.args))) from None
         except yaml.YAMLError as error:
             raise ConfigError(self._sentence(explain_syntax(self.text, error))) from None
         if not isinstance(root, yaml.MappingNode):
@@ -2241,16 +2258,16 @@ class Document:
     def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
         """The document as dicts, lists and scalars; mistakes are noted. Raises ConfigError where it is not YAML."""
         try:
-            return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
+            try:
+                return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
+            except yaml.YAMLError:
+                compose(self.text)  # meets the same, and says where
         except Endless as end:
             self.mistakes.note(*end.args)
-        except yaml.YAMLError:
-            try:
-                _ = yaml.compose(self.text, Loader=YAML_LOADER)  # meets the same, and says where
-            except yaml.YAMLError as error:
-                self.mistakes.note(*explain_syntax(self.text, error))
+        except yaml.YAMLError as error:
+            self.mistakes.note(*explain_syntax(self.text, error))
         self.check()
-        _ = self.root
+        _ = self.root  # no mapping
         raise AssertionError("YAML that composes but does not parse")
 
     def find(self, *steps: str | int) -> yaml.Node | None:

@@ -1793,6 +1793,37 @@ def test_whatever_a_file_holds_it_is_read_or_refused(text):
             load(whole)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- " * 100_000, "1: nested too deep"),
+        ("[" * 100_000, "1: nested too deep"),
+        (DEMO + "server: " + "[" * 100_000, "2: server" + "[0]" * 20 + ": nested too deep (an alias of itself?)"),
+        (
+            DEMO + "server: {port: x}\n? " + "[" * 3000 + "]" * 3000 + "\n: 1\n",
+            "3: expected a plain name\nconfig.yaml:3: nested too deep",
+        ),
+        (DEMO + "server: &a " + "[" * 3000 + "]" * 3000 + "\n", "2: nested too deep"),
+        (
+            SERVER + "  port: " + "1" * 5000,
+            "3: server.port: expected what YAML can read, or text in quotes, got text of ",
+        ),
+        *(
+            (SERVER + f"  host: !!{tag}", "3: server.host: expected ")
+            for tag in ("int x", "int ''", "float ''", "bool x", "timestamp x")
+        ),
+    ],
+)
+def test_what_would_overflow_or_break_the_parser_is_refused(text, message):
+    """
+    Nesting ends the process in libyaml's composer; a tag on the wrong text raises whatever PyYAML meets.
+    """
+    with pytest.raises(g.ConfigError) as caught:
+        load(text)
+
+    assert str(caught.value).startswith(f"config.yaml:{message}")
+
+
 def test_a_long_name_is_cut_in_a_message(tmp_path):
     """
     A whole paragraph may be taken for a name.
