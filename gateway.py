@@ -34,6 +34,11 @@ Run `gateway.py --help` for the commands; README.md tells the rest.
 
 from __future__ import annotations
 
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+
 import argparse
 import asyncio
 import base64
@@ -67,7 +72,6 @@ import secrets
 import select
 import shlex
 import shutil
-import signal
 import socket
 import ssl
 import stat
@@ -277,15 +281,22 @@ class Route(NamedTuple):
     kind: Literal["messages", "count_tokens", "chat", "responses", "embeddings"]
 
 
+BLANK = re.compile(  # characters that Python takes for printable and no terminal shows: fillers, selectors of a variant
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U0001d159\U000e0100-\U000e01ef]"
+)
+
+
 def printable(text: str, most: int = 128) -> str:
     """The beginning of a foreign text, as it may stand in entries, in the log and on terminals.
 
-    What is not to be seen (control characters, line breaks, what turns the direction of writing) becomes `�`.
+    What is not to be seen (control characters, line breaks, what turns the direction of writing, `BLANK`) becomes `�`.
     """
-    if len(text) <= most and text.isprintable():
+    if len(text) <= most and text.isprintable() and text.isascii():
         return text
     text = text[:most]
-    return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else "�" for c in text)
+    return BLANK.sub("�", text)
 
 
 def first_values(headers: Headers) -> dict[bytes, bytes]:
@@ -4244,18 +4255,15 @@ class Ledger:
         ledger = cls(directory, 0, clock)
         newest = max([line.time[:7], *map(month_of, LedgerFiles(directory).paths())])
         ledger._waiting.append((newest, ENTRY_ENCODER.encode(line)))
-        for _ in range(3000):
-            ledger._write()
-            if not ledger._waiting:
-                break
-            time.sleep(0.001)  # the gateway writes, until its next tick
-        failure = ledger.failure or "somebody else is writing"
-        waiting = ledger.waiting
-        ledger._waiting.clear()
-        ledger.failure = ""  # it is told once, and nothing is written again
-        ledger.close()
-        if waiting:
-            raise OSError(errno.EAGAIN, failure)
+        try:
+            for _ in range(3000):
+                with contextlib.suppress(BlockingIOError):
+                    return ledger._write_waiting()
+                time.sleep(0.001)  # the gateway writes, until its next tick
+            raise OSError(errno.EAGAIN, "somebody else is writing")
+        finally:
+            ledger._waiting.clear()
+            ledger.close()
 
     def hold(self) -> None:
         """Be the folder's only gateway until `close`: two would each count only their own calls. Raises OSError."""
@@ -4443,13 +4451,7 @@ class Ledger:
 
     def _write(self) -> None:
         try:
-            while self._waiting:
-                month, text = self._waiting[0]
-                if self._fd < 0 or month > self._month:  # never back into an older file: the order is the chain's
-                    self._open(max(month, self._month))
-                self._claim()
-                self._write_line(text)
-                self._waiting.popleft()
+            self._write_waiting()
         except BlockingIOError:
             return  # a command writes a line of its own; `tick` comes again
         except OSError as error:
@@ -4460,6 +4462,16 @@ class Ledger:
             if self.failure:
                 log.warning("ledger: %s can be written again", self.directory)
             self.failure = ""
+
+    def _write_waiting(self) -> None:
+        """Write what waits. Raises OSError, and of these BlockingIOError while another process writes."""
+        while self._waiting:
+            month, text = self._waiting[0]
+            if self._fd < 0 or month > self._month:  # never back into an older file: the order is the chain's
+                self._open(max(month, self._month))
+            self._claim()
+            self._write_line(text)
+            self._waiting.popleft()
 
     def _write_line(self, text: bytes) -> None:
         """A line is in the file as a whole or not at all. Raises OSError."""
@@ -13093,7 +13105,7 @@ def exports(config: Config, port: int, key: str) -> str:
 
 def greeting(config: Config, port: int, key: str) -> str:
     """What the terminal shows once the gateway listens; `key` is the first one, or how a shell gets it, or ""."""
-    path = config.path.name if config.path.parent == Path.cwd() else config.path
+    path = config.path.name if config.path.parent.samefile(".") else config.path
     lines = [f"claude-gateway {VERSION} listens on {local_url(config, port)} ({path})", ""]
     lines += ["Point Claude Code at it:", "", exports(config, port, key or "sk-proxy-...")]
     if key.startswith("$"):
@@ -13448,11 +13460,20 @@ def command_serve(options: argparse.Namespace) -> None:
         runner.run(serve(config, shown_key, log_writer))
 
 
+def show_key(name: str, text: str) -> None:
+    """Print a text with a key that is in the config already. Raises CommandError where it cannot be shown."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        remedy = f"`{PROGRAM} key rotate {shlex.quote(name)}` makes another"
+        raise CommandError(f"{name}'s key was made, but nobody has seen it ({why_not(error)}): {remedy}") from None
+
+
 def command_init(options: argparse.Namespace) -> None:
     """Write config.yaml, the sealing secret and one key."""
     key = init_config(options.config)
-    print(f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n")
-    print(f"It is shown once. Start the gateway with: {PROGRAM} serve")
+    start = f"It is shown once. Start the gateway with: {PROGRAM} serve"
+    show_key("me", f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n\n{start}")
 
 
 def limits_text(budget: Budget) -> str:
@@ -13611,13 +13632,14 @@ def command_key_add(options: argparse.Namespace) -> None:
     if options.model:
         fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
     if options.expires:
-        if read_date(options.expires) is None:
+        written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", options.expires, re.ASCII)
+        if written is None or read_date(options.expires) is None:
             raise CommandError(f"--expires: expected a date such as 2027-01-31, got {options.expires!r}")
-        fields["expires"] = options.expires if re.fullmatch(r"[\d-]+", options.expires) else json.dumps(options.expires)
+        fields["expires"] = json.dumps(options.expires) if written[1] else options.expires
     editor.append_key(fields)
     config = editor.save()
-    print(f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n")
-    print(exports(config, config.server.port, key), end="")
+    shell = exports(config, config.server.port, key).removesuffix("\n")
+    show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n\n{shell}")
 
 
 def command_key_list(options: argparse.Namespace) -> None:
@@ -13630,7 +13652,8 @@ def command_key_rotate(options: argparse.Namespace) -> None:
     editor, key = ConfigEditor(options.config), new_key()
     editor.set_scalar(seal_key(key), "keys", key_index(editor, options.name), "key")
     editor.save()
-    print(f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}")
+    text = f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}"
+    show_key(options.name, text)
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
@@ -14115,7 +14138,7 @@ def csv_cell(text: str) -> str:
 
 def write_csv(totals: Sequence[Total], by: Sequence[str], file: IO[str]) -> None:
     """Totals as CSV. A cell that a spreadsheet would take for a formula is escaped (names come from users)."""
-    writer = csv.writer(file)
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*by, *USAGE_COLUMNS, "cost_usd", "cache_hit_rate"])
     for total in totals:
         names = [csv_cell(name) for name in total.group.values()]
@@ -14197,6 +14220,7 @@ MEASURES = {  # what is compared: the columns that add up to it
     "output": ("output_tokens",),
     "USD": ("cost_usd",),
 }
+MAX_EXPORT_LINE = 1 << 20  # characters
 Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
 
 
@@ -14255,6 +14279,14 @@ def add_sums(sums: Sums, pair: tuple[str, str], numbers: Mapping[str, float], me
             measured[measure] = round(measured[measure] + sum(numbers.get(f, 0) for f in MEASURES[measure]), 9)
 
 
+def bounded_lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a file. Raises csv.Error for one that does not end, as in /dev/zero."""
+    while line := file.readline(MAX_EXPORT_LINE):
+        if len(line) == MAX_EXPORT_LINE:
+            raise csv.Error(f"it has a line of more than {MAX_EXPORT_LINE:,} characters")
+        yield line
+
+
 class Export:
     """A provider's usage or cost export, summed: a CSV of Anthropic's Console or OpenAI's dashboard.
 
@@ -14266,7 +14298,7 @@ class Export:
         days = set()
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
+                reader = csv.DictReader(bounded_lines(file))
                 reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
                 self._columns = export_columns(path, reader.fieldnames)
                 self.measures = [m for m, fields in MEASURES.items() if any(f in self._columns for f in fields)]
@@ -14523,18 +14555,18 @@ def command_restore(options: argparse.Namespace) -> None:
 
 def bounded_usd(text: str) -> float:
     """Dollars for the command line: an amount that sums and counters can take."""
-    value = float(text)
-    if not abs(value) * 1e9 <= LINE_MAX:
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if abs(float(text)) * 1e9 <= LINE_MAX:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected dollars such as -3.50, got {text!r}")
 
 
 def bounded_count(text: str) -> int:
     """A count for the command line, likewise."""
-    value = int(text)
-    if abs(value) > 10**15:
-        raise ValueError(text)
-    return value
+    with contextlib.suppress(ValueError):
+        if abs(int(text)) <= 10**15:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"expected a whole number such as 1000, got {text!r}")
 
 
 RESET_WAIT_S = 3.0
@@ -14636,7 +14668,6 @@ def arguments() -> argparse.ArgumentParser:
         description="A self-hosted gateway for Claude Code. Without a command it serves.",
     )
     parser.add_argument("--version", action="version", version=f"claude-gateway {VERSION}")
-    parser.set_defaults(run=command_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(to: Any, name: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
@@ -14683,35 +14714,85 @@ def open_missing_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def discard_output() -> None:
-    """Write nothing more to a standard output that takes nothing, not even when the process ends."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class Terminal:
+    """stdout or stderr of a command, safe to look at whatever is printed.
+
+    Config, ledger and exports hold names that others have chosen, and an escape sequence in one could hide or forge
+    lines of a terminal. So all but the line feeds goes through `printable`, and what the stream's encoding lacks is
+    written as `\\xfc`. A stream that takes nothing gets nothing more, not even when the process ends.
+    """
+
+    def __init__(self, stream: IO[str], name: str) -> None:
+        self._stream, self._name = stream, name
+        self._failure: OSError | None = None
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text. Raises OSError with the stream's name."""
+        with self._discarding():
+            self._stream.write("\n".join(printable(line, len(line)) for line in text.split("\n")))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is buffered. Raises OSError with the stream's name."""
+        with self._discarding():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _discarding(self) -> Iterator[None]:
+        if self._failure:  # argparse passes over it
+            raise self._failure
+        try:
+            yield
+        except OSError as error:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            error.filename, self._failure = self._name, error
+            raise
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the process's exit code. Whatever goes wrong, a person reads one sentence."""
-    open_missing_streams()
-    options = arguments().parse_args(argv)
-    options.is_config_named = getattr(options, "config", None) is not None
-    options.config = Path(
-        getattr(options, "config", None) or os.environ.get("GATEWAY_CONFIG") or "config.yaml"
-    ).absolute()
-    options.log_writer = start_logging(getattr(options, "log_level", "info").upper())
+def config_path(named: Path | None) -> Path:
+    """The config's path: the option's, the environment's, or the working directory's. Raises CommandError."""
+    path = named or Path(os.environ.get("GATEWAY_CONFIG") or "config.yaml")
     try:
+        return path.absolute()
+    except FileNotFoundError:
+        raise CommandError("the working directory is not there any more: go to one that is (cd)") from None
+
+
+def check_arguments(argv: Sequence[str]) -> None:
+    """Refuse what can neither be kept in a file nor be shown. Raises CommandError."""
+    for argument in argv:
+        if re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", argument):
+            raise CommandError(f"expected arguments of one line, in UTF-8, got {printable(ascii(argument))}")
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """Parse the arguments and run their command; the exit code. Whatever goes wrong, a person reads one sentence."""
+    options = argparse.Namespace(run=command_serve, config=None, log_level="info")
+    try:
+        check_arguments(argv)
+        try:
+            arguments().parse_args(argv, options)
+        finally:
+            sys.stdout.flush()  # after --help and --version
+        options.is_config_named = options.config is not None
+        options.config = config_path(options.config)
+        options.log_writer = start_logging(options.log_level.upper())
         code: int | None = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read has seen enough
-        discard_output()
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ConfigError, CommandError, SealError) as error:
         sentence = str(error)
     except OSError as error:
-        discard_output()
-        about = f"{error.filename}: " if error.filename else "cannot write what there is to say: "
-        sentence = about + why_not(error)
+        sentence = f"{error.filename}: {why_not(error)}" if error.filename else why_not(error)
     except Exception as error:
         log.log(logging.ERROR if options.run is command_serve else logging.DEBUG, "a bug", exc_info=error)
         what = f"{type(error).__name__}: {printable(str(error), 200)}"
@@ -14721,6 +14802,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {sentence}", file=sys.stderr)
     return 1
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the process's exit code."""
+    open_missing_streams()
+    stdout, stderr = Terminal(sys.stdout, "stdout"), Terminal(sys.stderr, "stderr")
+    with contextlib.redirect_stdout(cast(IO[str], stdout)), contextlib.redirect_stderr(cast(IO[str], stderr)):
+        return run_command(sys.argv[1:] if argv is None else argv)
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as above the imports
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,9 +8,12 @@ import io
 import json
 import os
 import re
+import shlex
+import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,10 @@ class Shell:
     def write(self, text: str) -> None:
         """Write config.yaml."""
         (self.folder / "config.yaml").write_text(text)
+
+    def errors(self) -> str:
+        """What was printed to stderr since."""
+        return self._capsys.readouterr().err
 
     @property
     def config(self) -> str:
@@ -474,6 +481,8 @@ def test_any_text_can_be_written_into_yaml(text):
         (["bob", "--limit", "usd/day=lots"], "(without the $ sign), got text: 'lots'"),
         (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit: expected a unit"),
         (["bob", "--expires", "tomorrow"], "expected a date such as 2027-01-31, got 'tomorrow'"),
+        (["bob", "--expires", "20270131"], "expected a date such as 2027-01-31, got '20270131'"),
+        (["bob", "--expires", "1" * 5000], "expected a date such as 2027-01-31, got '11111"),
         (
             ["bob", "--expires", "2027-01-31, enabled: false"],
             "expected a date such as 2027-01-31, got '2027-01-31, enabled: false'",
@@ -1052,7 +1061,7 @@ def test_usage_of_a_time_that_is_none_is_an_error(shell, ledger, option):
         (
             ["--csv"],
             "day,key,model,calls,failed,input_tokens,cache_write_tokens,cache_read_tokens,output_tokens,"
-            "cost_usd,cache_hit_rate\r\n",
+            "cost_usd,cache_hit_rate\n",
         ),
     ],
 )
@@ -1306,13 +1315,12 @@ def run_process(folder: Path, *arguments: str, python: tuple[str, ...] = (), **o
     return subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, timeout=20, **options)
 
 
-@pytest.mark.parametrize("command", [("check",), ("key", "list"), ("usage", "--csv"), ("init",), ("backup", "-")])
+@pytest.mark.parametrize("command", [("check",), ("key", "list"), ("usage", "--csv"), ("backup", "-")])
 def test_a_full_disk_behind_stdout_is_one_sentence(shell, command):
     """
     No traceback, and nothing more when the process ends.
     """
-    if command != ("init",):
-        shell.run("init")
+    shell.run("init")
 
     with open("/dev/full", "w") as full:
         ended = run_process(shell.folder, *command, stdout=full)
@@ -1321,18 +1329,233 @@ def test_a_full_disk_behind_stdout_is_one_sentence(shell, command):
     assert re.fullmatch(r"error: .*No space left on device\n", ended.stderr)
 
 
+def closed_pipe() -> int:
+    """A pipe's end to write to, whose reader has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(shell):
     """
     `| head -1` closes the pipe.
     """
     shell.run("init")
-    reading, writing = os.pipe()
-    os.close(reading)
 
-    ended = run_process(shell.folder, "check", stdout=writing)
-    os.close(writing)
+    with open(closed_pipe(), "w") as pipe:
+        ended = run_process(shell.folder, "check", stdout=pipe)
 
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize(
+    ("path", "code", "error"),
+    [("/dev/full", 1, "error: stdout: No space left on device\n"), (closed_pipe, 0, "")],
+)
+def test_help_that_cannot_be_printed_ends_as_other_commands_do(
+    shell, monkeypatch, option, is_buffered, path, code, error
+):
+    """
+    Also where Python does not buffer (PYTHONUNBUFFERED), and argparse passes over what goes wrong.
+    """
+    with open(path if isinstance(path, str) else path(), "wb", 0) as file:
+        stdout = io.TextIOWrapper(io.BufferedWriter(file) if is_buffered else file, write_through=not is_buffered)
+        monkeypatch.setattr(sys, "stdout", stdout)
+
+        assert (shell.run(option), shell.err) == (code, error)
+        stdout.flush()  # as the process does at its end
+
+
+@pytest.mark.parametrize(
+    ("command", "name"), [(["init"], "me"), (["key", "add", "it's"], "it's"), (["key", "rotate", "bob"], "bob")]
+)
+@pytest.mark.parametrize(("path", "reason"), [("/dev/full", "No space left on device"), (closed_pipe, "Broken pipe")])
+def test_a_key_that_nobody_has_seen_is_answered_with_how_to_get_another(
+    shell, monkeypatch, command, name, path, reason
+):
+    """
+    It is in the config and cannot be shown again.
+    """
+    if command != ["init"]:
+        shell.run("init")
+        shell.run("key", "add", "bob")
+    before = shell.files()
+
+    with open(path if isinstance(path, str) else path(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+
+        assert shell.run(*command) == 1
+
+    remedy = shlex.join(["gateway.py", "key", "rotate", name])
+    assert shell.err == f"error: {name}'s key was made, but nobody has seen it ({reason}): `{remedy}` makes another\n"
+    assert shell.files() != before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_is_not_utf_8_has_escapes_in_place_of_what_it_lacks(shell, monkeypatch, encoding):
+    """
+    No command fails for what its terminal cannot show, least of all after its work is done.
+    """
+    shell.write(ALICE.replace("alice", "müller日本"))
+    with open("out", "w", encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+
+        codes = [shell.run("key", "revoke", "müller日本"), shell.run("key", "list")]
+        with pytest.raises(SystemExit, match="0"):
+            shell.run("usage", "--help")
+
+    shown = Path("out").read_text(encoding)
+    name = "müller日本".encode(encoding, "backslashreplace").decode(encoding)
+    assert (codes, shell.err) == ([0, 0], "")
+    assert shown.startswith(f"{name}'s key is refused within a second.")
+    assert f"{name} (\\u2026last): disabled" in shown and "session, \\u2026" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("char", "\u034f\u115f\u1160\u2800\u3164\ufe0f\uffa0\U000e0101\u200b\u202e\x1b\n\ud800")
+def test_what_no_terminal_shows_is_not_printable(char):
+    """
+    Also what Python takes for printable; what people write in stays.
+    """
+    assert g.printable(f"a{char}b") == "a\ufffdb"
+    assert g.printable("Zoë 张伟 が 😀 नमस्ते 한글") == "Zoë 张伟 が 😀 नमस्ते 한글"
+    assert g.printable("x" * 200) == "x" * 128
+
+
+EVIL = "\\e[31m\\e]0;owned\\a\\u202elive\\u3164"  # as YAML and JSON write them
+SEEN = "�[31m�]0;owned��live�"  # on a terminal
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "shown"),
+    [
+        (["check"], f'"{EVIL}": 1', SEEN),
+        (["key", "list"], f'keys: [{{name: bob, key: {KEY}, models: ["{EVIL}"]}}]', SEEN),
+        (["--config", "a\u202e\u2800.yaml", "check"], "", "a��.yaml"),
+        (["usage", "--since", "\u202e2026"], "", "--since �2026"),
+        (["usage", "--by", "\u202ekey"], "", "cannot group by �key"),
+        (["usage", "verify", "--seen", "\u202e00"], "", "�00"),
+        (["key", "add", "bob", "--limit", "\u202eusd=1"], "", "--limit �usd=1"),
+    ],
+)
+def test_nothing_that_is_printed_can_steer_the_terminal(shell, arguments, config, shown):
+    """
+    Escape sequences, marks that turn the direction of writing and what has no width are shown as �, wherever they come
+    from and whatever is said of them.
+    """
+    shell.write("upstreams: [{name: a, format: demo}]\n" + config)
+
+    shell.run(*arguments)
+
+    said = shell.out + shell.err
+    assert said.replace("\n", "").isprintable() and not re.search("[\u3164\u2800]", said)
+    assert shown in said
+
+
+def test_names_in_the_ledger_cannot_steer_the_terminal(shell, ledger):
+    """
+    Clients choose what they call a model, and whoever writes a ledger of an old version may have let it pass.
+    """
+    ledger(entry(model="\x1b[2J\x1b]52;c;cm0gLXJm\x07big\u202e\ufe0f"))
+
+    assert shell.run("usage", "--by", "model") == 0
+
+    assert "�[2J�]52;c;cm0gLXJm�big��  " in shell.out and shell.out.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["usage", "adjust", "alice", "--usd", "1", "--note", "\udcff"],
+        ["usage", "adjust", "alice", "--usd", "1", "--note", "a\x1b[31m"],
+        ["usage", "verify", "--seen", "\udcff"],
+        ["upstream", "test", "--model", "\udcff"],
+        ["usage", "reconcile", "a\0b"],
+        ["restore", "a\0b"],
+        ["check", "--config", "a\nerror: b"],
+    ],
+)
+def test_an_argument_that_is_no_line_of_text_is_refused(shell, arguments):
+    """
+    No file could keep it, no system call take it, no terminal show it.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run(*arguments) == 1
+
+    assert shell.err == f"error: expected arguments of one line, in UTF-8, got {arguments[-1]!a}\n"
+    assert list(shell.files()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--usd", "lots"], "argument --usd: expected dollars such as -3.50, got 'lots'"),
+        (["--usd", "nan"], "argument --usd: expected dollars such as -3.50, got 'nan'"),
+        (["--usd", "1e300"], "argument --usd: expected dollars such as -3.50, got '1e300'"),
+        (["--tokens", "1.5"], "argument --tokens: expected a whole number such as 1000, got '1.5'"),
+        (["--requests", "9" * 16], f"argument --requests: expected a whole number such as 1000, got '{'9' * 16}'"),
+    ],
+)
+def test_a_number_that_is_none_is_answered_with_one_that_is(shell, arguments, expected):
+    """
+    In words for people, not with a function's name.
+    """
+    with pytest.raises(SystemExit):
+        shell.run("usage", "adjust", "alice", *arguments)
+
+    assert shell.errors().endswith(f"error: {expected}\n")
+
+
+def test_ctrl_c_during_the_imports_ends_the_process_without_a_word(shell):
+    """
+    They take half a second, and a traceback of somebody's package explains nothing.
+    """
+    code = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'argparse': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv = ['gateway.py', 'check']; runpy.run_path({g.__file__!r}, run_name='__main__')\n"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=shell.folder)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not changed for who imports it
+
+
+def test_a_working_directory_that_was_removed_is_said(shell):
+    """
+    A shell may still be in it.
+    """
+    (shell.folder / "gone").mkdir()
+    command = 'rmdir ../gone; exec "$@"'
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = ["sh", "-c", command, "sh", sys.executable, g.__file__, *arguments]
+        (shell.folder / "gone").mkdir(exist_ok=True)
+        return subprocess.run(argv, cwd=shell.folder / "gone", capture_output=True, text=True)
+
+    shell.run("init")
+    assert run("check").stderr == "error: the working directory is not there any more: go to one that is (cd)\n"
+    assert run("--config", f"{shell.folder}/config.yaml", "check").returncode == 0
+
+
+def test_a_correction_that_cannot_be_written_is_said_at_once(shell):
+    """
+    In one sentence: no entry waits for a disk that takes none.
+    """
+    shell.write(LEDGER_CONFIG)
+    (shell.folder / "usage").touch()
+    began = time.monotonic()
+
+    assert shell.run("usage", "adjust", "alice", "--usd", "1") == 1
+
+    assert shell.err == f"error: nothing was written to {shell.folder}/usage: File exists\n"
+    assert time.monotonic() - began < 1
 
 
 def test_a_missing_package_is_told_with_what_helps(tmp_path):

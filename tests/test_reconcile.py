@@ -58,8 +58,12 @@ class Books:
         """Write the export and compare; the exit code."""
         path = self.folder / "export.csv"
         path.write_bytes(export if isinstance(export, bytes) else export.encode())
+        return self.run("export.csv", *options)
+
+    def run(self, *arguments: str) -> int:
+        """Compare with a file; the exit code."""
         self._capsys.readouterr()
-        code = g.main(["usage", "reconcile", "export.csv", *options])
+        code = g.main(["usage", "reconcile", *arguments])
         self.out, self.err = self._capsys.readouterr()
         return code
 
@@ -251,3 +255,23 @@ def test_what_another_model_did_is_compared_under_its_name(books):
     books.book("2026-11-01T08:00:00.000Z", "claude-haiku-4-5", 2583, 0, 0, 0, 2143, charges=[advisor])
 
     assert books.reconcile(export) == 0
+
+
+def test_a_line_without_end_is_not_read_for_ever(books):
+    """
+    /dev/zero is no export.
+    """
+    assert books.run("/dev/zero") == 1
+
+    assert books.err == "error: cannot read /dev/zero: it has a line of more than 1,048,576 characters\n"
+
+
+def test_an_exports_names_cannot_steer_the_terminal(books):
+    """
+    The file is somebody else's.
+    """
+    assert books.reconcile("date,model,input_tokens,output_tokens\n2026-11-21,\x1b[31mred\u202e,5,6\n") == 1
+    assert "2026-11-21  �[31mred�  input" in books.out
+
+    assert books.reconcile("a\x1b[31mb,\u202emodel\n1,2\n") == 1
+    assert "Its columns: a�[31mb, �model." in books.err
