@@ -87,7 +87,7 @@ import urllib.parse
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1501,7 +1501,6 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
     timeouts: Timeouts = Timeouts()
     on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
     verdicts: VerdictTable = VerdictTable()
-    probe: Duration = Duration(0)
     headers: HeaderRules = NO_RULES
     betas: BetaRules = BetaRules()
     retry_without_thinking: bool = False
@@ -1604,7 +1603,6 @@ class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadline: Duration = Duration(600)  # for the first content, over all attempts
     patience: Duration = Duration(120)  # with a stream's silence, while another upstream is ready
     wait: Duration = Duration(30)  # for a cooldown or a slot, where no upstream is ready
-    slow: Factor = 4.0  # times slower than its peers is demoted; 0: never
     breaker: BreakerConfig = BreakerConfig()
 
 
@@ -2476,8 +2474,6 @@ class ConfigBuilder:
         if not self._file.upstreams:
             self._mistakes.note(("upstreams",), "at least one upstream is needed")
         routing = self._file.routing
-        if 0 < routing.slow < 1.5:
-            self._mistakes.note(("routing", "slow"), "expected at least 1.5, or 0 for never")
         is_cooldown_good = not self._mistakes.at_or_above(("routing", "breaker", "cooldown"))
         if routing.breaker.max_cooldown < routing.breaker.cooldown and is_cooldown_good:
             problem = "expected at least the cooldown, which is the first of them"
@@ -2511,8 +2507,6 @@ class ConfigBuilder:
             self._warn((*at, "models"), 'no model is served: name some, or "*"')
         self._check_globs((*at, "models"), {name: name for name in upstream.models})
         self._check_globs((*at, "betas", "drop"), dict(enumerate(upstream.betas.drop)))
-        if 0 < upstream.probe < 1:
-            self._mistakes.note((*at, "probe"), "expected at least 1s, or 0s for none")
         if len(set(keys)) < len(keys):
             self._mistakes.note((*at, "api_key"), "the same key stands here twice")
         headers = self._headers((*at, "headers"), upstream)
@@ -8200,8 +8194,6 @@ class Pool:
 
 
 MAX_RETRY_AFTER_S = 1800.0
-CALLS_TO_JUDGE = 5  # of one model, before an upstream can be called slow
-SLOW_S = 120.0  # how long it then gets only what no other can take
 
 
 def read_seconds(text: str, now: float) -> float | None:
@@ -8381,10 +8373,8 @@ class Health:
         "era",
         "evidence",
         "failures",
-        "first_bytes",
         "is_unclear",
         "load",
-        "slow_until",
         "trips",
         "turn",
         "vouched_until",
@@ -8394,7 +8384,6 @@ class Health:
         self.load = load
         self.turn = 0.0  # of round robin
         self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
-        self.first_bytes: dict[str, deque[tuple[float, str]]] = {}  # of the last streams, by model: seconds, user
         self.reset()
 
     def reset(self) -> None:
@@ -8406,8 +8395,6 @@ class Health:
         self.cooldowns: dict[Whom, Cooldown] = {}
         self.asked_at = self.vouched_until = -math.inf  # monotonic; when the list of models was asked for, is believed
         self.is_unclear = False  # the list of models was asked for, and said nothing of the key
-        self.slow_until: dict[str, float] = {}
-        self.first_bytes.clear()
 
     @property
     def running(self) -> int:
@@ -8436,10 +8423,6 @@ class Health:
         """Those that cover a call, cooling or half open."""
         return [cooldown for whom, cooldown in self.cooldowns.items() if whom.covers(call)]
 
-    def is_slow(self, model: str, now: float) -> bool:
-        """Whether its first bytes come far later than its peers'."""
-        return bool(self.slow_until) and now < self.slow_until.get(model, 0.0)
-
     def cool_down(self, cooldown: Cooldown, now: float) -> None:
         """Leave it alone for the calls that `cooldown` covers."""
         self.era += 1
@@ -8450,21 +8433,6 @@ class Health:
             self.evidence[cooldown.kind].count = len(self.evidence[cooldown.kind].users)
         recent = {whom: old for whom, old in self.cooldowns.items() if now < old.until + EVIDENCE_S}
         self.cooldowns = recent | {cooldown.whom: cooldown}
-
-    def note_first_byte(self, model: str, seconds: float, user: str) -> None:
-        """A stream of `model` began after so many seconds."""
-        if model not in self.first_bytes and len(self.first_bytes) >= 64:
-            self.first_bytes.clear()
-        self.first_bytes.setdefault(model, deque(maxlen=8)).append((seconds, user))
-
-    def usual_first_byte(self, model: str) -> float | None:
-        """The median of the last streams, None where there were too few."""
-        seen = sorted(self.first_bytes.get(model, ()))
-        return seen[len(seen) // 2][0] if len(seen) >= CALLS_TO_JUDGE else None
-
-    def users_of(self, model: str) -> set[str]:
-        """Whose streams the last ones were."""
-        return {user for _, user in self.first_bytes.get(model, ())}
 
     def cooling_s(self, now: float) -> float:
         """For how long it is still left alone, for whomever."""
@@ -8488,7 +8456,7 @@ class Health:
         shown = self.shown()
         if shown and not shown.whom.user:
             return "cooling" if now < shown.until else "half_open"
-        return "slow" if any(now < until for until in self.slow_until.values()) else "ok"
+        return "ok"
 
 
 class Choice(NamedTuple):
@@ -8674,11 +8642,8 @@ class Upstreams:
                 for choice in self.choices(serving.upstream, kind)
                 if choice.is_ready(now, call) and choice.place not in tried
             ]
-            if len(ready) > 1:
-                swift = [(model, choice) for model, choice in ready if not choice.health.is_slow(call.model, now)]
-                return self._best(call, swift or ready)
             if ready:
-                return ready[0]
+                return self._best(call, ready) if len(ready) > 1 else ready[0]
         return None
 
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
@@ -8853,10 +8818,8 @@ class Upstreams:
 
     # How it went
 
-    def answered(self, ticket: Ticket, first_byte_s: float | None = None) -> None:
-        """The upstream has something to say, after so long where it is a stream."""
-        if first_byte_s is not None and len(ticket.call.servings) > 1:
-            self._judge_speed(ticket, first_byte_s)
+    def answered(self, ticket: Ticket) -> None:
+        """The upstream has something to say."""
         if ticket.trials:
             for cooldown in ticket.trials:
                 cooldown.close()
@@ -8994,35 +8957,6 @@ class Upstreams:
             text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
             log.warning(text, choice, whose, seconds, case, health.failures)
 
-    def _judge_speed(self, ticket: Ticket, first_byte_s: float) -> None:
-        """Demote an upstream whose first bytes come far later than those of its peers.
-
-        One user's calls may be slow for what is asked with them, and say nothing where the peers had others' calls.
-        """
-        call, upstream, factor = ticket.call, ticket.choice.upstream, ticket.call.config.routing.slow
-        peers = [s.upstream for s in call.servings if s.upstream.priority == upstream.priority]
-        if not factor or len(peers) < 2:
-            return
-        health, now = ticket.choice.health, self._clock.monotonic()
-        health.note_first_byte(call.model, first_byte_s, user_of(call))
-        own, users = health.usual_first_byte(call.model), health.users_of(call.model)
-        others = [self.choices(peer)[0].health for peer in peers if peer is not upstream]
-        usual = sorted(s for s in (other.usual_first_byte(call.model) for other in others) if s is not None)
-        if len(users) < 2 and any(other.users_of(call.model) - users for other in others):
-            return
-        if own is not None and usual and own > max(factor * usual[len(usual) // 2], 1.0):
-            health.slow_until = {model: until for model, until in health.slow_until.items() if until > now}
-            health.slow_until[call.model] = now + SLOW_S
-            del health.first_bytes[call.model]
-            log.warning(
-                "upstream %s is slow: %.1f s to the first byte of %s, others %.1f s. It rests for %.0f s",
-                upstream.name,
-                own,
-                call.model,
-                usual[len(usual) // 2],
-                SLOW_S,
-            )
-
     # What people ask and say
 
     def keep_only(self, upstreams: Iterable[UpstreamConfig]) -> None:
@@ -9033,16 +8967,6 @@ class Upstreams:
         kept = {health for choice in choices for health in (choice.health, choice.key_health)}
         self._healths = {name: health for name, health in self._healths.items() if health in kept}
         self.wake()
-
-    def probed(self, choice: Choice) -> None:
-        """An upstream answered, though no call asked it. That says nothing of a key's limits or credit."""
-        found = [*choice.health.cooldowns.values()]
-        found += [cooldown for cooldown in choice.key_health.cooldowns.values() if cooldown.why in ("401", "403")]
-        if found:
-            log.info("upstream %s answers again", choice)
-            for cooldown in found:
-                cooldown.close()
-            self.wake()
 
     def reset(self, name: str) -> None:
         """Forget what speaks against an upstream and its keys."""
@@ -9874,9 +9798,8 @@ class Exchange:
         """The first content: the answer is the client's."""
         if attempt.line is None or attempt.line.is_sent:  # else the body is in memory still
             self.call.let_go()  # no attempt will follow
-        waited_s = self.clock() - attempt.sent_at if attempt.is_streaming and attempt.sent_at is not None else None
         if not attempt.passed:
-            self._relay.upstreams.answered(attempt.ticket, waited_s)
+            self._relay.upstreams.answered(attempt.ticket)
         self.status = attempt.client_status
         if self.sink and not self.is_committed:
             self.sink.head(self.status, attempt.headers, attempt.is_streaming)
@@ -10417,7 +10340,7 @@ class Relay:
 
 HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
 TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
-STATES = ("ok", "slow", "cooling", "half_open")
+STATES = ("ok", "cooling", "half_open")
 
 
 class Spent:
@@ -10764,31 +10687,19 @@ class Models:
         return msgspec.json.decode(body, type=ModelList).data
 
 
-class Probes:
-    """Asks upstreams that are left alone for their models, where `probe` says so: who answers is let in again."""
+class KeyChecks:
+    """Asks upstreams for their models with API keys that a call was refused with: is it the key, or the call?"""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self._asked_at: dict[tuple[str, int], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def check(self, upstreams: Iterable[UpstreamConfig]) -> None:
-        """Ask whom it is time to ask."""
-        now = self._relay.clock.monotonic()
+    def check(self) -> None:
+        """Ask for all that are suspected."""
         for suspect, health in self._relay.upstreams.take_suspects():
-            self._start(self._check_key(suspect, health))
-        for upstream in upstreams:
-            if upstream.probe > 0 and upstream.format != "demo":
-                for choice in self._relay.upstreams.choices(upstream):
-                    is_cooling = choice.health.cooling_s(now) > 0 or choice.key_health.cooling_s(now) > 0
-                    if is_cooling and now - self._asked_at.get(choice.place, -math.inf) >= upstream.probe:
-                        self._asked_at[choice.place] = now
-                        self._start(self._probe(choice))
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            task = asyncio.get_running_loop().create_task(self._check_key(suspect, health))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _ask(self, choice: Choice) -> int:
         """The status of the list of models, 0 where there was no answer."""
@@ -10798,10 +10709,6 @@ class Probes:
         except (TimeoutError, AttemptFailed):
             return 0
         return status
-
-    async def _probe(self, choice: Choice) -> None:
-        if 200 <= await self._ask(choice) < 300:
-            self._relay.upstreams.probed(choice)
 
     async def _check_key(self, choice: Choice, health: Health) -> None:
         self._relay.upstreams.checked(choice, health, await self._ask(choice))
@@ -10926,7 +10833,7 @@ class Gateway:
         self.memory = BodyMemory(config.body_memory)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
-        self.probes = Probes(self.relay)
+        self.key_checks = KeyChecks(self.relay)
         self.metrics = Metrics(config.clock.wall())
         self.guard = Guard(config.clock, self.metrics.bugs)
         self.refusals = RefusalLog(config.clock)
@@ -11325,7 +11232,7 @@ class Gateway:
         run(self.relay.sweep, stood_s)
         run(self.limits.check, stood_s)
         run(self.ledger.tick)
-        run(self.probes.check, self.config.upstreams)
+        run(self.key_checks.check)
         run(self.refusals.check)
         run(self._take_reset)
 
@@ -11345,7 +11252,7 @@ class Gateway:
         self.stopping = True
         self.limits.close()
         self.relay.close()
-        await self.probes.close()
+        await self.key_checks.close()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=1)
             for task in late:  # they wait for a connection, which may take longer than a stop does
@@ -13522,8 +13429,6 @@ def upstream_text(upstream: UpstreamConfig) -> str:
         texts.append(f"at most {upstream.max_concurrent} calls a key")
     if upstream.verdicts:
         texts.append(f"own verdicts for {', '.join(upstream.verdicts)}")
-    if upstream.probe:
-        texts.append(f"probed every {upstream.probe:g} s")
     if upstream.on_disconnect != "auto":
         texts.append(f"on_disconnect {upstream.on_disconnect}")
     if not upstream.include_usage:
@@ -13577,10 +13482,9 @@ def command_check(options: argparse.Namespace) -> None:
         print(f"  {upstream_text(upstream)}")
     policies = ", ".join(f"{policy} for {pattern}" for pattern, policy in config.routing.policy) or "sticky"
     routing, breaker = config.routing, config.routing.breaker
-    slow = f"rests when {routing.slow:g} times slower than its peers" if routing.slow else "never rests for being slow"
     print(f"\nchoice: {policies}; at most {routing.max_attempts} attempts in {routing.deadline:g} s")
     print(f"an upstream: left alone after {breaker.failures} failures in a row, for {breaker.cooldown:g} s to ", end="")
-    print(f"{breaker.max_cooldown:g} s; {slow}")
+    print(f"{breaker.max_cooldown:g} s")
     print(f"prices: {prices_text(config.file.prices)}")
     print("\nkeys:")
     print(key_table(config) or f"  none: nobody can call; {PROGRAM} key add NAME")

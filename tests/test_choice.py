@@ -1,4 +1,4 @@
-"""Who is asked, and how that went: homes, policies, breaker, waiting, slow peers (section 7). No sockets."""
+"""Who is asked, and how that went: homes, policies, breaker, waiting (section 7). No sockets."""
 
 from __future__ import annotations
 
@@ -118,10 +118,10 @@ class World:
                 self.upstreams.failed(ticket, case, retry_after_s)
         return ticket.choice.place
 
-    def stream(self, session: str, first_byte_s: float, model: str = MODEL) -> None:
-        """A call that is answered, its first byte after so long."""
-        with self.take(session, model=model) as ticket:
-            self.upstreams.answered(ticket, first_byte_s)
+    def stream(self, session: str) -> None:
+        """A call that is answered."""
+        with self.take(session) as ticket:
+            self.upstreams.answered(ticket)
             self.upstreams.finished(ticket)
 
     def session_at(self, name: str, n: int = 0) -> str:
@@ -626,7 +626,7 @@ def test_each_failed_trial_doubles_the_cooldown_up_to_the_most_and_an_end_begins
         world.clock.advance(seconds[-1])
         world.fail("529")
     world.clock.advance(40)
-    world.stream("s", 0.1)
+    world.stream("s")
     world.fail("529", times=3)
     seconds.append(world.upstreams.ready_in(world.call(), set()))
 
@@ -920,7 +920,7 @@ def test_one_users_failures_among_others_successes_say_nothing(case):
         with world.take(user="mallory") as bad:
             world.upstreams.failed(bad, case)
         world.clock.advance(9)
-        world.stream("s", 0.1)
+        world.stream("s")
 
     assert world.place() == ("a", 1)
 
@@ -983,7 +983,7 @@ def test_what_one_user_is_held_up_for_ends_with_anybodys_success():
         world.fail_for("mallory")
     before = world.is_let_in("mallory")
 
-    world.stream("s", 0.1)
+    world.stream("s")
 
     assert (before, world.is_let_in("mallory")) == (False, True)
 
@@ -1058,7 +1058,7 @@ def test_a_retry_after_said_to_one_user_holds_up_only_that_user(case):
     world = World({"a": ""})
 
     world.fail_for("mallory", case, 60.0)
-    world.stream("s", 0.1)
+    world.stream("s")
     mallory, bob = (world.upstreams.ready_in(world.call_of(user), set()) for user in ("mallory", "bob"))
     state = world.reported()
     world.fail_for("bob", case, 60.0)
@@ -1737,142 +1737,6 @@ def test_a_backoff_doubles_up_to_the_most_with_jitter(rounds, chance):
     assert whole / 2 <= seconds <= whole
 
 
-# --- slow upstreams --------------------------------------------------------------------------
-
-
-def slow_world(*first_bytes: float, routing: str = "", own: float = 9.0, calls: int = 5) -> tuple[World, str]:
-    """Upstreams a, b and c: b and c answer after so long, then a; and a session that is at home at a."""
-    world = World(THREE, routing)
-    home = {name: world.session_at(name) for name in THREE}
-    for name, seconds in zip("bc", first_bytes, strict=True):
-        for _ in range(8):
-            world.stream(home[name], seconds)
-    for _ in range(calls):
-        world.stream(home["a"], own)
-    return world, home["a"]
-
-
-@pytest.mark.logs("upstream a is slow: 9.0 s to the first byte of claude-test, others 2.0 s. It rests for 120 s")
-def test_an_upstream_far_slower_than_its_peers_rests_for_that_model():
-    """
-    For two minutes, of that model only; then it has its share again, and is judged anew.
-    """
-    world, session = slow_world(1.0, 2.0)
-
-    resting = world.name(session), world.name(session, model="claude-other"), world.reported()["a"]
-    world.clock.advance(119.9)
-    still = world.name(session)
-    world.clock.advance(0.1)
-    after = world.name(session), world.reported()["a"]
-    world.stream(session, 9.0)
-
-    assert resting[0] in ("b", "c") and still == resting[0]
-    assert resting[1:] == (world.name(session, model="claude-other"), "slow")
-    assert world.name(session, model="claude-other") == "a"
-    assert after == ("a", "ok")
-    assert world.name(session) == "a"
-
-
-@pytest.mark.logs("upstream a is slow")
-def test_a_slow_upstream_still_takes_what_no_peer_can():
-    """
-    Slow is better than nobody.
-    """
-    world, session = slow_world(1.0, 2.0)
-
-    alone = world.place(session, [("b", 1), ("c", 1)])
-
-    assert alone == ("a", 1)
-
-
-@pytest.mark.logs("upstream a is slow")
-def test_a_rest_for_one_model_forgets_nothing_of_another():
-    """
-    What was measured of the other model still counts: its fifth slow stream is judged.
-    """
-    world, session = slow_world(1.0, 2.0, calls=0)
-    for name, seconds in (("b", 1.0), ("c", 2.0)):
-        for _ in range(5):
-            world.stream(world.session_at(name), seconds, model="claude-other")
-    for _ in range(4):
-        world.stream(session, 9.0, model="claude-other")
-
-    for _ in range(5):
-        world.stream(session, 9.0)
-    before = world.name(session, model="claude-other")
-    world.stream(session, 9.0, model="claude-other")
-
-    assert before == "a"
-    assert world.name(session, model="claude-other") != "a"
-
-
-@pytest.mark.parametrize(
-    "first_bytes, more",
-    [
-        ((1.0, 2.0), {"routing": "slow: 0"}),
-        ((1.0, 2.0), {"own": 8.0}),
-        ((0.1, 0.2), {"own": 1.0}),
-        ((1.0, 2.0), {"calls": 4}),
-        ((1.0, 2.0), {"routing": "slow: 10"}),
-    ],
-)
-def test_an_upstream_is_not_slow_for_less(first_bytes, more):
-    """
-    Not where the operator says never, not at four times the usual or at a second, and not before five calls.
-    """
-    world, session = slow_world(*first_bytes, **more)
-
-    name = world.name(session)
-
-    assert name == "a"
-    assert world.reported()["a"] == "ok"
-
-
-@pytest.mark.parametrize(("peers_user", "is_slow"), [("bob", False), ("mallory", True)])
-def test_one_users_slow_calls_say_nothing_beside_others_quick_ones(caplog, peers_user, is_slow):
-    """
-    Ten long prompts of one user had moved everybody's sessions for two minutes; alone, a user compares with itself.
-    """
-    world = World(THREE)
-    home = {name: world.session_at(name) for name in THREE}
-
-    for name, seconds, user in [("b", 1.0, peers_user), ("c", 1.0, peers_user), ("a", 9.0, "mallory")]:
-        for _ in range(10):
-            with world.take(home[name], user=user) as ticket:
-                world.upstreams.answered(ticket, seconds)
-                world.upstreams.finished(ticket)
-
-    assert (world.reported()["a"] == "slow") is is_slow
-    caplog.clear()
-
-
-def test_a_single_outlier_does_not_make_an_upstream_slow():
-    """
-    The median of the last eight counts: three long ones among them say nothing.
-    """
-    world, session = slow_world(1.0, 2.0, own=1.5, calls=8)
-
-    for _ in range(3):
-        world.stream(session, 300.0)
-
-    assert world.name(session) == "a"
-
-
-def test_peers_of_another_priority_are_no_measure():
-    """
-    A cheap and slow upstream is not worse for the fast one that is asked after it.
-    """
-    world = World({"a": "", "b": "priority: 2"})
-    for _ in range(8):
-        with world.take("s", [("a", 1)]) as ticket:
-            world.upstreams.answered(ticket, 0.1)
-
-    for _ in range(8):
-        world.stream("s", 60.0)
-
-    assert world.name() == "a"
-
-
 # --- two hours -----------------------------------------------------------------------------
 
 
@@ -1931,7 +1795,7 @@ class Hours:
             self.at(now + 0.3, lambda: self.failed(ticket, trouble, tried, attempt))
         else:
             self.at_home[call.session] += name == self.home[call.session]
-            self.at(now + 1.5, lambda: upstreams.answered(ticket, 1.5))
+            self.at(now + 1.5, lambda: upstreams.answered(ticket))
             self.at(now + 12.0, lambda: self.finished(ticket))
 
     def failed(

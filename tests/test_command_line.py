@@ -243,7 +243,7 @@ chat streams are not asked for their usage
 sets headers x-team, removes headers anthropic-beta, passes on headers x-a, x-b-*
 
 choice: least_busy for gpt-*; at most 3 attempts in 600 s
-an upstream: left alone after 3 failures in a row, for 10 s to 600 s; rests when 4 times slower than its peers
+an upstream: left alone after 3 failures in a row, for 10 s to 600 s
 prices: 3 rows; a model without one is refused; for all models us 1.1; for gpt-* fast 2, web_search 0.02
 
 keys:
@@ -301,7 +301,7 @@ def test_check_of_a_bad_config_returns_1_and_prints_line_and_path(shell):
     assert shell.err == (
         f"error: {shell.folder}/config.yaml:3: upstreams[0].fromat: unknown setting, did you mean format? "
         "(there are: name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, "
-        "on_disconnect, verdicts, probe, headers, betas, retry_without_thinking, include_usage, "
+        "on_disconnect, verdicts, headers, betas, retry_without_thinking, include_usage, "
         "allow_private, ca_file, proxy)\n"
     )
     assert shell.out == ""

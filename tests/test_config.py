@@ -81,7 +81,6 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
             "timeouts": g.Timeouts(connect=10.0, first_byte=360.0, idle=300.0),
             "on_disconnect": "auto",
             "verdicts": {},
-            "probe": 0.0,
             "headers": g.HeaderRules({}, ()),
             "betas": g.BetaRules(()),
             "retry_without_thinking": False,
@@ -95,7 +94,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
     assert config.warnings == [f"line 1: upstreams[0].api_key: {NO_API_KEY}"]
     assert (config.file.teams, config.limits) == ((), g.LimitsConfig((), 8192, 10.0, g.Weights(1.0, 1.0, 1.0, 0.1)))
     assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
-    assert config.routing == g.RoutingConfig((), 4, 600.0, 120.0, 30.0, 4.0, g.BreakerConfig(3, 10.0, 600.0))
+    assert config.routing == g.RoutingConfig((), 4, 600.0, 120.0, 30.0, g.BreakerConfig(3, 10.0, 600.0))
 
 
 def test_a_key_has_a_default_for_everything_but_its_name_and_itself():
@@ -895,7 +894,7 @@ UNITS_AND_WINDOWS = (
 TIERS = DEMO + 'prices:\n  "*":\n    input: 1\n    output: 2\n    tiers:\n'
 UPSTREAM_SETTINGS = (
     "name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, on_disconnect, "
-    "verdicts, probe, headers, betas, retry_without_thinking, include_usage, allow_private, ca_file, proxy"
+    "verdicts, headers, betas, retry_without_thinking, include_usage, allow_private, ca_file, proxy"
 )
 PRICE_SETTINGS = (
     "input, output, cache_write_5m, cache_write_1h, cache_read, tiers, audio, fast, priority, flex, batch, us, "
@@ -1889,14 +1888,12 @@ def test_each_of_several_api_keys_is_looked_at(tmp_path):
 @pytest.mark.parametrize(
     ("upstream", "routing", "message"),
     [
-        ("probe: 100ms", "", "1: upstreams[0].probe: expected at least 1s, or 0s for none"),
         ("api_key: [sk-one, sk-one]", "", "1: upstreams[0].api_key: the same key stands here twice"),
         (
             "verdicts: {mid_stream: {next: true}}",
             "",
             "1: upstreams[0].verdicts.mid_stream.next: bytes are out: nobody else can be asked",
         ),
-        ("weight: 1", "slow: 0.5", "2: routing.slow: expected at least 1.5, or 0 for never"),
         (
             "weight: 1",
             "breaker: {cooldown: 20m}",

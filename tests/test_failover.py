@@ -386,7 +386,7 @@ async def test_one_users_requests_take_no_key_from_the_others(start_gateway, ups
     async with passing_time(gateway):
         for i in range(5):
             told = await gateway.post("/v1/messages", ask_of(i, stream=False) | {"model": "mallory"})
-            await until(lambda: not gateway.gateway.probes._tasks)
+            await until(lambda: not gateway.gateway.key_checks._tasks)
             replies.append(await gateway.post("/v1/messages", ask_of(i), BOB))
 
     assert [reply.texts for reply in replies] == [["Hello"]] * 5
@@ -1198,7 +1198,7 @@ async def open_breaker(gateway: GatewayUnderTest, upstream: ScriptedUpstream, fa
 async def keys_checked(gateway: GatewayUnderTest) -> None:
     """Have the list of models asked for with the API keys that were refused, and wait until that is over."""
     gateway.tick()
-    await until(lambda: not gateway.gateway.probes._tasks)
+    await until(lambda: not gateway.gateway.key_checks._tasks)
 
 
 @pytest.mark.logs("upstream a is left alone for")
@@ -1428,32 +1428,6 @@ def test_upstream_reset_says_when_nobody_listens(tmp_path, monkeypatch, capsys):
     assert first == "error: there is no upstream named 'anthropc', did you mean anthropic?"
     assert second == f"error: no gateway that runs on {tmp_path}/usage took it in; a start forgets as well"
     assert list((tmp_path / "usage").iterdir()) == []
-
-
-@pytest.mark.logs("upstream a is left alone for")
-async def test_a_probe_lets_an_upstream_in_that_answers_again(start_gateway, upstreams):
-    """
-    With `probe` nobody has to wait for the end of a cooldown: the list of models is asked for, and a 200 ends it.
-    """
-    routing, more = "max_attempts: 1, breaker: {cooldown: 5m}", {"a": ", probe: 10s"}
-    gateway = await start_gateway(config_of({"a": upstreams["a"].url}, routing, more))
-    await open_breaker(gateway, upstreams["a"], "500")
-    upstreams["a"].script = json_body({"data": []}, status=500)
-    gateway.tick()
-    await until(lambda: upstreams["a"].requests[-1].method == "GET")
-    for _ in range(9):
-        gateway.tick(1)
-    probes = [request.target for request in upstreams["a"].requests if request.method == "GET"]
-    still = (await gateway.get("/health")).json["upstreams"][0]["state"]
-    upstreams["a"].script = json_body({"data": []})
-
-    gateway.tick(1)
-    await until(
-        lambda: not gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])[0].health.cooldowns
-    )
-
-    assert (probes, still) == (["/v1/models?limit=1000"], "cooling")
-    assert (await gateway.get("/health")).json["upstreams"][0]["state"] == "ok"
 
 
 # --- repairs ------------------------------------------------------------------------------------------

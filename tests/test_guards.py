@@ -27,7 +27,7 @@ def tracebacks(caplog) -> int:
         ("Ledger.tick", "ledger", "_clock"),
         ("Limits.check", "limits", "_queues"),
         ("Relay.sweep", "relay", "_pools"),
-        ("Probes.check", "probes", "_relay"),
+        ("KeyChecks.check", "key_checks", "_relay"),
         ("RefusalLog.check", "refusals", "_ends_at"),
     ],
 )

@@ -201,8 +201,8 @@ def states(reply: Reply) -> dict[tuple[str, str], str]:
     """The one state of each upstream and key; the others are there too, as 0."""
     found = numbers(reply, "upstream_state", "upstream", "key", "state")
     present = [place for place, is_so in found.items() if is_so]
-    assert set(found.values()) <= {0, 1} and len(found) == 4 * len(present)
-    assert {state for _, _, state in found} == {"ok", "slow", "cooling", "half_open"}
+    assert set(found.values()) <= {0, 1} and len(found) == 3 * len(present)
+    assert {state for _, _, state in found} == {"ok", "cooling", "half_open"}
     return {(upstream, key): state for upstream, key, state in present}
 
 
