@@ -700,7 +700,6 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
 
 
 # Link-local networks, and where clouds tell their machines' credentials (AWS, Google, Azure, Alibaba, Oracle).
-NAT64 = {0, int(ipaddress.IPv6Address("64:ff9b::")) >> 32}
 FORBIDDEN = tuple(
     ipaddress.ip_network(text)
     for text in (
@@ -711,12 +710,8 @@ FORBIDDEN = tuple(
 
 
 def is_forbidden(text: str) -> bool:
-    """Whether an address is link-local or a cloud's metadata service, also where IPv6 carries it; names are not."""
+    """Whether an address is link-local or a cloud's metadata service; names are not."""
     address = parse_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)  # NAT64 and the deprecated ::a.b.c.d end in it
-        carried = [address.sixtofour, *(address.teredo or ()), low if int(address) >> 32 in NAT64 else None]
-        return any(inner in net for inner in (address, *carried) if inner for net in FORBIDDEN)
     return address is not None and any(address in net for net in FORBIDDEN)
 
 
@@ -5812,9 +5807,7 @@ SAMPLED_BYTES = 256  # at least: single bytes from all over a body
 SAMPLES, SAMPLE_SIZE = 32, 256  # beside attachments
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
-PIXELS_A_TOKEN = 750  # (platform.claude.com/docs, "Vision")
-IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels
-OPENAI_IMAGE = 2.5, 300  # times as many, and more: its tiles of 512 pixels (170 tokens) and patches of 32 (up to 2.46)
+IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels, 750 a token (platform.claude.com/docs, "Vision")
 # … and of the one family whose tiles cost 5,667 tokens: an image has up to eight (platform.openai.com/docs, "Images").
 TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
 PDF_TOKENS = 1_000_000  # of a PDF whose pages cannot be counted: the largest context
@@ -5865,45 +5858,18 @@ class Attached(msgspec.Struct, gc=False):
     file_data: Raw = msgspec.UNSET
 
 
-# By a block's type: the field with the attachment, that field's own with the base64, and the most that it costs.
+# By a block's type: the field with the attachment, that field's own with the base64, and whether it is an image.
 ATTACHMENTS = {
-    "image": ("source", "data", IMAGE_TOKENS),
-    "document": ("source", "data", PDF_TOKENS),
-    "image_url": ("image_url", "url", IMAGE_TOKENS),
-    "input_image": ("image_url", "", IMAGE_TOKENS),
-    "computer_screenshot": ("image_url", "", IMAGE_TOKENS),
-    "file": ("file", "file_data", PDF_TOKENS),
-    "input_file": ("file_data", "", PDF_TOKENS),  # a data: URL, as its API has it
+    "image": ("source", "data", True),
+    "document": ("source", "data", False),
+    "image_url": ("image_url", "url", True),
+    "input_image": ("image_url", "", True),
+    "computer_screenshot": ("image_url", "", True),
+    "file": ("file", "file_data", False),
+    "input_file": ("file_data", "", False),  # a data: URL, as its API has it
 }
 NO_PARTS = ("text", "thinking", "redacted_thinking", "tool_use")  # types of blocks that have no others within
 MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
-
-
-def jpeg_size(start: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG, segment by segment (ISO 10918-1, B.2.2): a thumbnail within one is not looked at."""
-    at = 2
-    while start[at : at + 1] == b"\xff" and at + 9 <= len(start):
-        marker, length, height, width = struct.unpack(">xBHxHH", start[at : at + 9])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return width, height
-        at += 2 + length
-    return None
-
-
-def image_size(start: bytes) -> tuple[int, int] | None:
-    """Width and height in pixels of a PNG, WebP or JPEG, of which `start` is the beginning; None if unknown.
-
-    So it is of a GIF: its frames may be larger than the screen that it names at its beginning.
-    """
-    if start[:8] == b"\x89PNG\r\n\x1a\n" and len(start) >= 24:
-        return struct.unpack(">II", start[16:24])
-    if start[:4] == b"RIFF" and start[12:16] == b"VP8X" and len(start) >= 30:
-        width, height = (int.from_bytes(start[i : i + 3], "little") + 1 for i in (24, 27))
-        return width, height
-    if start[:4] == b"RIFF" and start[12:16] == b"VP8 " and len(start) >= 30:
-        width, height = struct.unpack("<HH", start[26:30])
-        return width & 0x3FFF, height & 0x3FFF
-    return jpeg_size(start) if start[:2] == b"\xff\xd8" else None
 
 
 class PdfReader:
@@ -6022,17 +5988,6 @@ class PdfReader:
         return kids
 
 
-def estimate_image(width: int, height: int, family: str) -> int:
-    """The tokens that an image can have at most; `family` as in `estimate_input`."""
-    tokens = min(IMAGE_TOKENS, width * height // PIXELS_A_TOKEN + 1)
-    if family == "tiled":
-        return TILED_IMAGE_TOKENS
-    if family == "openai":
-        factor, more = OPENAI_IMAGE
-        return min(IMAGE_TOKENS, math.ceil(tokens * factor) + more)
-    return tokens
-
-
 def plain_base64(text: bytes) -> bytes:
     """Base64 without its data: URL, the escapes of its JSON string, and white space, which servers look past."""
     if b"\\" in text:
@@ -6045,7 +6000,7 @@ def plain_base64(text: bytes) -> bytes:
     return text.translate(None, b" \t\r\n") if b" " in text or b"\n" in text else text
 
 
-def estimate_attachment(text: bytes, family: str, pdfs: PdfReader) -> int | None:
+def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
     """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
     has_blanks = b" " in text  # as words have, and no image
     text = plain_base64(text)
@@ -6063,10 +6018,7 @@ def estimate_attachment(text: bytes, family: str, pdfs: PdfReader) -> int | None
         return None
     if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
         return None
-    width, height = image_size(start) or (IMAGE_TOKENS, PIXELS_A_TOKEN)
-    if len(text) // 4 * 3 > width * height * 8 + (64 << 10):  # more bytes than pixels can have: its size is a lie
-        return estimate_image(IMAGE_TOKENS, PIXELS_A_TOKEN, family)
-    return estimate_image(width, height, family)
+    return most_image
 
 
 ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
@@ -6087,8 +6039,8 @@ def attached_base64(value: Raw, inner: str) -> bytes:
     return b"" if is_url or not text.startswith(b'"') else text
 
 
-def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, int]]:
-    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and the most that it costs.
+def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
+    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and whether it is an image.
 
     Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
     """
@@ -6101,8 +6053,8 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
             continue  # a text, a number
         kind = decode_short(part.type, str, "")
         if kind in ATTACHMENTS:
-            field, inner, most = ATTACHMENTS[kind]
-            yield attached_base64(getattr(part, field), inner), most
+            field, inner, is_image = ATTACHMENTS[kind]
+            yield attached_base64(getattr(part, field), inner), is_image
         elif kind in NO_PARTS:
             continue
         for within in (part.content, part.output, part.source):
@@ -6144,15 +6096,14 @@ def estimate_input(body: bytes, conversation: Raw, route: Route, model: str) -> 
         has_any = has_any or mark in body
     if has_any or (b"\\u00" in body and ESCAPED_LETTER.search(body)):
         parts = b"" if conversation is msgspec.UNSET else bytes(conversation)
-        family = "" if route.api == "anthropic" else "tiled" if matches(TILED_IMAGES, model) else "openai"
+        is_tiled = route.api == "openai" and matches(TILED_IMAGES, model)
+        most_image = TILED_IMAGE_TOKENS if is_tiled else IMAGE_TOKENS
         found, pdfs = attachments(memoryview(parts), iter(range(MAX_PARTS))), PdfReader()
-        for text, most in itertools.islice(found, MAX_ATTACHMENTS):
-            if family == "tiled" and most == IMAGE_TOKENS:
-                most = TILED_IMAGE_TOKENS
+        for text, is_image in itertools.islice(found, MAX_ATTACHMENTS):
             if not text:
-                tokens += most
-            elif (cost := estimate_attachment(text[1:-1], family, pdfs)) is not None:
-                tokens += min(cost, most)
+                tokens += most_image if is_image else PDF_TOKENS
+            elif (cost := estimate_attachment(text[1:-1], most_image, pdfs)) is not None:
+                tokens += min(cost, most_image) if is_image else cost
                 text_bytes -= len(text)
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
