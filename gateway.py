@@ -1506,7 +1506,9 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
 
     def serves(self, route: Route) -> bool:
         """Whether this upstream speaks the format of a route."""
-        return self.format in (route.api, "demo")
+        if self.format == "demo":
+            return route.kind in ("messages", "count_tokens")
+        return self.format == route.api
 
     def rename(self, model: str) -> str | None:
         """The upstream's name for `model`; None where it is not served. No model at all must be named: `"": "*"`."""
@@ -9003,247 +9005,106 @@ DEMO_MODEL = "claude-demo"
 JSON_TYPE: Headers = [(b"content-type", b"application/json")]
 SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
-
 # The demo answers on the event loop, so what it looks at is bounded: 2 MB take 25 ms at most.
 MAX_DEMO_BODY = 2 << 20  # bytes
-MAX_DEMO_TEXT = 20_000  # characters of the last user's text that are read
-MAX_DEMO_TOOLS = 256  # tools that can be asked for, and required fields of one that get a value
-ASKS_FOR_TOOL = re.compile(r"\b(?:use|call|run)\b(?=(.{0,40}[\w-]{0,128}))", re.IGNORECASE)  # a name begins within 40
+MAX_DEMO_QUOTE = 80  # characters of the user's text that are said again
 
 
-class DemoField(msgspec.Struct):
-    """What the demo reads of a field's schema."""
+class DemoMessage(msgspec.Struct):
+    """One message of a conversation; `content` is a text or a list of blocks."""
 
-    type: msgspec.Raw = msgspec.Raw(b"")
-
-
-class DemoSchema(msgspec.Struct):
-    """What the demo reads of a tool's schema."""
-
-    properties: dict[str, DemoField | bool] = {}
-    required: list[str] = []
+    role: str
+    content: msgspec.Raw
 
 
-class DemoTool(msgspec.Struct):
-    """A tool of either API: OpenAI's stands inside `function`."""
+class DemoRequest(msgspec.Struct):
+    """What the demo reads of a request. Four bytes of the fields that are input count as a token."""
 
-    name: str = ""
-    input_schema: DemoSchema | None = None
-    parameters: DemoSchema | None = None
-    function: DemoTool | None = None
+    model: str
+    messages: msgspec.Raw
+    system: msgspec.Raw = msgspec.Raw()
+    tools: msgspec.Raw = msgspec.Raw()
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    stream: bool | None = None
 
 
 class DemoBlock(msgspec.Struct):
     """What the demo reads of a block of a message."""
 
-    type: msgspec.Raw = msgspec.Raw(b"")
-    text: msgspec.Raw = msgspec.Raw(b"")
-
-
-class DemoMessage(msgspec.Struct):
-    """One message of a conversation."""
-
-    role: str
-    content: str | list[DemoBlock] | None = None
-
-
-class DemoOptions(msgspec.Struct):
-    """What the demo reads of `stream_options`."""
-
-    include_usage: bool | None = None
-
-
-class DemoRequest(msgspec.Struct):
-    """What the demo reads of a request of either API."""
-
-    model: str
-    messages: list[DemoMessage]
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    stream: bool | None = None
-    tools: list[DemoTool] | None = None
-    stream_options: DemoOptions | None = None
-
-
-class DemoInput(msgspec.Struct):
-    """The parts of a request that are input, as bytes."""
-
-    messages: msgspec.Raw
-    system: msgspec.Raw = msgspec.Raw(b"")
-    tools: msgspec.Raw = msgspec.Raw(b"")
-
-
-class DemoReply(NamedTuple):
-    """What the demo says, before it is put into a format."""
-
-    model: str
-    words: list[str]
-    tool: str  # the name of the tool to use, or ""
-    tool_input: dict[str, Any]
-    cut: bool  # max_tokens was reached
-    input_tokens: int
-    cache_read_tokens: int
-    output_tokens: int
-
-
-def sse(event: str, data: object) -> bytes:
-    """One server-sent event; without a name where `event` is ""."""
-    name = f"event: {event}\n".encode() if event else b""
-    return name + b"data: " + msgspec.json.encode(data) + b"\n\n"
+    type: str
+    text: str = ""
 
 
 def last_user_text(request: DemoRequest) -> str:
-    """The beginning of the last text of the last user's message; "" if that message brings a tool's result."""
+    """The last text of the last message of the user, "" where there is none. Raises msgspec.ValidationError."""
     # Claude Code appends a message of the role "system".
-    last = next((message for message in reversed(request.messages) if message.role in ("user", "tool")), None)
-    if last is None or last.role == "tool":
-        return ""
-    if isinstance(last.content, str):
-        return last.content[:MAX_DEMO_TEXT]
-    blocks = last.content or []
-    if any(bytes(block.type) == b'"tool_result"' for block in blocks):
-        return ""
-    text = next((block.text for block in reversed(blocks) if bytes(block.type) == b'"text"'), msgspec.Raw())
-    return str(msgspec.json.decode(bytes(text) or b'""'))[:MAX_DEMO_TEXT]
+    for message in reversed(msgspec.json.decode(request.messages, type=list[DemoMessage])):
+        if message.role == "user":
+            content = msgspec.json.decode(message.content, type=str | list[DemoBlock])
+            if isinstance(content, str):
+                return content
+            return next((block.text for block in reversed(content) if block.type == "text"), "")
+    return ""
 
 
-def wanted_tool(request: DemoRequest, text: str) -> tuple[str, dict[str, Any]]:
-    """The tool that the text asks for ("use the Bash tool") and a value for each of its required fields.
-
-    The words that follow each use, call or run are collected once, so that a tool costs one look-up: with a search of
-    the text for each tool 200 KB took 20 s.
-    """
-    samples: dict[bytes, Any] = {b'"string"': "echo hello from the demo", b'"integer"': 1, b'"number"': 1.5}
-    samples |= {b'"boolean"': True, b'"array"': [], b'"object"': {}}
-    words: set[str] = set()
-    for asked in itertools.islice(ASKS_FOR_TOOL.finditer(text.lower()), 100):
-        words.update(re.findall(r"[\w-]+", asked[1]), re.findall(r"\w+", asked[1]))
-    for outer in (request.tools or [])[:MAX_DEMO_TOOLS]:
-        tool = outer.function or outer
-        if tool.name.lower() in words:
-            schema = tool.input_schema or tool.parameters or DemoSchema()
-            fields = {name: schema.properties.get(name) for name in schema.required[:MAX_DEMO_TOOLS]}
-            kinds = {name: bytes(field.type) if isinstance(field, DemoField) else b"" for name, field in fields.items()}
-            return tool.name, {name: samples.get(kind, "") for name, kind in kinds.items()}
-    return "", {}
+def sse(event: str, **fields: object) -> bytes:
+    """One server-sent event."""
+    return f"event: {event}\ndata: ".encode() + msgspec.json.encode({"type": event, **fields}) + b"\n\n"
 
 
-def demo_reply(body: bytes, request: DemoRequest) -> DemoReply:
-    """Decide what to say. Numbers follow from the request: bytes ÷ 4 in, a token a word out."""
-    text = last_user_text(request)
-    tool, tool_input = wanted_tool(request, text)
-    quote = " ".join(text.split())[:80]
-    said = f"You said: “{quote}”." if quote else "I have read the tool's result."
+def demo_message(request: DemoRequest) -> tuple[dict[str, Any], list[bytes]]:
+    """An answer, whole and as events. A word of it is a token."""
+    quote = " ".join(last_user_text(request)[:20_000].split())[:MAX_DEMO_QUOTE]
+    said = f"You said: “{quote}”." if quote else "I have read that."
     sentence = f"Hello from the demo upstream. {said} Put a real upstream into config.yaml to talk to a model."
-    words = re.findall(r"\S+\s*", f"I will use {tool}." if tool else sentence)
-    limit = min(request.max_tokens or request.max_completion_tokens or len(words), len(words))
-    parts = msgspec.json.decode(body, type=DemoInput)
-    prefix = len(parts.system) + len(parts.tools)
-    whole, cached = max(1, (prefix + len(parts.messages)) // 4), prefix // 4 if b'"cache_control"' in body else 0
-    return DemoReply(request.model, words[:limit], tool, tool_input, limit < len(words), whole - cached, cached, limit)
-
-
-def demo_messages(reply: DemoReply) -> tuple[dict[str, Any], list[bytes]]:
-    """A reply in the Messages format: whole, and as events."""
+    words = re.findall(r"\S+\s*", sentence)
+    is_cut = request.max_tokens is not None and request.max_tokens < len(words)
+    words = words[: request.max_tokens]
+    message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": request.model}
     usage = {
-        "input_tokens": reply.input_tokens,
+        "input_tokens": max(1, (len(request.messages) + len(request.system) + len(request.tools)) // 4),
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": reply.cache_read_tokens,
+        "cache_read_input_tokens": 0,
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-        "output_tokens": reply.output_tokens,
+        "output_tokens": len(words),
     }
-    stop = {
-        "stop_reason": "max_tokens" if reply.cut else "tool_use" if reply.tool else "end_turn",
-        "stop_sequence": None,
-    }
-    message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": reply.model}
-    text = {"type": "text", "text": "".join(reply.words)}
-    tool = {"type": "tool_use", "id": "toolu_demo", "name": reply.tool, "input": reply.tool_input}
-    whole = {**message, "content": [text, tool] if reply.tool else [text], **stop, "usage": usage}
-
-    start = {
-        **message,
+    stop = {"stop_reason": "max_tokens" if is_cut else "end_turn", "stop_sequence": None}
+    whole = {**message, "content": [{"type": "text", "text": "".join(words)}], **stop, "usage": usage}
+    begun: dict[str, Any] = {
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
         "usage": {**usage, "output_tokens": 1},
     }
-    events = [
-        sse("message_start", {"type": "message_start", "message": start}),
-        sse("content_block_start", {"type": "content_block_start", "index": 0, "content_block": {**text, "text": ""}}),
-        sse("ping", {"type": "ping"}),
+    deltas = [{"type": "text_delta", "text": word} for word in words]
+    return whole, [
+        sse("message_start", message={**message, **begun}),
+        sse("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        sse("ping"),
+        *(sse("content_block_delta", index=0, delta=delta) for delta in deltas),
+        sse("content_block_stop", index=0),
+        sse("message_delta", delta=stop, usage=usage),
+        sse("message_stop"),
     ]
-    for word in reply.words:
-        delta = {"type": "text_delta", "text": word}
-        events.append(sse("content_block_delta", {"type": "content_block_delta", "index": 0, "delta": delta}))
-    events.append(sse("content_block_stop", {"type": "content_block_stop", "index": 0}))
-    if reply.tool:
-        delta = {"type": "input_json_delta", "partial_json": json.dumps(reply.tool_input)}
-        events += [
-            sse(
-                "content_block_start",
-                {"type": "content_block_start", "index": 1, "content_block": {**tool, "input": {}}},
-            ),
-            sse("content_block_delta", {"type": "content_block_delta", "index": 1, "delta": delta}),
-            sse("content_block_stop", {"type": "content_block_stop", "index": 1}),
-        ]
-    events.append(sse("message_delta", {"type": "message_delta", "delta": stop, "usage": usage}))
-    return whole, [*events, sse("message_stop", {"type": "message_stop"})]
 
 
-def demo_chat(reply: DemoReply, include_usage: bool) -> tuple[dict[str, Any], list[bytes]]:
-    """A reply in the chat completions format: whole, and as chunks."""
-    whole_input = reply.input_tokens + reply.cache_read_tokens
-    usage = {
-        "prompt_tokens": whole_input,
-        "completion_tokens": reply.output_tokens,
-        "total_tokens": whole_input + reply.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": reply.cache_read_tokens},
-    }
-    finish = "length" if reply.cut else "tool_calls" if reply.tool else "stop"
-    function = {"name": reply.tool, "arguments": json.dumps(reply.tool_input)}
-    calls = [{"index": 0, "id": "call_demo", "type": "function", "function": function}]
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(reply.words)}
-    if reply.tool:
-        message["tool_calls"] = calls
-    top = {"id": "chatcmpl-demo", "created": 0, "model": reply.model}
-    choice = {"index": 0, "message": message, "finish_reason": finish}
-    whole = {**top, "object": "chat.completion", "choices": [choice], "usage": usage}
-
-    def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choices = [{"index": 0, "delta": delta, "finish_reason": finish}]
-        return sse("", {**top, "object": "chat.completion.chunk", "choices": choices})
-
-    chunks = [chunk({"role": "assistant", "content": ""}), *(chunk({"content": word}) for word in reply.words)]
-    if reply.tool:
-        chunks.append(chunk({"tool_calls": calls}))
-    chunks.append(chunk({}, finish))
-    if include_usage:
-        chunks.append(sse("", {**top, "object": "chat.completion.chunk", "choices": [], "usage": usage}))
-    return whole, [*chunks, b"data: [DONE]\n\n"]
+def demo_error(status: int, kind: str, message: str) -> tuple[int, dict[str, Any], list[bytes]]:
+    """An answer that is an error."""
+    return status, {"type": "error", "error": {"type": kind, "message": message}}, []
 
 
 def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
     """What the demo answers: status, a JSON body, and the events where a stream was asked for."""
     if len(body) > MAX_DEMO_BODY:
-        problem = {"type": "request_too_large", "message": f"the demo upstream reads at most {MAX_DEMO_BODY} bytes"}
-        return 413, {"type": "error", "error": problem}, []
+        return demo_error(413, "request_too_large", f"the demo upstream reads at most {MAX_DEMO_BODY} bytes")
     try:
-        asked = msgspec.json.decode(body, type=DemoRequest)
-        reply = demo_reply(body, asked)
+        request = msgspec.json.decode(body, type=DemoRequest)
+        whole, events = demo_message(request)
     except UNREADABLE as error:
-        problem = {"type": "invalid_request_error", "message": str(error)}
-        return 400, {"type": "error", "error": problem}, []
-    if path == "/v1/messages":
-        whole, events = demo_messages(reply)
-    elif path == "/v1/chat/completions":
-        whole, events = demo_chat(reply, bool((asked.stream_options or DemoOptions()).include_usage))
-    elif path == "/v1/messages/count_tokens":
-        return 200, {"input_tokens": reply.input_tokens + reply.cache_read_tokens}, []
-    else:
-        problem = {"type": "not_found_error", "message": f"the demo upstream has no {path}"}
-        return 404, {"type": "error", "error": problem}, []
-    return 200, whole, events if asked.stream else []
+        return demo_error(400, "invalid_request_error", str(error))
+    if path == "/v1/messages/count_tokens":
+        return 200, {"input_tokens": whole["usage"]["input_tokens"]}, []
+    return 200, whole, events if request.stream else []
 
 
 class DemoLine:

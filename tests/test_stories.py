@@ -410,31 +410,24 @@ async def test_the_official_openai_sdk_works(start_gateway, upstream, stream):
     await client.close()
 
 
-async def test_the_demo_answers_both_sdks(start_gateway):
+async def test_the_demo_answers_the_sdk(start_gateway):
     """
-    The whole way works before anyone has an API key, tools and token counts included.
+    The whole way works before anyone has an API key, token counts included.
     """
     gateway = await start_gateway(f"upstreams: [{{name: demo, format: demo}}]\nkeys: [{{name: me, key: {KEY}}}]\n")
-    base = f"http://127.0.0.1:{gateway.port}"
-    ours = anthropic.AsyncAnthropic(base_url=base, api_key=KEY, max_retries=0)
-    theirs = openai.AsyncOpenAI(base_url=f"{base}/v1", api_key=KEY, max_retries=0)
-    schema = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}
-    ask = [{"role": "user", "content": "please use the Bash tool"}]
+    client = anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{gateway.port}", api_key=KEY, max_retries=0)
+    ask = [{"role": "user", "content": "hello"}]
 
-    tools = [{"name": "Bash", "input_schema": schema}]
-    async with ours.messages.stream(model="claude-demo", max_tokens=100, messages=ask, tools=tools) as events:
+    async with client.messages.stream(model="claude-demo", max_tokens=100, messages=ask) as events:
         message = await events.get_final_message()
-    counted = await ours.messages.count_tokens(model="claude-demo", messages=ask, tools=tools)
-    tools = [{"type": "function", "function": {"name": "Bash", "parameters": schema}}]
-    chat = await theirs.chat.completions.create(model="claude-demo", messages=ask, tools=tools)
+    counted = await client.messages.count_tokens(model="claude-demo", messages=ask)
+    chat = await gateway.post("/v1/chat/completions", {"model": "gpt-test", "messages": ask})
 
-    assert [block.type for block in message.content] == ["text", "tool_use"]
-    assert (message.content[1].name, message.content[1].input) == ("Bash", {"command": "echo hello from the demo"})
-    assert counted.input_tokens > 0
-    assert json.loads(chat.choices[0].message.tool_calls[0].function.arguments) == message.content[1].input
-    assert [entry["outcome"] for entry in gateway.entries()] == ["completed"] * 3
-    await ours.close()
-    await theirs.close()
+    assert message.content[0].text.startswith("Hello from the demo upstream. You said: “hello”.")
+    assert counted.input_tokens == message.usage.input_tokens
+    assert (chat.status, chat.error["message"]) == (404, "No upstream of this gateway answers /v1/chat/completions.")
+    assert [entry["outcome"] for entry in gateway.entries()] == ["completed"] * 2
+    await client.close()
 
 
 @pytest.mark.logs("cannot write to", "can be written again")
