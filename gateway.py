@@ -110,9 +110,7 @@ from typing import (
 try:
     import httptools
     import msgspec
-    import tornado.http1connection
-    import tornado.httpserver
-    import tornado.iostream
+    import tornado.httputil
     import tornado.web
     import yaml
     from watchdog.events import (
@@ -190,11 +188,12 @@ class Pace(NamedTuple):
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
     body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
+    ask_s: float = 10.0  # between two questions to a client that sends no more, whether it is there
     slow_body_s: float = 5.0  # a body that is not whole by then holds no slot until it is
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
     leave_s: float = 10.0  # … at most so long
-    handed_s: float = 120.0  # for a request that Tornado answers, from its head to the last byte that is read
+    page_s: float = 120.0  # for a page of ours: to be made, and to be read by its client
     strangers: int = 256  # connections of one address (IPv6: /64) that have shown no good key
     models_s: float = 300.0  # how long a fetched list of models is good
     models_fetch_s: float = 2.5  # Claude Code waits 3 s for the list
@@ -693,7 +692,7 @@ def matches(pattern: str, model: str) -> bool:
 def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """An IP address, IPv4 in IPv6 unwrapped; None where it is none."""
     try:
-        address = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(text.partition("%")[0] if ":" in text else text)  # IPv6 may have a zone
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -723,6 +722,8 @@ HOP = re.compile(
 def read_hop(text: str) -> str:
     """The address in a part of X-Forwarded-For, `ip`, `ip:port`, `[ip]` or `[ip]:port`; "" where it is none."""
     text = text.strip()
+    if len(text) > 64:  # none is as long
+        return ""
     if found := HOP.fullmatch(text):
         text = found[1] or found[2]
     return text if parse_address(text) else ""
@@ -5453,7 +5454,7 @@ def normalize_target(target: bytes) -> tuple[str, bytes]:
     return "/" + "/".join(parts), query
 
 
-HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(:\d{0,5})?", re.ASCII)
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]++|%[0-9A-Fa-f]{2})*+)(:\d{0,5})?", re.ASCII)
 
 
 @functools.lru_cache(maxsize=4)
@@ -11155,7 +11156,7 @@ class State(enum.Enum):
     HEAD = enum.auto()
     BODY = enum.auto()
     ANSWERING = enum.auto()
-    FOREIGN = enum.auto()  # a whole request that Tornado answers
+    PAGE = enum.auto()  # a request that is no call: answered when all that came with it has been read
     LEAVING = enum.auto()  # answered for good; what still comes is read and thrown away
     GONE = enum.auto()
 
@@ -11213,12 +11214,79 @@ class Hangups:
             self._poll = None
 
 
+class Bridge(tornado.httputil.HTTPConnection):
+    """What a handler in Tornado takes for its connection: its answer goes out through the client's own.
+
+    Of Tornado's server nothing is used. Its parser would be a second opinion on what a client has sent, and its
+    connection a second place to frame, time and end answers.
+    """
+
+    protocol = "http"
+
+    def __init__(self, client: ClientConnection, origin: tuple[Headers, Mapping[bytes, bytes], str]) -> None:
+        self._client = client
+        self.origin = origin  # the headers, their first values, and the peer's address: what tells who asks
+        self.context = self  # where Tornado looks for the next two
+        self.remote_ip = origin[2]
+        self._left: Callable[[], None] | None = None
+        self._status, self._headers, self._body = 0, tornado.httputil.HTTPHeaders(), b""
+
+    def ask(self, application: tornado.web.Application, method: bytes, path: str, query: bytes) -> None:
+        """Have a request handled. Raises HTTPInputError where Tornado cannot read it."""
+        headers = tornado.httputil.HTTPHeaders()
+        for name, value in self.origin[0]:
+            if not name.lower().startswith(b"content-"):  # the body has been thrown away
+                headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        headers.setdefault("Host", "")  # HTTP/1.0
+        target = urllib.parse.quote(path) + ("?" + query.decode("latin-1")) * bool(query)
+        line = tornado.httputil.RequestStartLine(method.decode(), target, "HTTP/1.1")
+        application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
+
+    def recognize(self, key: Key) -> None:
+        """The request has shown a good key."""
+        self._client.recognize(key)
+
+    def leave(self) -> None:
+        """The client has gone before it had its answer."""
+        if self._left:
+            self._left()
+
+    # What Tornado asks of a connection
+
+    def set_close_callback(self, callback: Callable[[], None] | None) -> None:
+        """Call back if the client leaves."""
+        self._left = callback
+
+    def write_headers(
+        self,
+        start_line: tornado.httputil.RequestStartLine | tornado.httputil.ResponseStartLine,
+        headers: tornado.httputil.HTTPHeaders,
+        chunk: bytes | None = None,
+    ) -> asyncio.Future[None]:
+        """Keep the head until `finish`."""
+        self._status, self._headers = cast(tornado.httputil.ResponseStartLine, start_line).code, headers
+        return self.write(chunk or b"")
+
+    def write(self, chunk: bytes) -> asyncio.Future[None]:
+        """Keep a part of the body until `finish`: the largest is a page of logs."""
+        self._body += chunk
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        return done
+
+    def finish(self) -> None:
+        """The answer is whole."""
+        length = int(self._headers.get("Content-Length", len(self._body)))
+        fields = [pair for pair in self._headers.get_all() if pair[0] not in ("Content-Length", "Date")]
+        self._client.finish_page(self._status, fields, self._body, length)
+
+
 class ClientConnection(asyncio.Protocol):
     """One client's connection: reads requests, and is the sink of their answers.
 
-    Requests of the table of routes are served here, on asyncio's own transport and httptools: Tornado's server
-    costs 100 µs a request and 20 KB a connection before the gateway has done anything. Every other request is
-    handed, socket and all, to Tornado (`Door.hand_over`).
+    It stands on asyncio's own transport and httptools: Tornado's server costs 100 µs a request and 20 KB a connection
+    before the gateway has done anything. Requests that are no calls have handlers in Tornado, which get them through
+    a `Bridge`. So one parser reads what clients send, and one place frames what they get.
     """
 
     MAX_HEAD = 64 << 10  # bytes of a head; and in a row that are no body: chunk extensions, trailers
@@ -11233,7 +11301,10 @@ class ClientConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._state = State.IDLE
         self._may_begin = False  # whether a request that begins in this read is the first one in it
-        self._is_foreign = False  # whether Tornado answers the request
+        self._is_whole = True  # whether the request has come to its end
+        self._method = b""
+        self._bridge: Bridge | None = None  # to the handler in Tornado that answers the request
+        self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
         self._bodiless = 0  # bytes since the last piece of a body
         self._wire_size = 0  # bytes since the head, its own read left out
         self._tail = b""  # the end of a part of a head, in which the head's end may begin
@@ -11284,51 +11355,61 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as stop:
             if self._state is State.HEAD:
                 return self._ignore_upgrade(data[stop.args[0] :])
-            self._keep_alive = False  # Tornado's matter; the parser reads no further here
+            self._pipelined, self._keep_alive = True, False  # CONNECT: the parser reads no further here
         except httptools.HttpParserError as error:
             self._unreadable(error)
         except HeadTooLarge as error:
             self._reject(error)
-        if self._state is State.FOREIGN and self.transport.get_write_buffer_size():
-            self._close()  # an answer of ours is still on its way out
-        elif self._state is State.FOREIGN:
-            self._door.hand_over(self, self._foreign_head())
+        if self._state is State.PAGE:
+            self._answer_page()
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
         elif self._state is State.BODY and self._wire_size > self._body_size + self._body_size // 8 + self.MAX_HEAD:
             # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
             self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
-        elif self._pipelined and self._state is State.IDLE:
-            self._close()
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
 
         The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
         """
-        head = self._head_without(b"upgrade", b"http2-settings")
+        lines = [b"%b %b HTTP/%b" % (self._method, self._target, self._version.encode())]
+        lines += [
+            b"%b:%b" % field for field in self._headers if field[0].lower() not in (b"upgrade", b"http2-settings")
+        ]
         self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
-        self.data_received(head + rest)
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
-    def _foreign_head(self) -> bytes:
-        """The head of a request as Tornado is to read it. Its body has been thrown away: no handler there reads one.
+    def _answer_page(self) -> None:
+        """Answer a request that is no call. Its body has been thrown away: no handler reads one."""
+        if self.transport.get_write_buffer_size():
+            return self._close()  # the client does not read its last answer
+        self._state = State.ANSWERING
+        path, query = normalize_target(self._target)
+        if (self._method, path) in LOCAL_ROUTES:
+            return self._respond(200, [("content-type", "application/json")], b"{}")
+        self._bridge = Bridge(self, (self._headers, self._named, self.peer))
+        try:
+            self._bridge.ask(self._door.application, self._method, path, query)
+        except tornado.httputil.HTTPInputError:
+            self._reject(BadRequest("The query or a header cannot be read: expected at most 1,000 fields, in UTF-8."))
+        return None
 
-        Tornado would keep it in memory until it is whole, 1 MB for each client without a key, and needs ten times as
-        long as httptools for a chunk.
-        """
-        return self._head_without(b"content-length", b"transfer-encoding", b"expect")
+    def finish_page(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
+        """The answer of a handler; a HEAD has a length without a body."""
+        if self._state is State.ANSWERING:
+            self._respond(status, headers, body, length)
 
-    def _head_without(self, *dropped: bytes) -> bytes:
-        """The head of the present request without some headers."""
-        lines = [b"%b %b HTTP/%b" % (self._parser.get_method(), self._target, self._version.encode())]
-        lines += [b"%b: %b" % header for header in self._headers if header[0].lower() not in dropped]
-        return b"\r\n".join(lines) + b"\r\n\r\n"
+    def recognize(self, key: Key) -> None:
+        """The request that is answered has shown a good key."""
+        if not self.key_name:
+            self._keep_alive = self._door.recognize(self, key) and self._keep_alive
 
     def _head_size(self, data: bytes) -> int:
         """The bytes of a head, as far as it has come; `data` is the last read, with perhaps much of the body in it."""
-        end = (self._tail + data).find(b"\r\n\r\n")
-        behind = 0 if end < 0 else len(self._tail) + len(data) - end - len(b"\r\n\r\n")
-        return self._bodiless - behind
+        text = self._tail + data if self._state is State.HEAD else data.lstrip(b"\r\n")  # empty lines before it
+        end = text.find(b"\r\n\r\n")
+        return self._bodiless if end < 0 else self._bodiless - (len(text) - end - len(b"\r\n\r\n"))
 
     def _check_head(self) -> None:
         """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
@@ -11362,20 +11443,27 @@ class ClientConnection(asyncio.Protocol):
         """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
         if self._state is not State.ANSWERING or self._version != "1.1":
             return False
-        is_watched = self._door.hangups.watch(self.transport)
-        if is_watched:
-            self._keep_alive = False
-            if self.exchange and self.exchange.status and not self._pending:
-                self.exchange.ping(self._door.now())  # between two events, else what comes next is the question
-            else:
-                self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
-        return is_watched
+        if not self._door.hangups.watch(self.transport):
+            return False
+        self._keep_alive = False
+        self._ask()
+        return True
+
+    def _ask(self) -> None:
+        """Ask a client that sends no more whether it is there: if not, its host resets the connection."""
+        now = self._asked_at = self._door.now()
+        if self.exchange and self.exchange.status and not self._pending:
+            self.exchange.ping(now)  # between two events, else what comes next is the question
+        else:
+            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
         self._door.leave(self)
         self._door.hangups.forget(self.transport)
         self._forget_call()
+        if self._bridge:
+            self._bridge.leave()
         if self.exchange:
             self.exchange.client_gone()
 
@@ -11394,7 +11482,7 @@ class ClientConnection(asyncio.Protocol):
     def on_message_begin(self) -> None:
         # No client sends ahead: a request behind another one in the same read is not answered.
         if self._state is State.IDLE and self._may_begin and not self._pipelined:
-            self._state, self._may_begin = State.HEAD, False
+            self._state, self._may_begin, self._is_whole = State.HEAD, False, False
             self._entered_at = self._active_at
             self._target, self._headers, self._body, self._body_size = b"", [], b"", 0
             self._named = {}
@@ -11412,34 +11500,29 @@ class ClientConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         if self._state is not State.HEAD:
             return None
-        method = self._parser.get_method()
+        self._method = method = self._parser.get_method()
         self._version, self._named = self._parser.get_http_version(), first_values(self._headers)
-        if self._parser.should_upgrade() and method != b"CONNECT":
-            is_websocket = method == b"GET" and self._named.get(b"upgrade", b"").lower() == b"websocket"
-            if not is_websocket:
-                return None  # `_ignore_upgrade` follows
-        self._keep_alive = self._parser.should_keep_alive()
+        self._keep_alive = True
         try:
             self._check_head()
+            if self._parser.should_upgrade() and method != b"CONNECT":
+                return None  # `_ignore_upgrade` follows
             self._check_http()
         except GatewayError as error:
             return self._reject(error)
         self._bodiless = self._wire_size = 0
         path, query = normalize_target(self._target)
         route = ROUTES.get(path) if method == b"POST" else None
-        self._is_foreign = route is None and (method, path) not in LOCAL_ROUTES
         self._state = State.BODY
         self._entered_at = self._active_at
         expects = self._version == "1.1" and self._named.get(b"expect", b"").lower() == b"100-continue"
-        if route is None:
-            if expects and self._is_foreign:
-                self._state, self._keep_alive = State.FOREIGN, False  # no handler wants a body, so none is asked for
-            elif expects:
-                self._owes_continue = True
-                self._continue()
-            return None
         try:
-            self._call = self._accept(route, query, expects)
+            if route:
+                self._call = self._accept(route, query, expects)
+            elif int(self._named.get(b"content-length", 0)) > self.MAX_LOCAL_BODY:
+                raise too_large(self.MAX_LOCAL_BODY)
+            elif expects:  # no handler wants a body, so none is asked for
+                self._state, self._keep_alive = State.PAGE, False
         except GatewayError as error:
             self._reject(error)
         return None
@@ -11477,14 +11560,15 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING:
             self.transport.close()
         if self._state is not State.BODY:
-            return None
-        if self._is_foreign:
-            self._state = State.FOREIGN
-            return None
-        self._state = State.ANSWERING
+            return
+        self._is_whole = True
+        if not self._parser.should_keep_alive():  # a trailer may say so
+            self._keep_alive = False
         call, self._call = self._call, None
         if call is None:
-            return self._respond(200, [("content-type", "application/json")], b"{}")
+            self._state = State.PAGE
+            return
+        self._state = State.ANSWERING
         call.body = cast(bytes, self._body)  # nobody who reads it minds a bytearray
         self._body, self._headers = b"", []
         self._door.gateway.start(call, self)
@@ -11559,20 +11643,21 @@ class ClientConnection(asyncio.Protocol):
         self._keep_alive = False
         self.refuse(error, api, request_id)
 
-    def _respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes) -> None:
-        """A whole answer of our own."""
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {len(body)}"]
+    def _respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int | None = None) -> None:
+        """A whole answer of our own; a `length` other than the body's is what a HEAD asks for."""
+        length = len(body) if length is None else length
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {length}"]
         lines.append(f"date: {http_date(int(self._door.gateway.clock.wall()))}")
         lines += [f"{name}: {value}" for name, value in headers]
         if not self._keeps_alive():
             lines.append("connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        unread = self._state in (State.HEAD, State.BODY)
-        self.transport.write(head if self._parser.get_method() == b"HEAD" else head + body)
-        if unread:
-            self._linger()
-        else:
+        is_head = (self._method or self._parser.get_method()) == b"HEAD"
+        self.transport.write(head if is_head else head + body)
+        if self._is_whole:
             self._answered()
+        else:
+            self._linger()
 
     def _keeps_alive(self) -> bool:
         """Whether the connection is kept after the answer that begins now; not while the gateway stops."""
@@ -11582,7 +11667,7 @@ class ClientConnection(asyncio.Protocol):
     def _answered(self) -> None:
         """The answer is out: on to the next request, or close."""
         self._state = State.IDLE
-        self.exchange = None
+        self.exchange = self._bridge = None
         self._entered_at = self._door.now()
         if not self._keep_alive:
             self._close()
@@ -11683,6 +11768,12 @@ class ClientConnection(asyncio.Protocol):
         elif self._state is State.IDLE:
             if age > (pace.keep_alive_s if self.key_name else pace.head_s):
                 self._close()
+            elif age > pace.page_s and self.transport.get_write_buffer_size():  # a page of logs that is not read
+                self.transport.abort()
+        elif self._bridge and age > pace.page_s:
+            self.transport.abort()
+        elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
+            self._ask()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
         elif self._state is State.BODY and age > pace.body_s + self._body_size / pace.body_bytes_s:
@@ -11700,54 +11791,6 @@ class ClientConnection(asyncio.Protocol):
     def give_up(self) -> None:
         """End at once, for want of room."""
         self.transport.abort()
-
-    def let_go(self) -> socket.socket:
-        """Give the socket away; this object only sees its own end."""
-        self._state = State.GONE
-        self._door.leave(self)
-        self.transport.pause_reading()
-        own = cast(socket.socket, self.transport.get_extra_info("socket")).dup()
-        self.transport.abort()  # closes its own descriptor only
-        return own
-
-
-class HandedStream(tornado.iostream.IOStream):
-    """A client's socket, of which the head of a request has been read already: that comes first."""
-
-    def __init__(self, sock: socket.socket, seen: bytes, door: Door, peer: str) -> None:
-        super().__init__(sock)
-        self._seen = memoryview(seen)  # the head
-        self._door, self.peer = door, peer
-        self.key_name = ""
-        self._entered_at = door.now()
-        door.take_over(self)
-
-    def check(self, now: float, pace: Pace) -> None:
-        """Close what takes too long, all in all: a client that does not read a page of logs would keep it in memory."""
-        if now - self._entered_at > pace.handed_s:
-            self.close()
-
-    def recognize(self, key: Key) -> None:
-        """The request that is answered has shown a good key."""
-        self._door.recognize(self, key)  # no matter whether it may be kept alive: Tornado closes it after its answer
-
-    is_answering = True  # from its beginning to its end
-
-    def give_up(self) -> None:
-        """End at once, for want of room."""
-        self.close()
-
-    def close_fd(self) -> None:
-        super().close_fd()
-        self._door.leave(self)
-
-    def read_from_fd(self, buf: bytearray | memoryview) -> int | None:
-        if not self._seen:
-            return super().read_from_fd(buf)
-        size = min(len(buf), len(self._seen))
-        buf[:size] = self._seen[:size]
-        self._seen = self._seen[size:]
-        return size
 
 
 class GatewayHandler(tornado.web.RequestHandler):
@@ -11815,15 +11858,14 @@ class GatewayHandler(tornado.web.RequestHandler):
         return text
 
     @property
-    def origin(self) -> tuple[Headers, Mapping[bytes, bytes], str]:
-        """The request's headers, their first values, and its peer's address: what tells who asks."""
-        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self.request.headers.get_all()]
-        return headers, first_values(headers), self.request.remote_ip or ""
+    def bridge(self) -> Bridge:
+        """The way to the client's connection."""
+        return cast(Bridge, self.request.connection)
 
     def authenticate(self) -> Key:
         """The key of this request; its connection is no stranger's any more. Raises GatewayError."""
-        key = self.gateway.authenticate(*self.origin)[0]
-        cast(HandedStream, cast(tornado.http1connection.HTTP1Connection, self.request.connection).stream).recognize(key)
+        key = self.gateway.authenticate(*self.bridge.origin)[0]
+        self.bridge.recognize(key)
         return key
 
 
@@ -11850,7 +11892,7 @@ class MetricsHandler(GatewayHandler):
     """GET /metrics: what Prometheus reads, for the networks of server.metrics_from; no key needed."""
 
     def get(self) -> None:
-        text = self.gateway.scrape(*self.origin)
+        text = self.gateway.scrape(*self.bridge.origin)
         self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
         self.finish(text)
 
@@ -11995,18 +12037,18 @@ class OtherHandler(GatewayHandler):
 
 
 def tornado_application(gateway: Gateway) -> tornado.web.Application:
-    """The routes that Tornado serves; the path is matched as the table of routes would see it."""
+    """What is served that is no call, by paths as `normalize_target` writes them."""
     own = {"gateway": gateway}
     return tornado.web.Application(
         [
-            (r"/health/?", HealthHandler, own),
-            (r"/livez/?", LiveHandler, own),
-            (r"/metrics/?", MetricsHandler, own),
-            (r"(?:/v1)?/(?:v1|api)/usage/?", UsageHandler, own),
-            (r"/api/usage/stats/?", StatsHandler, own),
-            (r"/api/usage/logs/?", LogsHandler, own),
-            (r"(?:/v1)?/v1/models/?", ModelsHandler, own),
-            (r"(?:/v1)?/v1/models/(.+)", ModelsHandler, own),
+            (r"/health", HealthHandler, own),
+            (r"/livez", LiveHandler, own),
+            (r"/metrics", MetricsHandler, own),
+            (r"/(?:v1|api)/usage", UsageHandler, own),
+            (r"/api/usage/stats", StatsHandler, own),
+            (r"/api/usage/logs", LogsHandler, own),
+            (r"/v1/models", ModelsHandler, own),
+            (r"/v1/models/(.+)", ModelsHandler, own),
         ],
         default_handler_class=OtherHandler,
         default_handler_args=own,
@@ -12055,25 +12097,16 @@ class Door:
     def __init__(self, gateway: Gateway, most: int = 448) -> None:
         self.gateway, self.most = gateway, most
         self.now = gateway.clock.monotonic
-        self.connections: set[ClientConnection | HandedStream] = set()
+        self.connections: set[ClientConnection] = set()
         # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
-        self._strangers: OrderedDict[ClientConnection | HandedStream, str] = OrderedDict()  # with their network
-        self._by_network: dict[str, OrderedDict[ClientConnection | HandedStream, None]] = {}  # strangers
-        self._of_key: dict[
-            str, OrderedDict[ClientConnection | HandedStream, None]
-        ] = {}  # by its name, the oldest first
+        self._strangers: OrderedDict[ClientConnection, str] = OrderedDict()  # with their network
+        self._by_network: dict[str, OrderedDict[ClientConnection, None]] = {}  # strangers
+        self._of_key: dict[str, OrderedDict[ClientConnection, None]] = {}  # by its name, the oldest first
         self._told_at = -math.inf
         self._told = 0
         self._server: asyncio.Server | None = None
         self.hangups = Hangups()
-        self._tornado = tornado.httpserver.HTTPServer(
-            tornado_application(gateway),
-            no_keep_alive=True,  # the next request of such a client comes in through the door again
-            max_body_size=ClientConnection.MAX_LOCAL_BODY,
-            max_header_size=ClientConnection.MAX_HEAD,
-            idle_connection_timeout=gateway.pace.head_s,
-            body_timeout=gateway.pace.body_s,
-        )
+        self.application = tornado_application(gateway)
 
     def enter(self, connection: ClientConnection) -> bool:
         """Count a new connection in; False where there is no place for it."""
@@ -12093,7 +12126,7 @@ class Door:
         self._count(connection, network)
         return True
 
-    def _surplus(self) -> ClientConnection | HandedStream | None:
+    def _surplus(self) -> ClientConnection | None:
         """The newest connection of the key that has most of them, of those that are not being answered.
 
         290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
@@ -12101,23 +12134,19 @@ class Door:
         most = max(self._of_key.values(), key=len, default=OrderedDict())
         return next((each for each in reversed(most) if not each.is_answering), None)
 
-    def _give_up(self, stranger: ClientConnection | HandedStream, why: str) -> None:
+    def _give_up(self, stranger: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
         self.gateway.metrics.connections_refused[why] += 1
         self.leave(stranger)
         stranger.give_up()
 
-    def take_over(self, stream: HandedStream) -> None:
-        """Count a connection on as Tornado's."""
-        self._count(stream, network_of(stream.peer))
-
-    def _count(self, connection: ClientConnection | HandedStream, network: str) -> None:
+    def _count(self, connection: ClientConnection, network: str) -> None:
         self.connections.add(connection)
         self._strangers[connection] = network
         self._by_network.setdefault(network, OrderedDict())[connection] = None
         self.gateway.metrics.connections = len(self.connections)
 
-    def recognize(self, connection: ClientConnection | HandedStream, key: Key) -> bool:
+    def recognize(self, connection: ClientConnection, key: Key) -> bool:
         """A connection has shown a good key; whether it may be kept alive between requests."""
         if connection not in self.connections:  # it has just been given up
             return False
@@ -12134,7 +12163,7 @@ class Door:
         """
         return len(self._of_key.get(key.name, ())) > max(1, self.most // 2)
 
-    def leave(self, connection: ClientConnection | HandedStream) -> None:
+    def leave(self, connection: ClientConnection) -> None:
         """Count a connection out; once is enough."""
         self.connections.discard(connection)
         self._forget_stranger(connection)
@@ -12146,7 +12175,7 @@ class Door:
             connection.key_name = ""
         self.gateway.metrics.connections = len(self.connections)
 
-    def _forget_stranger(self, connection: ClientConnection | HandedStream) -> None:
+    def _forget_stranger(self, connection: ClientConnection) -> None:
         network = self._strangers.pop(connection, None)
         if network is not None:
             peers = self._by_network[network]
@@ -12159,12 +12188,6 @@ class Door:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
         return int(self._server.sockets[0].getsockname()[1])
-
-    def hand_over(self, connection: ClientConnection, head: bytes) -> None:
-        """Let Tornado serve a connection, starting with the head of a request that was read here."""
-        address = connection.transport.get_extra_info("peername")
-        stream = HandedStream(connection.let_go(), head, self, connection.peer)
-        self._tornado.handle_stream(stream, address)
 
     def check(self) -> None:
         """Look at every connection's deadline."""
@@ -12188,14 +12211,13 @@ class Door:
     async def close(self) -> None:
         """Close every connection; what was said already is still given the time of a goodbye to go out."""
         self.stop_listening()
-        clients = {connection for connection in self.connections if isinstance(connection, ClientConnection)}
+        clients = set(self.connections)
         for connection in clients:
             connection.transport.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.gateway.pace.linger_s):
                 while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
                     await asyncio.sleep(0.01)
-        await self._tornado.close_all_connections()
         self.hangups.close()
 
 

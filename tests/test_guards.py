@@ -206,11 +206,11 @@ async def test_a_bug_in_what_a_connection_calls_closes_that_connection(gateway, 
     """
     upstream.script = hello_json()
     broken, sound = await gateway.connect(), await gateway.connect()
-    hand_over, gateway.door.hand_over = gateway.door.hand_over, None
+    application, gateway.door.application = gateway.door.application, None
 
     await broken.send(request_bytes("GET", "/health", {}))
     closed = await broken.is_closed()
-    gateway.door.hand_over = hand_over
+    gateway.door.application = application
     reply = await sound.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
 
     assert closed and reply.status == 200

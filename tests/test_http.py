@@ -8,7 +8,7 @@ import socket
 
 import pytest
 from client import Connection, request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, GatewayUnderTest, until
+from conftest import HELLO, HELLO_STREAM, KEY, GatewayUnderTest, config_text, until
 from upstream import hello_json, json_body, stall, stream_of, wait_for
 
 import gateway as g
@@ -74,15 +74,63 @@ async def test_an_upgrade_is_ignored_however_the_request_is_cut(gateway, upstrea
         assert upstream.requests[-1].body == BODY
 
 
-async def test_a_websocket_is_not_read_as_a_plain_request(gateway):
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_a_body_behind_an_upgrade_is_never_the_next_request(gateway, upstream, method, path, is_cut):
     """
-    A GET that asks for a WebSocket goes to Tornado with its `Upgrade`: here it has no handler.
+    The parser stops at such a head: through nginx another client got the answer to a call that stood in the body.
     """
+    upstream.script = hello_json()
+    smuggled = request_of("POST", "/v1/messages")
+    start = f"{method} {path} HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\ncontent-length: {len(smuggled)}\r\n".encode()
+    start += b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\r\n"
     connection = await gateway.connect()
 
-    await connection.send(request_of("GET", "/nothing", connection="Upgrade", upgrade="websocket"))
+    for piece in (start, smuggled) if is_cut else (start + smuggled,):
+        await connection.send(piece)
+        await asyncio.sleep(0.002)
+    connection._writer.write_eof()
+    answers = await connection.rest()
 
-    assert (await connection.answer()).status == 404
+    assert answers.count(b"HTTP/1.1 ") - answers.count(b"HTTP/1.1 102 ") == 1
+    assert [request.target for request in upstream.requests if request.body == BODY] == []
+
+
+@pytest.mark.parametrize("spelling", ["http://x{}", "/{}", "/.{}", "/v1/..{}", "{}/", "{}?", "/%{:02x}{}"])
+@pytest.mark.parametrize("path", ["/health", "/v1/usage", "/api/usage/logs", "/v1/models/claude-test", "/api/hello"])
+async def test_a_path_is_the_same_however_it_is_written(gateway, upstream, path, spelling):
+    """
+    An absolute form, doubled slashes, dots and percents name what the plain path names (RFC 9112, 3.2.2).
+    """
+    upstream.script = json_body({"data": [{"id": "claude-test"}]})
+    target = spelling.format(ord(path[1]), path[2:]) if ":02x" in spelling else spelling.format(path)
+
+    assert (await gateway.get(target)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=x", "application/x-www-form-urlencoded", "text/plain"])
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_the_type_of_a_body_that_nobody_reads_says_nothing(gateway, upstream, method, path, kind):
+    """
+    SDKs upload files as multipart: that they cannot is said, and not that their query cannot be read.
+    """
+    upstream.script = hello_json()
+
+    plain, typed = [
+        await gateway.request(method, path, BODY if method == "POST" else b"", content_type=each)
+        for each in ("application/json", kind)
+    ]
+
+    assert (typed.status, typed.body[:60]) == (plain.status, plain.body[:60])
+
+
+async def test_a_query_of_many_fields_is_refused_like_any_other_bad_one(gateway):
+    """
+    In the client's format, with a date.
+    """
+    reply = await gateway.get("/health?" + "a=b&" * 2000)
+
+    assert (reply.status, reply.error["type"], "date" in reply.headers) == (400, "invalid_request_error", True)
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
@@ -94,6 +142,9 @@ async def test_a_websocket_is_not_read_as_a_plain_request(gateway):
         ("HTTP/1.1", ["a b"], 400),
         ("HTTP/1.1", ["a/b"], 400),
         ("HTTP/1.1", ["a:b"], 400),
+        ("HTTP/1.1", ["a,b"], 400),
+        ("HTTP/1.1", ["%zz"], 400),
+        ("HTTP/1.1", ["a%2"], 400),
         ("HTTP/1.0", ["a", "b"], 400),
         ("HTTP/2.0", ["a"], 505),
         ("HTTP/0.9", ["a"], 505),
@@ -199,7 +250,7 @@ async def test_a_405_says_what_is_allowed(gateway, method, path, allowed):
     ("method", "path", "first"),
     [
         ("POST", "/v1/messages", b"HTTP/1.1 100 Continue\r\n\r\n"),
-        ("POST", "/api/event_logging/batch", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        ("POST", "/api/event_logging/batch", b"HTTP/1.1 200 "),
         ("POST", "/v1/files", b"HTTP/1.1 404 "),
         ("POST", "/health", b"HTTP/1.1 405 "),
         ("PUT", "/v1/messages", b"HTTP/1.1 405 "),
@@ -238,6 +289,119 @@ async def test_the_bound_of_a_head_is_the_same_however_it_is_cut(gateway, upstre
         await asyncio.sleep(0.002)
 
     assert (await connection.answer()).status == status
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/files"])
+@pytest.mark.parametrize("upgrade", ["", "connection: upgrade\r\nupgrade: h2c\r\n"])
+@pytest.mark.parametrize("before", ["", "\r\n\r\n"])
+@pytest.mark.parametrize(
+    ("fill", "is_good"),
+    [("x: " + "y" * 120_000 + "\r\n", False), ("a: b\r\n" * 3000, False), ("a:b\r\n" * 90, True)],
+)
+async def test_the_bounds_of_a_head_hold_for_each_kind_of_it(gateway, upstream, path, upgrade, before, fill, is_good):
+    """
+    Empty lines before it and an `Upgrade` in it are no way around; a head that is within the bounds stays so.
+    """
+    upstream.script = hello_json()
+    head = f"{before}POST {path} HTTP/1.1\r\nhost:x\r\nx-api-key:{KEY}\r\ncontent-length:{len(BODY)}\r\n{upgrade}{fill}"
+    if is_good:
+        head += "z:" + "z" * (g.ClientConnection.MAX_HEAD - len(head) - 6) + "\r\n"
+    connection = await gateway.connect()
+
+    await connection.send(head.encode() + b"\r\n" + BODY)
+
+    assert (await connection.answer()).status == ((200 if path == "/v1/messages" else 404) if is_good else 431)
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+@pytest.mark.parametrize(
+    "behind", [b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n", b"HEAD / HTTP/1.1\r\nhost: x\r\n\r\n", b"??"]
+)
+async def test_an_answer_whose_connection_closes_says_so(gateway, upstream, method, path, behind):
+    """
+    What came behind a request in the same read is not answered; the answer before it is whole, and the last.
+    """
+    upstream.script = hello_json()
+    connection = await gateway.connect()
+
+    await connection.send(request_of(method, path) + behind)
+    reply = await connection.answer(head_only=method == "HEAD")
+
+    assert reply.headers["connection"] == "close"
+    assert not reply.was_cut and await connection.is_closed()
+
+
+@pytest.mark.logs("could not be reached")
+async def test_a_pipelined_head_request_takes_no_body_from_the_answer_before_it(start_gateway, upstream):
+    """
+    A refusal that comes late is written for the request that it refuses.
+    """
+    gateway = await start_gateway(config_text("http://127.0.0.1:1"))
+    connection = await gateway.connect()
+
+    await connection.send(request_of("POST", "/v1/messages"))
+    await connection.send(b"HEAD / HTTP/1.1\r\nhost: x\r\n\r\n")
+
+    assert (await connection.answer()).error["type"]
+
+
+async def test_a_trailer_that_closes_the_connection_is_heard(gateway, upstream):
+    """
+    The parser takes it as a header, and reads nothing more.
+    """
+    upstream.script = hello_json()
+    start = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b"%x\r\n%b\r\n0\r\nConnection: close\r\n\r\n" % (len(BODY), BODY)
+    connection = await gateway.connect()
+
+    await connection.send(start.encode() + body)
+    reply = await connection.answer()
+
+    assert (reply.status, reply.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.parametrize("path", ["/api/event_logging/batch", "/v1/files", "/health"])
+@pytest.mark.parametrize("expect", ["", "expect: 100-continue\r\n"])
+async def test_a_body_too_large_for_a_page_is_refused_by_its_head(gateway, path, expect):
+    """
+    No body is waited for, or asked for, that will not be taken.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 100000000\r\n{expect}\r\n".encode())
+    reply = await connection.answer()
+
+    assert (reply.status, reply.headers["connection"]) == (413, "close")
+
+
+async def test_a_refusal_is_read_by_a_client_that_is_still_sending(gateway):
+    """
+    What it sends is read and thrown away for a moment: a reset could overtake the answer.
+    """
+    connection = await gateway.connect()
+
+    await connection.send(
+        b"POST /v1/files HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 300000\r\n\r\n" + b"x" * 300_000
+    )
+    reply = await connection.answer()
+
+    assert (reply.status, reply.headers["connection"], reply.was_cut) == (404, "close", False)
+    assert await connection.is_closed()
+
+
+async def test_a_connection_goes_on_after_a_page(gateway, upstream):
+    """
+    Pages and calls take turns on one connection.
+    """
+    upstream.script = hello_json()
+    connection = await gateway.connect()
+
+    statuses = []
+    for method, path in PATHS:
+        reply = await connection.request(method, path, {"x-api-key": KEY}, BODY if method == "POST" else b"")
+        statuses.append(reply.status)
+
+    assert statuses == [200, 404, 200, 200, 200, 200, 200, 200, 404, 404]
 
 
 async def test_an_answer_that_begins_while_the_gateway_stops_says_that_it_is_the_last(gateway, upstream):
@@ -298,6 +462,41 @@ async def test_a_client_that_stops_sending_gets_its_answer(gateway, upstream, bo
     await gateway.settled()
     assert gateway.entries()[-1]["outcome"] == "completed"
     await until(lambda: not gateway.door.hangups._watched)
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_a_client_that_stops_sending_gets_its_page(gateway, upstream, method, path):
+    """
+    Whatever it asked for.
+    """
+    upstream.script = hello_json()
+    connection = await gateway.connect()
+
+    await connection.send(request_of(method, path))
+    connection._writer.write_eof()
+    reply = await connection.answer(head_only=method == "HEAD")
+
+    assert reply.status in (200, 404) and not reply.was_cut
+    assert await connection.is_closed()
+
+
+async def test_a_client_that_stops_sending_and_leaves_later_is_found_out(gateway, upstream):
+    """
+    It is asked again every ten seconds: its call ends, and its slot is free.
+    """
+    upstream.script = [stall()]
+    connection, _ = await half_closed(gateway, HELLO)
+    await connection.read_until(b"HTTP/1.1 102 Processing\r\n\r\n")
+    await upstream.request_came()
+
+    await connection.close()
+    gateway.tick(9)
+    during = len(gateway.gateway.relay.running)
+    gateway.tick(2)
+    await gateway.settled()
+
+    assert during == 1
+    assert gateway.entries()[-1]["outcome"] == "client_gone"
 
 
 @pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
