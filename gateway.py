@@ -1955,6 +1955,8 @@ UNMATCHED = {  # in a glob; the first that is found is told
     "[\"'`]": "matches nothing: no name has quotes in it",
 }
 YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+# Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
+TEXT_LOADER: Any = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
 Event = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
 
 
@@ -2740,6 +2742,20 @@ def is_rootless(root: Path = Path("/")) -> bool:
     return False
 
 
+def disabled_keys(document: Document) -> set[str]:
+    """The names of keys with `enabled: false`, read from the nodes alone: no mistake in a value hides them.
+
+    Raises ConfigError where the text is no YAML.
+    """
+    keys, found = document.find("keys"), set[str]()
+    for i in range(len(keys.value) if isinstance(keys, yaml.SequenceNode) else 0):
+        name, enabled = document.find("keys", i, "name"), document.find("keys", i, "enabled")
+        is_disabled = isinstance(enabled, yaml.ScalarNode) and enabled.value.lower() in ("false", "no", "off")
+        if isinstance(name, yaml.ScalarNode) and is_disabled:
+            found.add(name.value)
+    return found
+
+
 class Config:
     """One snapshot: a loaded config.yaml and everything derived from it. Never changes."""
 
@@ -2795,20 +2811,19 @@ class Config:
         except SealError as error:
             raise ConfigError(f"{path}: {error}") from None
 
-    def without_revoked(self, text: str, environ: Mapping[str, str]) -> Config | None:
+    def without_revoked(self, text: str) -> Config | None:
         """This snapshot without the keys that a text disables whose rest is bad; None where it disables none of them.
 
         An unrelated mistake must not keep a key in use that was revoked because somebody else had it.
         """
         try:
-            listed = Document(text, self.path).plain(environ).get("keys")
+            revoked = disabled_keys(Document(text, self.path))
         except ConfigError:
             return None
-        listed = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-        revoked = {item.get("name") for item in listed if item.get("enabled") is False}
         if not any(key.enabled and key.name in revoked for key in self.keys):
             return None
         config = copy.copy(self)
+        config.digest = ""  # no file says what this snapshot does: the next good one is taken, whatever it is
         config.keys = KeyRing(
             msgspec.structs.replace(key, enabled=False) if key.name in revoked else key for key in self.keys
         )
@@ -2914,26 +2929,41 @@ def block_item(fields: dict[str, str], column: int) -> str:
 
 
 def write_in_place(path: Path, data: bytes) -> Path:
-    """Overwrite a file without changing its inode; the copy of what it was. Raises ConfigError."""
+    """Overwrite a file without changing its inode; the copy of what it was. Raises ConfigError.
+
+    Where the disk is too full for the new text, the old one is put back: its blocks are there.
+    """
     backup, kept = path.with_name(path.name + ".bak"), ""
     try:
-        with open(path, "r+b") as file:
+        with open(path, "r+b", buffering=0) as file:
+            before = file.read()
             shutil.copy2(path, backup)
             kept = f"; what it was is in {backup}"
-            file.write(data)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                overwrite(file, data)
+            except OSError:
+                overwrite(file, before)
+                raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {why_not(error)}{kept}") from None
     return backup
 
 
-def replace_file(path: Path, data: bytes) -> Path | None:
+def overwrite(file: io.FileIO, data: bytes) -> None:
+    """Let a file have these bytes alone. Raises OSError."""
+    file.seek(0)
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
+def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> Path | None:
     """Put `data` in a file's place at once, with its mode and owner. Raises ConfigError.
 
-    A bind-mounted file cannot be replaced (EBUSY): it is written in place, and what it was stays in `….bak`, which is
-    then returned.
+    `check` is called just before, and raises what speaks against it. A bind-mounted file cannot be replaced (EBUSY):
+    it is written in place, and what it was stays in `….bak`, which is then returned.
     """
     before = path.stat()
     try:
@@ -2948,6 +2978,7 @@ def replace_file(path: Path, data: bytes) -> Path | None:
             with contextlib.suppress(PermissionError):
                 os.fchown(handle, before.st_uid, before.st_gid)
             os.fsync(handle)
+        check()
         os.replace(name, path)
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
@@ -3016,11 +3047,11 @@ class ConfigEditor:
             text = text.replace("\n", "\r\n")
         after = before[:start] + text + before[end:]
         try:
-            expected = place = yaml.load(before, YAML_LOADER)
+            expected = place = yaml.load(before, TEXT_LOADER)
             for step in steps[:-1]:
                 place = place[step]
             place[steps[-1]] = value
-            if yaml.load(after, YAML_LOADER) != expected:
+            if yaml.load(after, TEXT_LOADER) != expected:
                 raise yaml.YAMLError
             self.document = Document(after, self.path)
         except (yaml.YAMLError, ConfigError):
@@ -3033,7 +3064,7 @@ class ConfigEditor:
         node = self.document.find(*steps)
         assert node is not None
         start, end = node.start_mark.index, self._end(node)
-        self._splice(start, end, " " * (start == end) + value, yaml.load(value, YAML_LOADER), *steps)
+        self._splice(start, end, " " * (start == end) + value, yaml.load(value, TEXT_LOADER), *steps)
 
     def set_field(self, item: tuple[str | int, ...], name: str, value: str) -> None:
         """Set a field of a mapping; a new one comes after the last."""
@@ -3044,14 +3075,14 @@ class ConfigEditor:
             at, text = self._pair_end(*node.value[-1]), f", {name}: {value}"
         else:
             at, text = self._line_after(node), f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}"
-        self._splice(at, at, text, yaml.load(value, YAML_LOADER), *item, name)
+        self._splice(at, at, text, yaml.load(value, TEXT_LOADER), *item, name)
 
     def append_key(self, fields: dict[str, str]) -> None:
         """Add an item to `keys:`, in the style of the list."""
         node, text = self.document.find("keys"), self.document.text
         inline = "{" + ", ".join(f"{name}: {value}" for name, value in fields.items()) + "}"
-        before = yaml.load(text, YAML_LOADER).get("keys") or []
-        keys = [*before, yaml.load(inline, YAML_LOADER)]
+        before = yaml.load(text, TEXT_LOADER).get("keys")
+        keys = [*(before if isinstance(before, list) else []), yaml.load(inline, TEXT_LOADER)]
         if node is None:
             start, end, new = len(text.rstrip()), len(text), "\n\nkeys:\n" + block_item(fields, 2) + "\n"
         elif not isinstance(node, yaml.SequenceNode) or not node.value:
@@ -3111,15 +3142,19 @@ class ConfigEditor:
     def replace(self) -> None:
         """Replace the file with the new text, good or bad. Raises ConfigError."""
         try:
-            if read_text(self.path) != self.original:
-                raise ConfigError(
-                    f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
-                )
             target = Path(os.path.realpath(self.path))  # a symlink stays one
-            self.backup = replace_file(target, self.document.text.encode())
+            self.backup = replace_file(target, self.document.text.encode(), self._check_unchanged)
             self.original = self.document.text
         finally:
             self.unlock()
+
+    def _check_unchanged(self) -> None:
+        """Raise ConfigError where somebody has put another file, or another text, in the place of what was read."""
+        is_ours = self._lock < 0 or os.path.samestat(os.fstat(self._lock), os.stat(self.path))
+        if not is_ours or read_text(self.path) != self.original:
+            raise ConfigError(
+                f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
+            )
 
     def unlock(self) -> None:
         """Let others edit the file."""
@@ -10979,7 +11014,7 @@ class Gateway:
         try:
             return Config.parse(text, self.config.path, self.clock, self._environ)
         except ConfigError as error:
-            error.without_revoked = self.config.without_revoked(text, self._environ)
+            error.without_revoked = self.config.without_revoked(text)
             raise
 
     def _take(self, config: Config) -> None:
@@ -13402,7 +13437,10 @@ def command_key_revoke(options: argparse.Namespace) -> None:
     try:
         Config.parse(editor.document.text, editor.path, Clock(), os.environ)
     except ConfigError as error:  # somebody else's: it must not keep the key in use
-        mistake = f"\nBut the file has a mistake; until it is mended nothing else of it is live:\n  {error}"
+        mistake = (
+            "\nBut the file has a mistake. If the gateway meets it as well (it may have variables that this shell "
+            f"lacks), nothing else of the file is live until it is mended:\n  {error}"
+        )
     editor.replace()
     back = f"`enabled: true` in {editor.path.name} brings it back."
     print(f"{options.name}'s key is refused within a second. {back}{mistake}")

@@ -551,18 +551,31 @@ def test_key_revoke_disables_a_key_and_touches_nothing_else(shell):
     assert shell.config == ALICE.replace("# the end", "    enabled: false\n# the end")
 
 
-def test_a_key_is_revoked_beside_somebody_elses_mistake(shell):
+MISTAKES = {
+    "an unknown limit": "limits: {usd/dya: 5}",
+    "a date that is none": "expires: 2027-13-45",
+    "a number that is none": "team: !!int abc",
+    "an unknown tag": "team: !foo bar",
+    "a variable that is not set": "team: ${NOT_SET_ANYWHERE}",
+    "a setting given twice": "team: a\n    team: b",
+    "a merged mapping": "<<: {team: a}",
+    "a list for a text": "team: [a]",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_key_is_revoked_beside_somebody_elses_mistake(shell, mistake):
     """
-    A misspelled limit elsewhere does not keep a key in use that has been stolen; the mistake is told.
+    A mistake elsewhere does not keep a key in use that has been stolen; it is told.
     """
-    bad = ALICE.replace("# the end", "    limits: {usd/dya: 5}\n# the end")
+    bad = ALICE.replace("# the end", f"  - name: bob\n    key: {HASH2}\n    {mistake}\n# the end")
     shell.write(bad)
 
     assert shell.run("key", "revoke", "alice") == 0
 
     assert shell.out.startswith("alice's key is refused within a second.")
-    assert "But the file has a mistake" in shell.out and "usd/dya" in shell.out
-    assert shell.config == bad.replace("# the end", "    enabled: false\n# the end")
+    assert "But the file has a mistake" in shell.out
+    assert shell.config == bad.replace("  - name: bob", "    enabled: false\n  - name: bob")
 
 
 def test_a_key_revoked_twice_is_revoked_once(shell):

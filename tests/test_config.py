@@ -2461,6 +2461,39 @@ def test_an_edit_does_not_undo_what_someone_else_saved_meanwhile(saved):
     assert saved.read_text() == ALICE + "# mine\n"
 
 
+def test_an_edit_does_not_undo_a_save_that_comes_at_the_last_moment(saved, monkeypatch):
+    """
+    Also while the new text is already on the disk: the file is looked at again right before it is replaced.
+    """
+    editor, sync = editor_with_a_change(saved), os.fsync
+
+    def sync_and_save(handle: int) -> None:
+        sync(handle)
+        saved.write_text(ALICE + "# mine\n")
+
+    monkeypatch.setattr(os, "fsync", sync_and_save)
+    with pytest.raises(g.ConfigError, match="was changed by someone else"):
+        editor.save({})
+
+    assert saved.read_text() == ALICE + "# mine\n"
+    assert os.listdir(saved.parent) == ["config.yaml"]
+
+
+def test_an_edit_of_a_file_that_was_replaced_by_its_like_is_not_saved(saved):
+    """
+    The lock is on the old file: whoever edits the new one would not know of it, and one of both would be lost.
+    """
+    editor = editor_with_a_change(saved)
+    again = saved.with_name("again")
+    again.write_text(ALICE)
+    os.replace(again, saved)
+
+    with pytest.raises(g.ConfigError, match="was changed by someone else"):
+        editor.save({})
+
+    assert saved.read_text() == ALICE
+
+
 def test_a_symlink_stays_one_and_what_it_names_is_edited(saved, tmp_path):
     """
     A config kept in a repository and linked to its place; relative paths are still seen from the link.
@@ -2550,13 +2583,13 @@ def test_writing_in_place_keeps_the_inode_and_leaves_no_rest_of_a_longer_text(bu
 
 def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(busy, saved, monkeypatch):
     """
-    The one moment in which a crash could lose the file.
+    And the old text is put back: its blocks are there.
     """
 
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    editor, syncs = editor_with_a_change(saved), iter([os.fsync, fail])
+    editor, syncs = editor_with_a_change(saved), iter([os.fsync, fail, os.fsync])
     monkeypatch.setattr(os, "fsync", lambda handle: next(syncs)(handle))
 
     with pytest.raises(g.ConfigError) as caught:
@@ -2564,7 +2597,7 @@ def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(bu
 
     backup = saved.with_name("config.yaml.bak")
     assert str(caught.value) == f"{saved}: cannot be written: No space left on device; what it was is in {backup}"
-    assert backup.read_text() == ALICE
+    assert backup.read_text() == saved.read_text() == ALICE
 
 
 @pytest.mark.parametrize("section", ["server", "keys", "teams", "defaults", "limits", "prices", "usage"])

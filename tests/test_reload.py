@@ -219,6 +219,28 @@ async def test_a_revoked_key_is_refused_within_two_seconds_of_the_save(watched):
     await door.close()
 
 
+@pytest.mark.logs("config not reloaded", "refused all the same")
+@pytest.mark.parametrize(
+    "mistake", ["enabled: 5", "team: '${NOT_SET}'", "team: a, team: b", "expires: 2027-13-45", "name: [x]"]
+)
+async def test_a_key_is_refused_that_is_disabled_beside_a_mistake_and_let_in_when_both_are_gone(watched, mistake):
+    """
+    The rest of the file is not live. The very text that was loaded before is taken when it comes back.
+    """
+    path = watched.config.path
+    bad = path.read_text().replace("}]\nkeys: [{", "}]\nkeys: [{enabled: false, ").replace("}]\n", "}]\n", 1)
+    bad = bad.rstrip().removesuffix("]") + f", {{key: {ANOTHER_KEY}, {mistake}}}]\n"
+
+    path.write_text(bad)
+    await until(lambda: watched.reload_error)
+    during = [g.key_state(key, 0.0) for key in watched.config.keys]
+    path.write_text(demo(KEY))
+    await until(lambda: not watched.reload_error)
+
+    assert during == ["disabled"]
+    assert [g.key_state(key, 0.0) for key in watched.config.keys] == ["enabled"]
+
+
 async def ask(port: int) -> int:
     """One call; its status."""
     from client import Connection
