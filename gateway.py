@@ -3920,16 +3920,36 @@ class LedgerFiles:
         self._opening = threading.Lock()
 
     def paths(self) -> list[Path]:
-        """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts."""
+        """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts.
+
+        Raises OSError where the folder is there and cannot be listed.
+        """
         # The plain ones first: a month that is gzipped meanwhile is then seen twice, and never not at all.
-        plain = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl")}
-        found = {month_of(path): path for path in self.directory.glob("usage-????-??.jsonl.gz")} | plain
+        plain = self._named("usage-????-??.jsonl")
+        found = self._named("usage-????-??.jsonl.gz") | plain
         return [found[month] for month in sorted(found)]
+
+    def _named(self, pattern: str) -> dict[str, Path]:
+        """Files by month. `Path.glob` would find none where it may not look."""
+        try:
+            names = fnmatch.filter(os.listdir(self.directory), pattern)
+        except FileNotFoundError:
+            return {}
+        return {month_of(path): path for path in map(self.directory.joinpath, names)}
 
     @staticmethod
     def open(path: Path) -> IO[bytes]:
         """A file's lines, whether gzipped or not."""
         return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+
+    @classmethod
+    def lines_of(cls, path: Path) -> Iterator[bytes]:
+        """A file's lines. Raises BrokenChain where a gzipped one is damaged, after the lines before that."""
+        with cls.open(path) as file:
+            try:
+                yield from file
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise BrokenChain(f"{path.name}: the archive is damaged: {error}") from None
 
     @staticmethod
     def size(path: Path) -> int:
@@ -3954,8 +3974,8 @@ class LedgerFiles:
         for path in self.paths():
             if month_of(path) < since[:7]:  # a file may hold older times than its name says, never newer ones
                 continue
-            with self.open(path) as lines:
-                for line in lines:
+            try:
+                for line in self.lines_of(path):
                     try:
                         found = decoder.decode(line)
                     except UNREADABLE:
@@ -3963,6 +3983,9 @@ class LedgerFiles:
                         continue
                     if since <= found.time < until:
                         yield found
+            except BrokenChain as error:
+                self.unreadable += 1
+                log.error("ledger: %s; what follows in it is not counted", error)
 
     def archive_at(self, path: Path) -> Archive:
         """A gzipped month, walked through once as long as it stays the same and is among those used last."""
@@ -4019,13 +4042,12 @@ class LedgerFiles:
         chain, wanted = FIRST_CHAIN, seen.encode()
         for path in self.paths():
             number = 0
-            with self.open(path) as file:
-                for number, line in enumerate(file, 1):
-                    value = chain_of(line)
-                    if not value or value != chain_value(chain, unchained(line)):
-                        raise BrokenChain(f"{path.name}:{number}: {self.WHY[bool(value)]}")
-                    chain = value
-                    wanted = b"" if wanted == value else wanted
+            for number, line in enumerate(self.lines_of(path), 1):
+                value = chain_of(line)
+                if not value or value != chain_value(chain, unchained(line)):
+                    raise BrokenChain(f"{path.name}:{number}: {self.WHY[bool(value)]}")
+                chain = value
+                wanted = b"" if wanted == value else wanted
             tell(f"{path.name}: {number:,} lines")
         if wanted:
             raise BrokenChain(f"no line has the chain value {seen}: what it stood for was rewritten or removed")
@@ -4055,10 +4077,9 @@ class LedgerFiles:
         """How many lines there are; the times of the first and of the last, "" where none can be read."""
         count, first, last = 0, b"", b""
         for path in self.paths():
-            with self.open(path) as lines:
-                for last in lines:
-                    first = first or last
-                    count += 1
+            for last in self.lines_of(path):
+                first = first or last
+                count += 1
         decoder, times = msgspec.json.Decoder(Posting), []
         for line in (first, last):
             try:
@@ -4133,7 +4154,8 @@ def hold_folder(directory: Path, how: int) -> int:
         os.close(fd)
         raise
     except OSError:
-        log.debug("ledger: the file system has no locks")
+        if how == fcntl.LOCK_EX:
+            log.warning("the file system of %s has no locks: see that no second gateway runs on it", directory)
     return fd
 
 
@@ -13186,8 +13208,11 @@ async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
     port = await server.start()
     for warning in config.warnings:
         log.warning("config: %s", warning)
-    # One write, so that no line of the log comes between the text and its end where both go into one file.
-    print(greeting(config, port, shown_key) + "\n", end="", flush=True)
+    try:
+        # One write, so that no line of the log comes between the text and its end where both go into one file.
+        print(greeting(config, port, shown_key) + "\n", end="", flush=True)
+    except OSError as error:
+        log.warning("the greeting cannot be written (%s); the gateway listens on port %d", why_not(error), port)
     await server.run()
 
 
@@ -13233,7 +13258,12 @@ def command_serve(options: argparse.Namespace) -> None:
     config = Config.load(path)
     log_writer: LogWriter = options.log_writer
     with log_writer.in_thread(sys.stderr), asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(serve(config, shown_key, log_writer))
+        try:
+            runner.run(serve(config, shown_key, log_writer))
+        except CommandError:
+            if shown_key:
+                print(f"{path} was made, with a key for you, which is shown once:\n\n  {shown_key}\n")
+            raise
 
 
 def show_key(name: str, text: str) -> None:

@@ -1759,3 +1759,44 @@ def test_times_sort_as_text(seconds):
     earlier, later = sorted(seconds)
 
     assert g.utc_time(earlier) <= g.utc_time(later)
+
+
+@pytest.mark.logs("usage-2026-07.jsonl.gz: the archive is damaged")
+def test_a_report_over_a_cut_archive_says_so(make_ledger, three_months):
+    """
+    What can be had is counted, the rest is said not to be, and the chain is broken there.
+    """
+    files = g.LedgerFiles(three_months)
+    files.archive(lambda line: None)
+    july = three_months / "usage-2026-07.jsonl.gz"
+    whole = len(list(files.lines()))
+    os.truncate(july, july.stat().st_size - 9)
+
+    assert 0 < len(list(files.lines())) <= whole and files.unreadable == 1
+    with pytest.raises(g.BrokenChain, match=r"usage-2026-07\.jsonl\.gz: the archive is damaged"):
+        files.verify("", lambda line: None)
+
+
+def test_a_ledger_that_cannot_be_looked_at_is_not_an_empty_one(tmp_path):
+    """
+    Reports of "no calls yet" and a backup without its ledger looked well. A folder that is not there is empty.
+    """
+    (tmp_path / "usage").write_text("a file\n")
+
+    with pytest.raises(NotADirectoryError):
+        g.LedgerFiles(tmp_path / "usage").paths()
+    assert g.LedgerFiles(tmp_path / "nowhere").paths() == []
+
+
+@pytest.mark.logs("has no locks: see that no second gateway runs on it")
+def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch):
+    """
+    There a second gateway would not be refused.
+    """
+
+    def refuse(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+    os.close(g.hold_folder(tmp_path, fcntl.LOCK_EX))

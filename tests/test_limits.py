@@ -751,7 +751,7 @@ BLOCKS = st.one_of(
     st.text(max_size=200).map(lambda text: {"type": "text", "text": text}),
     st.text(max_size=200).map(lambda text: {"type": "tool_use", "input": {"data": text, "source": {"data": text}}}),
     st.text(max_size=200).map(lambda text: {"type": "document", "source": {"type": "text", "data": text}}),
-    st.sampled_from([i[0] for i in IMAGES.values()]).map(
+    st.sampled_from(list(IMAGES.values())).map(
         lambda start: {
             "type": "image",
             "source": {"type": "base64", "data": base64.b64encode(start + FILLING).decode()},
@@ -759,7 +759,7 @@ BLOCKS = st.one_of(
     ),
     st.builds(
         lambda start, text: {"type": "image", "source": {"data": base64.b64encode(start).decode() + text * 40}},
-        st.sampled_from([i[0] for i in IMAGES.values()]),
+        st.sampled_from(list(IMAGES.values())),
         st.text(min_size=30, max_size=60).filter(lambda text: not text.isascii() or " " in text),
     ),
 )

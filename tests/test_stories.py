@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -478,6 +479,44 @@ def test_a_terminal_is_shown_the_first_key_and_no_file_keeps_it(tmp_path):
     key = re.search(rb"ANTHROPIC_AUTH_TOKEN=(sk-proxy-\w+)", shown)[1]
     assert not (tmp_path / "first-key.txt").exists()
     assert all(key not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_the_first_key_is_shown_also_where_the_port_is_taken(tmp_path):
+    """
+    The config with its hash is made, and the next start makes no other.
+    """
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environ = {"GATEWAY_PORT": str(taken.getsockname()[1])}
+        process = Process(tmp_path, **environ)
+        code, log = process.end()
+
+    assert code == 1 and "cannot listen on" in log
+    assert "with a key for you, which is shown once:\n\n  $(cat " in process.greeting
+
+
+@pytest.mark.parametrize("stdout", ["closed", "full"])
+def test_a_gateway_whose_greeting_nobody_reads_serves(tmp_path, stdout):
+    """
+    Its log says that it listens, and where.
+    """
+    (tmp_path / "config.yaml").write_text("upstreams: [{name: demo, format: demo}]\nserver: {port: 0}\n")
+    ours, theirs = os.pipe()
+    os.close(ours)
+    full = os.open("/dev/full", os.O_WRONLY)
+    output = {"closed": theirs, "full": full}[stdout]
+    process = subprocess.Popen(
+        [sys.executable, g.__file__], cwd=tmp_path, stdout=output, stderr=subprocess.PIPE, text=True
+    )
+    os.close(theirs)
+    os.close(full)
+
+    line = next(line for line in process.stderr if "greeting" in line)
+    process.terminate()
+    process.communicate(timeout=20)
+
+    assert "the gateway listens on port " in line and process.returncode == 0
 
 
 @pytest.mark.parametrize("case", ["--config", "GATEWAY_CONFIG in a folder that has something"])
