@@ -2980,6 +2980,9 @@ def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: No
             os.fsync(handle)
         check()
         os.replace(name, path)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(folder)  # else a power cut could bring back a key that was revoked
+        os.close(folder)
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
             raise ConfigError(f"{path}: cannot be replaced: {why_not(error)}") from None
@@ -9331,7 +9334,7 @@ class Attempt:
                     self.is_streaming = value[:17].lower() == b"text/event-stream"
                 elif lower == b"request-id" or lower == b"x-request-id":
                     self.upstream_request_id = printable(value.decode("latin-1"))
-                elif lower == b"content-encoding":
+                elif lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                     self.encoding = value.strip().lower()
             self.meter.start(self.is_streaming)
         except Exception as error:  # a bug of ours, as in `received`
@@ -10747,11 +10750,11 @@ class Gateway:
                 break
         return peer or "unknown"
 
-    def enter(self, call: Call, length: int) -> None:
-        """Take what a call needs before its body of so many bytes is read. Raises GatewayError, holding nothing."""
+    def enter(self, call: Call, length: int, expects: bool = False) -> None:
+        """Take what a call needs before its body of so many bytes is read, or asked for. Raises GatewayError."""
         call.reservation = Reservation(self.limits, self.memory, call)
         try:
-            self.limits.enter(call.reservation, length)
+            self.limits.enter(call.reservation, 0 if expects else length)
             call.reservation.hold_body(length)
         except GatewayError:
             call.reservation.release()
@@ -11486,7 +11489,7 @@ class ClientConnection(asyncio.Protocol):
                 raise BadRequest("Host: missing; HTTP/1.1 asks for it.")
         elif len(named) < len(self._headers) and sum(name.lower() == b"host" for name, _ in self._headers) > 1:
             raise BadRequest("Host: stands more than once.")
-        elif not HOST.fullmatch(host):
+        elif not HOST.fullmatch(host.strip(b" \t")):
             raise BadRequest("Host: expected a name or an address, and perhaps a port.")
 
     def _unreadable(self, error: httptools.HttpParserError) -> None:
@@ -11512,7 +11515,7 @@ class ClientConnection(asyncio.Protocol):
         if self.exchange and self.exchange.status and not self._pending:
             self.exchange.ping(now)  # between two events, else what comes next is the question
         else:
-            self.transport.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # Python's http.client takes 102 for the answer
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
@@ -11653,7 +11656,7 @@ class ClientConnection(asyncio.Protocol):
         if length > config.server.max_body:
             raise too_large(config.server.max_body)
         call = Call(config, key, route, query, self._headers, address, named)
-        gateway.enter(call, length)
+        gateway.enter(call, length, expects)
         self._owes_continue = expects
         if call.reservation.waiter:
             # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.

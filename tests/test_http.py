@@ -92,7 +92,7 @@ async def test_a_body_behind_an_upgrade_is_never_the_next_request(gateway, upstr
     connection._writer.write_eof()
     answers = await connection.rest()
 
-    assert answers.count(b"HTTP/1.1 ") - answers.count(b"HTTP/1.1 102 ") == 1
+    assert answers.count(b"HTTP/1.1 ") - answers.count(b"HTTP/1.1 100 ") == 1
     assert [request.target for request in upstream.requests if request.body == BODY] == []
 
 
@@ -170,7 +170,7 @@ async def test_a_bad_host_or_version_is_refused(gateway, upstream, method, path,
     assert upstream.requests == []
 
 
-@pytest.mark.parametrize("host", ["a", "a.b-c:8080", "127.0.0.1:1", "[::1]:8080", "[::1]", "a_b", ""])
+@pytest.mark.parametrize("host", ["a", "\ta\t", "a%20b", "a.b-c:8080", "127.0.0.1:1", "[::1]:8080", "[::1]", "a_b", ""])
 async def test_a_good_host_is_none_of_our_business(gateway, upstream, host):
     """
     Names, addresses and ports of every shape that RFC 9110 allows.
@@ -269,6 +269,23 @@ async def test_a_body_is_asked_for_only_where_it_is_wanted(gateway, upstream, me
     if first.startswith(b"HTTP/1.1 100"):
         await connection.send(BODY)
         assert (await connection.answer()).status == 200
+
+
+async def test_no_body_is_asked_for_that_a_limit_refuses(start_gateway, upstream):
+    """
+    What is used up is known before the body, also before a short one.
+    """
+    upstream.script = hello_json()
+    gateway = await start_gateway(
+        config_text(upstream.url).replace(f"key: {KEY}", f"key: {KEY}, limits: {{usd/day: 0}}")
+    )
+    connection = await gateway.connect()
+
+    await connection.send(
+        request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "expect": "100-continue"}, BODY)[:-1]
+    )
+
+    assert (await connection.answer()).status == 429
 
 
 @pytest.mark.parametrize("cuts", [[], [10], [65_000], [65_535], [65_536], [65_537], [100, 65_534, 65_538]])
@@ -486,7 +503,7 @@ async def test_a_client_that_stops_sending_and_leaves_later_is_found_out(gateway
     """
     upstream.script = [stall()]
     connection, _ = await half_closed(gateway, HELLO)
-    await connection.read_until(b"HTTP/1.1 102 Processing\r\n\r\n")
+    await connection.read_until(b"HTTP/1.1 100 Continue\r\n\r\n")
     await upstream.request_came()
 
     await connection.close()
