@@ -2928,6 +2928,16 @@ def block_item(fields: dict[str, str], column: int) -> str:
     return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
 
 
+def overwrite(file: io.FileIO, data: bytes) -> None:
+    """Let a file have these bytes alone. Raises OSError."""
+    file.seek(0)
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
 def write_in_place(path: Path, data: bytes) -> Path:
     """Overwrite a file without changing its inode; the copy of what it was. Raises ConfigError.
 
@@ -2947,16 +2957,6 @@ def write_in_place(path: Path, data: bytes) -> Path:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {why_not(error)}{kept}") from None
     return backup
-
-
-def overwrite(file: io.FileIO, data: bytes) -> None:
-    """Let a file have these bytes alone. Raises OSError."""
-    file.seek(0)
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
-    file.truncate()
-    os.fsync(file.fileno())
 
 
 def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> Path | None:

@@ -30,7 +30,7 @@ HELLO_STREAM = HELLO | {"stream": True}
 START = 1_790_000_000.0  # 2026-09-21T14:13:20Z
 
 
-async def until(condition: Callable[[], object], within_s: float = 2.0) -> None:
+async def until(condition: Callable[[], object], within_s: float = 20.0) -> None:
     """Let the loop run until something is so; fail when it takes too long."""
     async with asyncio.timeout(within_s):
         while not condition():

@@ -413,12 +413,9 @@ async def test_a_connection_goes_on_after_a_page(gateway, upstream):
     upstream.script = hello_json()
     connection = await gateway.connect()
 
-    statuses = []
     for method, path in PATHS:
         reply = await connection.request(method, path, {"x-api-key": KEY}, BODY if method == "POST" else b"")
-        statuses.append(reply.status)
-
-    assert statuses == [200, 404, 200, 200, 200, 200, 200, 200, 404, 404]
+        assert "connection" not in reply.headers and not reply.was_cut
 
 
 async def test_an_answer_that_begins_while_the_gateway_stops_says_that_it_is_the_last(gateway, upstream):
