@@ -13,13 +13,14 @@ WORKDIR /app
 COPY requirements.txt ./
 # Wheels alone, each with its hash, into an environment that has no pip.
 RUN python -m venv --without-pip venv \
- && pip --python venv/bin/python install --no-cache-dir --no-compile --only-binary :all: --require-hashes -r requirements.txt \
- && rm requirements.txt
+ && pip --python venv/bin/python install --no-cache-dir --no-compile --only-binary :all: --require-hashes -r requirements.txt
+COPY --chmod=0644 gateway.py config.example.yaml ./
+# No image of packages that bring what runs at every start of Python, or what their RECORD does not list.
+RUN venv/bin/python -B gateway.py check --integrity && rm requirements.txt
 # Debugging symbols (uvloop's are 14 of its 16 MB), tests and the sources of compiled modules are not needed to run.
 RUN find venv -name '*.so' -exec strip --strip-unneeded {} + \
  && find venv -type d \( -name test -o -name tests \) -prune -exec rm -r {} + \
  && find venv -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.pyi' -o -name '*.[ch]' \) -delete
-COPY --chmod=0644 gateway.py config.example.yaml ./
 COPY --chmod=0755 deploy/claude-gateway venv/bin/
 # As pip would lay it.
 RUN mv gateway.py venv/lib/python3.*/site-packages/
@@ -50,9 +51,14 @@ ENV PATH=/app/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
     GATEWAY_PORT=8000
 WORKDIR /app
 COPY --from=build /app /app
-# A read-only root keeps no bytecode, and Python's own modules come without: what the gateway imports is compiled now.
+# A read-only root keeps no bytecode, and Python's own modules come without: what the gateway imports is compiled now, and
+# never later, because the list of all files that Python may import would not have it (`check --integrity`).
 # /data is anybody's, so that a new volume works for every --user; nobody else is in here.
-RUN python -c 'import gateway, cryptography.fernet, prometheus_client, uvloop' && mkdir -m 0777 /data
+RUN python -c 'import gateway, cryptography.fernet, prometheus_client, uvloop' && mkdir -m 0777 /data \
+ && find /app /usr/local/bin /usr/local/lib -xtype f -exec sha256sum {} + >/tmp/gateway.sha256 \
+ && mv /tmp/gateway.sha256 /app/venv/lib/python3.*/site-packages/ \
+ && PYTHONDONTWRITEBYTECODE=1 claude-gateway check --integrity
+ENV PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 VOLUME /data
 EXPOSE 8000

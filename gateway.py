@@ -20,7 +20,8 @@ The file is read from top to bottom; each section uses what stands above it:
     11. Gateway       owns all state, tells the story
     12. HTTP          the front door, no policy
     13. Backup        copied at one moment, checked, put back
-    14. Command line  serve, init, check, key, seal, upstream, usage, backup, restore
+    14. Integrity     installed files against their lists
+    15. Command line  serve, init, check, key, seal, upstream, usage, backup, restore
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -129,6 +130,8 @@ except ModuleNotFoundError as missing:
     )
 
 if TYPE_CHECKING:
+    import importlib.metadata
+
     import prometheus_client
 
 VERSION = "0.1.0"
@@ -10262,6 +10265,7 @@ class Metrics:
         # Exceptions that nothing expects, by where they were caught; where calls are from the start, with 0.
         self.bugs = Counter({"Gateway.handle": 0, "Relay.run": 0})
         self.lost_log_lines: Callable[[], int] = lambda: 0  # whoever writes the log from a thread says more
+        self.integrity_problems = 0  # that `check_in_background` found
         self.call_seconds, self.first_byte_seconds = Histogram(), Histogram()
 
     def book(self, entry: Entry) -> None:
@@ -10436,6 +10440,11 @@ class Scrape(NamedTuple):
                 "log_lines_lost_total",
                 "Lines of the log that are lost, because stderr was not read or refused them.",
                 self.metrics.lost_log_lines(),
+            ),
+            (
+                "integrity_problems",
+                "Files that at the start were not as in the image's own list; 0 where there is none.",
+                self.metrics.integrity_problems,
             ),
             ("config_loaded_timestamp_seconds", "When the configuration that holds was loaded.", self.loaded_at),
             ("start_time_seconds", "When the gateway started; counters begin there.", self.metrics.started_at),
@@ -12825,7 +12834,161 @@ class Restore:
         yield f"Start the gateway with: {PROGRAM} {'serve' if self.config else 'check, and mend what it names'}"
 
 
-# --- 14. Command line: serve, init, check, key, seal, upstream, usage, backup, restore ---
+# --- 14. Integrity: installed files against their lists -----------------------------
+
+# In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
+# runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
+# it. What is installed is compared with one of two lists:
+#
+#   gateway.sha256  beside gateway.py, in sha256sum's format: the image's own list, of every file that Python may import
+#                   in it, made when it was built. It is root's, and the gateway does not run as root.
+#   RECORD          of each package, where there is no such list. Whoever can change a package can change its RECORD,
+#                   and bytecode has no hash there. So versions are compared with requirements.txt as well, and what
+#                   runs at every start of Python is named although a RECORD lists it.
+#
+# Neither proves that a release was good when it came: the hashes of requirements.txt only make it the pinned one.
+# And what has taken over this very process can let it say anything.
+INTEGRITY_LIST = Path(__file__).resolve().with_name("gateway.sha256")
+KNOWN_START_CODE = {
+    "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224",  # setuptools' distutils-precedence.pth
+}
+NOT_PINNED = ("pip", "setuptools", "wheel", "claude-gateway")  # what installs packages, and ourselves
+
+
+class Integrity(NamedTuple):
+    """How the installed files compare with their list."""
+
+    source: str  # which list
+    files: int  # that it has
+    problems: list[str]
+    notes: Sequence[str] = ()  # what is worth knowing, and no mistake
+
+
+def is_as_listed(path: str, digest: str) -> bool:
+    """Whether a file is there and has this sha256; any where that is empty. Raises OSError."""
+    if not os.path.isfile(path):
+        return False
+    if not digest:
+        return True
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str) -> set[str]:
+    """The paths of files and links in these folders that are not listed; of a folder with no listed file only its own.
+
+    Folders that are named as `ignored` says are not looked at, nor are those that a link leads to.
+    """
+    known, foreign = set(folders), set[str]()
+    for path in listed:
+        while (path := os.path.dirname(path)) not in known:
+            known.add(path)
+    for folder in folders:
+        for place, names, files in os.walk(folder):
+            names[:] = [name for name in names if name != ignored]
+            links = [name for name in names if os.path.islink(f"{place}/{name}")]
+            for path in (f"{place}/{name}" for name in (*files, *links)):
+                if path not in listed:
+                    while (above := os.path.dirname(path)) not in known:
+                        path = above
+                    foreign.add(path)
+    return foreign
+
+
+def compare_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str = "") -> Iterator[str]:
+    """Compare files with their sha256 by path, and with what the folders hold; a sentence for each difference."""
+    for path, digest in sorted(listed.items()):
+        try:
+            if not is_as_listed(path, digest):
+                yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
+        except OSError as error:
+            yield f"{path} cannot be read: {why_not(error)}"
+    for path in sorted(foreign_files(listed, folders, ignored)):
+        yield f"{path} is in no list"
+
+
+def start_code(folder: str, owners: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each file of a folder of packages that Python runs code of at every start: which, and whose."""
+    for path in sorted(Path(folder).glob("*")):
+        content = path.read_bytes() if path.suffix == ".pth" and path.is_file() else b""
+        lines = content.decode("utf-8-sig", "replace").splitlines()
+        is_run = any(line.startswith(("import ", "import\t")) for line in lines)  # as in site.addpackage
+        is_run = is_run or path.name.partition(".")[0] in ("sitecustomize", "usercustomize")
+        if is_run and hashlib.sha256(content).hexdigest() not in KNOWN_START_CODE:
+            yield f"{path} of {owners.get(str(path), 'no package')} runs code at every start of Python"
+
+
+def recorded_files(package: importlib.metadata.Distribution) -> Iterator[tuple[str, str]]:
+    """Path and sha256 of each file in a package's RECORD, without bytecode. Raises ValueError."""
+    for path, digest, _ in csv.reader((package.read_text("RECORD") or "").splitlines()):
+        algorithm, _, value = digest.partition("=")
+        if "__pycache__/" not in path:
+            sha256 = base64.urlsafe_b64decode(value + "=").hex() if algorithm == "sha256" else ""
+            yield os.path.normpath(str(package.locate_file(path))), sha256
+
+
+def check_packages(folders: Sequence[str], requirements: Path) -> Integrity:
+    """Compare packages with their RECORD and their versions with requirements.txt; name what runs at Python's start."""
+    import importlib.metadata  # here: it takes 10 ms, and only this needs it
+
+    problems, notes, further = list[str](), list[str](), list[str]()
+    listed, owners, pinned = dict[str, str](), dict[str, str](), dict[str, str]()
+    if requirements.is_file():
+        pinned.update(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(), re.MULTILINE))
+    else:
+        notes.append(f"versions were not compared: there is no {requirements}")
+    for package in importlib.metadata.distributions(path=list(folders)):
+        about = email.message_from_string(package.read_text("METADATA") or "")
+        name, version = re.sub(r"[-_.]+", "-", about.get("Name", "")).lower(), about.get("Version", "")
+        try:
+            files = dict(recorded_files(package))
+        except (ValueError, csv.Error):
+            files = {}  # so all of its files are in no list
+        listed |= files
+        owners |= dict.fromkeys(files, name)
+        if version != pinned.get(name, version):
+            problems.append(f"{name} is {version}; requirements.txt has {pinned[name]}")
+        elif pinned and name not in (*pinned, *NOT_PINNED):
+            further.append(f"{name} {version}")
+    problems += compare_files(listed, folders, ignored="__pycache__")
+    for folder in folders:
+        problems += start_code(folder, owners)
+    if further:
+        notes.append(f"not in requirements.txt: {', '.join(sorted(further))}")
+    return Integrity("the RECORD of each package", len(listed), problems, notes)
+
+
+def check_integrity(path: Sequence[str], file: Path) -> Integrity:
+    """Compare the folders of `path`, which is sys.path, with the image's list, else packages with their RECORDs."""
+    folders = list(dict.fromkeys(map(os.path.realpath, path)))
+    if not file.exists():
+        packages = [each for each in folders if Path(each).name in ("site-packages", "dist-packages")]
+        return check_packages(packages, file.with_name("requirements.txt"))
+    lines = (line.partition("  ") for line in file.read_text().splitlines())
+    listed = {name: digest for digest, _, name in lines}
+    return Integrity(str(file), len(listed), list(compare_files({**listed, str(file): ""}, folders)))
+
+
+def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> None:
+    """Where there is an image's list, compare with it in a thread that nobody waits for; log and count what differs."""
+
+    def run() -> None:
+        try:
+            found = check_integrity(path, file)
+        except (OSError, ValueError) as error:
+            found = Integrity(str(file), 0, [f"{file} cannot be read: {error}"])
+        metrics.integrity_problems = len(found.problems)
+        if found.problems:
+            named = "; ".join(printable(problem, 300) for problem in found.problems[:5])
+            log.error("integrity: differences from %s: %d, such as %s", file, len(found.problems), named)
+        else:
+            log.info("integrity: %d files are as in %s", found.files, file)
+
+    if file.exists():
+        threading.Thread(target=run, name="integrity", daemon=True).start()
+
+
+# --- 15. Command line: serve, init, check, key, seal, upstream, usage, backup, restore ---
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -12846,6 +13009,13 @@ upstreams:
 keys:
   - name: me
     key: %(key)s
+"""
+
+INTEGRITY_HELP = """\
+instead of the config look at the installed files: are they those that the image was built with or, elsewhere, those of
+each package's RECORD, in the versions of requirements.txt, and does nothing foreign run when Python starts? It finds
+what was changed after the installation. It does not prove that a release was good, nor can it find what already runs in
+its own process
 """
 
 EXPORTS = """\
@@ -13209,6 +13379,7 @@ async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
     if log.isEnabledFor(logging.INFO):
         server.gateway.tell = log_writer.tell
     port = await server.start()
+    check_in_background(server.gateway.metrics, sys.path, INTEGRITY_LIST)
     for warning in config.warnings:
         log.warning("config: %s", warning)
     try:
@@ -13355,6 +13526,17 @@ def prices_text(table: PriceTable) -> str:
         texts.append(f"for all models {surcharge_text(table.surcharges)}")
     texts += [f"for {pattern} {surcharge_text(price.surcharges)}" for pattern, price in table if price.surcharges]
     return "; ".join(texts)
+
+
+def command_check_integrity(options: argparse.Namespace) -> int:
+    """Print how the installed files compare with their list; 1 where one differs."""
+    found = check_integrity(sys.path, INTEGRITY_LIST)
+    for problem in found.problems:
+        print(printable(problem, 1000))
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"compared {found.files:,} files with {found.source}; differences: {len(found.problems)}")
+    return bool(found.problems)
 
 
 async def try_to_listen(host: str) -> None:
@@ -14486,7 +14668,9 @@ def arguments() -> argparse.ArgumentParser:
 
     add(commands, "serve", command_serve)
     add(commands, "init", command_init)
-    add(commands, "check", command_check)
+    add(commands, "check", command_check).add_argument(
+        "--integrity", dest="run", action="store_const", const=command_check_integrity, help=INTEGRITY_HELP
+    )
     key_parser = commands.add_parser("key", parents=[common], help="Add, list, rotate and revoke keys.")
     keys = key_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_key = add(keys, "add", command_key_add)

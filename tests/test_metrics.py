@@ -60,6 +60,7 @@ async def test_every_metric_has_a_type_and_says_what_it_is(gateway):
         "ledger_waiting_entries": "gauge",
         "ledger_failing": "gauge",
         "config_reload_failing": "gauge",
+        "integrity_problems": "gauge",
         "config_loaded_timestamp_seconds": "gauge",
         "start_time_seconds": "gauge",
         "info": "gauge",

@@ -111,7 +111,7 @@ def test_every_outcome_stands_in_the_readme():
     assert [outcome for outcome in sorted(outcomes) if f"`{outcome}`" not in README] == []
 
 
-PAGES = ["README.md", "README.zh-CN.md", "CHANGELOG.md", "docs/deployment.md"]
+PAGES = ["README.md", "README.zh-CN.md", "CHANGELOG.md", "SECURITY.md", "docs/deployment.md"]
 
 
 def blocks(text: str) -> list[str]:

@@ -42,10 +42,10 @@ PROGRAM = Path(g.__file__)
 class Process:
     """The gateway as a person starts it."""
 
-    def __init__(self, folder: Path, *arguments: str, **environ: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, program: Path = PROGRAM, **environ: str) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *arguments],
+            [sys.executable, str(program), *arguments],
             cwd=folder,
             env=inherited | {"GATEWAY_PORT": "0"} | environ,
             stdout=subprocess.PIPE,
