@@ -3175,7 +3175,6 @@ class ConfigEditor:
 # --- 4. Ledger: what was spent, line by line ---------------------------------------
 
 FIRST_CHAIN = b"0" * 32
-UNFINISHED = "restore.unfinished"  # lies in the folder while a restore replaces its files
 SPANS = {"hour": 3600.0, "5h": 18000.0}  # seconds; these windows open with the first call
 STEP_S = 5  # seconds: the last minute slides in steps of so many …
 LAST_STEPS = 12  # … of which it has so many besides the present one, so that no 60 seconds ever hold more
@@ -4079,21 +4078,6 @@ class LedgerFiles:
             path.unlink()
             tell(f"{packed.name}: {packed.stat().st_size:,} bytes, {before:,} before")
 
-    def span(self) -> tuple[int, str, str]:
-        """How many lines there are; the times of the first and of the last, "" where none can be read."""
-        count, first, last = 0, b"", b""
-        for path in self.paths():
-            for last in self.lines_of(path):
-                first = first or last
-                count += 1
-        decoder, times = msgspec.json.Decoder(Posting), []
-        for line in (first, last):
-            try:
-                times.append(utc_time(decoder.decode(line).time.timestamp()))
-            except UNREADABLE:
-                times.append("")
-        return count, times[0], times[1]
-
     def billed(self, since: str = "", until: str = "9") -> Iterator[Entry | Discarded]:
         """What upstreams charge for: calls, and attempts whose answer was thrown away."""
         return (line for line in self.lines(since, until) if isinstance(line, (Entry, Discarded)))
@@ -4146,16 +4130,16 @@ def unlock(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def hold_folder(directory: Path, how: int) -> int:
-    """Hold the folder of a ledger as long as the descriptor is open: a gateway or a restore, each alone, with LOCK_EX.
+def hold_folder(directory: Path) -> int:
+    """Hold the folder of a ledger as long as the descriptor is open: a gateway or a restore, each alone.
 
-    Commands ask with LOCK_SH whether one of them does. The lock is not the files', whose locks are for single lines;
-    the kernel lets go when a process dies. Raises OSError, and BlockingIOError where another holds it.
+    The lock is not the files', whose locks are for single lines; the kernel lets go when a process dies. Raises
+    OSError, and BlockingIOError where another holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
         raise
@@ -4222,55 +4206,44 @@ class Checkpoint(msgspec.Struct):
                     raise ValueError(f"{paths[last].name} was changed")
 
 
-class Held(NamedTuple):
+class Held:
     """A file as it was at one moment: open, and how many of its bytes belong to that moment."""
 
-    name: str
-    file: IO[bytes]
-    size: int
+    def __init__(self, name: str, file: IO[bytes], size: int) -> None:
+        self.name, self.file, self.size = name, file, size
+        self.digest = hashlib.sha256()  # of what was read
 
-    @classmethod
-    def of(cls, path: Path, opened: contextlib.ExitStack) -> Held:
-        """A file as it is now. Raises OSError."""
-        file = opened.enter_context(open(path, "rb"))  # noqa: SIM115 - the stack closes it
-        return cls(path.name, file, os.fstat(file.fileno()).st_size)
-
-    def to_last_line(self) -> Held:
-        """Without the line that is being written. An archive has none."""
-        if self.name.endswith(".gz"):
-            return self
-        return self._replace(size=self.size - len(unfinished_line(self.file.fileno(), self.size)))
+    def read(self, size: int) -> bytes:
+        """The next bytes."""
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
 
     def last_chain(self) -> bytes:
-        """The chain value of the last line; b"" where there is none."""
-        if not self.name.endswith(".gz"):
-            length = min(self.size, LINE_END + 9)
-            return chain_of(os.pread(self.file.fileno(), length, self.size - length))
-        last = b""
-        with contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile), gzip.open(self.file) as lines:
-            last = next(iter(deque(lines, 1)), b"")  # a damaged one has none, and is copied as it is
-        self.file.seek(0)
-        return chain_of(last)
+        """The chain value of the last line; b"" where there is no line, or the file is gzipped."""
+        length = min(self.size, LINE_END + 9)
+        return chain_of(os.pread(self.file.fileno(), length, self.size - length))
 
 
 def hold_ledger(directory: Path, opened: contextlib.ExitStack) -> list[Held]:
-    """All files of a ledger as they are at one moment, while others append to it, gzip months and begin new ones.
+    """The months of a ledger and what was set aside, while a gateway appends to it and `usage archive` gzips months.
 
-    Their lines are a beginning of the chain, without a gap and without a half line. Raises OSError.
+    Their lines are a beginning of the chain, without a gap and without a half line: a month grows no more once the
+    next can be listed, so only the newest may end in the middle of one. Raises OSError.
     """
-    for _ in range(100):
-        with contextlib.ExitStack() as tried, contextlib.suppress(FileNotFoundError):  # gzipped since it was listed
-            # In this order: what the checkpoint counts is in the files by then; and a month's file grows no more
-            # once the next one can be listed. So no lock is needed, and the gateway does not notice.
-            checkpoint = [Held.of(path, tried) for path in directory.glob(Checkpoint.FILE)]
-            newest = max(map(month_of, LedgerFiles(directory).paths()), default="")
-            paths = LedgerFiles(directory).paths()  # again: one listing may miss what begins while it is made
-            months = [Held.of(path, tried) for path in paths if month_of(path) <= newest]
-            months[-1:] = [held.to_last_line() for held in months[-1:]]
-            torn = [Held.of(path, tried) for path in sorted(directory.glob("usage-????-??.torn"))]
-            opened.enter_context(tried.pop_all())
-            return [*checkpoint, *months, *torn]
-    raise OSError(errno.EAGAIN, "its files come and go too fast")
+    held = []
+    for path in [*LedgerFiles(directory).paths(), *sorted(directory.glob("usage-????-??.torn"))]:
+        try:
+            file = open(path, "rb")  # noqa: SIM115 - the stack closes it
+        except FileNotFoundError:  # gzipped since it was listed
+            path = path.with_name(path.name + ".gz")
+            file = open(path, "rb")  # noqa: SIM115
+        opened.enter_context(file)
+        size = os.fstat(file.fileno()).st_size
+        if path.suffix == ".jsonl":
+            size -= len(unfinished_line(file.fileno(), size))
+        held.append(Held(f"usage/{path.name}", file, size))
+    return held
 
 
 class Ledger:
@@ -4322,19 +4295,13 @@ class Ledger:
 
     def hold(self) -> None:
         """Be the folder's only gateway until `close`: two would each count only their own calls. Raises OSError."""
-        for _ in range(10):
-            try:
-                self._folder = hold_folder(self.directory, fcntl.LOCK_EX)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)  # a command that asks holds it for a moment
-        else:
+        try:
+            self._folder = hold_folder(self.directory)
+        except BlockingIOError:
             remedy = "end that first, or give this gateway a usage.directory of its own"
-            raise OSError(errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}")
-        if (self.directory / UNFINISHED).exists():
-            os.close(self._folder)
-            self._folder = -1
-            raise OSError(errno.EBUSY, "a restore was broken off there: run it again, with --force")
+            raise OSError(
+                errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}"
+            ) from None
 
     # Reading
 
@@ -12293,181 +12260,6 @@ class Door:
 # --- 13. Backup: copied at one moment, checked, put back ----------------------------
 
 
-def config_as_kept(text: str, path: Path, secret: bytes) -> Config:
-    """A snapshot of a config's text with the sealing secret that belongs to it, b"" for the one that is in use here.
-
-    Raises ConfigError.
-    """
-    try:
-        vault = Vault(secret.decode().split(), "the backup") if secret else Vault.open(path.parent)
-        return Config(Document(text, path), vault, Clock(), os.environ)
-    except (SealError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def read_secret(path: Path) -> bytes:
-    """The sealing secret's file that belongs to a config; b"" where there is none. Raises CommandError."""
-    place = Vault.file(path.parent)
-    try:
-        return place.read_bytes() if place and place.exists() else b""
-    except OSError as error:
-        raise CommandError(f"cannot read the sealing secret {place}: {why_not(error)}") from None
-
-
-class Source(NamedTuple):
-    """What a backup is made of: the config's text, its secret, where the ledger lies; and what is to be told of it."""
-
-    text: bytes
-    secret: bytes
-    ledger: Path
-    mistake: str  # of the config, "" where it is good
-    ca_files: list[str]
-
-
-def ledger_place(text: str, path: Path) -> Path:
-    """Where the ledger lies, of a config that may be wrong elsewhere. Raises ConfigError."""
-    node = Document(text, path).find("usage", "directory")
-    if not isinstance(node, yaml.ScalarNode):
-        return path.parent / UsageConfig().directory
-    alone = Document(f"directory: {json.dumps(node.value)}", path)
-    directory = alone.plain(os.environ)["directory"]
-    alone.check()
-    return path.parent / str(directory)
-
-
-def read_source(path: Path) -> Source | None:
-    """The config and its secret as they are now; None while an editor or `seal --rotate` is writing them.
-
-    A config with a mistake is taken as it is: the gateway serves from an older one, and its ledger is worth keeping.
-    Raises ConfigError, and CommandError.
-    """
-    text, secret = read_text(path), read_secret(path)
-    time.sleep(0.05)  # whoever writes in place is done by then, or the text differs
-    if (text, secret) != (read_text(path), read_secret(path)):
-        return None
-    try:
-        config = config_as_kept(text, path, secret)
-    except ConfigError as error:
-        return Source(text.encode(), secret, ledger_place(text, path), str(error), [])
-    ca_files = [upstream.ca_file for upstream in config.upstreams if upstream.ca_file]
-    return Source(text.encode(), secret, config.usage_directory, "", ca_files)
-
-
-def read_steadily(path: Path) -> Source:
-    """What a backup of a config is made of, without a mistake if waiting a second helps.
-
-    Raises ConfigError, and CommandError.
-    """
-    for _ in range(20):
-        with contextlib.suppress(ConfigError):
-            source = read_source(path)
-            if source and not source.mistake:
-                return source
-    if source := read_source(path):
-        return source
-    raise CommandError(f"{path} is being changed all the time; nothing was backed up")
-
-
-class Manifest(msgspec.Struct, forbid_unknown_fields=True):
-    """What a backup says of itself before all else. `files` are names and sizes in the order in which they come."""
-
-    FILE: ClassVar = "manifest.json"
-    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
-    FORMAT: ClassVar = 1
-    SMALL: ClassVar = 16 << 20  # bytes; what is read into memory is smaller
-    NAMES: ClassVar = re.compile(
-        r"config\.yaml|gateway\.secret|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
-    )
-
-    format: int
-    version: str
-    time: str
-    chain: str  # of the last line
-    files: dict[str, int]
-
-    def problem(self) -> str:
-        """Why this cannot be restored; "" where it can."""
-        names = list(self.files)
-        foreign = [name for name in names if not self.NAMES.fullmatch(name)]
-        beside = [name for name in names if not name.startswith("usage/")]
-        if self.format != self.FORMAT:
-            return f"it has format {self.format}, this gateway ({VERSION}) knows {self.FORMAT}"
-        if foreign:
-            return f"{foreign[0]!a} does not belong into a backup"
-        if beside not in (["config.yaml"], ["config.yaml", "gateway.secret"]) or names[: len(beside)] != beside:
-            return "it does not begin with config.yaml"
-        if any(not 0 <= size <= self.SMALL for size in map(self.files.__getitem__, beside)) or any(
-            size < 0 for size in self.files.values()
-        ):
-            return "it names a size that cannot be"
-        return ""
-
-    @property
-    def ledger(self) -> list[str]:
-        """The names of the ledger's files, without the folder."""
-        return [name.removeprefix("usage/") for name in self.files if name.startswith("usage/")]
-
-
-class Digest:
-    """A file that is read or written through, and its SHA-256."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._digest = file, hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        data = self._file.read(size)
-        self._digest.update(data)
-        return data
-
-    def line(self, name: str) -> bytes:
-        """What SHA256SUMS says of it (GNU coreutils, sha256sum)."""
-        return f"{self._digest.hexdigest()}  {name}\n".encode()
-
-
-class GzipWriter:
-    """What is written goes to a file gzipped (RFC 1952); gzip.GzipFile would complain on its own if the file fails."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        # Level 4 packs lines of a ledger twice as fast as 6, a twentieth larger.
-        self._out, self._packer = out, zlib.compressobj(4, wbits=31)
-
-    def write(self, data: bytes) -> int:
-        """Pack and write."""
-        self._out.write(self._packer.compress(data))
-        return len(data)
-
-    def finish(self) -> None:
-        """Write what is left, and the checksum."""
-        self._out.write(self._packer.flush())
-
-
-def tar_member(name: str, size: int) -> tarfile.TarInfo:
-    """A file of a backup as the tar describes it: of now, and for its owner alone."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = size, 0o600, int(time.time())
-    return info
-
-
-def write_backup(out: IO[bytes], members: Sequence[Held], tell: Callable[[str], None]) -> None:
-    """Write files one after the other as a gzipped tar, then their digests. Tells each one. Raises OSError."""
-    sums, packed = b"", GzipWriter(out)
-    # GNU's format has files over 8 GB.
-    with tarfile.open(fileobj=cast(IO[bytes], packed), mode="w|", format=tarfile.GNU_FORMAT) as tar:
-        for name, file, size in members:
-            digest = Digest(file)
-            tar.addfile(tar_member(name, size), cast(IO[bytes], digest))
-            sums += digest.line(name)
-            tell(f"{name}: {size:,} bytes")
-        tar.addfile(tar_member(Manifest.SUMS, len(sums)), io.BytesIO(sums))
-    packed.finish()
-
-
-def held_bytes(name: str, data: bytes) -> Held:
-    """Bytes as a file of a backup."""
-    return Held(name, io.BytesIO(data), len(data))
-
-
 def sync_folder(path: Path) -> None:
     """Let new names in a folder outlast a power cut."""
     fd = os.open(path, os.O_RDONLY)
@@ -12498,340 +12290,163 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         Path(name).unlink(missing_ok=True)
 
 
-def missing_from_backup(source: Source, path: Path, is_left_out: bool) -> Iterator[str]:
-    """What a restore of a backup needs and does not find in it."""
-    if is_left_out:
-        yield "the sealing secret is not in it: without it no upstream's key can be read"
-    elif Vault.file(path.parent) is None:
-        yield "the sealing secret is not in it, it comes from GATEWAY_SECRET: keep that elsewhere"
-    elif not source.secret:
-        yield "there is no sealing secret to keep"
-    if source.mistake:
-        yield f"the config is in it as it is, with a mistake: {source.mistake}"
-    for ca_file in source.ca_files:
-        yield f"the ca_file {ca_file} is not in it"
+class Manifest(msgspec.Struct):
+    """What a backup says of itself before all else."""
+
+    FILE: ClassVar = "manifest.json"
+    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
+    FORMAT: ClassVar = 1
+    NAMES: ClassVar = re.compile(
+        r"manifest\.json|config\.yaml|gateway\.secret|SHA256SUMS"
+        r"|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
+    )
+
+    format: int
+    version: str
+    time: str
+    chain: str  # of the last line; "" where it is not known
 
 
-def manifest_of(members: Sequence[Held], now: float) -> Manifest:
-    """What is to stand in front of a backup's files."""
-    chains = (held.last_chain() for held in reversed(members) if ".jsonl" in held.name)
-    chain = next(filter(None, chains), FIRST_CHAIN).decode()
-    return Manifest(Manifest.FORMAT, VERSION, utc_time(now), chain, {held.name: held.size for held in members})
+class GzipWriter:
+    """A file that gzips what it is given; where the one below fails, gzip.GzipFile would complain on its own (3.13)."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out, self._packer = out, zlib.compressobj(4, wbits=31)  # half the time of level 6, a twentieth larger
+
+    def write(self, data: bytes) -> None:
+        """Pack and write."""
+        self._out.write(self._packer.compress(data))
+
+    def finish(self) -> None:
+        """Write what is left, and the checksum."""
+        self._out.write(self._packer.flush())
 
 
-def back_up(out: IO[bytes], directory: Path, small: Sequence[Held], now: float) -> Manifest:
-    """Write a backup of these files and of a ledger; its manifest. Tells each file if it takes long. Raises OSError."""
-    started = time.monotonic()
+def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) -> tuple[Manifest, list[Held]]:
+    """Write these files and a ledger as it is now as a gzipped tar; the manifest, and what is in it. Raises OSError."""
 
-    def tell(line: str) -> None:
-        if time.monotonic() - started > 2:
-            print(line, file=sys.stderr, flush=True)
+    def add(member: Held) -> bytes:
+        info = tarfile.TarInfo(member.name)
+        info.size, info.mode, info.mtime = member.size, 0o600, int(time.time())
+        tar.addfile(info, cast(IO[bytes], member))
+        return f"{member.digest.hexdigest()}  {member.name}\n".encode()  # as sha256sum has it (GNU coreutils)
 
-    with contextlib.ExitStack() as opened:
-        ledger = [held._replace(name=f"usage/{held.name}") for held in hold_ledger(directory, opened)]
-        manifest = manifest_of([*small, *ledger], now)
-        text = msgspec.json.format(msgspec.json.encode(manifest)) + b"\n"
-        write_backup(out, [held_bytes(Manifest.FILE, text), *small, *ledger], tell)
+    packed = GzipWriter(out)
+    gnu = tarfile.GNU_FORMAT  # has files over 8 GB
+    with contextlib.ExitStack() as opened, tarfile.open(fileobj=cast(Any, packed), mode="w|", format=gnu) as tar:
+        ledger = hold_ledger(directory, opened)
+        chain = next((held.last_chain() for held in reversed(ledger) if ".jsonl" in held.name), b"").decode()
+        manifest = Manifest(Manifest.FORMAT, VERSION, utc_time(time.time()), chain)
+        small = {Manifest.FILE: msgspec.json.format(msgspec.json.encode(manifest)) + b"\n", **files}
+        members = [Held(name, io.BytesIO(data), len(data)) for name, data in small.items()] + ledger
+        sums = b"".join(map(add, members))
+        add(Held(Manifest.SUMS, io.BytesIO(sums), len(sums)))
+    packed.finish()
+    return manifest, members
+
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *UNREADABLE)  # what reading a bad backup raises
+
+
+def unpack(file: IO[bytes], folder: Path) -> Manifest:
+    """Unpack a backup into an empty folder, without folders in it. Raises CommandError, OSError, and DAMAGED.
+
+    Only plain files with names that are known are taken, and each must have the digest that the last one has for it.
+    """
+    sums = {}
+    with tarfile.open(fileobj=file, mode="r|gz") as tar:
+        for info in tar:
+            if info.type != tarfile.REGTYPE or not Manifest.NAMES.fullmatch(info.name):
+                raise CommandError(f"{info.name!a} does not belong into a backup; nothing was restored")
+            with open(folder / Path(info.name).name, "xb+", opener=open_shared) as to:
+                shutil.copyfileobj(cast(IO[bytes], tar.extractfile(info)), to, 1 << 20)
+                to.flush()
+                os.fsync(to.fileno())
+                to.seek(0)
+                sums[info.name] = f"{hashlib.file_digest(to, 'sha256').hexdigest()}  {info.name}\n"
+    lines = "".join(line for name, line in sums.items() if name != Manifest.SUMS)
+    is_whole = sums.keys() >= {Manifest.FILE, "config.yaml", Manifest.SUMS}
+    if not is_whole or (folder / Manifest.SUMS).read_bytes() != lines.encode():
+        raise CommandError("this is no whole backup, as its SHA256SUMS says; nothing was restored")
+    manifest = msgspec.json.decode((folder / Manifest.FILE).read_bytes(), type=Manifest)
+    if manifest.format != Manifest.FORMAT:
+        raise CommandError(f"its format is {manifest.format}, this gateway ({VERSION}) knows 1; nothing was restored")
     return manifest
 
 
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)  # what reading a damaged archive raises
-
-
-class BackupReader:
-    """A backup's files, one after the other, as its manifest names them. What differs raises CommandError.
-
-    No name of the archive is ever a path: only names that are known are asked for, and only plain files are taken.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._packed = gzip.GzipFile(fileobj=file)
-        self._tar = tarfile.open(fileobj=self._packed, mode="r|")  # noqa: SIM115 - who opened the file closes it
-        self._sums = b""
-        manifest = io.BytesIO()
-        info = self._tar.next()
-        if info is None or info.size > Manifest.SMALL:
-            raise self._bad("it does not begin with a manifest")
-        self._take(info, Manifest.FILE, info.size, manifest)
-        try:
-            self.manifest = msgspec.json.decode(manifest.getvalue(), type=Manifest)
-        except UNREADABLE as error:
-            raise self._bad(f"its manifest cannot be read: {error}") from None
-        if problem := self.manifest.problem():
-            raise self._bad(problem)
-
-    @staticmethod
-    def _bad(why: str) -> CommandError:
-        return CommandError(f"this is no whole backup: {why}; nothing was restored")
-
-    def _take(self, info: tarfile.TarInfo | None, name: str, size: int, to: IO[bytes]) -> None:
-        if info is None:
-            raise self._bad(f"it ends before {name}")
-        file = self._tar.extractfile(info) if info.type == tarfile.REGTYPE else None
-        if file is None or (info.name, info.size) != (name, size):
-            raise self._bad(f"{name} of {size:,} bytes should come where {info.name!a} of {info.size:,} comes")
-        digest = Digest(file)
-        while chunk := digest.read(1 << 20):
-            to.write(chunk)
-        self._sums += digest.line(name)
-
-    def copy(self, name: str, to: IO[bytes]) -> None:
-        """Write the next file, which must be the one of this name."""
-        self._take(self._tar.next(), name, self.manifest.files[name], to)
-
-    def small(self, name: str) -> bytes:
-        """The next file, or b"" where the manifest has none of this name."""
-        data = io.BytesIO()
-        if name in self.manifest.files:
-            self.copy(name, data)
-        return data.getvalue()
-
-    def finish(self) -> None:
-        """Find every digest right, and the end where it belongs."""
-        sums, found = self._sums, io.BytesIO()
-        self._take(self._tar.next(), Manifest.SUMS, len(sums), found)
-        if found.getvalue() != sums:
-            raise self._bad("what is in it does not have the digests that it names")
-        if info := self._tar.next():
-            raise self._bad(f"{info.name!a} comes behind its end")
-        while self._packed.read(1 << 20):  # to the checksum
-            pass
-
-
-def is_served(directory: Path, wait_s: float) -> bool:
-    """Whether a gateway runs on a ledger's folder; on file systems without locks it has so long to stir."""
-    if not directory.is_dir():
-        return False
+def config_in(folder: Path, path: Path) -> Config:
+    """The config that was unpacked into a folder, as a gateway will read it at its place. Raises CommandError."""
+    secret, environ, hint = folder / Vault.FILE, dict(os.environ), ""
+    if not secret.exists():
+        hint = " (the sealing secret is not in the backup: it must be here before)"
+    elif Vault.file(path.parent):  # else GATEWAY_SECRET is what a start will take
+        environ["GATEWAY_SECRET"] = secret.read_bytes().decode("latin-1")
     try:
-        os.close(hold_folder(directory, fcntl.LOCK_SH))
-    except BlockingIOError:
-        return True
-    with contextlib.suppress(OSError):  # no hard links here, or a folder that cannot be written
-        return ask_for_reset(directory, "", wait_s)  # of no upstream: a gateway takes it in and does nothing
-    return False
+        return Config.parse(read_text(folder / "config.yaml"), path, Clock(), environ)
+    except ConfigError as error:
+        raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
 
 
-def give_to_owner_of(folder: Path, fd: int) -> None:
-    """Let what root restores belong to whom its folder belongs to: the gateway may run as somebody else."""
-    owner = folder.stat()
-    with contextlib.suppress(OSError):
-        os.fchown(fd, owner.st_uid, owner.st_gid)
+def ledger_in(folder: Path) -> list[Path]:
+    """The files of a ledger's folder that a restore replaces."""
+    return [*sorted(folder.glob("usage-????-??.*")), *folder.glob(Checkpoint.FILE)]
 
 
-def make_folder(path: Path, mode: int) -> None:
-    """A folder, and those above it, for the owner of the nearest that is there. Raises OSError."""
-    if path.exists():
-        return
-    make_folder(path.parent, 0o755)
-    path.mkdir(mode)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    give_to_owner_of(path.parent, fd)
-    os.close(fd)
+def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
+    """Rename what is there into a folder beside it, then move files to their places; undo all where one fails.
 
-
-def keep_aside(path: Path, stamp: str) -> Path:
-    """A second name for what a file holds, which is going to be replaced. Raises OSError."""
-    kept = path.with_name(path.name + stamp)
-    try:
-        os.link(path, kept)
-    except OSError:  # a mount of its own, or no hard links here
-        with new_file(kept) as file:
-            file.write(path.read_bytes())
-    return kept
-
-
-def is_already(path: Path, data: bytes) -> bool:
-    """Whether a file holds this."""
-    return path.exists() and path.read_bytes() == data
-
-
-def put_file(path: Path, data: bytes, mode: int, stamp: str) -> Path | None:
-    """Put a whole file in place; what it was before is kept and returned. A symlink stays one.
-
-    Raises OSError, and ConfigError.
+    `new` maps places to files. The first of both goes first and comes last. Raises OSError.
     """
-    path = Path(os.path.realpath(path))
-    if is_already(path, data):
-        return None
-    if path.exists():
-        kept = keep_aside(path, stamp)
-        if in_place := replace_file(path, data):
-            in_place.unlink()
-        return kept
-    make_folder(path.parent, 0o755)
-    with new_file(path) as file:
-        file.write(data)
-        os.fchmod(file.fileno(), mode)
-        give_to_owner_of(path.parent, file.fileno())
-    return None
+    with contextlib.ExitStack() as undo:
+        for folder in {place.parent / kept for place in old}:
+            folder.mkdir(0o700)
+            undo.callback(folder.rmdir)
+        for place in old:
+            aside = place.parent / kept / place.name
+            place.rename(aside)
+            undo.callback(aside.rename, place)
+            sync_folder(place.parent)
+        for place in reversed(new):
+            place.touch(0o600, exist_ok=False)  # replaces nothing, and shows nobody a secret that is copied
+            undo.callback(place.unlink)
+            shutil.move(new[place], place)  # which may lie on another disk
+            sync_folder(place.parent)
+        undo.pop_all()
 
 
-class Restore:
-    """Puts a backup in place: all that can be checked is checked first, what was there is kept.
+def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
+    """Put a backup in place; what to tell. Raises CommandError, OSError, and DAMAGED, and has changed nothing then.
 
-    The ledger is written into a folder inside its own (the one place that surely is on its file system), checked there
-    and then renamed file by file; config.yaml comes last. Raises CommandError, ConfigError, OSError, and DAMAGED.
+    All of it is unpacked beside the config and checked there. What was there is kept in `before-restore-TIME/` beside
+    it. config.yaml goes first and comes last: a gateway that starts in between has no key that works, so that no
+    limit is held against half a ledger.
     """
-
-    STAGED = ".restore-"  # the beginning of the folder's name
-    WAIT_S = 1.5  # for a gateway to stir, where locks do not tell: several of its ticks
-
-    def __init__(self, reader: BackupReader, path: Path, is_forced: bool) -> None:
-        self.reader, self.path, self.is_forced = reader, path, is_forced
-        self.stamp = f".before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        self.kept: list[Path] = []
-        text, self.secret = reader.small("config.yaml"), reader.small("gateway.secret")
-        self.text = text
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=".restore-", dir=path.parent)))
+        manifest = unpack(file, folder)
+        directory = config_in(folder, path).usage_directory
+        new = {Path(os.path.realpath(path)): folder / "config.yaml"}
+        secret, place = folder / Vault.FILE, Vault.file(path.parent)
+        if secret.exists() and place and not (place.exists() and place.read_bytes() == secret.read_bytes()):
+            secret.chmod(0o600)
+            new[Path(os.path.realpath(place))] = secret
+        opened.callback(os.close, hold_folder(directory))
+        old = [place for place in new if place.exists()] + ledger_in(directory)
+        kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        if old and not is_forced:
+            raise CommandError(f"{old[0]} is there already; --force keeps it in {kept}/; nothing was restored")
+        for place in filter(is_mounted, old):
+            raise CommandError(f"{place} is mounted as a single file: mount its folder instead; nothing was restored")
+        new |= {directory / written.name: written for written in ledger_in(folder)}
         try:
-            used = self.secret if Vault.file(path.parent) else b""  # GATEWAY_SECRET is what a start will take
-            self.config: Config | None = config_as_kept(text.decode("utf-8-sig"), path, used)
-            self.directory = self.config.usage_directory
-        except (ConfigError, UnicodeDecodeError) as error:
-            self.config, self.directory = None, self._despite(error)
-
-    def _despite(self, error: Exception) -> Path:
-        """Where the ledger goes though the config does not work here, if that is wanted."""
-        hint = "" if self.secret else " (the sealing secret is not in the backup: it must be here before)"
-        if not self.is_forced or isinstance(error, UnicodeDecodeError):
-            raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
-        place = ledger_place(self.text.decode("utf-8-sig"), self.path)
-        print(f"warning: the backup's config does not work here: {error}{hint}", file=sys.stderr)
-        return place
-
-    def run(self) -> None:
-        """Check and put in place."""
-        self._check_target()
-        is_new = not self.directory.exists()
-        folder = self._hold()
-        try:
-            for left in self.directory.glob(f"{self.STAGED}*"):  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            self._check_room()
-            with tempfile.TemporaryDirectory(prefix=self.STAGED, dir=self.directory) as staged:
-                self._unpack(Path(staged))
-                self.count, self.first, self.last = self._verified(LedgerFiles(Path(staged)))
-                self._put(Path(staged))
-        finally:
-            os.close(folder)
-            if is_new:
-                with contextlib.suppress(OSError):  # there are entries in it
-                    self.directory.rmdir()
-
-    def _check_target(self) -> None:
-        """Refuse what would disturb a gateway that runs, or replace something unasked."""
-        directories = {self.directory}
-        with contextlib.suppress(ConfigError):  # none is there, or it is why one restores
-            directories.add(Config.load(self.path).usage_directory)
-        for directory in sorted(directories):
-            if is_served(directory, self.WAIT_S):
-                raise CommandError(f"a gateway runs on {directory}: stop it first; nothing was restored")
-        secret = Vault.file(self.path.parent)
-        there = [path for path in (self.path, *self._ledger_there()) if os.path.lexists(path)]
-        if secret and self.secret and secret.exists() and not is_already(secret, self.secret):
-            there.append(secret)
-        if there and not self.is_forced:
-            raise CommandError(
-                f"{there[0]} is there already; --force keeps it as …{self.stamp} and restores; nothing was restored"
-            )
-        self._check_writable(self.path)
-        if secret and self.secret and not is_already(secret, self.secret):
-            self._check_writable(secret)
-
-    @staticmethod
-    def _check_writable(path: Path) -> None:
-        real = Path(os.path.realpath(path))
-        nearest = next(place for place in (real, *real.parents) if place.exists())
-        if not os.access(nearest, os.W_OK) or (nearest != real and not nearest.is_dir()):
-            what = "cannot be written" if nearest == real else "is no folder that can be written"
-            raise CommandError(f"{nearest} {what}; nothing was restored")
-
-    def _ledger_there(self) -> list[Path]:
-        return sorted(
-            path
-            for path in self.directory.glob("*")
-            if path.is_file() and Manifest.NAMES.fullmatch(f"usage/{path.name}")
-        )
-
-    def _hold(self) -> int:
-        """Let no gateway start before all is in place."""
-        make_folder(self.directory, 0o755)
-        try:
-            return hold_folder(self.directory, fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise CommandError(f"a gateway runs on {self.directory}: stop it first; nothing was restored") from None
-
-    def _check_room(self) -> None:
-        needed, free = sum(self.reader.manifest.files.values()), shutil.disk_usage(self.directory).free
-        if needed > free:
-            raise CommandError(
-                f"{self.directory} has {free:,} bytes of room, {needed:,} are needed; nothing was restored"
-            )
-
-    def _unpack(self, staged: Path) -> None:
-        for name in self.reader.manifest.ledger:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with os.fdopen(os.open(staged / name, flags, 0o640), "wb") as file:
-                self.reader.copy(f"usage/{name}", file)
-                file.flush()
-                give_to_owner_of(self.directory, file.fileno())
-                os.fsync(file.fileno())
-        self.reader.finish()
-
-    def _verified(self, files: LedgerFiles) -> tuple[int, str, str]:
-        """Follow the chain; the span. What was broken when it was backed up is restored as it was, and told."""
-        try:
-            chain = files.verify("", lambda line: print(line, file=sys.stderr, flush=True))
-            if chain != self.reader.manifest.chain:
-                raise BrokenChain(f"its last value is {chain}, it was {self.reader.manifest.chain}")
+            LedgerFiles(folder).verify(manifest.chain, lambda line: print(line, file=sys.stderr))
         except (BrokenChain, *DAMAGED) as error:
             print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
-        try:
-            return files.span()
-        except DAMAGED:
-            return 0, "", ""
-
-    def _put(self, staged: Path) -> None:
-        """Ledger, secret, config: so a crash leaves the old config, everything under some name, and the mark."""
-        mark = self.directory / UNFINISHED
-        try:
-            mark.touch(0o640)
-            sync_folder(self.directory)
-            self._put_ledger(staged)
-            secret = Vault.file(self.path.parent)
-            files = [(secret, self.secret, 0o600)] if secret and self.secret else []
-            for path, data, mode in [*files, (self.path, self.text, 0o640)]:
-                if kept := put_file(path, data, mode, self.stamp):
-                    self.kept.append(kept)
-            mark.unlink()
-        except (OSError, ConfigError) as error:
-            why = f"{error.filename or self.directory}: {why_not(error)}" if isinstance(error, OSError) else error
-            kept_in = ", ".join(map(str, self.kept)) or "where it was"
-            raise CommandError(f"restored only in part, {why}; what was there before is {kept_in}") from None
-
-    def _put_ledger(self, staged: Path) -> None:
-        if there := self._ledger_there():
-            aside = self.directory / self.stamp.removeprefix(".")
-            make_folder(aside, 0o750)
-            self.kept.append(aside)
-            for path in there:
-                path.rename(aside / path.name)
-        for name in sorted(self.reader.manifest.ledger, key=lambda name: (name == Checkpoint.FILE, name)):
-            (staged / name).rename(self.directory / name)
-        sync_folder(self.directory)
-
-    def report(self) -> Iterator[str]:
-        """What was restored, and what to do next."""
-        manifest = self.reader.manifest
-        keys, upstreams = (len(list(self.config.keys)), len(self.config.upstreams)) if self.config else ("?", "?")
-        span = f", {self.first} to {self.last}" if self.count else ""
-        yield f"Restored the backup of {manifest.time} to {self.path} and {self.directory}:"
-        yield f"  keys: {keys}, upstreams: {upstreams}, ledger lines: {self.count:,}{span}"
-        yield f"  the last chain value is {manifest.chain}"
-        if self.secret and Vault.file(self.path.parent) is None:
-            yield "  the backup's sealing secret was not written: GATEWAY_SECRET is set and opens the config"
-        for path in self.kept:
-            yield f"  what was there before is kept: {path}"
-        yield f"Start the gateway with: {PROGRAM} {'serve' if self.config else 'check, and mend what it names'}"
+        swap(old, new, kept)
+    told = [f"Restored the backup of {manifest.time} to {path} and {directory}."]
+    told += [f"What was there before is kept: {folder}/{kept}" for folder in sorted({place.parent for place in old})]
+    return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
 # --- 14. Integrity: installed files against their lists -----------------------------
@@ -14491,57 +14106,52 @@ def command_usage_archive(options: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def standard_output() -> Iterator[IO[bytes]]:
-    """Where bytes can go. Raises CommandError for a terminal."""
-    if sys.stdout.isatty():
+def standard(stream: IO[str], mode: str) -> Iterator[IO[bytes]]:
+    """The bytes of stdin or stdout. Raises CommandError for a terminal."""
+    if stream.isatty():
         raise CommandError("a backup is no text for a terminal: redirect it, or name a file")
-    with open(os.dup(sys.stdout.fileno()), "wb") as file:
-        yield file
+    with open(os.dup(stream.fileno()), mode) as file:
+        yield cast(IO[bytes], file)
 
 
 def command_backup(options: argparse.Namespace) -> None:
     """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
-    source, now = read_steadily(options.config), time.time()
-    name = f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))}.tar.gz"
+    text = read_text(options.config)
+    config = Config.parse(text, options.config, Clock(), os.environ)
+    files = {"config.yaml": text.encode()}
+    secret = Vault.file(options.config.parent)
+    if secret and secret.exists() and not options.without_secret:
+        files[Vault.FILE] = secret.read_bytes()
+    name = f"claude-gateway-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.tar.gz"
     to = options.file or str(options.config.with_name(name))
-    small = [held_bytes("config.yaml", source.text)]
-    if source.secret and not options.without_secret:
-        small.append(held_bytes("gateway.secret", source.secret))
     try:
-        with standard_output() if to == "-" else new_file(Path(to).absolute()) as out:
-            manifest = back_up(out, source.ledger, small, now)
+        with standard(sys.stdout, "wb") if to == "-" else new_file(Path(to).absolute()) as out:
+            manifest, members = write_backup(out, files, config.usage_directory)
     except OSError as error:
         raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
-    for line in missing_from_backup(source, options.config, options.without_secret):
-        print(f"note: {line}", file=sys.stderr)
-    found, size = ", ".join(manifest.files), sum(manifest.files.values())
-    print(
-        f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain}",
-        file=sys.stderr if to == "-" else sys.stdout,
-    )
-
-
-@contextlib.contextmanager
-def readable(name: str) -> Iterator[IO[bytes]]:
-    """A file, or stdin for `-`. Raises CommandError for a terminal, and OSError."""
-    if name == "-" and sys.stdin.isatty():
-        raise CommandError("a backup does not come from a terminal: redirect it, or name a file")
-    with open(os.dup(sys.stdin.fileno()) if name == "-" else name, "rb") as file:
-        yield file
+    missing = [f"the ca_file {upstream.ca_file}" for upstream in config.upstreams if upstream.ca_file]
+    if Vault.FILE not in files:
+        missing.append("the sealing secret, without which no upstream's key can be read,")
+    for what in missing:
+        print(f"note: {what} is not in it: keep it elsewhere", file=sys.stderr)
+    found, size = ", ".join(member.name for member in members[1:]), sum(member.size for member in members)
+    told = f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain or 'not known'}"
+    print(told, file=sys.stderr if to == "-" else sys.stdout)
 
 
 def command_restore(options: argparse.Namespace) -> None:
     """Put a backup in place, after checking all of it; the gateway must not be running."""
     try:
-        with readable(options.file) as file:
-            restore = Restore(BackupReader(file), options.config, options.force)
-            restore.run()
+        with standard(sys.stdin, "rb") if options.file == "-" else open(options.file, "rb") as file:
+            told = restore(file, options.config, options.force)
+    except BlockingIOError:
+        raise CommandError("a gateway runs on this ledger: stop it first; nothing was restored") from None
     except DAMAGED as error:
         raise CommandError(f"{options.file} is damaged, or no backup: {error}; nothing was restored") from None
     except OSError as error:
         where = error.filename or f"{options.file} to {options.config.parent}"
         raise CommandError(f"cannot restore {where}: {why_not(error)}; nothing was restored") from None
-    print("\n".join(restore.report()))
+    print("\n".join(told))
 
 
 def bounded_usd(text: str) -> float:
