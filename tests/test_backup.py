@@ -349,7 +349,7 @@ def test_a_backup_while_a_gateway_writes_and_months_turn_is_a_beginning_of_the_c
     writer.start()
     try:
         for i in range(8):
-            before, weeks = number, 5  # a month turns while this copy is made
+            before, weeks = number, 4  # a month turns while this copy is made
             while number < before + 30:
                 time.sleep(0.001)
             with contextlib.ExitStack() as opened:
