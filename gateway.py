@@ -4144,8 +4144,7 @@ def hold_folder(directory: Path) -> int:
         os.close(fd)
         raise
     except OSError:
-        if how == fcntl.LOCK_EX:
-            log.warning("the file system of %s has no locks: see that no second gateway runs on it", directory)
+        log.warning("the file system of %s has no locks: see that no second gateway runs on it", directory)
     return fd
 
 

@@ -1799,4 +1799,4 @@ def test_a_folder_without_locks_is_warned_of(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
 
-    os.close(g.hold_folder(tmp_path, fcntl.LOCK_EX))
+    os.close(g.hold_folder(tmp_path))
