@@ -13000,6 +13000,7 @@ async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
         # One write, so that no line of the log comes between the text and its end where both go into one file.
         print(greeting(config, port, shown_key) + "\n", end="", flush=True)
     except OSError as error:
+        sys.stdout = io.StringIO()  # nothing more is said there, and the end is no error
         log.warning("the greeting cannot be written (%s); the gateway listens on port %d", why_not(error), port)
     await server.run()
 
