@@ -1567,7 +1567,7 @@ def test_a_correction_that_cannot_be_written_is_said_at_once(shell):
 
     assert shell.run("usage", "adjust", "alice", "--usd", "1") == 1
 
-    assert shell.err == f"error: nothing was written to {shell.folder}/usage: File exists\n"
+    assert shell.err == f"error: nothing was written to {shell.folder}/usage: Not a directory\n"
     assert time.monotonic() - began < 1
 
 
