@@ -2126,6 +2126,7 @@ SECRET_TEXT = re.compile(  # an API key, or what may be one or a part of one, an
     r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
     r"|(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{12,}|[^/@\s]{3,}(?=@)"
 )
+KEY_AS_NAME = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}")
 SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
     r"(?<=key|ret|ken|uth|oxy|ord)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
 )
@@ -2599,6 +2600,8 @@ class ConfigBuilder:
         """Raise ValueError where a name is none, or taken by another."""
         if not name or name != name.strip() or not name.isprintable():
             raise ValueError("expected a name without white space around it")
+        if KEY_AS_NAME.match(name):
+            raise ValueError("looks like a key, which belongs into `api_key` or `key`: a name is shown to everybody")
         if name in seen:
             raise ValueError(f"{name!r} is taken: names tell entries apart in the ledger")
         seen.add(name)
@@ -14114,10 +14117,26 @@ def standard(stream: IO[str], mode: str) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], file)
 
 
+def ledger_of(document: Document) -> Path:
+    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find("usage", "directory")
+    if node is None:
+        return document.path.parent / UsageConfig().directory
+    if not isinstance(node, yaml.ScalarNode) or "${" in node.value:
+        raise document.problem(("usage", "directory"), "a backup needs to know the ledger's folder: name it here")
+    return document.path.parent / str(node.value)
+
+
 def command_backup(options: argparse.Namespace) -> None:
     """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
     text = read_text(options.config)
-    config = Config.parse(text, options.config, Clock(), os.environ)
+    try:
+        config = Config.parse(text, options.config, Clock(), os.environ)
+        directory = config.usage_directory
+        missing = [f"the ca_file {upstream.ca_file}" for upstream in config.upstreams if upstream.ca_file]
+    except ConfigError as error:  # no reason to be without the ledger until somebody mends it
+        directory, missing = ledger_of(Document(text, options.config)), []
+        print(f"note: the config is in it as it is, with a mistake:\n{error}", file=sys.stderr)
     files = {"config.yaml": text.encode()}
     secret = Vault.file(options.config.parent)
     if secret and secret.exists() and not options.without_secret:
@@ -14126,10 +14145,9 @@ def command_backup(options: argparse.Namespace) -> None:
     to = options.file or str(options.config.with_name(name))
     try:
         with standard(sys.stdout, "wb") if to == "-" else new_file(Path(to).absolute()) as out:
-            manifest, members = write_backup(out, files, config.usage_directory)
+            manifest, members = write_backup(out, files, directory)
     except OSError as error:
         raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
-    missing = [f"the ca_file {upstream.ca_file}" for upstream in config.upstreams if upstream.ca_file]
     if Vault.FILE not in files:
         missing.append("the sealing secret, without which no upstream's key can be read,")
     for what in missing:

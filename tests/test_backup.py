@@ -223,15 +223,31 @@ def test_a_line_that_is_being_written_is_not_in_it(site):
     assert unpacked(Path("b.tar.gz"))[f"usage/{newest.name}"] == whole
 
 
-def test_a_config_that_cannot_be_used_is_not_backed_up(site):
+@pytest.mark.parametrize("mistake", ["limits: {queu: 5s}", "teams: ${NOT_SET_ANYWHERE}"])
+def test_a_config_with_a_mistake_is_backed_up_as_it_is(site, mistake):
     """
-    A backup that could not be restored would be found out too late.
+    Cron copies the ledger every night, also before somebody mends the config; it is said.
     """
-    site.write("upstreams: [")
+    site.write(site.config + mistake + "\n")
+
+    assert site.run("backup", "b.tar.gz") == 0
+
+    assert "note: the config is in it as it is, with a mistake:" in site.err
+    found = unpacked(Path("b.tar.gz"))
+    assert found["config.yaml"].decode() == site.config
+    assert [name for name in found if name.endswith(".jsonl")]
+
+
+@pytest.mark.parametrize("text", ["upstreams: [", "usage: {directory: [a]}\n", "usage: {directory: '${NOT_SET}'}\n"])
+def test_a_config_that_does_not_say_where_the_ledger_is_is_not_backed_up(site, text):
+    """
+    A backup without the ledger would be found out too late.
+    """
+    site.write(text)
 
     assert site.run("backup", "b.tar.gz") == 1
 
-    assert "not YAML" in site.err and not Path("b.tar.gz").exists()
+    assert site.err.count("error: ") == 1 and not Path("b.tar.gz").exists()
 
 
 def test_a_terminal_gets_no_backup(site):

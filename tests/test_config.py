@@ -2447,6 +2447,23 @@ def test_an_edit_that_makes_a_bad_config_is_not_saved(saved):
     assert os.listdir(saved.parent) == ["config.yaml"]
 
 
+@pytest.mark.parametrize("key", [KEY, *(start + "abcdefgh" * 3 for start in ("sk-ant-api03-", "AIzaSy", "AKIA"))])
+@pytest.mark.parametrize("place", ["upstreams", "keys", "teams"])
+def test_a_key_in_the_place_of_a_name_is_refused_and_not_shown(key, place):
+    """
+    A name stands in the ledger, in the log and on /health.
+    """
+    text = f"{DEMO}keys: [{{name: alice, key: {HASH}}}]\nteams: [{{name: red}}]\n"
+    old = {"upstreams": "name: d", "keys": "name: alice", "teams": "name: red"}[place]
+    assert old in text
+
+    with pytest.raises(g.ConfigError) as caught:
+        load(text.replace(old, f"name: {key}", 1))
+
+    assert f"{place}[0].name: looks like a key, which belongs into `api_key` or `key`" in str(caught.value)
+    assert key[:12] not in str(caught.value)
+
+
 def test_an_edit_does_not_undo_what_someone_else_saved_meanwhile(saved):
     """
     Two people and one file: the later one is told, and nothing is lost.
