@@ -2128,7 +2128,7 @@ SECRET_TEXT = re.compile(  # an API key, or what may be one or a part of one, an
 )
 KEY_AS_NAME = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}")
 SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
-    r"(?<=key|ret|ken|uth|oxy|ord)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
+    r"(?<=key|ret|ken|uth|oxy|ord|ass)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
 )
 
 
@@ -3171,7 +3171,10 @@ class ConfigEditor:
             os.close(self._lock)
             self._lock = -1
 
-    def __del__(self) -> None:
+    def __enter__(self) -> ConfigEditor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.unlock()
 
 
@@ -10982,12 +10985,15 @@ class Gateway:
 
     # Reload, health, time, end
 
-    async def reload(self) -> bool:
-        """Read config.yaml again. A bad file changes nothing: the last good snapshot stays and the error is kept."""
+    async def reload(self, is_asked: bool = False) -> bool:
+        """Read config.yaml again. A bad file changes nothing: the last good snapshot stays and the error is kept.
+
+        `is_asked`: somebody wants it read although its text may be what it was: the secret may be another.
+        """
         async with self._reloading:
             try:
                 # In a thread: ten thousand keys take two seconds, and streams go on meanwhile.
-                config = await asyncio.to_thread(self._read_config)
+                config = await asyncio.to_thread(self._read_config, is_asked)
             except ConfigError as error:
                 if str(error) != self.reload_error:
                     log.error("config not reloaded, the last good one stays: %s", error)
@@ -11004,15 +11010,17 @@ class Gateway:
                 self.reload_failed_at = self.clock.wall()
                 return False
             if config is None:
+                if self.reload_error:
+                    log.info("config %s is there again as it was", self.config.digest)
                 self.reload_error, self.reload_failed_at = "", None
                 return False
             self._take(config)
             return True
 
-    def _read_config(self) -> Config | None:
+    def _read_config(self, is_asked: bool) -> Config | None:
         """A new snapshot, None where the file says what the present one does. Raises ConfigError."""
         text = read_text(self.config.path, "put it back: it is read within a second, and a restart needs it")
-        if config_digest(text) == self.config.digest:
+        if config_digest(text) == self.config.digest and not is_asked:
             return None
         try:
             return Config.parse(text, self.config.path, self.clock, self._environ)
@@ -11164,11 +11172,11 @@ class ConfigWatch(FileSystemEventHandler):
         if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
             self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.reload)
 
-    def reload(self) -> None:
-        """Have the config read now."""
+    def reload(self, is_asked: bool = False) -> None:
+        """Have the config read now; `is_asked` as in `Gateway.reload`."""
         self._pending = None
         self._seen = self._signature()
-        self._task = self._loop.create_task(self._gateway.reload())
+        self._task = self._loop.create_task(self._gateway.reload(is_asked))
 
     def poll(self) -> None:
         """Compare the file's stat, and every tenth time its content, with what was loaded."""
@@ -12298,6 +12306,7 @@ class Manifest(msgspec.Struct):
     FILE: ClassVar = "manifest.json"
     SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
     FORMAT: ClassVar = 1
+    MOST: ClassVar = 16 << 20  # bytes of a file that is not the ledger's
     NAMES: ClassVar = re.compile(
         r"manifest\.json|config\.yaml|gateway\.secret|SHA256SUMS"
         r"|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
@@ -12358,7 +12367,9 @@ def unpack(file: IO[bytes], folder: Path) -> Manifest:
     sums = {}
     with tarfile.open(fileobj=file, mode="r|gz") as tar:
         for info in tar:
-            if info.type != tarfile.REGTYPE or not Manifest.NAMES.fullmatch(info.name):
+            is_plain = info.type == tarfile.REGTYPE and not info.issparse()
+            is_small = info.name.startswith("usage/") or info.size <= Manifest.MOST
+            if not (is_plain and is_small and Manifest.NAMES.fullmatch(info.name)):
                 raise CommandError(f"{info.name!a} does not belong into a backup; nothing was restored")
             with open(folder / Path(info.name).name, "xb+", opener=open_shared) as to:
                 shutil.copyfileobj(cast(IO[bytes], tar.extractfile(info)), to, 1 << 20)
@@ -12416,6 +12427,24 @@ def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
         undo.pop_all()
 
 
+def ledger_of(document: Document) -> Path:
+    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find("usage", "directory")
+    if node is None:
+        return document.path.parent / UsageConfig().directory
+    if not isinstance(node, yaml.ScalarNode) or "${" in node.value:
+        raise document.problem(("usage", "directory"), "a backup needs to know the ledger's folder: name it here")
+    return document.path.parent / str(node.value)
+
+
+def present_ledger(path: Path) -> list[Path]:
+    """The ledger's folder by the config that is there; a gateway may run on it. Nothing where no config says so."""
+    try:
+        return [each for each in [ledger_of(Document(read_text(path), path))] if each.is_dir()]
+    except ConfigError:
+        return []
+
+
 def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     """Put a backup in place; what to tell. Raises CommandError, OSError, and DAMAGED, and has changed nothing then.
 
@@ -12433,7 +12462,8 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
         if secret.exists() and place and not (place.exists() and place.read_bytes() == secret.read_bytes()):
             secret.chmod(0o600)
             new[Path(os.path.realpath(place))] = secret
-        opened.callback(os.close, hold_folder(directory))
+        for each in {os.path.realpath(folder) for folder in (directory, *present_ledger(path))}:
+            opened.callback(os.close, hold_folder(Path(each)))
         old = [place for place in new if place.exists()] + ledger_in(directory)
         kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         if old and not is_forced:
@@ -12937,7 +12967,7 @@ class Server:
     def signalled(self, number: int) -> None:
         """SIGHUP reloads; SIGTERM and SIGINT stop, a second one at once."""
         if number == signal.SIGHUP:
-            self._watch.reload()
+            self._watch.reload(is_asked=True)
         elif self._stop.is_set():
             self._stop_now.set()
         else:
@@ -13026,6 +13056,10 @@ def first_key(path: Path, is_named: bool) -> str:
     remedy = f"look at the name, or make it: {PROGRAM} --config {path} init"
     if is_named:
         raise CommandError(f"there is no {path}: {remedy}")
+    for left in (*path.parent.glob(".restore-*"), *path.parent.glob("before-restore-*")):
+        raise CommandError(
+            f"there is no {path}, but {left.name} is there: put the config back, or run the restore again"
+        )
     with contextlib.suppress(OSError):  # there is no folder yet, or `init_config` says what is wrong with it
         others = {each.name for each in path.parent.iterdir()} - {"lost+found", Vault.FILE}
         if others and os.environ.get("GATEWAY_CONFIG"):
@@ -13148,7 +13182,10 @@ def prices_text(table: PriceTable) -> str:
 
 def command_check_integrity(options: argparse.Namespace) -> int:
     """Print how the installed files compare with their list; 1 where one differs."""
-    found = check_integrity(sys.path, INTEGRITY_LIST)
+    try:
+        found = check_integrity(sys.path, INTEGRITY_LIST)
+    except ValueError as error:
+        raise CommandError(f"{INTEGRITY_LIST} cannot be read: {error}") from None
     for problem in found.problems:
         print(printable(problem, 1000))
     for note in found.notes:
@@ -13219,33 +13256,45 @@ def limits_field(options: Sequence[str]) -> str:
     return "{" + ", ".join(f"{name}: {amount}" for name, amount in fields.items()) + "}"
 
 
-def key_index(editor: ConfigEditor, name: str) -> int:
-    """Where a key stands in the file. Raises CommandError."""
+def key_place(editor: ConfigEditor, name: str) -> int | None:
+    """Where a key stands in the file, None where it does not."""
     node = editor.document.find("keys")
     for i in range(len(node.value) if isinstance(node, yaml.SequenceNode) else 0):
         found = editor.document.find("keys", i, "name")
         if isinstance(found, yaml.ScalarNode) and found.value == name:
             return i
-    raise CommandError(f"there is no key named {name!r}; {PROGRAM} key list shows them")
+    return None
+
+
+def key_index(editor: ConfigEditor, name: str) -> int:
+    """Where a key stands in the file. Raises CommandError."""
+    place = key_place(editor, name)
+    if place is None:
+        raise CommandError(f"there is no key named {name!r}; {PROGRAM} key list shows them")
+    return place
 
 
 def command_key_add(options: argparse.Namespace) -> None:
     """Make a key, show it once, keep its hash."""
-    editor, key = ConfigEditor(options.config), new_key()
-    fields = {"name": yaml_scalar(options.name), "key": seal_key(key)}
-    if options.limit:
-        fields["limits"] = limits_field(options.limit)
-    if options.model:
-        fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
-    if options.expires:
-        written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", options.expires, re.ASCII)
-        if written is None or read_date(options.expires) is None:
-            raise CommandError(f"--expires: expected a date such as 2027-01-31, got {options.expires!r}")
-        fields["expires"] = json.dumps(options.expires) if written[1] else options.expires
-    editor.append_key(fields)
-    config = editor.save()
-    shell = exports(config, config.server.port, key).removesuffix("\n")
-    show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n\n{shell}")
+    key = new_key()
+    with ConfigEditor(options.config) as editor:
+        if key_place(editor, options.name) is not None:
+            what = f"`{PROGRAM} key rotate {shlex.quote(options.name)}` makes another for it"
+            raise CommandError(f"there is a key named {options.name!r} already: {what}, `enabled: true` brings it back")
+        fields = {"name": yaml_scalar(options.name), "key": seal_key(key)}
+        if options.limit:
+            fields["limits"] = limits_field(options.limit)
+        if options.model:
+            fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
+        if options.expires:
+            written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", options.expires, re.ASCII)
+            if written is None or read_date(options.expires) is None:
+                raise CommandError(f"--expires: expected a date such as 2027-01-31, got {options.expires!r}")
+            fields["expires"] = json.dumps(options.expires) if written[1] else options.expires
+        editor.append_key(fields)
+        config = editor.save()
+        shell = exports(config, config.server.port, key).removesuffix("\n")
+        show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n\n{shell}")
 
 
 def command_key_list(options: argparse.Namespace) -> None:
@@ -13255,28 +13304,29 @@ def command_key_list(options: argparse.Namespace) -> None:
 
 def command_key_rotate(options: argparse.Namespace) -> None:
     """Give a key's holder a new key; the old one ends now."""
-    editor, key = ConfigEditor(options.config), new_key()
-    editor.set_scalar(seal_key(key), "keys", key_index(editor, options.name), "key")
-    editor.save()
-    text = f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}"
-    show_key(options.name, text)
+    key = new_key()
+    with ConfigEditor(options.config) as editor:
+        editor.set_scalar(seal_key(key), "keys", key_index(editor, options.name), "key")
+        editor.save()
+        text = f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}"
+        show_key(options.name, text)
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
     """Disable a key; its name stays for the ledger."""
-    editor = ConfigEditor(options.config)
-    editor.set_field(("keys", key_index(editor, options.name)), "enabled", "false")
-    mistake = ""
-    try:
-        Config.parse(editor.document.text, editor.path, Clock(), os.environ)
-    except ConfigError as error:  # somebody else's: it must not keep the key in use
-        mistake = (
-            "\nBut the file has a mistake. If the gateway meets it as well (it may have variables that this shell "
-            f"lacks), nothing else of the file is live until it is mended:\n  {error}"
-        )
-    editor.replace()
-    back = f"`enabled: true` in {editor.path.name} brings it back."
-    print(f"{options.name}'s key is refused within a second. {back}{mistake}")
+    with ConfigEditor(options.config) as editor:
+        editor.set_field(("keys", key_index(editor, options.name)), "enabled", "false")
+        mistake = ""
+        try:
+            Config.parse(editor.document.text, editor.path, Clock(), os.environ)
+        except ConfigError as error:  # somebody else's: it must not keep the key in use
+            mistake = (
+                "\nBut the file has a mistake. If the gateway meets it as well (it may have variables that this shell "
+                f"lacks), nothing else of the file is live until it is mended:\n  {error}"
+            )
+        editor.replace()
+        back = f"`enabled: true` in {editor.path.name} brings it back."
+        print(f"{options.name}'s key is refused within a second. {back}{mistake}")
 
 
 def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
@@ -13304,25 +13354,25 @@ def secret_places(config: Config) -> Iterator[Steps]:
 
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
-    editor = ConfigEditor(options.config)
-    config = Config.load(editor.path)  # a bad file is told before anything is changed, and what cannot be opened
-    made = make_secret(editor.path.parent)
-    vault = Vault.open(editor.path.parent)
-    done = []
-    for steps in secret_places(config):
-        node = editor.document.find(*steps)
-        field = "api_key" if steps[-1] not in ("key", "proxy") else str(steps[-1])
-        sealed = sealed_value(node, field, vault, options.rotate)
-        if sealed:
-            editor.set_scalar(sealed, *steps)
-            done.append(join_steps(steps))
-    if done:
-        editor.save()
-        if editor.backup:
-            editor.backup.unlink()  # it holds the secrets in clear text
-    if made:
-        print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
-    print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
+    with ConfigEditor(options.config) as editor:
+        config = Config.load(editor.path)  # a bad file is told before anything is changed, and what cannot be opened
+        made = make_secret(editor.path.parent)
+        vault = Vault.open(editor.path.parent)
+        done = []
+        for steps in secret_places(config):
+            node = editor.document.find(*steps)
+            field = "api_key" if steps[-1] not in ("key", "proxy") else str(steps[-1])
+            sealed = sealed_value(node, field, vault, options.rotate)
+            if sealed:
+                editor.set_scalar(sealed, *steps)
+                done.append(join_steps(steps))
+        if done:
+            editor.save()
+            if editor.backup:
+                editor.backup.unlink()  # it holds the secrets in clear text
+        if made:
+            print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
+        print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
 
 
 class StepFailed(Exception):
@@ -14115,16 +14165,6 @@ def standard(stream: IO[str], mode: str) -> Iterator[IO[bytes]]:
         raise CommandError("a backup is no text for a terminal: redirect it, or name a file")
     with open(os.dup(stream.fileno()), mode) as file:
         yield cast(IO[bytes], file)
-
-
-def ledger_of(document: Document) -> Path:
-    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
-    node = document.find("usage", "directory")
-    if node is None:
-        return document.path.parent / UsageConfig().directory
-    if not isinstance(node, yaml.ScalarNode) or "${" in node.value:
-        raise document.problem(("usage", "directory"), "a backup needs to know the ledger's folder: name it here")
-    return document.path.parent / str(node.value)
 
 
 def command_backup(options: argparse.Namespace) -> None:

@@ -825,3 +825,34 @@ def test_a_ledger_on_another_disk_is_put_there_whole_or_not_at_all(site, backup)
         assert before["disk/usage/usage-2025-00.torn"] == b"x"
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+async def test_a_gateway_that_runs_on_another_folder_keeps_a_restore_away_too(site, backup, processes):
+    """
+    What counts is the config that is there, and not only the backup's.
+    """
+    site.write(site.config + "usage: {directory: usage2}\n")
+    processes.append(Process(site.folder))
+
+    code = site.run("restore", str(backup), "--force")
+
+    assert (code, "a gateway runs on this ledger" in site.err) == (1, True)
+
+
+def test_a_file_of_a_backup_that_is_mostly_holes_or_too_large_is_not_unpacked(site):
+    """
+    441 bytes had written 3 GB before their digest was looked at.
+    """
+    for name, size in (("config.yaml", 17 << 20), ("SHA256SUMS", 17 << 20)):
+        assert "does not belong into a backup" in refused(site, packed({name: bytes(size)}))
+
+
+def test_a_start_after_a_restore_that_was_killed_makes_no_demo(site):
+    """
+    A supervisor starts the gateway again: it would serve a new key instead of the old ones.
+    """
+    (site.folder / "config.yaml").unlink()
+    (site.folder / ".restore-abc").mkdir()
+
+    assert site.run("serve") == 1
+    assert "run the restore again" in site.err and not (site.folder / "config.yaml").exists()

@@ -471,7 +471,7 @@ def test_any_text_can_be_written_into_yaml(text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["alice"], "'alice' is taken"),
+        (["alice"], "there is a key named 'alice' already"),
         ([""], "expected a name without white space around it"),
         ([" bob"], "expected a name without white space around it"),
         (["bob\n"], "expected"),

@@ -241,6 +241,27 @@ async def test_a_key_is_refused_that_is_disabled_beside_a_mistake_and_let_in_whe
     assert [g.key_state(key, 0.0) for key in watched.config.keys] == ["enabled"]
 
 
+@pytest.mark.logs("config not reloaded")
+async def test_a_reload_that_is_asked_for_reads_the_same_text_again(tmp_path, clock):
+    """
+    The secret beside it may be lost or another, of which the text tells nothing. SIGHUP always has a line in the log.
+    """
+    path = tmp_path / "config.yaml"
+    g.init_config(path)
+    vault = g.Vault.open(tmp_path)
+    sealed = vault.seal("sk-upstream-1234567890")
+    path.write_text(f"upstreams: [{{name: a, url: 'http://127.0.0.1:1', api_key: {sealed}}}]\n")
+    gateway = g.Gateway(g.Config.load(path, clock.clock))
+    (tmp_path / g.Vault.FILE).unlink()
+
+    await gateway.reload()
+    unasked = gateway.reload_error
+    await gateway.reload(is_asked=True)
+
+    assert not unasked and "gateway.secret" in gateway.reload_error
+    await gateway.close()
+
+
 async def ask(port: int) -> int:
     """One call; its status."""
     from client import Connection
