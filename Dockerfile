@@ -52,10 +52,13 @@ ENV PATH=/app/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 WORKDIR /app
 COPY --from=build /app /app
 # A read-only root keeps no bytecode, and Python's own modules come without: what the gateway imports is compiled now, and
-# never later, because the list of all files that Python may import would not have it (`check --integrity`).
+# never later, because the list of all files that Python may import would not have it (`check --integrity`). Python's own
+# modules are below /usr/local in the official images, and elsewhere in others.
 # /data is anybody's, so that a new volume works for every --user; nobody else is in here.
+# hadolint ignore=SC2086
 RUN python -c 'import gateway, cryptography.fernet, prometheus_client, uvloop' && mkdir -m 0777 /data \
- && find /app /usr/local/bin /usr/local/lib -xtype f -exec sha256sum {} + >/tmp/gateway.sha256 \
+ && others=$(python -c 'import os, sys; print(*(p for p in sys.path if os.path.isdir(p) and not p.startswith(("/app", "/usr/local"))))') \
+ && find /app /usr/local/bin /usr/local/lib $others -xtype f -exec sha256sum {} + >/tmp/gateway.sha256 \
  && mv /tmp/gateway.sha256 /app/venv/lib/python3.*/site-packages/ \
  && PYTHONDONTWRITEBYTECODE=1 claude-gateway check --integrity
 ENV PYTHONDONTWRITEBYTECODE=1
