@@ -3177,6 +3177,9 @@ class ConfigEditor:
     def __exit__(self, *_: object) -> None:
         self.unlock()
 
+    def __del__(self) -> None:
+        self.unlock()
+
 
 # --- 4. Ledger: what was spent, line by line ---------------------------------------
 
