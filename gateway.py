@@ -293,7 +293,7 @@ def printable(text: str, most: int = 128) -> str:
 
     What is not to be seen (control characters, line breaks, what turns the direction of writing, `BLANK`) becomes `�`.
     """
-    if len(text) <= most and text.isprintable() and text.isascii():
+    if len(text) <= most and text.isascii() and text.isprintable():
         return text
     text = text[:most]
     if not text.isprintable():
@@ -2122,9 +2122,10 @@ class PlainReader:
         return re.sub(pattern, fill, text)
 
 
+MIXED = r"(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]"  # letters among digits, or of both cases
 SECRET_TEXT = re.compile(  # an API key, or what may be one or a part of one, and a password in a URL
     r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
-    r"|(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{12,}|[^/@\s]{3,}(?=@)"
+    rf"|{MIXED}{{12,}}|[^/@\s]{{3,}}(?=@)"
 )
 KEY_AS_NAME = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}")
 SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
@@ -2133,7 +2134,7 @@ SECRET_SETTING = re.compile(  # what follows the name of a setting that has a se
 
 
 SECRET_PART = re.compile(  # of a key that a mistake has cut in two, and what is directly behind it
-    rf"({SECRET_TEXT.pattern}|(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{{6,}})[^\s,\]}}]*"
+    rf"({SECRET_TEXT.pattern}|{MIXED}{{6,}})[^\s,\]}}]*"
 )
 
 
@@ -2965,6 +2966,14 @@ def write_in_place(path: Path, data: bytes) -> Path:
     return backup
 
 
+def sync_folder(path: Path) -> None:
+    """Let new names in a folder outlast a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+    os.close(fd)
+
+
 def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> Path | None:
     """Put `data` in a file's place at once, with its mode and owner. Raises ConfigError.
 
@@ -2986,9 +2995,7 @@ def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: No
             os.fsync(handle)
         check()
         os.replace(name, path)
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(folder)  # else a power cut could bring back a key that was revoked
-        os.close(folder)
+        sync_folder(path.parent)  # else a power cut could bring back a key that was revoked
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
             raise ConfigError(f"{path}: cannot be replaced: {why_not(error)}") from None
@@ -3140,11 +3147,7 @@ class ConfigEditor:
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Config:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
-        try:
-            config = Config.parse(self.document.text, self.path, Clock(), environ)
-        except ConfigError:
-            self.unlock()
-            raise
+        config = Config.parse(self.document.text, self.path, Clock(), environ)
         self.replace()
         return config
 
@@ -12273,14 +12276,6 @@ class Door:
 # --- 13. Backup: copied at one moment, checked, put back ----------------------------
 
 
-def sync_folder(path: Path) -> None:
-    """Let new names in a folder outlast a power cut."""
-    fd = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(fd)
-    os.close(fd)
-
-
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
@@ -12435,17 +12430,21 @@ def ledger_of(document: Document) -> Path:
     node = document.find("usage", "directory")
     if node is None:
         return document.path.parent / UsageConfig().directory
-    if not isinstance(node, yaml.ScalarNode) or "${" in node.value:
-        raise document.problem(("usage", "directory"), "a backup needs to know the ledger's folder: name it here")
-    return document.path.parent / str(node.value)
+    written = node.value if isinstance(node, yaml.ScalarNode) else ""
+    alone = Document(f"directory: {json.dumps(written)}", document.path)
+    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
+    if alone.mistakes.found or not isinstance(directory, str) or not directory:
+        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
+    return document.path.parent / directory
 
 
-def present_ledger(path: Path) -> list[Path]:
-    """The ledger's folder by the config that is there; a gateway may run on it. Nothing where no config says so."""
+def present_ledger(path: Path) -> Path | None:
+    """The ledger's folder by the config that is there, on which a gateway may run; None where no config says so."""
     try:
-        return [each for each in [ledger_of(Document(read_text(path), path))] if each.is_dir()]
+        directory = ledger_of(Document(read_text(path), path))
     except ConfigError:
-        return []
+        return None
+    return directory if directory.is_dir() else None
 
 
 def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
@@ -12465,7 +12464,8 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
         if secret.exists() and place and not (place.exists() and place.read_bytes() == secret.read_bytes()):
             secret.chmod(0o600)
             new[Path(os.path.realpath(place))] = secret
-        for each in {os.path.realpath(folder) for folder in (directory, *present_ledger(path))}:
+        folders = {os.path.realpath(each) for each in (directory, present_ledger(path)) if each}
+        for each in folders:
             opened.callback(os.close, hold_folder(Path(each)))
         old = [place for place in new if place.exists()] + ledger_in(directory)
         kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"

@@ -238,6 +238,17 @@ def test_a_config_with_a_mistake_is_backed_up_as_it_is(site, mistake):
     assert [name for name in found if name.endswith(".jsonl")]
 
 
+def test_the_folder_of_the_ledger_may_come_from_the_environment_beside_a_mistake(site, monkeypatch):
+    """
+    As it may in a config without one.
+    """
+    monkeypatch.setenv("LEDGER", "usage")
+    site.write(site.config + "usage: {directory: '${LEDGER}'}\nlimits: {queu: 5s}\n")
+
+    assert site.run("backup", "b.tar.gz") == 0
+    assert [name for name in unpacked(Path("b.tar.gz")) if name.endswith(".jsonl")]
+
+
 @pytest.mark.parametrize("text", ["upstreams: [", "usage: {directory: [a]}\n", "usage: {directory: '${NOT_SET}'}\n"])
 def test_a_config_that_does_not_say_where_the_ledger_is_is_not_backed_up(site, text):
     """
