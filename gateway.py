@@ -5,23 +5,37 @@ Clients (Claude Code, or any Anthropic or OpenAI client) send their requests her
 their own, `sk-proxy-…`. The gateway checks the key, swaps in the real key of an upstream, streams
 the request up and the answer back byte for byte, and appends what it cost to a JSONL file.
 
-The file is read from top to bottom; each section uses what stands above it:
+The file is read from top to bottom, in five floors; each section uses what stands above it:
 
-     1. Words         Call, Usage, the errors
-     2. Keys          secrets sealed, keys found
-     3. Config        YAML in, frozen values out; edits that keep comments
-     4. Ledger        what was spent, line by line
-     5. Limits        may this key spend now?
-     6. Wire          bytes to events and heads, no I/O
-     7. Upstreams     connections, health, choice
-     8. Demo          an upstream that needs no API key
-     9. Relay         attempts, the gate, failover, bytes through
-    10. Metrics       counters for Prometheus
-    11. Gateway       owns all state, tells the story
-    12. HTTP          the front door, no policy
-    13. Backup        copied at one moment, checked, put back
-    14. Integrity     installed files against their lists
-    15. Command line  serve, init, check, key, seal, upstream, usage, backup, restore
+    A. Values
+     1. Words         Call, Usage, Limit, the errors
+     2. Secrets       sealed and hashed, user keys, networks
+     3. Prices        what a call costs
+     4. Settings      every setting as a typed field
+     5. Config        YAML to a checked, frozen snapshot
+     6. Editing       config.yaml changed, nothing else with it
+    B. Books
+     7. Ledger        what was spent, line by line
+     8. Limits        may this key spend now?
+    C. Road
+     9. Wire          heads, header rules, events, no I/O
+    10. Requests      what is read of a request
+    11. Formats       what is read of an answer
+    12. Connections   HTTP/1 to upstreams, pool, names
+    13. Upstreams     health and choice
+    14. Demo          an upstream that needs no API key
+    15. Relay         attempts, the gate, failover, bytes through
+    D. House
+    16. Metrics       counters for Prometheus
+    17. Models        lists of models, and what the keys are good for
+    18. Gateway       owns all state, tells the story
+    19. Backup        copied at one moment, checked, put back
+    20. Integrity     installed files against their lists
+    E. Doors
+    21. Front door    clients' connections, no policy
+    22. API           the gateway's own pages
+    23. Server        process, signals, watcher, logging
+    24. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -139,7 +153,9 @@ PROGRAM = "claude-gateway" if Path(sys.argv[0]).name == "claude-gateway" else "g
 
 log = logging.getLogger("gateway")
 
-# --- 1. Words: Call, Usage, the errors --------------------------------------------
+# === Floor A. Values: plain data and pure functions =================================
+
+# --- 1. Words: Call, Usage, Limit, the errors -------------------------------------
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -563,7 +579,96 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
     return headers
 
 
-# --- 2. Keys: secrets sealed, keys found -------------------------------------------
+COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
+TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+LIMIT_UNITS = ("tokens", "usd", "requests")
+LIMIT_WINDOWS = ("minute", "hour", "5h", "day", "week", "month")
+
+ROUTES = {
+    "/v1/messages": Route("/v1/messages", "anthropic", "messages"),
+    "/v1/messages/count_tokens": Route("/v1/messages/count_tokens", "anthropic", "count_tokens"),
+    "/v1/chat/completions": Route("/v1/chat/completions", "openai", "chat"),
+    "/v1/responses": Route("/v1/responses", "openai", "responses"),
+    "/v1/embeddings": Route("/v1/embeddings", "openai", "embeddings"),
+}  # all POST; GET /v1/models and /v1/models/ID are answered from lists, and nothing else reaches an upstream
+PLAIN_TARGETS = frozenset(path.encode() for path in ROUTES)
+
+A_DURATION, A_SIZE, A_DATE = "a duration such as 30s", "a size such as 64MB", "a date such as 2027-01-31"
+DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
+MAX_SHOWN = 40  # characters of a name or a value in a message
+VALUE_WORDS: dict[type, str] = {
+    list: "a list",
+    dict: "a mapping",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dt.date: "a date",
+    object: "a value",
+}
+
+
+def describe(value: object) -> str:
+    """What stands in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return str(value).lower()
+    kind = next(word for kind, word in VALUE_WORDS.items() if isinstance(value, kind))
+    if isinstance(value, (list, dict)):
+        return kind
+    text = repr(value) if isinstance(value, (str, int, float)) else str(value)
+    return f"{kind}: {text}" if len(text) <= MAX_SHOWN else f"{kind} of {len(text):,} characters"
+
+
+# Characters that look like those that mean something to YAML, and what is told of them.
+ODD_CHARACTERS = {
+    "\u00a0\u1680\u2000-\u200d\u202f\u205f\u2060\u3000\ufeff": "is no blank for YAML: put an ordinary one in its place",
+    "“”„‟‘’‚‛«»": "is no quote for YAML: its own are \" and '",
+    "：﹕，；": "is no punctuation for YAML: put the ASCII one in its place",
+}
+
+
+def name_of(character: str) -> str:
+    """A character as it can be told: itself, or `U+00A0 (no-break space)`."""
+    if character.isascii() and character.isprintable():
+        return character
+    return f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})"
+
+
+def odd_character(text: str) -> str:
+    """What is told of the first odd character in a text; "" where there is none."""
+    for characters, told in ODD_CHARACTERS.items():
+        found = re.search(f"[{characters}]", text)
+        if found:
+            return f"{name_of(found[0])} {told}"
+    return ""
+
+
+def number_meant(value: object) -> str:
+    """A hint at the number that `$1,000.50`, `20 USD`, `20,50` or `"20"` stands for; "" where it may be none."""
+    text = re.sub(r"(?i)us\$|usd|dollars?|[\s$\"'_“”„‘’]", "", value) if isinstance(value, str) else ""
+    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    text = re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
+    return f"; write {text}" if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", text) else ""
+
+
+def parse_scaled(value: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
+    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        text = repr(value)
+    else:
+        text = str(value).strip().replace("_", "")
+    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", text, re.ASCII)
+    if not found or found[2] not in units:
+        hint = number_meant(value) if "" in units else ""
+        if found and not hint:
+            hint = f" (units: {', '.join(filter(None, units))})"
+        raise ValueError(f"expected {expected}, got {describe(value)}{hint}")
+    return float(found[1]) * units[found[2]]
+
+
+# --- 2. Secrets: sealed and hashed, user keys, networks ---------------------------
 
 KEY_PREFIX = "sk-proxy-"
 SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
@@ -831,214 +936,7 @@ def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
     return found
 
 
-# --- 3. Config: YAML in, frozen values out -----------------------------------------
-
-COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
-SIZE_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-LIMIT_UNITS = ("tokens", "usd", "requests")
-LIMIT_WINDOWS = ("minute", "hour", "5h", "day", "week", "month")
-
-
-Steps = tuple[str | int, ...]  # through a document: names and places in lists
-FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
-
-
-class ConfigError(Exception):
-    """config.yaml cannot be used; the message names file, line, path and what would be right."""
-
-    without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
-
-
-class Mistake(NamedTuple):
-    """A wrong value: where it stands, below what was read, and what would be right."""
-
-    steps: Steps
-    problem: str
-    line: int = 0  # 0: that of `steps`
-
-
-class Mistakes(ValueError):
-    """All that is wrong with a value and below it: noted while the rest is read, then raised together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Mistake] = []
-        self._places: set[Steps] = set()
-
-    def note(self, steps: Steps, problem: str, line: int = 0, is_read: bool = False) -> None:
-        """Keep a mistake. Where its place, or one above it, has one already, it may follow from that and is dropped.
-
-        `is_read`: what stands there is read all the same, and nothing follows from this mistake.
-        """
-        if not self.at_or_above(steps):
-            self.found.append(Mistake(steps, problem, line))
-            if not is_read:
-                self.drop(steps)
-
-    def drop(self, steps: Steps) -> None:
-        """Note nothing more at a place and below it."""
-        self._places.add(steps)
-
-    def at_or_above(self, steps: Steps) -> bool:
-        """Whether there is a mistake at this place or at one that it is part of."""
-        return any(steps[:depth] in self._places for depth in range(len(steps) + 1))
-
-    @contextlib.contextmanager
-    def at(self, *steps: str | int) -> Iterator[None]:
-        """For `with`: what is wrong at a place is noted there instead of raised."""
-        try:
-            yield
-        except Mistakes as error:
-            for below, problem, line in error.found:
-                self.note((*steps, *below), problem, line)
-        except SealError as error:
-            if str(error) not in (mistake.problem for mistake in self.found):  # one lost secret is one mistake
-                self.note(steps, str(error))
-        except ValueError as error:
-            self.note(steps, str(error))
-
-    def __str__(self) -> str:
-        return "; ".join(mistake.problem for mistake in self.found)
-
-    def check(self) -> None:
-        """Raise what was noted, if anything was."""
-        if self.found:
-            raise self
-
-
-A_DURATION, A_SIZE, A_DATE = "a duration such as 30s", "a size such as 64MB", "a date such as 2027-01-31"
-DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
-MAX_SHOWN = 40  # characters of a name or a value in a message
-VALUE_WORDS: dict[type, str] = {
-    list: "a list",
-    dict: "a mapping",
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    dt.date: "a date",
-    object: "a value",
-}
-
-
-def describe(value: object) -> str:
-    """What stands in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    kind = next(word for kind, word in VALUE_WORDS.items() if isinstance(value, kind))
-    if isinstance(value, (list, dict)):
-        return kind
-    text = repr(value) if isinstance(value, (str, int, float)) else str(value)
-    return f"{kind}: {text}" if len(text) <= MAX_SHOWN else f"{kind} of {len(text):,} characters"
-
-
-# Characters that look like those that mean something to YAML, and what is told of them.
-ODD_CHARACTERS = {
-    "\u00a0\u1680\u2000-\u200d\u202f\u205f\u2060\u3000\ufeff": "is no blank for YAML: put an ordinary one in its place",
-    "“”„‟‘’‚‛«»": "is no quote for YAML: its own are \" and '",
-    "：﹕，；": "is no punctuation for YAML: put the ASCII one in its place",
-}
-
-
-def name_of(character: str) -> str:
-    """A character as it can be told: itself, or `U+00A0 (no-break space)`."""
-    if character.isascii() and character.isprintable():
-        return character
-    return f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})"
-
-
-def odd_character(text: str) -> str:
-    """What is told of the first odd character in a text; "" where there is none."""
-    for characters, told in ODD_CHARACTERS.items():
-        found = re.search(f"[{characters}]", text)
-        if found:
-            return f"{name_of(found[0])} {told}"
-    return ""
-
-
-def number_meant(value: object) -> str:
-    """A hint at the number that `$1,000.50`, `20 USD`, `20,50` or `"20"` stands for; "" where it may be none."""
-    text = re.sub(r"(?i)us\$|usd|dollars?|[\s$\"'_“”„‘’]", "", value) if isinstance(value, str) else ""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    text = re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
-    return f"; write {text}" if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", text) else ""
-
-
-def parse_scaled(value: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
-    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = repr(value)
-    else:
-        text = str(value).strip().replace("_", "")
-    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", text, re.ASCII)
-    if not found or found[2] not in units:
-        hint = number_meant(value) if "" in units else ""
-        if found and not hint:
-            hint = f" (units: {', '.join(filter(None, units))})"
-        raise ValueError(f"expected {expected}, got {describe(value)}{hint}")
-    return float(found[1]) * units[found[2]]
-
-
-class Size(int):
-    """Bytes: `32MB`."""
-
-
-class Amount(int):
-    """A count: `8192`, `200k`."""
-
-
-class Duration(float):
-    """Seconds: `10s`, `6m`, `500ms`."""
-
-
-class Fsync(float):
-    """Seconds between two fsyncs of the ledger: 0 for `always`, infinity for `never`."""
-
-
-class Expiry:
-    """The end of a key: a moment, or the end of a day."""
-
-    def __init__(self, value: dt.date) -> None:
-        self._value = value  # a datetime is a date, too
-
-    def at(self, timezone: dt.tzinfo) -> float:
-        """Seconds since 1970; what has no time zone of its own is in `timezone`."""
-        value = self._value
-        if value == dt.date.max:
-            return math.inf
-        if not isinstance(value, dt.datetime):
-            value = dt.datetime.combine(value + dt.timedelta(days=1), dt.time())
-        return (value if value.tzinfo else value.replace(tzinfo=timezone)).timestamp()
-
-
-class LimitSet(tuple[Limit, ...]):
-    """`{usd/day: 20, tokens/month: 50M, concurrent: 16}`."""
-
-    def budget(self, scope: ScopeKind, name: str = "") -> Budget:
-        """These limits as those of a key, a team or the gateway."""
-        concurrent = next((limit.amount for limit in self if limit.unit == "concurrent"), math.inf)
-        return Budget(scope, name, tuple(limit for limit in self if limit.unit != "concurrent"), concurrent)
-
-
-class Secrets(tuple[Secret, ...]):
-    """The API keys of an upstream: one, or a list of them."""
-
-    is_list = False  # as the file writes them
-
-
-POLICIES = ("sticky", "round_robin", "least_busy")
-
-
-class Policies(tuple[tuple[str, str], ...]):
-    """How upstreams are chosen, by glob of the model; the first match counts."""
-
-    def of(self, model: str) -> str:
-        """The policy for a model."""
-        return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
-
+# --- 3. Prices: what a call costs -------------------------------------------------
 
 Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, description=DOLLARS)]
 Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, examples=[1.5])]
@@ -1310,13 +1208,68 @@ class Charge(msgspec.Struct, omit_defaults=True):
     cache_read_tokens: int = 0
 
 
-class Bill(NamedTuple):
-    """What a call costs: its own tokens x `price` x every premium, and every charge."""
+# --- 4. Settings: every setting as a typed field ----------------------------------
 
-    cost_usd: float
-    price: Price
-    premiums: dict[str, float]
-    charges: list[Charge]
+SIZE_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
+FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
+
+
+class Size(int):
+    """Bytes: `32MB`."""
+
+
+class Duration(float):
+    """Seconds: `10s`, `6m`, `500ms`."""
+
+
+class Fsync(float):
+    """Seconds between two fsyncs of the ledger: 0 for `always`, infinity for `never`."""
+
+
+class Expiry:
+    """The end of a key: a moment, or the end of a day."""
+
+    def __init__(self, value: dt.date) -> None:
+        self._value = value  # a datetime is a date, too
+
+    def at(self, timezone: dt.tzinfo) -> float:
+        """Seconds since 1970; what has no time zone of its own is in `timezone`."""
+        value = self._value
+        if value == dt.date.max:
+            return math.inf
+        if not isinstance(value, dt.datetime):
+            value = dt.datetime.combine(value + dt.timedelta(days=1), dt.time())
+        return (value if value.tzinfo else value.replace(tzinfo=timezone)).timestamp()
+
+
+class LimitSet(tuple[Limit, ...]):
+    """`{usd/day: 20, tokens/month: 50M, concurrent: 16}`."""
+
+    def budget(self, scope: ScopeKind, name: str = "") -> Budget:
+        """These limits as those of a key, a team or the gateway."""
+        concurrent = next((limit.amount for limit in self if limit.unit == "concurrent"), math.inf)
+        return Budget(scope, name, tuple(limit for limit in self if limit.unit != "concurrent"), concurrent)
+
+
+class Secrets(tuple[Secret, ...]):
+    """The API keys of an upstream: one, or a list of them."""
+
+    is_list = False  # as the file writes them
+
+
+POLICIES = ("sticky", "round_robin", "least_busy")
+
+
+class Policies(tuple[tuple[str, str], ...]):
+    """How upstreams are chosen, by glob of the model; the first match counts."""
+
+    def of(self, model: str) -> str:
+        """The policy for a model."""
+        return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
+
+
+class Amount(int):
+    """A count: `8192`, `200k`."""
 
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
@@ -1626,6 +1579,84 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     routing: RoutingConfig = RoutingConfig()
     prices: PriceTable = PriceTable(BUILT_IN_PRICES.items())
     usage: UsageConfig = UsageConfig()
+
+
+Steps = tuple[str | int, ...]  # through a document: names and places in lists
+
+
+# --- 5. Config: YAML to a checked, frozen snapshot --------------------------------
+
+
+class ConfigError(Exception):
+    """config.yaml cannot be used; the message names file, line, path and what would be right."""
+
+    without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
+
+
+class Mistake(NamedTuple):
+    """A wrong value: where it stands, below what was read, and what would be right."""
+
+    steps: Steps
+    problem: str
+    line: int = 0  # 0: that of `steps`
+
+
+class Mistakes(ValueError):
+    """All that is wrong with a value and below it: noted while the rest is read, then raised together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Mistake] = []
+        self._places: set[Steps] = set()
+
+    def note(self, steps: Steps, problem: str, line: int = 0, is_read: bool = False) -> None:
+        """Keep a mistake. Where its place, or one above it, has one already, it may follow from that and is dropped.
+
+        `is_read`: what stands there is read all the same, and nothing follows from this mistake.
+        """
+        if not self.at_or_above(steps):
+            self.found.append(Mistake(steps, problem, line))
+            if not is_read:
+                self.drop(steps)
+
+    def drop(self, steps: Steps) -> None:
+        """Note nothing more at a place and below it."""
+        self._places.add(steps)
+
+    def at_or_above(self, steps: Steps) -> bool:
+        """Whether there is a mistake at this place or at one that it is part of."""
+        return any(steps[:depth] in self._places for depth in range(len(steps) + 1))
+
+    @contextlib.contextmanager
+    def at(self, *steps: str | int) -> Iterator[None]:
+        """For `with`: what is wrong at a place is noted there instead of raised."""
+        try:
+            yield
+        except Mistakes as error:
+            for below, problem, line in error.found:
+                self.note((*steps, *below), problem, line)
+        except SealError as error:
+            if str(error) not in (mistake.problem for mistake in self.found):  # one lost secret is one mistake
+                self.note(steps, str(error))
+        except ValueError as error:
+            self.note(steps, str(error))
+
+    def __str__(self) -> str:
+        return "; ".join(mistake.problem for mistake in self.found)
+
+    def check(self) -> None:
+        """Raise what was noted, if anything was."""
+        if self.found:
+            raise self
+
+
+class Bill(NamedTuple):
+    """What a call costs: its own tokens x `price` x every premium, and every charge."""
+
+    cost_usd: float
+    price: Price
+    premiums: dict[str, float]
+    charges: list[Charge]
 
 
 TYPE_WORDS: dict[Any, str] = {
@@ -1940,7 +1971,6 @@ CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
     VerdictTable: parse_verdicts,
 }
 
-
 # What is no mistake, but hardly meant: patterns of it, and what is told.
 SLIPS = {  # in any value
     r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
@@ -2131,7 +2161,6 @@ KEY_AS_NAME = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}")
 SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
     r"(?<=key|ret|ken|uth|oxy|ord|ass)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
 )
-
 
 SECRET_PART = re.compile(  # of a key that a mistake has cut in two, and what is directly behind it
     rf"({SECRET_TEXT.pattern}|{MIXED}{{6,}})[^\s,\]}}]*"
@@ -2929,6 +2958,9 @@ class Config:
         return tuple(sorted(found, key=lambda serving: serving.upstream.priority))
 
 
+# --- 6. Editing: config.yaml changed, nothing else with it ------------------------
+
+
 def block_item(fields: dict[str, str], column: int) -> str:
     """A list item in block style."""
     lines = [f"{name}: {value}" for name, value in fields.items()]
@@ -3184,7 +3216,9 @@ class ConfigEditor:
         self.unlock()
 
 
-# --- 4. Ledger: what was spent, line by line ---------------------------------------
+# === Floor B. Books: what was spent, and what may be ================================
+
+# --- 7. Ledger: what was spent, line by line --------------------------------------
 
 FIRST_CHAIN = b"0" * 32
 SPANS = {"hour": 3600.0, "5h": 18000.0}  # seconds; these windows open with the first call
@@ -3377,7 +3411,6 @@ UNIT_FIELDS = {
     "usd": ("nano_usd",),
     "requests": ("calls",),
 }
-
 
 MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
 LINE_MAX = 1 << 53  # of one field in one line: 9e15 tokens, or $9 million; more is taken for so much
@@ -4689,7 +4722,7 @@ def summarize(lines: Iterable[LedgerLine], by: Sequence[str], timezone: dt.tzinf
     return grouped(rows(), by)
 
 
-# --- 5. Limits: may this key spend now? --------------------------------------------
+# --- 8. Limits: may this key spend now? -------------------------------------------
 
 NANO = {"tokens": 1.0, "requests": 1.0, "usd": 1e9}  # money is counted in nano-USD
 IMAGE_USD = 0.25  # of a generated image, which is billed by its tokens: the largest in high quality
@@ -5424,16 +5457,9 @@ class Limits:
         return found
 
 
-# --- 6. Wire: bytes to events and heads, no I/O ------------------------------------
+# === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
-ROUTES = {
-    "/v1/messages": Route("/v1/messages", "anthropic", "messages"),
-    "/v1/messages/count_tokens": Route("/v1/messages/count_tokens", "anthropic", "count_tokens"),
-    "/v1/chat/completions": Route("/v1/chat/completions", "openai", "chat"),
-    "/v1/responses": Route("/v1/responses", "openai", "responses"),
-    "/v1/embeddings": Route("/v1/embeddings", "openai", "embeddings"),
-}  # all POST; GET /v1/models and /v1/models/ID are answered from lists, and nothing else reaches an upstream
-PLAIN_TARGETS = frozenset(path.encode() for path in ROUTES)
+# --- 9. Wire: heads, header rules, events, no I/O ---------------------------------
 
 # Requests that clients make on their own and that need no upstream (CLIENT.md).
 LOCAL_ROUTES = {
@@ -5606,6 +5632,115 @@ def downstream_headers(headers: Headers) -> Headers:
     dropped = connection_options(headers) - HOP_BY_HOP  # these are gone
     return [header for header in kept if header[0].lower() not in dropped] if dropped else kept
 
+
+Pieces = Sequence[bytes | memoryview]  # of a request's body
+
+
+class Splice(NamedTuple):
+    """One change of a request's body: what stands in place of its bytes from `start` to `end`."""
+
+    start: int
+    end: int
+    text: bytes
+
+
+def spliced(body: bytes, splices: Sequence[Splice]) -> Pieces:
+    """The pieces of a body with its changes; what stays the same is no copy."""
+    whole, pieces, at = memoryview(body), list[bytes | memoryview](), 0
+    for start, end, text in sorted(splices):
+        pieces += (whole[at:start], text)
+        at = end
+    pieces.append(whole[at:])
+    return pieces
+
+
+def event_data(block: bytes) -> bytes:
+    """The data of one event: the values of its `data:` lines, joined by newlines."""
+    before, _, data = block.partition(b"data:")
+    if b"\n" not in data and (not before or before.endswith(b"\n")):
+        return data.removeprefix(b" ")
+    lines = [line.partition(b":") for line in block.split(b"\n")]
+    values = [value.removeprefix(b" ") for name, _, value in lines if name == b"data"]
+    return b"\n".join(values)
+
+
+class EventReader:
+    """Server-sent events out of bytes (WHATWG HTML, 9.2.6).
+
+    A chunk may end anywhere, even inside a UTF-8 character; the rest waits for the next call.
+    """
+
+    MAX_EVENT = 8 << 20  # bytes; a longer event is dropped, and `dropped` says how it began
+    MAX_START = 256  # bytes of that: its name, and the type that its JSON begins with
+
+    __slots__ = ("_dropping", "_first", "_held", "_rest", "_skip_newline", "_start", "dropped")
+
+    def __init__(self) -> None:
+        self._held = bytearray()  # of an event that has begun: what came before the last read …
+        self._rest = b""  # … and in it; with 8 MB in reads of 1,400 bytes, joining them at each took 18 s
+        self._first = True  # a byte order mark may stand before the first event
+        self._skip_newline = False
+        self._dropping = False  # in the middle of an event that is too long …
+        self._start = b""  # … and began so
+        self.dropped: list[bytes] = []  # the start of each that was too long, once it has come to its end
+
+    @property
+    def between_events(self) -> bool:
+        """Whether something of one's own could be said here without breaking an event."""
+        return not self._rest and not self._skip_newline
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """Return the data of each event that `chunk` completes."""
+        # Bytes, not text: str.splitlines would also split at U+2028, which is legal inside JSON strings.
+        if self._skip_newline or b"\r" in chunk:
+            chunk = self._newlines(chunk)
+        if self._rest:
+            if self._goes_on(chunk):
+                return []
+            chunk = bytes(self._held) + self._rest + chunk if self._held else self._rest + chunk
+            self._held.clear()
+        blocks = chunk.split(b"\n\n")
+        self._rest = blocks.pop()
+        if blocks and (self._first or self._dropping):
+            if self._dropping:
+                self.dropped.append(self._start)
+            blocks[0] = b"" if self._dropping else blocks[0].removeprefix(b"\xef\xbb\xbf")
+            self._first = self._dropping = False
+        if len(self._rest) > self.MAX_EVENT + 1:  # with the newline that may be half of its end
+            if not self._dropping:
+                self._start = self._rest[: self.MAX_START]
+            self._dropping = True
+            self._rest = self._rest[-1:]
+        read = self._data if len(chunk) > self.MAX_EVENT else event_data
+        return [data for block in blocks if block and (data := read(block))]
+
+    def _goes_on(self, chunk: bytes) -> bool:
+        """Hold a chunk in which the event that has begun neither ends nor becomes too long; False if it does."""
+        has_end = b"\n\n" in chunk or (chunk.startswith(b"\n") and self._rest.endswith(b"\n"))
+        if has_end or len(self._held) + len(self._rest) + len(chunk) > self.MAX_EVENT + 1:
+            return False
+        if chunk:
+            self._held += self._rest
+            self._rest = chunk
+        return True
+
+    def _data(self, block: bytes) -> bytes:
+        if len(block) > self.MAX_EVENT:
+            self.dropped.append(block[: self.MAX_START])
+            return b""
+        return event_data(block)
+
+    def _newlines(self, chunk: bytes) -> bytes:
+        """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
+        if self._skip_newline and chunk.startswith(b"\n"):
+            chunk = chunk[1:]
+            self._skip_newline = False
+        if chunk:
+            self._skip_newline = chunk.endswith(b"\r")
+        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+# --- 10. Requests: what is read of a request --------------------------------------
 
 # What is read of a request's body
 #
@@ -6208,27 +6343,6 @@ def asks_for_usage(options: Raw) -> bool | None:
     return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
 
 
-Pieces = Sequence[bytes | memoryview]  # of a request's body
-
-
-class Splice(NamedTuple):
-    """One change of a request's body: what stands in place of its bytes from `start` to `end`."""
-
-    start: int
-    end: int
-    text: bytes
-
-
-def spliced(body: bytes, splices: Sequence[Splice]) -> Pieces:
-    """The pieces of a body with its changes; what stays the same is no copy."""
-    whole, pieces, at = memoryview(body), list[bytes | memoryview](), 0
-    for start, end, text in sorted(splices):
-        pieces += (whole[at:start], text)
-        at = end
-    pieces.append(whole[at:])
-    return pieces
-
-
 def splice_usage(body: bytes) -> Splice:
     """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
     try:
@@ -6586,7 +6700,6 @@ def read_request(call: Call) -> None:
 
 CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 
-
 OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
 OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
 
@@ -6703,91 +6816,35 @@ def without_thinking(body: bytes) -> bytes:
     return msgspec.json.encode(fields)
 
 
-def event_data(block: bytes) -> bytes:
-    """The data of one event: the values of its `data:` lines, joined by newlines."""
-    before, _, data = block.partition(b"data:")
-    if b"\n" not in data and (not before or before.endswith(b"\n")):
-        return data.removeprefix(b" ")
-    lines = [line.partition(b":") for line in block.split(b"\n")]
-    values = [value.removeprefix(b" ") for name, _, value in lines if name == b"data"]
-    return b"\n".join(values)
+class UpstreamTarget(NamedTuple):
+    """Where an upstream is, taken from its URL once."""
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes  # the Host header
+    prefix: bytes  # the URL's path, without a slash at the end
+    proxy: tuple[str, int, str] | None  # host, port, and the value of Proxy-Authorization or ""
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, url: str, proxy: str | None) -> UpstreamTarget:
+        """Parse checked URLs."""
+        parts = urllib.parse.urlsplit(url)
+        host, tls = parts.hostname or "", parts.scheme == "https"
+        via = None
+        if proxy:
+            hop = urllib.parse.urlsplit(proxy)
+            secret = f"{urllib.parse.unquote(hop.username or '')}:{urllib.parse.unquote(hop.password or '')}"
+            basic = "Basic " + base64.b64encode(secret.encode()).decode() if hop.username else ""
+            via = (hop.hostname or "", hop.port or 80, basic)
+        # A base URL may end in /v1, as OpenAI's does: the routes bring their own.
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        authority = parts.netloc.rpartition("@")[2]
+        return cls(host, parts.port or (443 if tls else 80), tls, authority.encode(), prefix.encode(), via)
 
 
-class EventReader:
-    """Server-sent events out of bytes (WHATWG HTML, 9.2.6).
-
-    A chunk may end anywhere, even inside a UTF-8 character; the rest waits for the next call.
-    """
-
-    MAX_EVENT = 8 << 20  # bytes; a longer event is dropped, and `dropped` says how it began
-    MAX_START = 256  # bytes of that: its name, and the type that its JSON begins with
-
-    __slots__ = ("_dropping", "_first", "_held", "_rest", "_skip_newline", "_start", "dropped")
-
-    def __init__(self) -> None:
-        self._held = bytearray()  # of an event that has begun: what came before the last read …
-        self._rest = b""  # … and in it; with 8 MB in reads of 1,400 bytes, joining them at each took 18 s
-        self._first = True  # a byte order mark may stand before the first event
-        self._skip_newline = False
-        self._dropping = False  # in the middle of an event that is too long …
-        self._start = b""  # … and began so
-        self.dropped: list[bytes] = []  # the start of each that was too long, once it has come to its end
-
-    @property
-    def between_events(self) -> bool:
-        """Whether something of one's own could be said here without breaking an event."""
-        return not self._rest and not self._skip_newline
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """Return the data of each event that `chunk` completes."""
-        # Bytes, not text: str.splitlines would also split at U+2028, which is legal inside JSON strings.
-        if self._skip_newline or b"\r" in chunk:
-            chunk = self._newlines(chunk)
-        if self._rest:
-            if self._goes_on(chunk):
-                return []
-            chunk = bytes(self._held) + self._rest + chunk if self._held else self._rest + chunk
-            self._held.clear()
-        blocks = chunk.split(b"\n\n")
-        self._rest = blocks.pop()
-        if blocks and (self._first or self._dropping):
-            if self._dropping:
-                self.dropped.append(self._start)
-            blocks[0] = b"" if self._dropping else blocks[0].removeprefix(b"\xef\xbb\xbf")
-            self._first = self._dropping = False
-        if len(self._rest) > self.MAX_EVENT + 1:  # with the newline that may be half of its end
-            if not self._dropping:
-                self._start = self._rest[: self.MAX_START]
-            self._dropping = True
-            self._rest = self._rest[-1:]
-        read = self._data if len(chunk) > self.MAX_EVENT else event_data
-        return [data for block in blocks if block and (data := read(block))]
-
-    def _goes_on(self, chunk: bytes) -> bool:
-        """Hold a chunk in which the event that has begun neither ends nor becomes too long; False if it does."""
-        has_end = b"\n\n" in chunk or (chunk.startswith(b"\n") and self._rest.endswith(b"\n"))
-        if has_end or len(self._held) + len(self._rest) + len(chunk) > self.MAX_EVENT + 1:
-            return False
-        if chunk:
-            self._held += self._rest
-            self._rest = chunk
-        return True
-
-    def _data(self, block: bytes) -> bytes:
-        if len(block) > self.MAX_EVENT:
-            self.dropped.append(block[: self.MAX_START])
-            return b""
-        return event_data(block)
-
-    def _newlines(self, chunk: bytes) -> bytes:
-        """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
-        if self._skip_newline and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
-            self._skip_newline = False
-        if chunk:
-            self._skip_newline = chunk.endswith(b"\r")
-        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
+# --- 11. Formats: what is read of an answer ---------------------------------------
 
 Count = int | float  # as JSON has it: some servers write 12.0
 MAX_COUNT = 10**9  # tokens of one class in one call; the largest context of today is a thousandth of that
@@ -7662,35 +7719,7 @@ METERS: dict[str, type[Meter]] = {
 }
 
 
-# --- 7. Upstreams: connections, health, choice -------------------------------------
-
-
-class UpstreamTarget(NamedTuple):
-    """Where an upstream is, taken from its URL once."""
-
-    host: str
-    port: int
-    tls: bool
-    authority: bytes  # the Host header
-    prefix: bytes  # the URL's path, without a slash at the end
-    proxy: tuple[str, int, str] | None  # host, port, and the value of Proxy-Authorization or ""
-
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, url: str, proxy: str | None) -> UpstreamTarget:
-        """Parse checked URLs."""
-        parts = urllib.parse.urlsplit(url)
-        host, tls = parts.hostname or "", parts.scheme == "https"
-        via = None
-        if proxy:
-            hop = urllib.parse.urlsplit(proxy)
-            secret = f"{urllib.parse.unquote(hop.username or '')}:{urllib.parse.unquote(hop.password or '')}"
-            basic = "Basic " + base64.b64encode(secret.encode()).decode() if hop.username else ""
-            via = (hop.hostname or "", hop.port or 80, basic)
-        # A base URL may end in /v1, as OpenAI's does: the routes bring their own.
-        prefix = parts.path.rstrip("/").removesuffix("/v1")
-        authority = parts.netloc.rpartition("@")[2]
-        return cls(host, parts.port or (443 if tls else 80), tls, authority.encode(), prefix.encode(), via)
+# --- 12. Connections: HTTP/1 to upstreams, pool, names ----------------------------
 
 
 class Failure(NamedTuple):
@@ -8187,6 +8216,8 @@ class Pool:
         self._closed = True
         self.forget_idle()
 
+
+# --- 13. Upstreams: health and choice ---------------------------------------------
 
 MAX_RETRY_AFTER_S = 1800.0
 
@@ -9041,7 +9072,7 @@ def take_reset(directory: Path) -> str:
     return name
 
 
-# --- 8. Demo: an upstream that needs no API key ------------------------------------
+# --- 14. Demo: an upstream that needs no API key ----------------------------------
 
 DEMO_MODEL = "claude-demo"
 JSON_TYPE: Headers = [(b"content-type", b"application/json")]
@@ -9205,7 +9236,7 @@ class DemoLine:
             self._next()
 
 
-# --- 9. Relay: attempts, the gate, failover, bytes through -------------------------
+# --- 15. Relay: attempts, the gate, failover, bytes through -----------------------
 
 
 class Sink(Protocol):
@@ -10190,7 +10221,9 @@ class Relay:
         self.keep_only(())
 
 
-# --- 10. Metrics: counters for Prometheus -------------------------------------------
+# === Floor D. House: one running gateway ============================================
+
+# --- 16. Metrics: counters for Prometheus -----------------------------------------
 
 HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
 TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
@@ -10437,7 +10470,7 @@ class Scrape(NamedTuple):
         yield Series("info", "The version.", ("version",), [((VERSION,), 1)])
 
 
-# --- 11. Gateway: owns all state, tells the story -----------------------------------
+# --- 17. Models: lists of models, and what the keys are good for ------------------
 
 
 class Collected:
@@ -10578,6 +10611,9 @@ class KeyChecks:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+# --- 18. Gateway: owns all state, tells the story ---------------------------------
 
 
 class Guard:
@@ -11127,78 +11163,374 @@ class Gateway:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-class ConfigWatch(FileSystemEventHandler):
-    """Has a gateway reload when its config.yaml changes.
+# --- 19. Backup: copied at one moment, checked, put back --------------------------
 
-    The directory is watched, not the file: editors, Kubernetes and `docker -v` put another inode in its place.
-    Events do not cross every mount, so `poll`, called every second, compares as well.
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        try:
+            os.link(name, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            os.rename(name, path)
+        sync_folder(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Manifest(msgspec.Struct):
+    """What a backup says of itself before all else."""
+
+    FILE: ClassVar = "manifest.json"
+    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
+    FORMAT: ClassVar = 1
+    MOST: ClassVar = 16 << 20  # bytes of a file that is not the ledger's
+    NAMES: ClassVar = re.compile(
+        r"manifest\.json|config\.yaml|gateway\.secret|SHA256SUMS"
+        r"|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
+    )
+
+    format: int
+    version: str
+    time: str
+    chain: str  # of the last line; "" where it is not known
+
+
+class GzipWriter:
+    """A file that gzips what it is given; where the one below fails, gzip.GzipFile would complain on its own (3.13)."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out, self._packer = out, zlib.compressobj(4, wbits=31)  # half the time of level 6, a twentieth larger
+
+    def write(self, data: bytes) -> None:
+        """Pack and write."""
+        self._out.write(self._packer.compress(data))
+
+    def finish(self) -> None:
+        """Write what is left, and the checksum."""
+        self._out.write(self._packer.flush())
+
+
+def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) -> tuple[Manifest, list[Held]]:
+    """Write these files and a ledger as it is now as a gzipped tar; the manifest, and what is in it. Raises OSError."""
+
+    def add(member: Held) -> bytes:
+        info = tarfile.TarInfo(member.name)
+        info.size, info.mode, info.mtime = member.size, 0o600, int(time.time())
+        tar.addfile(info, cast(IO[bytes], member))
+        return f"{member.digest.hexdigest()}  {member.name}\n".encode()  # as sha256sum has it (GNU coreutils)
+
+    packed = GzipWriter(out)
+    gnu = tarfile.GNU_FORMAT  # has files over 8 GB
+    with contextlib.ExitStack() as opened, tarfile.open(fileobj=cast(Any, packed), mode="w|", format=gnu) as tar:
+        ledger = hold_ledger(directory, opened)
+        chain = next((held.last_chain() for held in reversed(ledger) if ".jsonl" in held.name), b"").decode()
+        manifest = Manifest(Manifest.FORMAT, VERSION, utc_time(time.time()), chain)
+        small = {Manifest.FILE: msgspec.json.format(msgspec.json.encode(manifest)) + b"\n", **files}
+        members = [Held(name, io.BytesIO(data), len(data)) for name, data in small.items()] + ledger
+        sums = b"".join(map(add, members))
+        add(Held(Manifest.SUMS, io.BytesIO(sums), len(sums)))
+    packed.finish()
+    return manifest, members
+
+
+DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *UNREADABLE)  # what reading a bad backup raises
+
+
+def unpack(file: IO[bytes], folder: Path) -> Manifest:
+    """Unpack a backup into an empty folder, without folders in it. Raises CommandError, OSError, and DAMAGED.
+
+    Only plain files with names that are known are taken, and each must have the digest that the last one has for it.
     """
+    sums = {}
+    with tarfile.open(fileobj=file, mode="r|gz") as tar:
+        for info in tar:
+            is_plain = info.type == tarfile.REGTYPE and not info.issparse()
+            is_small = info.name.startswith("usage/") or info.size <= Manifest.MOST
+            if not (is_plain and is_small and Manifest.NAMES.fullmatch(info.name)):
+                raise CommandError(f"{info.name!a} does not belong into a backup; nothing was restored")
+            with open(folder / Path(info.name).name, "xb+", opener=open_shared) as to:
+                shutil.copyfileobj(cast(IO[bytes], tar.extractfile(info)), to, 1 << 20)
+                to.flush()
+                os.fsync(to.fileno())
+                to.seek(0)
+                sums[info.name] = f"{hashlib.file_digest(to, 'sha256').hexdigest()}  {info.name}\n"
+    lines = "".join(line for name, line in sums.items() if name != Manifest.SUMS)
+    is_whole = sums.keys() >= {Manifest.FILE, "config.yaml", Manifest.SUMS}
+    if not is_whole or (folder / Manifest.SUMS).read_bytes() != lines.encode():
+        raise CommandError("this is no whole backup, as its SHA256SUMS says; nothing was restored")
+    manifest = msgspec.json.decode((folder / Manifest.FILE).read_bytes(), type=Manifest)
+    if manifest.format != Manifest.FORMAT:
+        raise CommandError(f"its format is {manifest.format}, this gateway ({VERSION}) knows 1; nothing was restored")
+    return manifest
 
-    # Not FileModifiedEvent: a log or a ledger in the same folder would wake the watcher's threads with every line, and
-    # whoever writes config.yaml closes it afterwards.
-    EVENTS: ClassVar[list[type[FileSystemEvent]]] = [
-        FileCreatedEvent,
-        FileMovedEvent,
-        FileDeletedEvent,
-        FileClosedEvent,
-    ]
 
-    def __init__(self, gateway: Gateway) -> None:
-        self._gateway = gateway
-        self._path = gateway.config.path
-        self._loop = asyncio.get_running_loop()
-        self._pending: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[bool] | None = None  # asyncio keeps no reference of its own
-        self._observer = Observer()
-        self._polls = 0
-        self._seen = self._signature()
+def config_in(folder: Path, path: Path) -> Config:
+    """The config that was unpacked into a folder, as a gateway will read it at its place. Raises CommandError."""
+    secret, environ, hint = folder / Vault.FILE, dict(os.environ), ""
+    if not secret.exists():
+        hint = " (the sealing secret is not in the backup: it must be here before)"
+    elif Vault.file(path.parent):  # else GATEWAY_SECRET is what a start will take
+        environ["GATEWAY_SECRET"] = secret.read_bytes().decode("latin-1")
+    try:
+        return Config.parse(read_text(folder / "config.yaml"), path, Clock(), environ)
+    except ConfigError as error:
+        raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
 
-    def start(self) -> None:
-        """Begin to watch; without inotify (too few watches, say) the poll has to do."""
+
+def ledger_in(folder: Path) -> list[Path]:
+    """The files of a ledger's folder that a restore replaces."""
+    return [*sorted(folder.glob("usage-????-??.*")), *folder.glob(Checkpoint.FILE)]
+
+
+def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
+    """Rename what is there into a folder beside it, then move files to their places; undo all where one fails.
+
+    `new` maps places to files. The first of both goes first and comes last. Raises OSError.
+    """
+    with contextlib.ExitStack() as undo:
+        for folder in {place.parent / kept for place in old}:
+            folder.mkdir(0o700)
+            undo.callback(folder.rmdir)
+        for place in old:
+            aside = place.parent / kept / place.name
+            place.rename(aside)
+            undo.callback(aside.rename, place)
+            sync_folder(place.parent)
+        for place in reversed(new):
+            place.touch(0o600, exist_ok=False)  # replaces nothing, and shows nobody a secret that is copied
+            undo.callback(place.unlink)
+            shutil.move(new[place], place)  # which may lie on another disk
+            sync_folder(place.parent)
+        undo.pop_all()
+
+
+def ledger_of(document: Document) -> Path:
+    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find("usage", "directory")
+    if node is None:
+        return document.path.parent / UsageConfig().directory
+    written = node.value if isinstance(node, yaml.ScalarNode) else ""
+    alone = Document(f"directory: {json.dumps(written)}", document.path)
+    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
+    if alone.mistakes.found or not isinstance(directory, str) or not directory:
+        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
+    return document.path.parent / directory
+
+
+def present_ledger(path: Path) -> Path | None:
+    """The ledger's folder by the config that is there, on which a gateway may run; None where no config says so."""
+    try:
+        directory = ledger_of(Document(read_text(path), path))
+    except ConfigError:
+        return None
+    return directory if directory.is_dir() else None
+
+
+def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
+    """Put a backup in place; what to tell. Raises CommandError, OSError, and DAMAGED, and has changed nothing then.
+
+    All of it is unpacked beside the config and checked there. What was there is kept in `before-restore-TIME/` beside
+    it. config.yaml goes first and comes last: a gateway that starts in between has no key that works, so that no
+    limit is held against half a ledger.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as opened:
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=".restore-", dir=path.parent)))
+        manifest = unpack(file, folder)
+        directory = config_in(folder, path).usage_directory
+        new = {Path(os.path.realpath(path)): folder / "config.yaml"}
+        secret, place = folder / Vault.FILE, Vault.file(path.parent)
+        if secret.exists() and place and not (place.exists() and place.read_bytes() == secret.read_bytes()):
+            secret.chmod(0o600)
+            new[Path(os.path.realpath(place))] = secret
+        folders = {os.path.realpath(each) for each in (directory, present_ledger(path)) if each}
+        for each in folders:
+            opened.callback(os.close, hold_folder(Path(each)))
+        old = [place for place in new if place.exists()] + ledger_in(directory)
+        kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+        if old and not is_forced:
+            raise CommandError(f"{old[0]} is there already; --force keeps it in {kept}/; nothing was restored")
+        for place in filter(is_mounted, old):
+            raise CommandError(f"{place} is mounted as a single file: mount its folder instead; nothing was restored")
+        new |= {directory / written.name: written for written in ledger_in(folder)}
         try:
-            self._observer.schedule(self, str(self._path.parent), event_filter=self.EVENTS)
-            self._observer.start()
+            LedgerFiles(folder).verify(manifest.chain, lambda line: print(line, file=sys.stderr))
+        except (BrokenChain, *DAMAGED) as error:
+            print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
+        swap(old, new, kept)
+    told = [f"Restored the backup of {manifest.time} to {path} and {directory}."]
+    told += [f"What was there before is kept: {folder}/{kept}" for folder in sorted({place.parent for place in old})]
+    return [*told, f"Start the gateway with: {PROGRAM} serve"]
+
+
+# --- 20. Integrity: installed files against their lists ---------------------------
+
+# In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
+# runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
+# it. What is installed is compared with one of two lists:
+#
+#   gateway.sha256  beside gateway.py, in sha256sum's format: the image's own list, of every file that Python may import
+#                   in it, made when it was built. It is root's, and the gateway does not run as root.
+#   RECORD          of each package, where there is no such list. Whoever can change a package can change its RECORD,
+#                   and bytecode has no hash there. So versions are compared with requirements.txt as well, and what
+#                   runs at every start of Python is named although a RECORD lists it.
+#
+# Neither proves that a release was good when it came: the hashes of requirements.txt only make it the pinned one.
+# And what has taken over this very process can let it say anything.
+INTEGRITY_LIST = Path(__file__).resolve().with_name("gateway.sha256")
+KNOWN_START_CODE = {
+    "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224",  # setuptools' distutils-precedence.pth
+}
+NOT_PINNED = ("pip", "setuptools", "wheel", "claude-gateway")  # what installs packages, and ourselves
+
+
+class Integrity(NamedTuple):
+    """How the installed files compare with their list."""
+
+    source: str  # which list
+    files: int  # that it has
+    problems: list[str]
+    notes: Sequence[str] = ()  # what is worth knowing, and no mistake
+
+
+def is_as_listed(path: str, digest: str) -> bool:
+    """Whether a file is there and has this sha256; any where that is empty. Raises OSError."""
+    if not os.path.isfile(path):
+        return False
+    if not digest:
+        return True
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str) -> set[str]:
+    """The paths of files and links in these folders that are not listed; of a folder with no listed file only its own.
+
+    Folders that are named as `ignored` says are not looked at, nor are those that a link leads to.
+    """
+    known, foreign = set(folders), set[str]()
+    for path in listed:
+        while (path := os.path.dirname(path)) not in known:
+            known.add(path)
+    for folder in folders:
+        for place, names, files in os.walk(folder):
+            names[:] = [name for name in names if name != ignored]
+            links = [name for name in names if os.path.islink(f"{place}/{name}")]
+            for path in (f"{place}/{name}" for name in (*files, *links)):
+                if path not in listed:
+                    while (above := os.path.dirname(path)) not in known:
+                        path = above
+                    foreign.add(path)
+    return foreign
+
+
+def compare_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str = "") -> Iterator[str]:
+    """Compare files with their sha256 by path, and with what the folders hold; a sentence for each difference."""
+    for path, digest in sorted(listed.items()):
+        try:
+            if not is_as_listed(path, digest):
+                yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
         except OSError as error:
-            log.warning("cannot watch %s (%s): its config is looked at every second instead", self._path.parent, error)
+            yield f"{path} cannot be read: {why_not(error)}"
+    for path in sorted(foreign_files(listed, folders, ignored)):
+        yield f"{path} is in no list"
 
-    def stop(self) -> None:
-        """End the watcher's thread."""
-        if self._observer.is_alive():
-            self._observer.stop()
-            self._observer.join(timeout=2)
 
-    def on_any_event(self, event: FileSystemEvent) -> None:
-        # Called in the watcher's thread. The ledger may be written to the same directory all the time.
-        name = os.path.basename(os.fsdecode(event.src_path))
-        if not name.startswith("usage-"):
-            with contextlib.suppress(RuntimeError):  # the loop has just ended
-                self._loop.call_soon_threadsafe(self._changed)
+def start_code(folder: str, owners: Mapping[str, str]) -> Iterator[str]:
+    """A sentence for each file of a folder of packages that Python runs code of at every start: which, and whose."""
+    for path in sorted(Path(folder).glob("*")):
+        content = path.read_bytes() if path.suffix == ".pth" and path.is_file() else b""
+        lines = content.decode("utf-8-sig", "replace").splitlines()
+        is_run = any(line.startswith(("import ", "import\t")) for line in lines)  # as in site.addpackage
+        is_run = is_run or path.name.partition(".")[0] in ("sitecustomize", "usercustomize")
+        if is_run and hashlib.sha256(content).hexdigest() not in KNOWN_START_CODE:
+            yield f"{path} of {owners.get(str(path), 'no package')} runs code at every start of Python"
 
-    def _changed(self) -> None:
-        if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
-            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.reload)
 
-    def reload(self, is_asked: bool = False) -> None:
-        """Have the config read now; `is_asked` as in `Gateway.reload`."""
-        self._pending = None
-        self._seen = self._signature()
-        self._task = self._loop.create_task(self._gateway.reload(is_asked))
+def recorded_files(package: importlib.metadata.Distribution) -> Iterator[tuple[str, str]]:
+    """Path and sha256 of each file in a package's RECORD, without bytecode. Raises ValueError."""
+    for path, digest, _ in csv.reader((package.read_text("RECORD") or "").splitlines()):
+        algorithm, _, value = digest.partition("=")
+        if "__pycache__/" not in path:
+            sha256 = base64.urlsafe_b64decode(value + "=").hex() if algorithm == "sha256" else ""
+            yield os.path.normpath(str(package.locate_file(path))), sha256
 
-    def poll(self) -> None:
-        """Compare the file's stat, and every tenth time its content, with what was loaded."""
-        self._polls += 1
-        if self._signature() != self._seen or self._polls % 10 == 0:
-            self.reload()
 
-    def _signature(self) -> tuple[int, ...]:
+def check_packages(folders: Sequence[str], requirements: Path) -> Integrity:
+    """Compare packages with their RECORD and their versions with requirements.txt; name what runs at Python's start."""
+    import importlib.metadata  # here: it takes 10 ms, and only this needs it
+
+    problems, notes, further = list[str](), list[str](), list[str]()
+    listed, owners, pinned = dict[str, str](), dict[str, str](), dict[str, str]()
+    if requirements.is_file():
+        pinned.update(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(), re.MULTILINE))
+    else:
+        notes.append(f"versions were not compared: there is no {requirements}")
+    for package in importlib.metadata.distributions(path=list(folders)):
+        about = email.message_from_string(package.read_text("METADATA") or "")
+        name, version = re.sub(r"[-_.]+", "-", about.get("Name", "")).lower(), about.get("Version", "")
         try:
-            found = os.stat(self._path)
-        except OSError:
-            return ()
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            files = dict(recorded_files(package))
+        except (ValueError, csv.Error):
+            files = {}  # so all of its files are in no list
+        listed |= files
+        owners |= dict.fromkeys(files, name)
+        if version != pinned.get(name, version):
+            problems.append(f"{name} is {version}; requirements.txt has {pinned[name]}")
+        elif pinned and name not in (*pinned, *NOT_PINNED):
+            further.append(f"{name} {version}")
+    problems += compare_files(listed, folders, ignored="__pycache__")
+    for folder in folders:
+        problems += start_code(folder, owners)
+    if further:
+        notes.append(f"not in requirements.txt: {', '.join(sorted(further))}")
+    return Integrity("the RECORD of each package", len(listed), problems, notes)
 
 
-# --- 12. HTTP: the front door, no policy -------------------------------------------
+def check_integrity(path: Sequence[str], file: Path) -> Integrity:
+    """Compare the folders of `path`, which is sys.path, with the image's list, else packages with their RECORDs."""
+    folders = list(dict.fromkeys(map(os.path.realpath, path)))
+    if not file.exists():
+        packages = [each for each in folders if Path(each).name in ("site-packages", "dist-packages")]
+        return check_packages(packages, file.with_name("requirements.txt"))
+    lines = (line.partition("  ") for line in file.read_text().splitlines())
+    listed = {name: digest for digest, _, name in lines}
+    return Integrity(str(file), len(listed), list(compare_files({**listed, str(file): ""}, folders)))
+
+
+def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> None:
+    """Where there is an image's list, compare with it in a thread that nobody waits for; log and count what differs."""
+
+    def run() -> None:
+        try:
+            found = check_integrity(path, file)
+        except (OSError, ValueError) as error:
+            found = Integrity(str(file), 0, [f"{file} cannot be read: {error}"])
+        metrics.integrity_problems = len(found.problems)
+        if found.problems:
+            named = "; ".join(printable(problem, 300) for problem in found.problems[:5])
+            log.error("integrity: differences from %s: %d, such as %s", file, len(found.problems), named)
+        else:
+            log.info("integrity: %d files are as in %s", found.files, file)
+
+    if file.exists():
+        threading.Thread(target=run, name="integrity", daemon=True).start()
+
+
+# === Floor E. Doors: how the outside gets in ========================================
+
+# --- 21. Front door: clients' connections, no policy ------------------------------
 
 
 class State(enum.Enum):
@@ -11845,6 +12177,173 @@ class ClientConnection(asyncio.Protocol):
         self.transport.abort()
 
 
+MOST_DESCRIPTORS = 1 << 16
+KEPT_DESCRIPTORS = 64  # for files, pipes, lookups
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process open as many files as it may, at most MOST_DESCRIPTORS; how many clients may then connect.
+
+    Half of them, because each call needs a connection to an upstream as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    allowed = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(16, (allowed - KEPT_DESCRIPTORS) // 2)
+
+
+class Door:
+    """Where clients come in: listens, and serves each connection itself or through Tornado.
+
+    A connection costs a descriptor and up to 64 KB, and anybody may open one. So there are at most `most` of them.
+    Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
+    room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
+    their key at once, and one colleague's broken script does not keep out whoever shares its address.
+    Connections of one key are kept alive between requests only while there are not more of them than free places. Where
+    there are no strangers, the key that has most connections gives one up that is not being answered.
+    """
+
+    TELL_S = 60.0  # at most one line in the log per minute
+    WHY: ClassVar[dict[str, str]] = {
+        "address": "of an address with too many without a good key",
+        "full": "because all are being answered",
+        "key": "of the key that had most, to make room for new ones",
+        "oldest": "without a good key that made room for new ones",
+    }
+
+    def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
+        self.gateway, self.application, self.most = gateway, application, most
+        self.now = gateway.clock.monotonic
+        self.connections: set[ClientConnection] = set()
+        # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
+        self._strangers: OrderedDict[ClientConnection, str] = OrderedDict()  # with their network
+        self._by_network: dict[str, OrderedDict[ClientConnection, None]] = {}  # strangers
+        self._of_key: dict[str, OrderedDict[ClientConnection, None]] = {}  # by its name, the oldest first
+        self._told_at = -math.inf
+        self._told = 0
+        self._server: asyncio.Server | None = None
+        self.hangups = Hangups()
+
+    def enter(self, connection: ClientConnection) -> bool:
+        """Count a new connection in; False where there is no place for it."""
+        network = network_of(connection.peer)
+        peers = self._by_network.get(network, ())
+        is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
+        if len(peers) >= self.gateway.pace.strangers and not is_proxy:
+            self._give_up(next(iter(peers)), "address")
+        if len(self.connections) >= self.most:
+            if oldest := next(iter(self._strangers), None):
+                self._give_up(oldest, "oldest")
+            elif surplus := self._surplus():
+                self._give_up(surplus, "key")
+            else:
+                self.gateway.metrics.connections_refused["full"] += 1
+                return False
+        self._count(connection, network)
+        return True
+
+    def _surplus(self) -> ClientConnection | None:
+        """The newest connection of the key that has most of them, of those that are not being answered.
+
+        290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
+        """
+        most = max(self._of_key.values(), key=len, default=OrderedDict())
+        return next((each for each in reversed(most) if not each.is_answering), None)
+
+    def _give_up(self, stranger: ClientConnection, why: str) -> None:
+        """Close a connection to make room for another one."""
+        self.gateway.metrics.connections_refused[why] += 1
+        self.leave(stranger)
+        stranger.give_up()
+
+    def _count(self, connection: ClientConnection, network: str) -> None:
+        self.connections.add(connection)
+        self._strangers[connection] = network
+        self._by_network.setdefault(network, OrderedDict())[connection] = None
+        self.gateway.metrics.connections = len(self.connections)
+
+    def recognize(self, connection: ClientConnection, key: Key) -> bool:
+        """A connection has shown a good key; whether it may be kept alive between requests."""
+        if connection not in self.connections:  # it has just been given up
+            return False
+        self._forget_stranger(connection)
+        connection.key_name = key.name
+        own = self._of_key.setdefault(key.name, OrderedDict())
+        own[connection] = None
+        return len(own) <= self.most - len(self.connections)
+
+    def has_too_many(self, key: Key) -> bool:
+        """Whether a key has more than half of all places, so that its calls would leave none for others.
+
+        480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
+        """
+        return len(self._of_key.get(key.name, ())) > max(1, self.most // 2)
+
+    def leave(self, connection: ClientConnection) -> None:
+        """Count a connection out; once is enough."""
+        self.connections.discard(connection)
+        self._forget_stranger(connection)
+        if connection.key_name:
+            own = self._of_key[connection.key_name]
+            del own[connection]
+            if not own:
+                del self._of_key[connection.key_name]
+            connection.key_name = ""
+        self.gateway.metrics.connections = len(self.connections)
+
+    def _forget_stranger(self, connection: ClientConnection) -> None:
+        network = self._strangers.pop(connection, None)
+        if network is not None:
+            peers = self._by_network[network]
+            del peers[connection]
+            if not peers:
+                del self._by_network[network]
+
+    async def listen(self, host: str, port: int) -> int:
+        """Start to listen; the port that was bound. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def check(self) -> None:
+        """Look at every connection's deadline."""
+        now = self.now()
+        for connection in tuple(self.connections):
+            if not self.gateway.guard.run(connection.check, now, self.gateway.pace):
+                connection.give_up()
+        refused = self.gateway.metrics.connections_refused
+        if refused.total() > self._told and now - self._told_at >= self.TELL_S:
+            counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
+            log.warning(
+                "connections refused since the start: %s; %d of %d are open", counts, len(self.connections), self.most
+            )
+            self._told, self._told_at = refused.total(), now
+
+    def stop_listening(self) -> None:
+        """Take no new connections; those that are open go on."""
+        if self._server:
+            self._server.close()
+
+    async def close(self) -> None:
+        """Close every connection; what was said already is still given the time of a goodbye to go out."""
+        self.stop_listening()
+        clients = set(self.connections)
+        for connection in clients:
+            connection.transport.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.gateway.pace.linger_s):
+                while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
+                    await asyncio.sleep(0.01)
+        self.hangups.close()
+
+
+# --- 22. API: the gateway's own pages ---------------------------------------------
+
+
 class GatewayHandler(tornado.web.RequestHandler):
     """What the handlers behind Tornado share: JSON, and errors in the client's format."""
 
@@ -12108,608 +12607,84 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-MOST_DESCRIPTORS = 1 << 16
-KEPT_DESCRIPTORS = 64  # for files, pipes, lookups
+# --- 23. Server: process, signals, watcher, logging -------------------------------
 
 
-def raise_descriptor_limit() -> int:
-    """Let this process open as many files as it may, at most MOST_DESCRIPTORS; how many clients may then connect.
+class ConfigWatch(FileSystemEventHandler):
+    """Has a gateway reload when its config.yaml changes.
 
-    Half of them, because each call needs a connection to an upstream as well.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    allowed = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    return max(16, (allowed - KEPT_DESCRIPTORS) // 2)
-
-
-class Door:
-    """Where clients come in: listens, and serves each connection itself or through Tornado.
-
-    A connection costs a descriptor and up to 64 KB, and anybody may open one. So there are at most `most` of them.
-    Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
-    room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
-    their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    Connections of one key are kept alive between requests only while there are not more of them than free places. Where
-    there are no strangers, the key that has most connections gives one up that is not being answered.
+    The directory is watched, not the file: editors, Kubernetes and `docker -v` put another inode in its place.
+    Events do not cross every mount, so `poll`, called every second, compares as well.
     """
 
-    TELL_S = 60.0  # at most one line in the log per minute
-    WHY: ClassVar[dict[str, str]] = {
-        "address": "of an address with too many without a good key",
-        "full": "because all are being answered",
-        "key": "of the key that had most, to make room for new ones",
-        "oldest": "without a good key that made room for new ones",
-    }
+    # Not FileModifiedEvent: a log or a ledger in the same folder would wake the watcher's threads with every line, and
+    # whoever writes config.yaml closes it afterwards.
+    EVENTS: ClassVar[list[type[FileSystemEvent]]] = [
+        FileCreatedEvent,
+        FileMovedEvent,
+        FileDeletedEvent,
+        FileClosedEvent,
+    ]
 
-    def __init__(self, gateway: Gateway, most: int = 448) -> None:
-        self.gateway, self.most = gateway, most
-        self.now = gateway.clock.monotonic
-        self.connections: set[ClientConnection] = set()
-        # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
-        self._strangers: OrderedDict[ClientConnection, str] = OrderedDict()  # with their network
-        self._by_network: dict[str, OrderedDict[ClientConnection, None]] = {}  # strangers
-        self._of_key: dict[str, OrderedDict[ClientConnection, None]] = {}  # by its name, the oldest first
-        self._told_at = -math.inf
-        self._told = 0
-        self._server: asyncio.Server | None = None
-        self.hangups = Hangups()
-        self.application = tornado_application(gateway)
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._path = gateway.config.path
+        self._loop = asyncio.get_running_loop()
+        self._pending: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[bool] | None = None  # asyncio keeps no reference of its own
+        self._observer = Observer()
+        self._polls = 0
+        self._seen = self._signature()
 
-    def enter(self, connection: ClientConnection) -> bool:
-        """Count a new connection in; False where there is no place for it."""
-        network = network_of(connection.peer)
-        peers = self._by_network.get(network, ())
-        is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
-        if len(peers) >= self.gateway.pace.strangers and not is_proxy:
-            self._give_up(next(iter(peers)), "address")
-        if len(self.connections) >= self.most:
-            if oldest := next(iter(self._strangers), None):
-                self._give_up(oldest, "oldest")
-            elif surplus := self._surplus():
-                self._give_up(surplus, "key")
-            else:
-                self.gateway.metrics.connections_refused["full"] += 1
-                return False
-        self._count(connection, network)
-        return True
-
-    def _surplus(self) -> ClientConnection | None:
-        """The newest connection of the key that has most of them, of those that are not being answered.
-
-        290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
-        """
-        most = max(self._of_key.values(), key=len, default=OrderedDict())
-        return next((each for each in reversed(most) if not each.is_answering), None)
-
-    def _give_up(self, stranger: ClientConnection, why: str) -> None:
-        """Close a connection to make room for another one."""
-        self.gateway.metrics.connections_refused[why] += 1
-        self.leave(stranger)
-        stranger.give_up()
-
-    def _count(self, connection: ClientConnection, network: str) -> None:
-        self.connections.add(connection)
-        self._strangers[connection] = network
-        self._by_network.setdefault(network, OrderedDict())[connection] = None
-        self.gateway.metrics.connections = len(self.connections)
-
-    def recognize(self, connection: ClientConnection, key: Key) -> bool:
-        """A connection has shown a good key; whether it may be kept alive between requests."""
-        if connection not in self.connections:  # it has just been given up
-            return False
-        self._forget_stranger(connection)
-        connection.key_name = key.name
-        own = self._of_key.setdefault(key.name, OrderedDict())
-        own[connection] = None
-        return len(own) <= self.most - len(self.connections)
-
-    def has_too_many(self, key: Key) -> bool:
-        """Whether a key has more than half of all places, so that its calls would leave none for others.
-
-        480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
-        """
-        return len(self._of_key.get(key.name, ())) > max(1, self.most // 2)
-
-    def leave(self, connection: ClientConnection) -> None:
-        """Count a connection out; once is enough."""
-        self.connections.discard(connection)
-        self._forget_stranger(connection)
-        if connection.key_name:
-            own = self._of_key[connection.key_name]
-            del own[connection]
-            if not own:
-                del self._of_key[connection.key_name]
-            connection.key_name = ""
-        self.gateway.metrics.connections = len(self.connections)
-
-    def _forget_stranger(self, connection: ClientConnection) -> None:
-        network = self._strangers.pop(connection, None)
-        if network is not None:
-            peers = self._by_network[network]
-            del peers[connection]
-            if not peers:
-                del self._by_network[network]
-
-    async def listen(self, host: str, port: int) -> int:
-        """Start to listen; the port that was bound. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: ClientConnection(self), host, port, backlog=4096)
-        return int(self._server.sockets[0].getsockname()[1])
-
-    def check(self) -> None:
-        """Look at every connection's deadline."""
-        now = self.now()
-        for connection in tuple(self.connections):
-            if not self.gateway.guard.run(connection.check, now, self.gateway.pace):
-                connection.give_up()
-        refused = self.gateway.metrics.connections_refused
-        if refused.total() > self._told and now - self._told_at >= self.TELL_S:
-            counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
-            log.warning(
-                "connections refused since the start: %s; %d of %d are open", counts, len(self.connections), self.most
-            )
-            self._told, self._told_at = refused.total(), now
-
-    def stop_listening(self) -> None:
-        """Take no new connections; those that are open go on."""
-        if self._server:
-            self._server.close()
-
-    async def close(self) -> None:
-        """Close every connection; what was said already is still given the time of a goodbye to go out."""
-        self.stop_listening()
-        clients = set(self.connections)
-        for connection in clients:
-            connection.transport.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.gateway.pace.linger_s):
-                while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
-                    await asyncio.sleep(0.01)
-        self.hangups.close()
-
-
-# --- 13. Backup: copied at one moment, checked, put back ----------------------------
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
+    def start(self) -> None:
+        """Begin to watch; without inotify (too few watches, say) the poll has to do."""
         try:
-            os.link(name, path)  # unlike a rename it replaces nothing
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links here
-            os.rename(name, path)
-        sync_folder(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-class Manifest(msgspec.Struct):
-    """What a backup says of itself before all else."""
-
-    FILE: ClassVar = "manifest.json"
-    SUMS: ClassVar = "SHA256SUMS"  # comes last, so that nothing is read twice; for `sha256sum -c` as well
-    FORMAT: ClassVar = 1
-    MOST: ClassVar = 16 << 20  # bytes of a file that is not the ledger's
-    NAMES: ClassVar = re.compile(
-        r"manifest\.json|config\.yaml|gateway\.secret|SHA256SUMS"
-        r"|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
-    )
-
-    format: int
-    version: str
-    time: str
-    chain: str  # of the last line; "" where it is not known
-
-
-class GzipWriter:
-    """A file that gzips what it is given; where the one below fails, gzip.GzipFile would complain on its own (3.13)."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        self._out, self._packer = out, zlib.compressobj(4, wbits=31)  # half the time of level 6, a twentieth larger
-
-    def write(self, data: bytes) -> None:
-        """Pack and write."""
-        self._out.write(self._packer.compress(data))
-
-    def finish(self) -> None:
-        """Write what is left, and the checksum."""
-        self._out.write(self._packer.flush())
-
-
-def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) -> tuple[Manifest, list[Held]]:
-    """Write these files and a ledger as it is now as a gzipped tar; the manifest, and what is in it. Raises OSError."""
-
-    def add(member: Held) -> bytes:
-        info = tarfile.TarInfo(member.name)
-        info.size, info.mode, info.mtime = member.size, 0o600, int(time.time())
-        tar.addfile(info, cast(IO[bytes], member))
-        return f"{member.digest.hexdigest()}  {member.name}\n".encode()  # as sha256sum has it (GNU coreutils)
-
-    packed = GzipWriter(out)
-    gnu = tarfile.GNU_FORMAT  # has files over 8 GB
-    with contextlib.ExitStack() as opened, tarfile.open(fileobj=cast(Any, packed), mode="w|", format=gnu) as tar:
-        ledger = hold_ledger(directory, opened)
-        chain = next((held.last_chain() for held in reversed(ledger) if ".jsonl" in held.name), b"").decode()
-        manifest = Manifest(Manifest.FORMAT, VERSION, utc_time(time.time()), chain)
-        small = {Manifest.FILE: msgspec.json.format(msgspec.json.encode(manifest)) + b"\n", **files}
-        members = [Held(name, io.BytesIO(data), len(data)) for name, data in small.items()] + ledger
-        sums = b"".join(map(add, members))
-        add(Held(Manifest.SUMS, io.BytesIO(sums), len(sums)))
-    packed.finish()
-    return manifest, members
-
-
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, *UNREADABLE)  # what reading a bad backup raises
-
-
-def unpack(file: IO[bytes], folder: Path) -> Manifest:
-    """Unpack a backup into an empty folder, without folders in it. Raises CommandError, OSError, and DAMAGED.
-
-    Only plain files with names that are known are taken, and each must have the digest that the last one has for it.
-    """
-    sums = {}
-    with tarfile.open(fileobj=file, mode="r|gz") as tar:
-        for info in tar:
-            is_plain = info.type == tarfile.REGTYPE and not info.issparse()
-            is_small = info.name.startswith("usage/") or info.size <= Manifest.MOST
-            if not (is_plain and is_small and Manifest.NAMES.fullmatch(info.name)):
-                raise CommandError(f"{info.name!a} does not belong into a backup; nothing was restored")
-            with open(folder / Path(info.name).name, "xb+", opener=open_shared) as to:
-                shutil.copyfileobj(cast(IO[bytes], tar.extractfile(info)), to, 1 << 20)
-                to.flush()
-                os.fsync(to.fileno())
-                to.seek(0)
-                sums[info.name] = f"{hashlib.file_digest(to, 'sha256').hexdigest()}  {info.name}\n"
-    lines = "".join(line for name, line in sums.items() if name != Manifest.SUMS)
-    is_whole = sums.keys() >= {Manifest.FILE, "config.yaml", Manifest.SUMS}
-    if not is_whole or (folder / Manifest.SUMS).read_bytes() != lines.encode():
-        raise CommandError("this is no whole backup, as its SHA256SUMS says; nothing was restored")
-    manifest = msgspec.json.decode((folder / Manifest.FILE).read_bytes(), type=Manifest)
-    if manifest.format != Manifest.FORMAT:
-        raise CommandError(f"its format is {manifest.format}, this gateway ({VERSION}) knows 1; nothing was restored")
-    return manifest
-
-
-def config_in(folder: Path, path: Path) -> Config:
-    """The config that was unpacked into a folder, as a gateway will read it at its place. Raises CommandError."""
-    secret, environ, hint = folder / Vault.FILE, dict(os.environ), ""
-    if not secret.exists():
-        hint = " (the sealing secret is not in the backup: it must be here before)"
-    elif Vault.file(path.parent):  # else GATEWAY_SECRET is what a start will take
-        environ["GATEWAY_SECRET"] = secret.read_bytes().decode("latin-1")
-    try:
-        return Config.parse(read_text(folder / "config.yaml"), path, Clock(), environ)
-    except ConfigError as error:
-        raise CommandError(f"the backup's config does not work here, nothing was restored: {error}{hint}") from None
-
-
-def ledger_in(folder: Path) -> list[Path]:
-    """The files of a ledger's folder that a restore replaces."""
-    return [*sorted(folder.glob("usage-????-??.*")), *folder.glob(Checkpoint.FILE)]
-
-
-def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
-    """Rename what is there into a folder beside it, then move files to their places; undo all where one fails.
-
-    `new` maps places to files. The first of both goes first and comes last. Raises OSError.
-    """
-    with contextlib.ExitStack() as undo:
-        for folder in {place.parent / kept for place in old}:
-            folder.mkdir(0o700)
-            undo.callback(folder.rmdir)
-        for place in old:
-            aside = place.parent / kept / place.name
-            place.rename(aside)
-            undo.callback(aside.rename, place)
-            sync_folder(place.parent)
-        for place in reversed(new):
-            place.touch(0o600, exist_ok=False)  # replaces nothing, and shows nobody a secret that is copied
-            undo.callback(place.unlink)
-            shutil.move(new[place], place)  # which may lie on another disk
-            sync_folder(place.parent)
-        undo.pop_all()
-
-
-def ledger_of(document: Document) -> Path:
-    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
-    node = document.find("usage", "directory")
-    if node is None:
-        return document.path.parent / UsageConfig().directory
-    written = node.value if isinstance(node, yaml.ScalarNode) else ""
-    alone = Document(f"directory: {json.dumps(written)}", document.path)
-    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
-    if alone.mistakes.found or not isinstance(directory, str) or not directory:
-        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
-    return document.path.parent / directory
-
-
-def present_ledger(path: Path) -> Path | None:
-    """The ledger's folder by the config that is there, on which a gateway may run; None where no config says so."""
-    try:
-        directory = ledger_of(Document(read_text(path), path))
-    except ConfigError:
-        return None
-    return directory if directory.is_dir() else None
-
-
-def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
-    """Put a backup in place; what to tell. Raises CommandError, OSError, and DAMAGED, and has changed nothing then.
-
-    All of it is unpacked beside the config and checked there. What was there is kept in `before-restore-TIME/` beside
-    it. config.yaml goes first and comes last: a gateway that starts in between has no key that works, so that no
-    limit is held against half a ledger.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as opened:
-        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix=".restore-", dir=path.parent)))
-        manifest = unpack(file, folder)
-        directory = config_in(folder, path).usage_directory
-        new = {Path(os.path.realpath(path)): folder / "config.yaml"}
-        secret, place = folder / Vault.FILE, Vault.file(path.parent)
-        if secret.exists() and place and not (place.exists() and place.read_bytes() == secret.read_bytes()):
-            secret.chmod(0o600)
-            new[Path(os.path.realpath(place))] = secret
-        folders = {os.path.realpath(each) for each in (directory, present_ledger(path)) if each}
-        for each in folders:
-            opened.callback(os.close, hold_folder(Path(each)))
-        old = [place for place in new if place.exists()] + ledger_in(directory)
-        kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-        if old and not is_forced:
-            raise CommandError(f"{old[0]} is there already; --force keeps it in {kept}/; nothing was restored")
-        for place in filter(is_mounted, old):
-            raise CommandError(f"{place} is mounted as a single file: mount its folder instead; nothing was restored")
-        new |= {directory / written.name: written for written in ledger_in(folder)}
-        try:
-            LedgerFiles(folder).verify(manifest.chain, lambda line: print(line, file=sys.stderr))
-        except (BrokenChain, *DAMAGED) as error:
-            print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
-        swap(old, new, kept)
-    told = [f"Restored the backup of {manifest.time} to {path} and {directory}."]
-    told += [f"What was there before is kept: {folder}/{kept}" for folder in sorted({place.parent for place in old})]
-    return [*told, f"Start the gateway with: {PROGRAM} serve"]
-
-
-# --- 14. Integrity: installed files against their lists -----------------------------
-
-# In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
-# runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
-# it. What is installed is compared with one of two lists:
-#
-#   gateway.sha256  beside gateway.py, in sha256sum's format: the image's own list, of every file that Python may import
-#                   in it, made when it was built. It is root's, and the gateway does not run as root.
-#   RECORD          of each package, where there is no such list. Whoever can change a package can change its RECORD,
-#                   and bytecode has no hash there. So versions are compared with requirements.txt as well, and what
-#                   runs at every start of Python is named although a RECORD lists it.
-#
-# Neither proves that a release was good when it came: the hashes of requirements.txt only make it the pinned one.
-# And what has taken over this very process can let it say anything.
-INTEGRITY_LIST = Path(__file__).resolve().with_name("gateway.sha256")
-KNOWN_START_CODE = {
-    "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224",  # setuptools' distutils-precedence.pth
-}
-NOT_PINNED = ("pip", "setuptools", "wheel", "claude-gateway")  # what installs packages, and ourselves
-
-
-class Integrity(NamedTuple):
-    """How the installed files compare with their list."""
-
-    source: str  # which list
-    files: int  # that it has
-    problems: list[str]
-    notes: Sequence[str] = ()  # what is worth knowing, and no mistake
-
-
-def is_as_listed(path: str, digest: str) -> bool:
-    """Whether a file is there and has this sha256; any where that is empty. Raises OSError."""
-    if not os.path.isfile(path):
-        return False
-    if not digest:
-        return True
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
-
-
-def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str) -> set[str]:
-    """The paths of files and links in these folders that are not listed; of a folder with no listed file only its own.
-
-    Folders that are named as `ignored` says are not looked at, nor are those that a link leads to.
-    """
-    known, foreign = set(folders), set[str]()
-    for path in listed:
-        while (path := os.path.dirname(path)) not in known:
-            known.add(path)
-    for folder in folders:
-        for place, names, files in os.walk(folder):
-            names[:] = [name for name in names if name != ignored]
-            links = [name for name in names if os.path.islink(f"{place}/{name}")]
-            for path in (f"{place}/{name}" for name in (*files, *links)):
-                if path not in listed:
-                    while (above := os.path.dirname(path)) not in known:
-                        path = above
-                    foreign.add(path)
-    return foreign
-
-
-def compare_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str = "") -> Iterator[str]:
-    """Compare files with their sha256 by path, and with what the folders hold; a sentence for each difference."""
-    for path, digest in sorted(listed.items()):
-        try:
-            if not is_as_listed(path, digest):
-                yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
+            self._observer.schedule(self, str(self._path.parent), event_filter=self.EVENTS)
+            self._observer.start()
         except OSError as error:
-            yield f"{path} cannot be read: {why_not(error)}"
-    for path in sorted(foreign_files(listed, folders, ignored)):
-        yield f"{path} is in no list"
+            log.warning("cannot watch %s (%s): its config is looked at every second instead", self._path.parent, error)
 
+    def stop(self) -> None:
+        """End the watcher's thread."""
+        if self._observer.is_alive():
+            self._observer.stop()
+            self._observer.join(timeout=2)
 
-def start_code(folder: str, owners: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each file of a folder of packages that Python runs code of at every start: which, and whose."""
-    for path in sorted(Path(folder).glob("*")):
-        content = path.read_bytes() if path.suffix == ".pth" and path.is_file() else b""
-        lines = content.decode("utf-8-sig", "replace").splitlines()
-        is_run = any(line.startswith(("import ", "import\t")) for line in lines)  # as in site.addpackage
-        is_run = is_run or path.name.partition(".")[0] in ("sitecustomize", "usercustomize")
-        if is_run and hashlib.sha256(content).hexdigest() not in KNOWN_START_CODE:
-            yield f"{path} of {owners.get(str(path), 'no package')} runs code at every start of Python"
+    def on_any_event(self, event: FileSystemEvent) -> None:
+        # Called in the watcher's thread. The ledger may be written to the same directory all the time.
+        name = os.path.basename(os.fsdecode(event.src_path))
+        if not name.startswith("usage-"):
+            with contextlib.suppress(RuntimeError):  # the loop has just ended
+                self._loop.call_soon_threadsafe(self._changed)
 
+    def _changed(self) -> None:
+        if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
+            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.reload)
 
-def recorded_files(package: importlib.metadata.Distribution) -> Iterator[tuple[str, str]]:
-    """Path and sha256 of each file in a package's RECORD, without bytecode. Raises ValueError."""
-    for path, digest, _ in csv.reader((package.read_text("RECORD") or "").splitlines()):
-        algorithm, _, value = digest.partition("=")
-        if "__pycache__/" not in path:
-            sha256 = base64.urlsafe_b64decode(value + "=").hex() if algorithm == "sha256" else ""
-            yield os.path.normpath(str(package.locate_file(path))), sha256
+    def reload(self, is_asked: bool = False) -> None:
+        """Have the config read now; `is_asked` as in `Gateway.reload`."""
+        self._pending = None
+        self._seen = self._signature()
+        self._task = self._loop.create_task(self._gateway.reload(is_asked))
 
+    def poll(self) -> None:
+        """Compare the file's stat, and every tenth time its content, with what was loaded."""
+        self._polls += 1
+        if self._signature() != self._seen or self._polls % 10 == 0:
+            self.reload()
 
-def check_packages(folders: Sequence[str], requirements: Path) -> Integrity:
-    """Compare packages with their RECORD and their versions with requirements.txt; name what runs at Python's start."""
-    import importlib.metadata  # here: it takes 10 ms, and only this needs it
-
-    problems, notes, further = list[str](), list[str](), list[str]()
-    listed, owners, pinned = dict[str, str](), dict[str, str](), dict[str, str]()
-    if requirements.is_file():
-        pinned.update(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(), re.MULTILINE))
-    else:
-        notes.append(f"versions were not compared: there is no {requirements}")
-    for package in importlib.metadata.distributions(path=list(folders)):
-        about = email.message_from_string(package.read_text("METADATA") or "")
-        name, version = re.sub(r"[-_.]+", "-", about.get("Name", "")).lower(), about.get("Version", "")
+    def _signature(self) -> tuple[int, ...]:
         try:
-            files = dict(recorded_files(package))
-        except (ValueError, csv.Error):
-            files = {}  # so all of its files are in no list
-        listed |= files
-        owners |= dict.fromkeys(files, name)
-        if version != pinned.get(name, version):
-            problems.append(f"{name} is {version}; requirements.txt has {pinned[name]}")
-        elif pinned and name not in (*pinned, *NOT_PINNED):
-            further.append(f"{name} {version}")
-    problems += compare_files(listed, folders, ignored="__pycache__")
-    for folder in folders:
-        problems += start_code(folder, owners)
-    if further:
-        notes.append(f"not in requirements.txt: {', '.join(sorted(further))}")
-    return Integrity("the RECORD of each package", len(listed), problems, notes)
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
-
-def check_integrity(path: Sequence[str], file: Path) -> Integrity:
-    """Compare the folders of `path`, which is sys.path, with the image's list, else packages with their RECORDs."""
-    folders = list(dict.fromkeys(map(os.path.realpath, path)))
-    if not file.exists():
-        packages = [each for each in folders if Path(each).name in ("site-packages", "dist-packages")]
-        return check_packages(packages, file.with_name("requirements.txt"))
-    lines = (line.partition("  ") for line in file.read_text().splitlines())
-    listed = {name: digest for digest, _, name in lines}
-    return Integrity(str(file), len(listed), list(compare_files({**listed, str(file): ""}, folders)))
-
-
-def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> None:
-    """Where there is an image's list, compare with it in a thread that nobody waits for; log and count what differs."""
-
-    def run() -> None:
-        try:
-            found = check_integrity(path, file)
-        except (OSError, ValueError) as error:
-            found = Integrity(str(file), 0, [f"{file} cannot be read: {error}"])
-        metrics.integrity_problems = len(found.problems)
-        if found.problems:
-            named = "; ".join(printable(problem, 300) for problem in found.problems[:5])
-            log.error("integrity: differences from %s: %d, such as %s", file, len(found.problems), named)
-        else:
-            log.info("integrity: %d files are as in %s", found.files, file)
-
-    if file.exists():
-        threading.Thread(target=run, name="integrity", daemon=True).start()
-
-
-# --- 15. Command line: serve, init, check, key, seal, upstream, usage, backup, restore ---
-
-CONFIG_TEMPLATE = """\
-# The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
-# Every setting with its default stands in config.example.yaml.
-
-server:
-  host: ${GATEWAY_HOST:-127.0.0.1}
-  port: ${GATEWAY_PORT:-8000}
-
-upstreams:
-  - name: demo                  # built in: answers without an API key, so that you can try the whole way
-    format: demo
-  # A real upstream: remove the two lines above, take these in, save, and run `%(program)s seal`.
-  # - name: anthropic
-  #   url: https://api.anthropic.com
-  #   api_key: sk-ant-...       # sealed afterwards: enc:...; or ${ANTHROPIC_API_KEY}
-
-keys:
-  - name: me
-    key: %(key)s
-"""
-
-INTEGRITY_HELP = """\
-instead of the config look at the installed files: are they those that the image was built with or, elsewhere, those of
-each package's RECORD, in the versions of requirements.txt, and does nothing foreign run when Python starts? It finds
-what was changed after the installation. It does not prove that a release was good, nor can it find what already runs in
-its own process
-"""
 
 EXPORTS = """\
   export ANTHROPIC_BASE_URL=%s
   export ANTHROPIC_AUTH_TOKEN=%s
 """
-
-
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
-    """What to say of a name that is not in the config: what was probably meant, or what there is."""
-    close = difflib.get_close_matches(name, known, 1)
-    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
-    return CommandError(f"there is no {kind} named {name!r}{meant}")
-
-
-def write_new(path: Path, text: str, mode: int) -> None:
-    """Create a file that is not there yet. Raises CommandError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as file:
-            file.write(text.encode())
-            os.fchmod(file.fileno(), mode)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {why_not(error)}") from None
-
-
-def make_secret(folder: Path) -> Path | None:
-    """Write a sealing secret where there is none for the config in a folder; its file. Raises CommandError."""
-    secret = Vault.file(folder)
-    if secret is None or secret.exists():
-        return None
-    write_new(secret, Vault.new_secret() + "\n", 0o600)
-    return secret
-
-
-def init_config(path: Path) -> str:
-    """Write config.yaml, the sealing secret and one key; the key, which is shown only now. Raises CommandError."""
-    secret = make_secret(path.parent)
-    made = f" but that the sealing secret {secret} was made" if secret else ""
-    if path.exists() or path.is_symlink():
-        raise CommandError(f"{path} is there already; nothing was changed{made}")
-    key = new_key()
-    write_new(path, CONFIG_TEMPLATE % {"program": PROGRAM, "key": seal_key(key)}, 0o640)
-    return key
 
 
 def local_url(config: Config, port: int) -> str:
@@ -12936,7 +12911,9 @@ class Server:
     def __init__(self, config: Config, pace: Pace = Pace()) -> None:
         self.gateway = Gateway(config, pace)
         in_memory = available_memory() // 4 // ClientConnection.MOST_HELD  # heads that do not end, of all of them
-        self.door = Door(self.gateway, max(16, min(raise_descriptor_limit(), in_memory)))
+        self.door = Door(
+            self.gateway, tornado_application(self.gateway), max(16, min(raise_descriptor_limit(), in_memory))
+        )
         self._watch = ConfigWatch(self.gateway)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -13048,6 +13025,75 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     except ImportError:
         return asyncio.new_event_loop()
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
+
+
+# --- 24. Command line: arguments to actions to text, JSON, CSV ------------------------
+
+CONFIG_TEMPLATE = """\
+# The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
+# Every setting with its default stands in config.example.yaml.
+
+server:
+  host: ${GATEWAY_HOST:-127.0.0.1}
+  port: ${GATEWAY_PORT:-8000}
+
+upstreams:
+  - name: demo                  # built in: answers without an API key, so that you can try the whole way
+    format: demo
+  # A real upstream: remove the two lines above, take these in, save, and run `%(program)s seal`.
+  # - name: anthropic
+  #   url: https://api.anthropic.com
+  #   api_key: sk-ant-...       # sealed afterwards: enc:...; or ${ANTHROPIC_API_KEY}
+
+keys:
+  - name: me
+    key: %(key)s
+"""
+
+INTEGRITY_HELP = """\
+instead of the config look at the installed files: are they those that the image was built with or, elsewhere, those of
+each package's RECORD, in the versions of requirements.txt, and does nothing foreign run when Python starts? It finds
+what was changed after the installation. It does not prove that a release was good, nor can it find what already runs in
+its own process
+"""
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
+    """What to say of a name that is not in the config: what was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return CommandError(f"there is no {kind} named {name!r}{meant}")
+
+
+def write_new(path: Path, text: str, mode: int) -> None:
+    """Create a file that is not there yet. Raises CommandError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(text.encode())
+            os.fchmod(file.fileno(), mode)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {why_not(error)}") from None
+
+
+def make_secret(folder: Path) -> Path | None:
+    """Write a sealing secret where there is none for the config in a folder; its file. Raises CommandError."""
+    secret = Vault.file(folder)
+    if secret is None or secret.exists():
+        return None
+    write_new(secret, Vault.new_secret() + "\n", 0o600)
+    return secret
+
+
+def init_config(path: Path) -> str:
+    """Write config.yaml, the sealing secret and one key; the key, which is shown only now. Raises CommandError."""
+    secret = make_secret(path.parent)
+    made = f" but that the sealing secret {secret} was made" if secret else ""
+    if path.exists() or path.is_symlink():
+        raise CommandError(f"{path} is there already; nothing was changed{made}")
+    key = new_key()
+    write_new(path, CONFIG_TEMPLATE % {"program": PROGRAM, "key": seal_key(key)}, 0o640)
+    return key
 
 
 def first_key(path: Path, is_named: bool) -> str:

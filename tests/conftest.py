@@ -77,7 +77,7 @@ class GatewayUnderTest:
     def __init__(self, path: Path, clock: FakeClock, pace: g.Pace, most: int = 4000) -> None:
         self.path, self.clock = path, clock
         self.gateway = g.Gateway(g.Config.load(path, clock.clock), pace)
-        self.door = g.Door(self.gateway, most)
+        self.door = g.Door(self.gateway, g.tornado_application(self.gateway), most)
         self.port = 0
         self._connections: list[Connection] = []
 

@@ -14,13 +14,15 @@ TREE = ast.parse(SOURCE)
 
 def test_the_banners_match_the_map():
     """
-    The first page names the sections that the file has, in their order.
+    The first page names the floors and sections that the file has, in their order.
     """
-    mapped = re.findall(r"^ {4,5}(\d+)\. (\S.*?)  +\S", g.__doc__, re.MULTILINE)
-    banners = re.findall(r"^# --- (\d+)\. (.*?): .*-$", SOURCE, re.MULTILINE)
+    mapped = re.findall(r"^ {4}(?:([A-E])\. (\w+)$| ?(\d+)\. (\S.*?)  +(\S.*)$)", g.__doc__, re.MULTILINE)
+    banners = re.findall(r"^# (?:=== Floor ([A-E])\. (\w+): .* =+|--- (\d+)\. (.*?): (.*) -+)$", SOURCE, re.MULTILINE)
 
     assert banners == mapped
-    assert [int(number) for number, _ in banners] == list(range(1, len(banners) + 1))
+    numbers = [int(number) for _, _, number, _, _ in banners if number]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert [floor for floor, *_ in banners if floor] == list("ABCDE")
 
 
 def test_no_name_is_used_above_its_definition():

@@ -205,7 +205,7 @@ async def test_a_revoked_key_is_refused_within_two_seconds_of_the_save(watched):
     """
     The measure is the call, not the file: save, then ask.
     """
-    door = g.Door(watched)
+    door = g.Door(watched, g.tornado_application(watched))
     port = await door.listen("127.0.0.1", 0)
     g.main(["--config", str(watched.config.path), "key", "revoke", "alice"])
     began = time.monotonic()
