@@ -262,17 +262,60 @@ class Usage(Tokens):
     is_fallback: bool = False  # another model took over: what is no share was served by it
 
 
+class LimitWindow(NamedTuple):
+    """One row of WINDOWS: the time over which a limit counts. `kind` says how a window begins and ends.
+
+    sliding   always the last `seconds` (a multiple of STEP_S), counted in steps of STEP_S
+    rolling   opens with the first call and lasts `seconds`; the first call after its end opens the next one
+    calendar  so many whole `days` (seven begin on a Monday) or `months` (three begin in January, April …)
+    forever   never ends
+    """
+
+    name: str  # after the unit in config.yaml: usd/NAME
+    kind: Literal["sliding", "rolling", "calendar", "forever"]
+    phrase: str  # as in `$3.20 of $20.00 today`
+    seconds: int = 0
+    days: int = 0
+    months: int = 0
+
+    def dates(self, day: dt.date) -> tuple[dt.date, dt.date]:
+        """Return the first day of the calendar window around `day`, and the first day after that window."""
+        if self.months:
+            month = day.year * 12 + day.month - 1  # months since the year 0
+            first = month - month % self.months
+            after = first + self.months
+            return dt.date(first // 12, first % 12 + 1, 1), dt.date(after // 12, after % 12 + 1, 1)
+        start = day - dt.timedelta(days=(day.toordinal() - 1) % self.days)  # day 1 of the year 1 was a Monday
+        return start, start + dt.timedelta(days=self.days)
+
+
+Windows = Mapping[str, LimitWindow]
+STEP_S = 5  # seconds: a sliding window moves in steps of so many
+WINDOWS: Windows = {
+    window.name: window
+    for window in (
+        LimitWindow("minute", "sliding", "this minute", seconds=60),
+        LimitWindow("hour", "rolling", "this hour", seconds=3600),
+        LimitWindow("5h", "rolling", "in 5 hours", seconds=5 * 3600),
+        LimitWindow("day", "calendar", "today", days=1),
+        LimitWindow("week", "calendar", "this week", days=7),
+        LimitWindow("month", "calendar", "this month", months=1),
+        LimitWindow("", "forever", "in all"),
+    )
+}
+
+
 class Limit(NamedTuple):
-    """A number per window: `unit` is tokens, usd, requests or concurrent; no `window` means for ever."""
+    """A number per window: `unit` is tokens, usd, requests or concurrent."""
 
     unit: str
-    window: str
+    window: LimitWindow
     amount: float
 
     @property
     def name(self) -> str:
         """`usd/day`, or `usd` for ever."""
-        return f"{self.unit}/{self.window}" if self.window else self.unit
+        return f"{self.unit}/{self.window.name}" if self.window.name else self.unit
 
 
 class Budget(NamedTuple):
@@ -582,7 +625,6 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
 COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
 TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 LIMIT_UNITS = ("tokens", "usd", "requests")
-LIMIT_WINDOWS = ("minute", "hour", "5h", "day", "week", "month")
 
 ROUTES = {
     "/v1/messages": Route("/v1/messages", "anthropic", "messages"),
@@ -1810,7 +1852,7 @@ LIMIT_AMOUNTS = {
 }
 
 
-def parse_limits(value: object) -> LimitSet:
+def parse_limits(value: object, windows: Windows = WINDOWS) -> LimitSet:
     """Read the grammar of limits: `<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent`."""
     if not isinstance(value, dict):
         example = "{usd/day: 20, tokens/month: 50M, concurrent: 16}"
@@ -1819,12 +1861,14 @@ def parse_limits(value: object) -> LimitSet:
     for key, amount in value.items():
         unit, _, window = key.partition("/")
         with mistakes.at(key):
-            if not (key == "concurrent" or (unit in LIMIT_UNITS and (window in LIMIT_WINDOWS or key == unit))):
+            is_known = unit in LIMIT_UNITS and window in windows and not key.endswith("/")
+            if not is_known and key != "concurrent":
+                names = ", ".join(name for name in windows if name)
                 raise ValueError(
                     f"unknown limit: expected a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
-                    f"({', '.join(LIMIT_WINDOWS)}) as in usd/day; or concurrent"
+                    f"({names}) as in usd/day; or concurrent"
                 )
-            limits.append(Limit(unit, window, parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
+            limits.append(Limit(unit, windows[window], parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
     mistakes.check()
     return LimitSet(limits)
 
@@ -3221,9 +3265,6 @@ class ConfigEditor:
 # --- 7. Ledger: what was spent, line by line --------------------------------------
 
 FIRST_CHAIN = b"0" * 32
-SPANS = {"hour": 3600.0, "5h": 18000.0}  # seconds; these windows open with the first call
-STEP_S = 5  # seconds: the last minute slides in steps of so many …
-LAST_STEPS = 12  # … of which it has so many besides the present one, so that no 60 seconds ever hold more
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
 
 
@@ -3469,17 +3510,26 @@ class Span(NamedTuple):
 
 
 class Calendar:
-    """Days, weeks (from Monday) and months of a time zone, through daylight saving and leap days."""
+    """The limits' windows in a time zone: days, weeks and months through daylight saving and leap days."""
 
-    def __init__(self, timezone: dt.tzinfo) -> None:
-        self.timezone = timezone
+    def __init__(self, timezone: dt.tzinfo, windows: Windows = WINDOWS) -> None:
+        self.timezone, self.windows = timezone, windows
+        self.calendar = [window for window in windows.values() if window.kind == "calendar"]
+        self.rolling = [window for window in windows.values() if window.kind == "rolling"]
+        self.sliding_s = max((window.seconds for window in windows.values() if window.kind == "sliding"), default=0)
         # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
         self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
         self._of_day = functools.lru_cache(maxsize=64)(self._day_spans)
         self.label = functools.lru_cache(maxsize=4096)(self._label)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the time zone and the table of windows: counters that were made with others are of no use."""
+        table = msgspec.json.encode([str(self.timezone), *self.windows.values()])
+        return hashlib.blake2b(table, digest_size=8).hexdigest()
+
     def spans(self, at: float) -> dict[str, Span]:
-        """The day, week and month, and the hour of the clock (as `clock_hour`), that `at` lies in."""
+        """The calendar windows, and the hour of the clock (as `clock_hour`), that `at` lies in."""
         return self._of_quarter(at // 900)
 
     def _spans(self, quarter: float) -> dict[str, Span]:
@@ -3488,15 +3538,7 @@ class Calendar:
         return self._of_day(local.date()) | {"clock_hour": Span(hour, hour + 3600)}
 
     def _day_spans(self, day: dt.date) -> dict[str, Span]:
-        monday, first = day - dt.timedelta(days=day.weekday()), day.replace(day=1)
-        return {
-            "day": self._between(day, day + dt.timedelta(days=1)),
-            "week": self._between(monday, monday + dt.timedelta(days=7)),
-            "month": self._between(first, (first + dt.timedelta(days=31)).replace(day=1)),
-        }
-
-    def _between(self, first: dt.date, after: dt.date) -> Span:
-        return Span(self._midnight(first), self._midnight(after))
+        return {window.name: Span(*map(self._midnight, window.dates(day))) for window in self.calendar}
 
     def _midnight(self, day: dt.date) -> float:
         # Where a change of the clock skips midnight, this is the moment of the change (PEP 495: fold 0 in a gap).
@@ -3528,32 +3570,31 @@ class Counters(msgspec.Struct, array_like=True):
     total: Packed = 0
     windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, 0)})
     left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
-    minute: dict[int, Packed] = msgspec.field(default_factory=dict)  # the last one, in steps; calls where admitted
+    steps: dict[int, Packed] = msgspec.field(default_factory=dict)  # for sliding windows; calls where admitted
     since: float = 0.0  # between these two no window turns over
     turn: float = 0.0
 
     def turn_to(self, at: float, began: float, calendar: Calendar) -> None:
         """Let the windows be those of a call that began and ended at these times; it may be the one that opens them."""
-        day = self.windows.get("day")
-        if day is None or not day.start <= at < day.end:
-            self.turn_calendar_to(at, calendar)
-        self.since, self.turn = self.windows["day"].start, self.windows["day"].end
-        for name, span_s in SPANS.items():
-            window = self.windows.get(name)
+        self.turn_calendar_to(at, calendar)
+        for row in calendar.rolling:
+            window = self.windows.get(row.name)
             # What is ahead by more than its own length comes from a clock that was wrong.
-            if window is None or not window.start - span_s <= at < window.end:
+            if window is None or not window.start - row.seconds <= at < window.end:
                 start = max(began, window.end) if window and at >= window.end else began
-                start = start if at < start + span_s else at
-                window = self.windows[name] = Window(start, start + span_s, self.total)
-            self.since, self.turn = max(self.since, window.start - span_s), min(self.turn, window.end)
+                start = start if at < start + row.seconds else at
+                self.windows[row.name] = Window(start, start + row.seconds, self.total)
+        rows = (*calendar.calendar, *calendar.rolling)
+        self.since = max(self.windows[row.name].start - row.seconds for row in rows)
+        self.turn = min(self.windows[row.name].end for row in rows)
 
     def turn_calendar_to(self, at: float, calendar: Calendar) -> None:
-        """Let the day, the week and the month be those of a time."""
+        """Let the calendar windows be those of a time."""
         spans = calendar.spans(at)
-        for name in ("day", "week", "month"):
-            window = self.windows.get(name)
-            if window is None or window.start != spans[name].start:
-                self.windows[name] = self._enter(name, spans[name], window)
+        for row in calendar.calendar:
+            window = self.windows.get(row.name)
+            if window is None or window.start != spans[row.name].start:
+                self.windows[row.name] = self._enter(row.name, spans[row.name], window)
         self.since = self.turn = 0.0  # `turn_to` says between which times this is so
 
     def _enter(self, name: str, span: Span, before: Window | None) -> Window:
@@ -3566,61 +3607,59 @@ class Counters(msgspec.Struct, array_like=True):
         del left[: -self.LEFT]
         return Window(span.start, span.end, self.total - (again.mark if again else 0))
 
-    def post_minute(self, at: float, admitted: float, packed: Packed, requests: int) -> None:
-        """Count into the last minute: the tokens where the call ended, the call itself where it was admitted."""
-        if len(self.minute) > 8 * LAST_STEPS:
-            self.minute = {step: spent for step, spent in self.minute.items() if abs(at // STEP_S - step) <= LAST_STEPS}
+    def post_step(self, at: float, admitted: float, packed: Packed, requests: int, sliding_s: int) -> None:
+        """Count for sliding windows: the tokens where the call ended, the call itself where it was admitted."""
+        if len(self.steps) * STEP_S > 8 * sliding_s:
+            self.steps = self.last_steps(at, sliding_s)
         step, first = int(at // STEP_S), int(admitted // STEP_S)
         if step == first:  # as of most calls
-            self.minute[step] = self.minute.get(step, 0) + packed
+            self.steps[step] = self.steps.get(step, 0) + packed
             return
         for place, spent in ((step, packed - (requests << 64)), (first, requests << 64)):
-            self.minute[place] = self.minute.get(place, 0) + spent
+            self.steps[place] = self.steps.get(place, 0) + spent
 
-    def reset(self, unit: str, window: str) -> None:
+    def last_steps(self, now: float, seconds: int) -> dict[int, Packed]:
+        """Return what counts in a sliding window, by steps; what a clock that was ahead has left does not last.
+
+        The steps are those that `seconds` have and the present one, so that no `seconds` ever hold more.
+        """
+        here = now // STEP_S
+        return {step: spent for step, spent in self.steps.items() if abs(here - step) * STEP_S <= seconds}
+
+    def reset(self, unit: str, window: LimitWindow) -> None:
         """Let a limit count from zero."""
 
         def of_unit(packed: Packed) -> Packed:
             tally = Tally.of(packed)
             return Tally(**{name: getattr(tally, name) for name in UNIT_FIELDS[unit]}).packed
 
-        if window == "minute":
-            self.minute = {step: spent - of_unit(spent) for step, spent in self.minute.items()}
-        elif window in self.windows:
-            self.windows[window].mark += of_unit(self.total - self.windows[window].mark)
+        if window.kind == "sliding":
+            self.steps = {step: spent - of_unit(spent) for step, spent in self.steps.items()}
+        elif window.name in self.windows:
+            self.windows[window.name].mark += of_unit(self.total - self.windows[window.name].mark)
 
-    def spent(self, unit: str, window: str, now: float, weights: Weights) -> float:
+    def spent(self, unit: str, window: LimitWindow, now: float, weights: Weights) -> float:
         """What counts in the window of `now`, in the limit's unit (`in_unit`)."""
-        if window == "minute":
-            step = now // STEP_S
-            return in_unit(sum(v for at, v in self.minute.items() if abs(step - at) <= LAST_STEPS), unit, weights)
-        current = self.windows.get(window)
+        if window.kind == "sliding":
+            return in_unit(sum(self.last_steps(now, window.seconds).values()), unit, weights)
+        current = self.windows.get(window.name)
         if current is None:
             return 0
-        if current.start - SPANS.get(window, 0.0) <= now < current.end:
+        if current.start - window.seconds <= now < current.end:
             return in_unit(self.total - current.mark, unit, weights)
-        for left in self.left.get(window, ()):
+        for left in self.left.get(window.name, ()):
             if left.start <= now < left.end:
                 return in_unit(left.mark, unit, weights)
         return 0
 
-    def recent(self, unit: str, now: float, weights: Weights) -> dict[int, float]:
-        """What counts in the last minute, by steps; what a clock that was ahead has left does not last."""
-        step_now = now // STEP_S
-        return {
-            step: in_unit(spent, unit, weights)
-            for step, spent in self.minute.items()
-            if abs(step_now - step) <= LAST_STEPS
-        }
-
-    def resets_at(self, window: str, now: float, calendar: Calendar) -> float | None:
+    def resets_at(self, window: LimitWindow, now: float, calendar: Calendar) -> float | None:
         """When the window of `now` ends; None where it does not, or has not been opened."""
-        if window in SPANS:
-            current = self.windows.get(window)
-            is_open = current is not None and current.start - SPANS[window] <= now < current.end
-            return current.end if current and is_open else None
-        span = calendar.spans(now).get(window)
-        return span.end if span else None
+        if window.kind == "calendar":
+            return calendar.spans(now)[window.name].end
+        current = self.windows.get(window.name)
+        if window.kind == "rolling" and current and current.start - window.seconds <= now < current.end:
+            return current.end
+        return None
 
 
 Cells = dict[str, Packed]  # by model
@@ -3708,7 +3747,7 @@ class Fold:
         self.books = Books()
         self._known: dict[tuple[str, str], tuple[list[Counters], History]] = {}  # by key and team
         self._past: dict[str, tuple[int, dict[float, Packed]]] = {}  # by key: its newest hour, sums without that
-        self._fresh_since = fresh_since  # what ended before is in nobody's last minute
+        self._fresh_since = fresh_since  # what ended before is in no sliding window
 
     def restore(self, books: Books) -> None:
         """Go on from a checkpoint."""
@@ -3762,7 +3801,7 @@ class Fold:
             admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
             requests = Tally.of(packed).calls if is_large else posting.requests
             for counters in scopes:
-                counters.post_minute(at, admitted, packed, requests)
+                counters.post_step(at, admitted, packed, requests, self.calendar.sliding_s)
         history.post(at, posting.model, packed, self.calendar)
 
     def _learn(self, key: str, team: str) -> tuple[list[Counters], History]:
@@ -3776,10 +3815,12 @@ class Fold:
     def _reset(self, posting: Posting, at: float) -> None:
         counters = self.scope(cast(ScopeKind, posting.scope), posting.name)
         counters.turn_calendar_to(at, self.calendar)
-        unit, _, window = posting.limit.partition("/")
-        for each in (unit,) if unit else LIMIT_UNITS:
-            for name in (window,) if unit else ("", *LIMIT_WINDOWS):
-                counters.reset(each, name)
+        limits = [Limit(unit, window, 0) for unit in LIMIT_UNITS for window in self.calendar.windows.values()]
+        meant = [limit for limit in limits if posting.limit in ("", limit.name)]
+        if not meant:
+            raise ValueError(f"unknown limit {posting.limit}")
+        for limit in meant:
+            counters.reset(limit.unit, limit.window)
 
 
 # Files
@@ -4197,10 +4238,10 @@ class Checkpoint(msgspec.Struct):
     """The counters as they were when the ledger had so many bytes, so that a start need not read them again."""
 
     FILE = "counters.checkpoint"
-    VERSION = 1
+    VERSION = 2
 
     version: int
-    timezone: str
+    fingerprint: str  # of the calendar
     sizes: dict[str, int]  # bytes that are counted, by month
     chain: str  # of the last line that is counted
     books: Books
@@ -4214,15 +4255,15 @@ class Checkpoint(msgspec.Struct):
         temporary.replace(directory / cls.FILE)
 
     @classmethod
-    def read(cls, files: LedgerFiles, timezone: str) -> Checkpoint | None:
+    def read(cls, files: LedgerFiles, fingerprint: str) -> Checkpoint | None:
         """The checkpoint, where there is one and it fits the files."""
         try:
             raw = (files.directory / cls.FILE).read_bytes()
             if hashlib.blake2b(raw[64:]).digest() != raw[:64]:
                 raise ValueError("it is damaged")
             found = msgspec.json.decode(raw[64:], type=cls)
-            if (found.version, found.timezone) != (cls.VERSION, timezone):
-                raise ValueError("it was made by another version, or in another time zone")
+            if (found.version, found.fingerprint) != (cls.VERSION, fingerprint):
+                raise ValueError("it was made by another version, in another time zone or with other windows")
             found._check(files)
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -4301,10 +4342,18 @@ class Ledger:
     CHECKPOINT_EVERY = 50_000  # lines
     CHECKPOINT_S = 5.0  # while it is read at a start
 
-    def __init__(self, directory: Path, fsync_s: float, clock: Clock, timezone: dt.tzinfo = dt.UTC) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        fsync_s: float,
+        clock: Clock,
+        timezone: dt.tzinfo = dt.UTC,
+        windows: Windows = WINDOWS,
+    ) -> None:
         self.directory, self.fsync_s = directory, fsync_s
         self._clock = clock
-        self.fold = Fold(Calendar(timezone), clock.wall() - 61)
+        calendar = Calendar(timezone, windows)
+        self.fold = Fold(calendar, clock.wall() - calendar.sliding_s - 1)
         self._waiting: deque[tuple[str, bytes]] = deque()  # month and line, not chained yet
         self._sizes: dict[str, int] = {}  # bytes that are counted, by month
         self._chain = FIRST_CHAIN
@@ -4360,7 +4409,7 @@ class Ledger:
         every few seconds lets the next start go on where this one was killed.
         """
         files, started = LedgerFiles(self.directory), time.monotonic()
-        checkpoint = Checkpoint.read(files, str(self.fold.calendar.timezone))
+        checkpoint = Checkpoint.read(files, self.fold.calendar.fingerprint)
         if checkpoint:
             self.fold.restore(checkpoint.books)
             self._sizes, self._chain = checkpoint.sizes, checkpoint.chain.encode()
@@ -4596,8 +4645,8 @@ class Ledger:
         if self._waiting:
             return
         self._since_checkpoint = 0
-        timezone = str(self.fold.calendar.timezone)
-        made = Checkpoint(Checkpoint.VERSION, timezone, dict(self._sizes), self._chain.decode(), self.fold.books)
+        fingerprint = self.fold.calendar.fingerprint
+        made = Checkpoint(Checkpoint.VERSION, fingerprint, dict(self._sizes), self._chain.decode(), self.fold.books)
         self._disk.submit(self._keep, msgspec.json.encode(made))
 
     def _keep(self, data: bytes) -> None:
@@ -4755,25 +4804,28 @@ class Scope:
         self.counters = counters
         self.running = 0
         self.reserved = {"tokens": 0, "usd": 0, "requests": 0}  # usd in nano-USD
-        self.admitted: dict[int, int] = {}  # running calls, by the step of the last minute in which they were admitted
+        self.admitted: dict[int, int] = {}  # running calls, by the step (`STEP_S`) in which they were admitted
 
     def held(self, limit: Limit, now: float) -> float:
         """What running calls hold of a limit. In requests/minute a call counts when it is admitted, not as it runs."""
-        if limit.unit == "requests" and limit.window == "minute":
-            return sum(calls for step, calls in self.admitted.items() if abs(now // STEP_S - step) <= LAST_STEPS)
+        if limit.unit == "requests" and limit.window.kind == "sliding":
+            here, seconds = now // STEP_S, limit.window.seconds
+            return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
         return self.reserved[limit.unit]
 
     def wait_s(self, limit: Limit, excess: float, now: float, weights: Weights) -> int:
-        """In how many seconds so much of a limit per minute will have left the last minute; 1 to 60."""
-        amounts = dict(self.counters.recent(limit.unit, now, weights))
+        """In how many seconds so much of a limit will have left its sliding window; at least 1."""
+        seconds = limit.window.seconds
+        steps = self.counters.last_steps(now, seconds)
+        amounts = {step: in_unit(spent, limit.unit, weights) for step, spent in steps.items()}
         if limit.unit == "requests":
             for step, calls in self.admitted.items():
                 amounts[step] = amounts.get(step, 0) + calls
         for step in sorted(amounts):
             excess -= amounts[step]
             if excess <= 0:
-                return max(1, min(60, math.ceil((step + LAST_STEPS + 1) * STEP_S - now)))
-        return 60
+                return max(1, min(seconds, math.ceil((step + 1) * STEP_S + seconds - now)))
+        return seconds
 
 
 class Standing(NamedTuple):
@@ -4799,17 +4851,6 @@ class Standing(NamedTuple):
         return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
 
 
-WINDOW_PHRASES = {
-    "minute": "this minute",
-    "hour": "this hour",
-    "5h": "in 5 hours",
-    "day": "today",
-    "week": "this week",
-    "month": "this month",
-    "": "in all",
-}
-
-
 def short_number(number: float) -> str:
     """`12.3M`, `50k`, `7`."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -4823,7 +4864,7 @@ def limit_phrase(standing: Mapping[str, Any]) -> str:
     unit, _, window = standing["limit"].partition("/")
     amounts = standing["used"], standing["allowed"]
     used, allowed = (f"${amount:,.2f}" if unit == "usd" else short_number(amount) for amount in amounts)
-    words = [used, "of", allowed, "" if unit == "usd" else unit, WINDOW_PHRASES[window]]
+    words = [used, "of", allowed, "" if unit == "usd" else unit, WINDOWS[window].phrase]
     words.append("" if standing["scope"] == "key" else f"({standing['scope']})")
     return " ".join(word for word in words if word)
 
@@ -5009,7 +5050,7 @@ class Reservation:
         self.slots = 0  # so many of the scopes, from the first on, have given it a slot
         self.waiter: Waiter[bool] | None = None  # where it had to wait for one
         self.is_deferred = False  # it enters again when its body is whole
-        self._step: int | None = None  # of the last minute: where its request counts
+        self._step: int | None = None  # in which its request counts (`STEP_S`)
         self._amounts: dict[str, int] = {}
 
     def take_slots(self) -> bool:
@@ -5423,7 +5464,7 @@ class Limits:
 
     def _refusal(self, config: Config, standing: Standing, scope: Scope, now: float) -> GatewayError:
         limit, contact = standing.limit, config.contact
-        if limit.window == "minute" and standing.need <= standing.allowed:
+        if limit.window.kind == "sliding" and standing.need <= standing.allowed:
             excess = standing.used + standing.held + max(standing.need, 1) - standing.allowed
             wait_s = scope.wait_s(limit, excess, now, config.limits.weights)
             return LimitFull(f"{standing.text()}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)

@@ -418,7 +418,7 @@ def test_key_add_writes_limits_models_and_the_last_day(shell):
     bob = shell.keys()["bob"]
     assert bob.models == ("claude-*", "gpt-6-sol")
     assert bob.budgets[0] == g.Budget(
-        "key", "bob", (g.Limit("usd", "day", 20.0), g.Limit("tokens", "month", 50e6)), 16.0
+        "key", "bob", (g.Limit("usd", g.WINDOWS["day"], 20.0), g.Limit("tokens", g.WINDOWS["month"], 50e6)), 16.0
     )
 
 

@@ -129,9 +129,9 @@ limits: {{gateway: {{usd/month: 5k}}}}
     assert (alice.team, alice.budgets) == (
         "research",
         (
-            g.Budget("key", "alice", (g.Limit("usd", "day", 20.0),), 16.0),
-            g.Budget("team", "research", (g.Limit("tokens", "month", 50e6),), 32.0),
-            g.Budget("gateway", "", (g.Limit("usd", "month", 5000.0),), math.inf),
+            g.Budget("key", "alice", (g.Limit("usd", g.WINDOWS["day"], 20.0),), 16.0),
+            g.Budget("team", "research", (g.Limit("tokens", g.WINDOWS["month"], 50e6),), 32.0),
+            g.Budget("gateway", "", (g.Limit("usd", g.WINDOWS["month"], 5000.0),), math.inf),
         ),
     )
     assert alice.models == ("claude-*", "gpt-6-sol")
@@ -151,7 +151,7 @@ keys: [{{name: a, key: {HASH}}}, {{name: b, key: {HASH2}, limits: {{usd: 5}}}}, 
 
     assert [key.budgets[0] for key in config.keys] == [
         g.Budget("key", "a", (), 16.0),
-        g.Budget("key", "b", (g.Limit("usd", "", 5.0),), math.inf),
+        g.Budget("key", "b", (g.Limit("usd", g.WINDOWS[""], 5.0),), math.inf),
         g.Budget("key", "c", (), math.inf),
     ]
 
@@ -274,7 +274,7 @@ def test_counts_have_units_of_thousands_and_of_ten_thousands(written, amount):
     """
     config = load(f"{DEMO}defaults:\n  limits:\n    tokens/month: {written}\n", N="7")
 
-    assert config.file.defaults.limits == (g.Limit("tokens", "month", amount),)
+    assert config.file.defaults.limits == (g.Limit("tokens", g.WINDOWS["month"], amount),)
 
 
 @pytest.mark.parametrize(
@@ -307,14 +307,14 @@ def test_fsync_is_always_never_or_a_time(written, seconds):
 
 
 @pytest.mark.parametrize("unit", g.LIMIT_UNITS)
-@pytest.mark.parametrize("window", ["", *g.LIMIT_WINDOWS])
+@pytest.mark.parametrize("window", list(g.WINDOWS))
 def test_a_limit_is_a_unit_alone_or_with_a_window(unit, window):
     """
     `usd` is for ever, `usd/day` turns over.
     """
     name = f"{unit}/{window}" if window else unit
 
-    assert g.parse_limits({name: "20"}) == (g.Limit(unit, window, 20.0),)
+    assert g.parse_limits({name: "20"}) == (g.Limit(unit, g.WINDOWS[window], 20.0),)
 
 
 def test_limits_keep_their_order_and_zero_is_a_limit():
@@ -322,9 +322,9 @@ def test_limits_keep_their_order_and_zero_is_a_limit():
     Nothing is sorted, merged or dropped.
     """
     assert g.parse_limits({"concurrent": 4, "usd/5h": 0, "usd": "1k"}) == (
-        g.Limit("concurrent", "", 4.0),
-        g.Limit("usd", "5h", 0.0),
-        g.Limit("usd", "", 1000.0),
+        g.Limit("concurrent", g.WINDOWS[""], 4.0),
+        g.Limit("usd", g.WINDOWS["5h"], 0.0),
+        g.Limit("usd", g.WINDOWS[""], 1000.0),
     )
 
 
@@ -491,8 +491,8 @@ keys: [{{name: sales, key: {HASH}, team: sales}}, {{name: b, key: {HASH2}, team:
 limits: {{gateway: {{requests/minute: 600, concurrent: 100}}}}
 """)
 
-    team = g.Budget("team", "sales", (g.Limit("usd", "month", 5.0),), math.inf)
-    gateway = g.Budget("gateway", "", (g.Limit("requests", "minute", 600.0),), 100.0)
+    team = g.Budget("team", "sales", (g.Limit("usd", g.WINDOWS["month"], 5.0),), math.inf)
+    gateway = g.Budget("gateway", "", (g.Limit("requests", g.WINDOWS["minute"], 600.0),), 100.0)
     assert {name: key.budgets for name, key in keys_of(config).items()} == {
         "sales": (g.Budget("key", "sales", (), math.inf), team, gateway),
         "b": (g.Budget("key", "b", (), math.inf), team, gateway),

@@ -228,7 +228,7 @@ def test_what_is_spent_is_the_sum_over_the_window(moves, zone):
     for made, lines, now in play(moves, zone):
         for unit in g.LIMIT_UNITS:
             for window in ("", "day", "week", "month"):
-                spent = made.scope("key", "alice").spent(unit, window, now, WEIGHTS)
+                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now, WEIGHTS)
                 assert spent == naive(lines, unit, window, now, zone), (unit, window)
 
 
@@ -250,11 +250,11 @@ def test_a_clock_that_is_set_back_finds_the_windows_it_had_left(moves):
     for made, lines, now in play(moves, "UTC"):
         for unit in g.LIMIT_UNITS:
             for window in ("", "day", "week", "month"):
-                spent = made.scope("key", "alice").spent(unit, window, now, WEIGHTS)
+                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now, WEIGHTS)
                 assert spent == naive(lines, unit, window, now, "UTC"), (unit, window)
         # What is asked of the day before is what was spent in it, unless a reset has been there.
         if not any(line.type == "reset" for line in lines):
-            spent = made.scope("key", "alice").spent("usd", "day", now - DAY, WEIGHTS)
+            spent = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - DAY, WEIGHTS)
             assert spent == naive(lines, "usd", "day", now - DAY, "UTC")
 
 
@@ -268,9 +268,9 @@ def test_as_many_windows_are_remembered_as_promised(back):
         made.post(posting(day * DAY, cost_usd=2.0**day))
     now = START + g.Counters.LEFT * DAY
 
-    asked = made.scope("key", "alice").spent("usd", "day", now - back * DAY, WEIGHTS)
+    asked = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY, WEIGHTS)
     made.post(posting((g.Counters.LEFT - back) * DAY, cost_usd=0.5))
-    posted = made.scope("key", "alice").spent("usd", "day", now - back * DAY, WEIGHTS)
+    posted = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY, WEIGHTS)
 
     assert asked == 2.0 ** (g.Counters.LEFT - back) * 1e9
     assert posted == asked + 0.5e9
@@ -284,8 +284,8 @@ def test_the_last_minute_takes_up_little_memory():
     for second in range(2000):
         made.post(posting(second, duration_ms=second * 500.0))
 
-    assert len(made.scope("key", "alice").minute) <= 98
-    assert made.scope("key", "alice").spent("tokens", "minute", START + 2000, g.Weights()) == 0
+    assert len(made.scope("key", "alice").steps) <= 98
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + 2000, g.Weights()) == 0
 
 
 def test_a_reset_that_is_ahead_of_the_calls_takes_nothing_from_tomorrow():
@@ -299,8 +299,8 @@ def test_a_reset_that_is_ahead_of_the_calls_takes_nothing_from_tomorrow():
     made.post(posting(evening + 59.9, cost_usd=2.0))
     made.post(posting(evening + 62, cost_usd=4.0))
 
-    assert made.scope("key", "alice").spent("usd", "day", START + evening + 63, WEIGHTS) == 4e9
-    assert made.scope("key", "alice").spent("usd", "day", START + evening, WEIGHTS) == 3e9
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening + 63, WEIGHTS) == 4e9
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening, WEIGHTS) == 3e9
 
 
 def test_a_window_that_nobody_has_called_in_is_empty():
@@ -310,10 +310,16 @@ def test_a_window_that_nobody_has_called_in_is_empty():
     made = fold()
     made.post(posting(0, cost_usd=1.0))
 
-    spent = [made.scope("key", "alice").spent("usd", "day", START + days * DAY, WEIGHTS) for days in (-1, 0, 1)]
+    spent = [
+        made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + days * DAY, WEIGHTS) for days in (-1, 0, 1)
+    ]
 
     assert spent == [0, 1e9, 0]
-    assert [fold().scope("key", "bob").spent(unit, "day", START, WEIGHTS) for unit in g.LIMIT_UNITS] == [0, 0, 0]
+    assert [fold().scope("key", "bob").spent(unit, g.WINDOWS["day"], START, WEIGHTS) for unit in g.LIMIT_UNITS] == [
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(("window", "span_s"), [("hour", 3600), ("5h", 18000)])
@@ -327,13 +333,15 @@ def test_hours_open_with_the_first_call_and_last_their_time(window, span_s):
 
     for second in moments:
         made.post(posting(second, cost_usd=1.0))
-        resets_at = alice.resets_at(window, START + second, calendar())
-        seen.append((alice.spent("usd", window, START + second, WEIGHTS) / 1e9, resets_at and resets_at - START))
+        resets_at = alice.resets_at(g.WINDOWS[window], START + second, calendar())
+        seen.append(
+            (alice.spent("usd", g.WINDOWS[window], START + second, WEIGHTS) / 1e9, resets_at and resets_at - START)
+        )
 
     first, second, third = 100 + span_s, 100 + 2 * span_s, 6 * span_s
     assert seen == [(1, first), (2, first), (3, first), (1, second), (2, second), (1, third)]
-    assert alice.spent("usd", window, START + third, WEIGHTS) == 0
-    assert alice.resets_at(window, START + third, calendar()) is None
+    assert alice.spent("usd", g.WINDOWS[window], START + third, WEIGHTS) == 0
+    assert alice.resets_at(g.WINDOWS[window], START + third, calendar()) is None
 
 
 def test_an_hour_opens_when_its_first_call_begins():
@@ -344,11 +352,11 @@ def test_an_hour_opens_when_its_first_call_begins():
     alice = made.scope("key", "alice")
 
     made.post(posting(600, duration_ms=600_000))
-    first = alice.resets_at("hour", START + 601, calendar())
+    first = alice.resets_at(g.WINDOWS["hour"], START + 601, calendar())
     made.post(posting(3700, duration_ms=600_000))
-    second = alice.resets_at("hour", START + 3701, calendar())
+    second = alice.resets_at(g.WINDOWS["hour"], START + 3701, calendar())
     made.post(posting(40_000, duration_ms=2e7))
-    third = alice.resets_at("hour", START + 40_001, calendar())
+    third = alice.resets_at(g.WINDOWS["hour"], START + 40_001, calendar())
 
     assert (first, second, third) == (START + 3600, START + 7200, START + 43_600)
 
@@ -366,8 +374,8 @@ def test_hours_are_counted_as_a_naive_model_has_them(calls):
         spent += 1
         made.post(posting(seconds, duration_ms=duration_ms))
 
-        assert made.scope("key", "alice").spent("requests", "hour", START + seconds, WEIGHTS) == spent
-        assert made.scope("key", "alice").resets_at("hour", START + seconds, calendar()) == START + end
+        assert made.scope("key", "alice").spent("requests", g.WINDOWS["hour"], START + seconds, WEIGHTS) == spent
+        assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + seconds, calendar()) == START + end
 
 
 def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
@@ -378,8 +386,8 @@ def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
     made.post(posting(DAY, cost_usd=5.0))
     made.post(posting(0, cost_usd=1.0))
 
-    assert made.scope("key", "alice").spent("usd", "hour", START + 1, WEIGHTS) == 1e9
-    assert made.scope("key", "alice").resets_at("hour", START + 1, calendar()) == START + 3600
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["hour"], START + 1, WEIGHTS) == 1e9
+    assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + 1, calendar()) == START + 3600
 
 
 minute_calls = st.tuples(
@@ -409,19 +417,72 @@ def test_the_last_minute_is_counted_in_steps_of_five_seconds(calls):
 
     for now in (seconds, seconds + 1, seconds + 30, seconds + 60):
         alice = made.scope("key", "alice")
-        assert alice.spent("tokens", "minute", START + now, WEIGHTS) == 15 * sum(is_recent(s, now) for s in ended)
-        assert alice.spent("requests", "minute", START + now, WEIGHTS) == sum(is_recent(s, now) for s in admitted)
-    assert made.scope("key", "alice").spent("tokens", "minute", START + max(ended) + 65, WEIGHTS) == 0
-    assert len(made.scope("key", "alice").minute) <= 98
+        assert alice.spent("tokens", g.WINDOWS["minute"], START + now, WEIGHTS) == 15 * sum(
+            is_recent(s, now) for s in ended
+        )
+        assert alice.spent("requests", g.WINDOWS["minute"], START + now, WEIGHTS) == sum(
+            is_recent(s, now) for s in admitted
+        )
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + max(ended) + 65, WEIGHTS) == 0
+    assert len(made.scope("key", "alice").steps) <= 98
 
 
-@pytest.mark.parametrize("window", ["", *g.LIMIT_WINDOWS])
+NEW_ROWS = {
+    "two-days": g.LimitWindow("two-days", "calendar", "in two days", days=2),
+    "quarter": g.LimitWindow("quarter", "calendar", "this quarter", months=3),
+    "year": g.LimitWindow("year", "calendar", "this year", months=12),
+    "12h": g.LimitWindow("12h", "rolling", "in 12 hours", seconds=12 * 3600),
+    "10m": g.LimitWindow("10m", "sliding", "in 10 minutes", seconds=600),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "counts", "does_not", "resets_at"),
+    [
+        ("two-days", "2026-09-20T15:00", "2026-09-19T23:59", "2026-09-22T00:00"),
+        ("quarter", "2026-07-01T00:00", "2026-06-30T23:59", "2026-10-01T00:00"),
+        ("year", "2026-01-01T00:00", "2025-12-31T23:59", "2027-01-01T00:00"),
+        ("12h", "2026-09-21T02:30", "2026-09-20T14:00", "2026-09-21T14:30"),
+        ("10m", "2026-09-21T14:05", "2026-09-21T14:02", None),
+    ],
+)
+def test_a_new_row_is_a_window(name, counts, does_not, resets_at):
+    """
+    One row of the table is all that a further window needs: limits of it are read, counted, shown and reset.
+    """
+    row, windows = NEW_ROWS[name], g.WINDOWS | NEW_ROWS
+    made = g.Fold(g.Calendar(dt.UTC, windows), -math.inf)
+    (limit,) = g.parse_limits({f"usd/{name}": 20}, windows)
+
+    for local, cost_usd in ((does_not, 1.0), (counts, 2.0), ("2026-09-21T14:13:20", 4.0)):
+        made.post(posting(at(local) - START, cost_usd=cost_usd))
+    alice = made.scope("key", "alice")
+    spent = alice.spent("usd", row, START, WEIGHTS)
+    made.post(reset(1, limit.name))
+
+    assert (limit, limit.name) == (g.Limit("usd", row, 20.0), f"usd/{name}")
+    assert spent == 6e9
+    assert alice.resets_at(row, START, made.calendar) == (resets_at and at(resets_at))
+    assert alice.spent("usd", row, START + 1, WEIGHTS) == 0
+    assert alice.spent("usd", g.WINDOWS["day"], START + 1, WEIGHTS) > 0
+
+
+def test_a_quarter_begins_in_january_april_july_and_october():
+    """
+    A window of several months never begins in the middle of one of the next year.
+    """
+    dates = [NEW_ROWS["quarter"].dates(dt.date(2028, month, 29)) for month in range(1, 13)]
+
+    firsts = [dt.date(2028, month, 1) for month in (1, 4, 7, 10)] + [dt.date(2029, 1, 1)]
+    assert dates == [(firsts[n // 3], firsts[n // 3 + 1]) for n in range(12)]
+
+
+@pytest.mark.parametrize("window", list(g.WINDOWS))
 @pytest.mark.parametrize("unit", g.LIMIT_UNITS)
 def test_a_reset_touches_its_limit_and_no_other(unit, window):
     """
     `usage reset --limit usd/day` leaves tokens, requests and the month alone; without a limit it takes all.
     """
-    windows = ("", *g.LIMIT_WINDOWS)
     limit = f"{unit}/{window}" if window else unit
     one, all_ = fold(), fold()
     for made, which in ((one, limit), (all_, "")):
@@ -429,11 +490,11 @@ def test_a_reset_touches_its_limit_and_no_other(unit, window):
         made.post(reset(1, which))
 
     def zero(made: g.Fold, counters: g.Counters) -> set[tuple[str, str]]:
-        pairs = [(u, w) for u in g.LIMIT_UNITS for w in windows]
-        return {pair for pair in pairs if counters.spent(*pair, START + 1, WEIGHTS) == 0}
+        pairs = [(u, w) for u in g.LIMIT_UNITS for w in g.WINDOWS]
+        return {(u, w) for u, w in pairs if counters.spent(u, g.WINDOWS[w], START + 1, WEIGHTS) == 0}
 
     assert zero(one, one.scope("key", "alice")) == {(unit, window)}
-    assert len(zero(all_, all_.scope("key", "alice"))) == len(g.LIMIT_UNITS) * len(windows)
+    assert len(zero(all_, all_.scope("key", "alice"))) == len(g.LIMIT_UNITS) * len(g.WINDOWS)
     assert zero(all_, all_.scope("team", "x")) == zero(all_, all_.books.gateway) == set()
 
 
@@ -455,9 +516,9 @@ def test_tokens_weigh_what_the_config_says(tokens, weighted):
     made = fold()
     made.post(posting(0, **tokens))
 
-    assert made.scope("key", "alice").spent("tokens", "day", START, WEIGHTS) == weighted
-    assert made.scope("key", "alice").spent("tokens", "minute", START, WEIGHTS) == weighted
-    assert made.scope("key", "alice").spent("tokens", "day", START, g.Weights(0, 0, 0, 0)) == 0
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["day"], START, WEIGHTS) == weighted
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START, WEIGHTS) == weighted
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["day"], START, g.Weights(0, 0, 0, 0)) == 0
 
 
 # Books
@@ -474,7 +535,7 @@ def test_a_call_counts_with_its_key_its_team_and_the_gateway():
     made.post(posting(3, cost_usd=-0.5, key="", team="x", type="adjust", requests=0))
 
     spent = {
-        name: counters.spent("usd", "month", START, WEIGHTS) / 1e9
+        name: counters.spent("usd", g.WINDOWS["month"], START, WEIGHTS) / 1e9
         for name, counters in [*made.books.keys.items(), *made.books.teams.items(), ("all", made.books.gateway)]
     }
     assert spent == {"alice": 3.0, "bob": 4.0, "x": 0.5, "y": 2.0, "all": 6.5}
@@ -713,7 +774,7 @@ HUGE = 1 << 60
 
 
 @pytest.mark.parametrize("unit", g.LIMIT_UNITS)
-@pytest.mark.parametrize("window", ["", *g.LIMIT_WINDOWS])
+@pytest.mark.parametrize("window", list(g.WINDOWS))
 @pytest.mark.parametrize("size", [1 << 44, 1 << 48, 1 << 53, HUGE, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30])
 def test_no_line_is_so_large_that_its_limit_is_lifted(unit, window, size):
     """
@@ -725,13 +786,13 @@ def test_no_line_is_so_large_that_its_limit_is_lifted(unit, window, size):
 
     for _ in range(3):
         made.post(posting(0, **line))
-    after_three = made.scope("key", "alice").spent(unit, window, START + 1, WEIGHTS)
+    after_three = made.scope("key", "alice").spent(unit, g.WINDOWS[window], START + 1, WEIGHTS)
     made.post(posting(0, output_tokens=1000, cost_usd=1.0))
 
     assert after_three >= min(3 * size, 3 * g.LINE_MAX)
     others = {"usd": 1e9, "tokens": 5000, "requests": 1}
     for each in g.LIMIT_UNITS:
-        spent = made.scope("key", "alice").spent(each, window, START + 1, WEIGHTS)
+        spent = made.scope("key", "alice").spent(each, g.WINDOWS[window], START + 1, WEIGHTS)
         before = after_three if each == unit else 3 if each == "requests" else 0
         assert spent == before + others[each], each
 
@@ -743,7 +804,7 @@ def test_a_total_stops_at_its_end():
     made, seen = fold(), [0.0]
     for _ in range(1500):
         made.post(posting(0, cost_usd=1e15, input_tokens=HUGE))
-        seen.append(made.scope("key", "alice").spent("usd", "", START + 1, WEIGHTS))
+        seen.append(made.scope("key", "alice").spent("usd", g.WINDOWS[""], START + 1, WEIGHTS))
 
     assert seen == sorted(seen) and seen[-1] >= g.TOTAL_MAX
     assert g.Tally.of(made.books.histories["alice"].since(0)).nano_usd == g.TOTAL_MAX

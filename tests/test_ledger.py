@@ -823,10 +823,10 @@ def counted(ledger: g.Ledger, timezone: dt.tzinfo = dt.UTC, now: float = START) 
     books, weights = ledger.fold.books, g.Weights()
     scopes = [("gateway", books.gateway), *sorted(books.keys.items()), *sorted(books.teams.items())]
     spent = {
-        (name, unit, window): counters.spent(unit, window, now, weights)
+        (name, unit, window): counters.spent(unit, g.WINDOWS[window], now, weights)
         for name, counters in scopes
         for unit in g.LIMIT_UNITS
-        for window in ("", *g.LIMIT_WINDOWS)
+        for window in tuple(g.WINDOWS)
     }
     rows = [
         (key, labels, model, g.Tally.of(tally))
@@ -906,7 +906,7 @@ def test_a_start_that_is_killed_while_it_reads_goes_on_from_there(make_ledger, t
     killed._disk.shutdown()
     steps.close()
 
-    found = g.Checkpoint.read(g.LedgerFiles(tmp_path), "UTC")
+    found = g.Checkpoint.read(g.LedgerFiles(tmp_path), g.Calendar(dt.UTC).fingerprint)
     resumed = counted(reloaded(tmp_path, clock))
 
     assert found and 0 < found.books.entries < 6000
@@ -915,7 +915,7 @@ def test_a_start_that_is_killed_while_it_reads_goes_on_from_there(make_ledger, t
 
 def usd(ledger: g.Ledger, window: str = "", now: float = START) -> float:
     """What alice has spent."""
-    return ledger.fold.scope("key", "alice").spent("usd", window, now, g.Weights()) / 1e9
+    return ledger.fold.scope("key", "alice").spent("usd", g.WINDOWS[window], now, g.Weights()) / 1e9
 
 
 def test_a_correction_is_taken_in_at_the_next_tick(make_ledger, tmp_path, clock):
@@ -1174,6 +1174,24 @@ def test_a_start_reads_only_what_came_after_the_checkpoint(three_months, make_le
     assert usd(second) == pytest.approx(8 * 0.000798 - 1.0 + 0.75)
     assert [record.getMessage()[:25] for record in caplog.records] == ["ledger: 2 entries read in"]
     assert counted(second) == counted(ledger)
+
+
+@pytest.mark.logs(UNFIT)
+def test_a_new_window_is_counted_from_the_lines(three_months, clock):
+    """
+    A checkpoint that was made without it would leave it at 0 spent, whatever was spent.
+    """
+    quarter = g.LimitWindow("quarter", "calendar", "this quarter", months=3)
+    make_poorer(three_months / "usage-2026-07.jsonl")  # July to September
+    ledger = g.Ledger(three_months, math.inf, clock.clock, dt.UTC, g.WINDOWS | {"quarter": quarter})
+    ledger.load()
+
+    alice = ledger.fold.scope("key", "alice")
+    total = alice.spent("usd", g.WINDOWS[""], START, g.Weights())
+
+    assert alice.spent("usd", quarter, START, g.Weights()) == total > 8e9  # the first line has 9
+    ledger.close()
+    assert g.Checkpoint.read(g.LedgerFiles(three_months), ledger.fold.calendar.fingerprint)
 
 
 UNFITTING: dict[str, Callable[[Path], object]] = {

@@ -294,7 +294,7 @@ class Memory(RuleBasedStateMachine):
         for scope, name in (("key", "alice"), ("key", "bob"), ("team", "red"), ("gateway", "")):
             counters = self.gateway.ledger.fold.scope(scope, name)
             for unit in ("usd", "tokens", "requests"):
-                found = {window: counters.spent(unit, window, now, WEIGHTS) for window in WINDOWS}
+                found = {window: counters.spent(unit, g.WINDOWS[window], now, WEIGHTS) for window in WINDOWS}
                 assert found == {w: pytest.approx(model.spent(scope, name, unit, w, now)) for w in WINDOWS}
 
     @invariant()

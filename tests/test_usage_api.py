@@ -547,13 +547,6 @@ def test_a_limit_is_a_short_phrase(limit, used, allowed, scope, phrase):
     assert g.limit_phrase({"limit": limit, "used": used, "allowed": allowed, "scope": scope}) == phrase
 
 
-def test_every_window_has_its_phrase():
-    """
-    A limit of any window can be shown.
-    """
-    assert tuple(g.WINDOW_PHRASES) == (*g.LIMIT_WINDOWS, "")
-
-
 async def test_the_line_for_the_status_line_shows_the_limits_nearest_to_their_end(gateway):
     """
     Of alice's limits dollars are over and her team's tokens near their end; bob has his team's and the gateway's.
