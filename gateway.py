@@ -29,13 +29,14 @@ The file is read from top to bottom, in five floors; each section uses what stan
     16. Metrics       counters for Prometheus
     17. Models        lists of models, and what the keys are good for
     18. Gateway       owns all state, tells the story
-    19. Backup        copied at one moment, checked, put back
-    20. Integrity     installed files against their lists
+    19. Actions       what a command, a request or the page changes
+    20. Backup        copied at one moment, checked, put back
+    21. Integrity     installed files against their lists
     E. Doors
-    21. Front door    clients' connections, no policy
-    22. API           the gateway's own pages
-    23. Server        process, signals, watcher, logging
-    24. Command line  arguments to actions to text, JSON, CSV
+    22. Front door    clients' connections, no policy
+    23. API           the gateway's own pages
+    24. Server        process, signals, watcher, logging
+    25. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -11204,7 +11205,41 @@ class Gateway:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-# --- 19. Backup: copied at one moment, checked, put back --------------------------
+# --- 19. Actions: what a command, a request or the page changes -------------------
+
+# An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
+# arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
+# speaks against it is raised as an ActionError, whose fields are facts: whoever asked puts them into words.
+#
+#     action                          changes               gives back
+#     AddKey, RotateKey               config.yaml           the key, which nobody can be shown again
+#     RevokeKey                       config.yaml           somebody else's mistake in it, which keeps no key in use
+#     SealSecrets                     config.yaml           where secrets were sealed, and the secret if it was made
+#
+# These edit the file by a ConfigEditor and need no running gateway: it reads the file a moment later. An admin endpoint
+# that edits a key is one row of the API's table and one action here.
+
+
+ActionCode = Literal["unknown", "taken", "invalid", "failed"]
+
+
+class ActionError(CommandError):
+    """Why an action was not done.
+
+    `code` is `unknown` (nothing has this name), `taken` (something has it), `invalid` (a value that cannot be meant) or
+    `failed` (the system refused). `field` is the field of the action, or the kind of thing that has no such name.
+    """
+
+    def __init__(self, code: ActionCode, field: str, value: str, why: str) -> None:
+        super().__init__(f"{field} {value}: {why}" if code == "invalid" and value else why)
+        self.code, self.field, self.value = code, field, value
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str]) -> ActionError:
+    """The error of a name that is not in the config: what was probably meant, or what there is."""
+    close = difflib.get_close_matches(name, known, 1)
+    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
+    return ActionError("unknown", kind, name, f"there is no {kind} named {name!r}{meant}")
 
 
 @contextlib.contextmanager
@@ -11227,6 +11262,231 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
         sync_folder(path.parent)
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def write_new(path: Path, text: str, mode: int) -> None:
+    """Create a file that is not there yet. Raises ActionError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            file.write(text.encode())
+            os.fchmod(file.fileno(), mode)
+    except OSError as error:
+        raise ActionError("failed", "path", str(path), f"cannot write {path}: {why_not(error)}") from None
+
+
+def make_secret(folder: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Write a sealing secret where there is none for the config in a folder; its file. Raises ActionError."""
+    secret = Vault.file(folder, environ)
+    if secret is None or secret.exists():
+        return None
+    write_new(secret, Vault.new_secret() + "\n", 0o600)
+    return secret
+
+
+def ledger_of(document: Document) -> Path:
+    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find("usage", "directory")
+    if node is None:
+        return document.path.parent / UsageConfig().directory
+    written = node.value if isinstance(node, yaml.ScalarNode) else ""
+    alone = Document(f"directory: {json.dumps(written)}", document.path)
+    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
+    if alone.mistakes.found or not isinstance(directory, str) or not directory:
+        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
+    return document.path.parent / directory
+
+
+def yaml_scalar(text: str) -> str:
+    """Text as a YAML scalar, quoted where it must be. Raises ActionError."""
+    if not text.isprintable():
+        raise ActionError("invalid", "text", "", f"expected text that can be printed, got {text!a}")
+    plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) is not None
+    with contextlib.suppress(ValueError):  # of what YAML takes for a date, such as 2027-13-45
+        plain = plain and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def key_state(key: Key, now: float) -> Literal["enabled", "disabled", "expired"]:
+    """In a word, whether a key works."""
+    if not key.enabled:
+        return "disabled"
+    return "expired" if now >= key.expires_at else "enabled"
+
+
+class KeyView(msgspec.Struct):
+    """A key as lists show it; `last4` tells it by, `limits` are its own, by name; `concurrent` is one of them."""
+
+    name: str
+    last4: str
+    state: Literal["enabled", "disabled", "expired"]
+    expires_at: float | None
+    networks: list[str]
+    models: list[str]
+    team: str
+    limits: dict[str, float]
+
+    @classmethod
+    def of(cls, key: Key, now: float) -> KeyView:
+        """A key of a snapshot at a time, in seconds since 1970."""
+        limits = {limit.name: limit.amount for limit in key.budgets[0].limits}
+        if math.isfinite(key.budgets[0].concurrent):
+            limits["concurrent"] = key.budgets[0].concurrent
+        ends = None if math.isinf(key.expires_at) else key.expires_at
+        networks = [str(network) for network in key.networks]
+        return cls(key.name, key.last4, key_state(key, now), ends, networks, list(key.models), key.team, limits)
+
+
+def key_names(editor: ConfigEditor) -> list[str]:
+    """The names of `keys:` in the order of the file, "" where there is none."""
+    node = editor.document.find("keys")
+    count = len(node.value) if isinstance(node, yaml.SequenceNode) else 0
+    names = [editor.document.find("keys", i, "name") for i in range(count)]
+    return [name.value if isinstance(name, yaml.ScalarNode) else "" for name in names]
+
+
+def key_place(editor: ConfigEditor, name: str) -> int:
+    """Where a key stands in the file. Raises ActionError."""
+    names = key_names(editor)
+    if name not in names:
+        raise unknown_name("key", name, names)
+    return names.index(name)
+
+
+class NewKey(NamedTuple):
+    """A key that was just made; the config, which has its hash alone."""
+
+    key: str
+    config: Config
+
+
+class AddKey(msgspec.Struct, frozen=True, tag="key add"):
+    """Make a key. `limits` by name, such as usd/day; `expires` is the last day on which it works, or ""."""
+
+    name: str
+    limits: dict[str, str] = {}
+    models: tuple[str, ...] = ()
+    expires: str = ""
+
+    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
+        """Append it to `keys:`. Raises ActionError and ConfigError."""
+        key = new_key()
+        with ConfigEditor(path) as editor:
+            if self.name in key_names(editor):
+                raise ActionError("taken", "key", self.name, f"there is a key named {self.name!r} already")
+            fields = {"name": yaml_scalar(self.name), "key": seal_key(key)}
+            if self.limits:
+                fields["limits"] = self._limits()
+            if self.models:
+                fields["models"] = f"[{', '.join(map(yaml_scalar, self.models))}]"
+            if self.expires:
+                fields["expires"] = self._expires()
+            editor.append_key(fields)
+            return NewKey(key, editor.save(environ))
+
+    def _limits(self) -> str:
+        for name, amount in self.limits.items():
+            try:
+                parse_limits({name: amount})
+            except ValueError as error:
+                raise ActionError("invalid", "limit", f"{name}={amount}", str(error)) from None
+        return "{" + ", ".join(f"{name}: {amount}" for name, amount in self.limits.items()) + "}"
+
+    def _expires(self) -> str:
+        written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", self.expires, re.ASCII)
+        if written is None or read_date(self.expires) is None:
+            why = f"expires: expected a date such as 2027-01-31, got {self.expires!r}"
+            raise ActionError("invalid", "expires", "", why)
+        return json.dumps(self.expires) if written[1] else self.expires
+
+
+class RotateKey(msgspec.Struct, frozen=True, tag="key rotate"):
+    """Give a key's holder a new key; the old one ends."""
+
+    name: str
+
+    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
+        """Replace the hash. Raises ActionError and ConfigError."""
+        key = new_key()
+        with ConfigEditor(path) as editor:
+            editor.set_scalar(seal_key(key), "keys", key_place(editor, self.name), "key")
+            return NewKey(key, editor.save(environ))
+
+
+class RevokeKey(msgspec.Struct, frozen=True, tag="key revoke"):
+    """Disable a key; its name stays for the ledger."""
+
+    name: str
+
+    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> str:
+        """Set `enabled: false`; the mistake that the file has elsewhere, or "". Raises ActionError and ConfigError."""
+        mistake = ""
+        with ConfigEditor(path) as editor:
+            editor.set_field(("keys", key_place(editor, self.name)), "enabled", "false")
+            try:
+                Config.parse(editor.document.text, path, Clock(), environ)
+            except ConfigError as error:  # somebody else's: it must not keep the key in use
+                mistake = str(error)
+            editor.replace()
+        return mistake
+
+
+def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
+    """What a secret's scalar is to be replaced with, None where it may stay."""
+    if not isinstance(node, yaml.ScalarNode) or not node.value:
+        return None
+    if node.value.startswith(Vault.PREFIX):
+        return vault.rotate(node.value) if rotate else None
+    without_password = field == "proxy" and "@" not in node.value
+    if without_password or SEALED_OR_ELSEWHERE.search(node.value):
+        return None
+    return yaml_scalar(seal_key(node.value) if field == "key" else vault.seal(node.value))
+
+
+def secret_places(config: Config) -> Iterator[Steps]:
+    """Where secrets may stand in a config."""
+    for i, upstream in enumerate(config.upstreams):
+        yield ("upstreams", i, "api_key")
+        yield from (("upstreams", i, "api_key", j) for j in range(len(upstream.api_key)))
+        yield ("upstreams", i, "proxy")
+        secret = [name for name in upstream.headers.set if SECRET_HEADER.search(name)]
+        yield from (("upstreams", i, "headers", "set", name) for name in secret)
+    yield from (("keys", i, "key") for i in range(len(config.file.keys)))
+
+
+class Sealed(NamedTuple):
+    """Where secrets were sealed; the file of the sealing secret where that was made for it."""
+
+    places: list[str]
+    secret: Path | None
+
+
+class SealSecrets(msgspec.Struct, frozen=True, tag="seal"):
+    """Seal every plain secret; `rotate`: encrypt what is sealed again, with the newest sealing secret."""
+
+    rotate: bool = False
+
+    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> Sealed:
+        """Raises ActionError, ConfigError and SealError; a bad file is known before anything is changed."""
+        places = []
+        with ConfigEditor(path) as editor:
+            config = Config.load(path)
+            made = make_secret(path.parent, environ)
+            vault = Vault.open(path.parent, environ)
+            for steps in secret_places(config):
+                field = str(steps[-1]) if steps[-1] in ("key", "proxy") else "api_key"
+                sealed = sealed_value(editor.document.find(*steps), field, vault, self.rotate)
+                if sealed:
+                    editor.set_scalar(sealed, *steps)
+                    places.append(join_steps(steps))
+            if places:
+                editor.save(environ)
+                if editor.backup:
+                    editor.backup.unlink()  # it holds the secrets in clear text
+        return Sealed(places, made)
+
+
+# --- 20. Backup: copied at one moment, checked, put back --------------------------
 
 
 class Manifest(msgspec.Struct):
@@ -11356,19 +11616,6 @@ def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
         undo.pop_all()
 
 
-def ledger_of(document: Document) -> Path:
-    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
-    node = document.find("usage", "directory")
-    if node is None:
-        return document.path.parent / UsageConfig().directory
-    written = node.value if isinstance(node, yaml.ScalarNode) else ""
-    alone = Document(f"directory: {json.dumps(written)}", document.path)
-    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
-    if alone.mistakes.found or not isinstance(directory, str) or not directory:
-        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
-    return document.path.parent / directory
-
-
 def present_ledger(path: Path) -> Path | None:
     """The ledger's folder by the config that is there, on which a gateway may run; None where no config says so."""
     try:
@@ -11415,7 +11662,7 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
-# --- 20. Integrity: installed files against their lists ---------------------------
+# --- 21. Integrity: installed files against their lists ---------------------------
 
 # In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
 # runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
@@ -11571,7 +11818,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 
 # === Floor E. Doors: how the outside gets in ========================================
 
-# --- 21. Front door: clients' connections, no policy ------------------------------
+# --- 22. Front door: clients' connections, no policy ------------------------------
 
 
 class State(enum.Enum):
@@ -12382,7 +12629,7 @@ class Door:
         self.hangups.close()
 
 
-# --- 22. API: the gateway's own pages ---------------------------------------------
+# --- 23. API: the gateway's own pages ---------------------------------------------
 
 
 class GatewayHandler(tornado.web.RequestHandler):
@@ -12648,7 +12895,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 23. Server: process, signals, watcher, logging -------------------------------
+# --- 24. Server: process, signals, watcher, logging -------------------------------
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -13068,7 +13315,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 24. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 25. Command line: arguments to actions to text, JSON, CSV ------------------------
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -13097,33 +13344,6 @@ each package's RECORD, in the versions of requirements.txt, and does nothing for
 what was changed after the installation. It does not prove that a release was good, nor can it find what already runs in
 its own process
 """
-
-
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> CommandError:
-    """What to say of a name that is not in the config: what was probably meant, or what there is."""
-    close = difflib.get_close_matches(name, known, 1)
-    meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
-    return CommandError(f"there is no {kind} named {name!r}{meant}")
-
-
-def write_new(path: Path, text: str, mode: int) -> None:
-    """Create a file that is not there yet. Raises CommandError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as file:
-            file.write(text.encode())
-            os.fchmod(file.fileno(), mode)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {why_not(error)}") from None
-
-
-def make_secret(folder: Path) -> Path | None:
-    """Write a sealing secret where there is none for the config in a folder; its file. Raises CommandError."""
-    secret = Vault.file(folder)
-    if secret is None or secret.exists():
-        return None
-    write_new(secret, Vault.new_secret() + "\n", 0o600)
-    return secret
 
 
 def init_config(path: Path) -> str:
@@ -13198,37 +13418,28 @@ def command_init(options: argparse.Namespace) -> None:
     show_key("me", f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n\n{start}")
 
 
-def limits_text(budget: Budget) -> str:
-    """Limits as the config writes them."""
-    texts = [f"{limit.name} {limit.amount:,.10g}" for limit in budget.limits]
-    if math.isfinite(budget.concurrent):
-        texts.append(f"concurrent {budget.concurrent:,.10g}")
-    return ", ".join(texts) or "none"
-
-
-def key_state(key: Key, now: float) -> str:
-    """In a word, whether a key works."""
-    return "disabled" if not key.enabled else "expired" if now >= key.expires_at else "enabled"
-
-
 def name_text(model: str) -> str:
     """A model's name or a glob, as the config writes it; "" stands for requests without a model."""
     return model or '""'
 
 
+def key_line(key: KeyView) -> str:
+    """A key in a line."""
+    texts = [f"  {key.name} (…{key.last4}): {key.state}" if key.last4 else f"  {key.name}: {key.state}"]
+    if key.expires_at is not None:
+        texts.append(f"expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC")
+    if key.networks:
+        texts.append(f"from {', '.join(key.networks)}")
+    texts.append(f"models {', '.join(map(name_text, key.models))}")
+    if key.team:
+        texts.append(f"team {key.team}")
+    limits = [f"{name} {amount:,.10g}" for name, amount in key.limits.items()]
+    return ", ".join([*texts, f"limits {', '.join(limits) or 'none'}"])
+
+
 def key_table(config: Config) -> str:
     """The keys, one line each."""
-    lines = []
-    for key in config.keys:
-        expires = (
-            "" if math.isinf(key.expires_at) else f", expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC"
-        )
-        from_ = f", from {', '.join(map(str, key.networks))}" if key.networks else ""
-        state = key_state(key, config.clock.wall())
-        team = f"team {key.team}, " if key.team else ""
-        models, limits = ", ".join(map(name_text, key.models)), limits_text(key.budgets[0])
-        lines.append(f"  {key}: {state}{expires}{from_}, models {models}, {team}limits {limits}")
-    return "\n".join(lines)
+    return "\n".join(key_line(KeyView.of(key, config.clock.wall())) for key in config.keys)
 
 
 def upstream_text(upstream: UpstreamConfig) -> str:
@@ -13323,68 +13534,20 @@ def command_check(options: argparse.Namespace) -> None:
             print(f"  {warning}")
 
 
-def yaml_scalar(text: str) -> str:
-    """Text as a YAML scalar, quoted where it must be. Raises CommandError."""
-    if not text.isprintable():
-        raise CommandError(f"expected text that can be printed, got {text!a}")
-    plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) is not None
-    with contextlib.suppress(ValueError):  # of what YAML takes for a date, such as 2027-13-45
-        plain = plain and yaml.safe_load(text) == text
-    return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def limits_field(options: Sequence[str]) -> str:
-    """`usd/day=20` and so on as the config writes them. Raises CommandError."""
-    fields = {}
-    for option in options:
-        name, _, amount = option.partition("=")
-        try:
-            parse_limits({name: amount})
-        except ValueError as error:
-            raise CommandError(f"--limit {option}: {error}; as in usd/day=20") from None
-        fields[name] = amount
-    return "{" + ", ".join(f"{name}: {amount}" for name, amount in fields.items()) + "}"
-
-
-def key_place(editor: ConfigEditor, name: str) -> int | None:
-    """Where a key stands in the file, None where it does not."""
-    node = editor.document.find("keys")
-    for i in range(len(node.value) if isinstance(node, yaml.SequenceNode) else 0):
-        found = editor.document.find("keys", i, "name")
-        if isinstance(found, yaml.ScalarNode) and found.value == name:
-            return i
-    return None
-
-
-def key_index(editor: ConfigEditor, name: str) -> int:
-    """Where a key stands in the file. Raises CommandError."""
-    place = key_place(editor, name)
-    if place is None:
-        raise CommandError(f"there is no key named {name!r}; {PROGRAM} key list shows them")
-    return place
+def in_words(error: ActionError) -> str:
+    """An action's error as the command line puts it, with what helps."""
+    if error.code == "taken":
+        what = f"`{PROGRAM} key rotate {shlex.quote(error.value)}` makes another for it"
+        return f"{error}: {what}, `enabled: true` brings it back"
+    return f"--{error}" if error.field in ("limit", "expires") else str(error)
 
 
 def command_key_add(options: argparse.Namespace) -> None:
     """Make a key, show it once, keep its hash."""
-    key = new_key()
-    with ConfigEditor(options.config) as editor:
-        if key_place(editor, options.name) is not None:
-            what = f"`{PROGRAM} key rotate {shlex.quote(options.name)}` makes another for it"
-            raise CommandError(f"there is a key named {options.name!r} already: {what}, `enabled: true` brings it back")
-        fields = {"name": yaml_scalar(options.name), "key": seal_key(key)}
-        if options.limit:
-            fields["limits"] = limits_field(options.limit)
-        if options.model:
-            fields["models"] = "[" + ", ".join(yaml_scalar(model) for model in options.model) + "]"
-        if options.expires:
-            written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", options.expires, re.ASCII)
-            if written is None or read_date(options.expires) is None:
-                raise CommandError(f"--expires: expected a date such as 2027-01-31, got {options.expires!r}")
-            fields["expires"] = json.dumps(options.expires) if written[1] else options.expires
-        editor.append_key(fields)
-        config = editor.save()
-        shell = exports(config, config.server.port, key).removesuffix("\n")
-        show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n\n{shell}")
+    limits = {name: amount for name, _, amount in (option.partition("=") for option in options.limit)}
+    made = AddKey(options.name, limits, tuple(options.model), options.expires).run(options.config)
+    shell = exports(made.config, made.config.server.port, made.key).removesuffix("\n")
+    show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {made.key}\n\nFor Claude Code:\n\n{shell}")
 
 
 def command_key_list(options: argparse.Namespace) -> None:
@@ -13394,75 +13557,29 @@ def command_key_list(options: argparse.Namespace) -> None:
 
 def command_key_rotate(options: argparse.Namespace) -> None:
     """Give a key's holder a new key; the old one ends now."""
-    key = new_key()
-    with ConfigEditor(options.config) as editor:
-        editor.set_scalar(seal_key(key), "keys", key_index(editor, options.name), "key")
-        editor.save()
-        text = f"{options.name}'s new key, shown only now; the old one is refused within a second:\n\n  {key}"
-        show_key(options.name, text)
+    made = RotateKey(options.name).run(options.config)
+    told = f"{options.name}'s new key, shown only now; the old one is refused within a second"
+    show_key(options.name, f"{told}:\n\n  {made.key}")
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
     """Disable a key; its name stays for the ledger."""
-    with ConfigEditor(options.config) as editor:
-        editor.set_field(("keys", key_index(editor, options.name)), "enabled", "false")
-        mistake = ""
-        try:
-            Config.parse(editor.document.text, editor.path, Clock(), os.environ)
-        except ConfigError as error:  # somebody else's: it must not keep the key in use
-            mistake = (
-                "\nBut the file has a mistake. If the gateway meets it as well (it may have variables that this shell "
-                f"lacks), nothing else of the file is live until it is mended:\n  {error}"
-            )
-        editor.replace()
-        back = f"`enabled: true` in {editor.path.name} brings it back."
-        print(f"{options.name}'s key is refused within a second. {back}{mistake}")
-
-
-def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
-    """What a secret's scalar is to be replaced with, None where it may stay."""
-    if not isinstance(node, yaml.ScalarNode) or not node.value:
-        return None
-    if node.value.startswith(Vault.PREFIX):
-        return vault.rotate(node.value) if rotate else None
-    without_password = field == "proxy" and "@" not in node.value
-    if without_password or SEALED_OR_ELSEWHERE.search(node.value):
-        return None
-    return yaml_scalar(seal_key(node.value) if field == "key" else vault.seal(node.value))
-
-
-def secret_places(config: Config) -> Iterator[Steps]:
-    """Where secrets may stand in a config."""
-    for i, upstream in enumerate(config.upstreams):
-        yield ("upstreams", i, "api_key")
-        yield from (("upstreams", i, "api_key", j) for j in range(len(upstream.api_key)))
-        yield ("upstreams", i, "proxy")
-        secret = [name for name in upstream.headers.set if SECRET_HEADER.search(name)]
-        yield from (("upstreams", i, "headers", "set", name) for name in secret)
-    yield from (("keys", i, "key") for i in range(len(config.file.keys)))
+    mistake = RevokeKey(options.name).run(options.config)
+    back = f"`enabled: true` in {options.config.name} brings it back."
+    print(f"{options.name}'s key is refused within a second. {back}")
+    if mistake:
+        print(
+            "But the file has a mistake. If the gateway meets it as well (it may have variables that this shell lacks),"
+        )
+        print(f"nothing else of the file is live until it is mended:\n  {mistake}")
 
 
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
-    with ConfigEditor(options.config) as editor:
-        config = Config.load(editor.path)  # a bad file is told before anything is changed, and what cannot be opened
-        made = make_secret(editor.path.parent)
-        vault = Vault.open(editor.path.parent)
-        done = []
-        for steps in secret_places(config):
-            node = editor.document.find(*steps)
-            field = "api_key" if steps[-1] not in ("key", "proxy") else str(steps[-1])
-            sealed = sealed_value(node, field, vault, options.rotate)
-            if sealed:
-                editor.set_scalar(sealed, *steps)
-                done.append(join_steps(steps))
-        if done:
-            editor.save()
-            if editor.backup:
-                editor.backup.unlink()  # it holds the secrets in clear text
-        if made:
-            print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
-        print(f"Sealed: {', '.join(done)}" if done else "Nothing to seal: no secret stands there in clear text.")
+    places, made = SealSecrets(options.rotate).run(options.config)
+    if made:
+        print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
+    print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
 
 
 class StepFailed(Exception):
@@ -14433,10 +14550,14 @@ def arguments() -> argparse.ArgumentParser:
     keys = key_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_key = add(keys, "add", command_key_add)
     add_key.add_argument(
-        "--limit", action="append", metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20; may be repeated"
+        "--limit", action="append", default=[], metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20; may be repeated"
     )
-    add_key.add_argument("--model", action="append", metavar="GLOB", help='such as "claude-*"; may be repeated')
-    add_key.add_argument("--expires", metavar="DATE", help="the last day on which it works, such as 2027-01-31")
+    add_key.add_argument(
+        "--model", action="append", default=[], metavar="GLOB", help='such as "claude-*"; may be repeated'
+    )
+    add_key.add_argument(
+        "--expires", default="", metavar="DATE", help="the last day on which it works, such as 2027-01-31"
+    )
     add(keys, "list", command_key_list)
     for made in (add_key, add(keys, "rotate", command_key_rotate), add(keys, "revoke", command_key_revoke)):
         made.add_argument("name", metavar="NAME")
@@ -14540,6 +14661,8 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ActionError as error:
+        sentence = in_words(error)
     except (ConfigError, CommandError, SealError) as error:
         sentence = str(error)
     except OSError as error:

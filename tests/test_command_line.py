@@ -476,7 +476,7 @@ def test_any_text_can_be_written_into_yaml(text):
         ([" bob"], "expected a name without white space around it"),
         (["bob\n"], "expected"),
         (["b\udcffb"], "expected"),
-        (["bob", "--limit", "usd/day"], "--limit usd/day: "),
+        (["bob", "--limit", "usd/day"], "--limit usd/day=: "),
         (["bob", "--limit", "usd/day="], "--limit usd/day=: "),
         (["bob", "--limit", "usd/day=lots"], "(without the $ sign), got text: 'lots'"),
         (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit: expected a unit"),
@@ -600,7 +600,7 @@ def test_a_key_that_is_not_there_is_said_to_be_missing(shell, command):
 
     assert shell.run("key", command, "Alice") == 1
 
-    assert shell.err == "error: there is no key named 'Alice'; gateway.py key list shows them\n"
+    assert shell.err == "error: there is no key named 'Alice', did you mean alice?\n"
     assert shell.config == ALICE
 
 
