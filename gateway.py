@@ -7229,7 +7229,7 @@ class Meter:
     has_content = False  # more than the events that only announce it
     model = ""
     error_type = ""
-    finished = False  # the format's terminal event came, or the whole body did
+    is_finished = False  # the format's terminal event came, or the whole body did
     has_failed = False  # and it is an answer all the same, which says of itself that it failed
     is_broken = False  # the whole body, or an event, is no JSON
     _body_size = 0
@@ -7289,7 +7289,7 @@ class Meter:
         self.is_unread = self.has_content = True
         for start in dropped:
             name = self.EVENT_NAME.search(start)
-            self.finished = self.finished or (name is not None and name[1].decode() in self.TERMINAL)
+            self.is_finished = self.is_finished or (name is not None and name[1].decode() in self.TERMINAL)
         dropped.clear()
 
     def event(self, event: Any) -> None:
@@ -7325,7 +7325,7 @@ class Meter:
     def end(self) -> None:
         """The answer is whole."""
         if self._events is None:
-            self.finished = True
+            self.is_finished = True
             self._read_body(b"".join(self._body))
         self._body.clear()
 
@@ -7376,7 +7376,7 @@ class Meter:
             usage.premiums = tuple(self.premiums.items())
         return usage
 
-    def result(self, reached_upstream: bool) -> Usage:
+    def spend(self, reached_upstream: bool) -> Usage:
         """The usage to book. What the upstream did not say is estimated: bytes ÷ 4."""
         if not (self.charged and reached_upstream):
             return Usage()
@@ -7390,7 +7390,7 @@ class Meter:
             usage.input_tokens = max(usage.input_tokens, self._call.input_estimate)  # that of iterations may be known
             usage.estimated = True
         is_counted = self._has_output or (self._seen_output and not self._text_bytes)
-        if self.speaks and not (is_counted and self.finished):
+        if self.speaks and not (is_counted and self.is_finished):
             usage.output_tokens = max(usage.output_tokens, self._estimated_output())
             usage.estimated = True
         if self._is_partial:
@@ -7432,7 +7432,7 @@ class MessagesMeter(Meter):
             self._text_bytes += len(text) if text.isascii() else len(text.encode())
             self.has_content = True
         else:
-            self.finished = self.finished or event.type == "message_stop"
+            self.is_finished = self.is_finished or event.type == "message_stop"
             if event.message:
                 self.model = event.message.model or self.model
                 if event.message.usage:
@@ -7594,8 +7594,8 @@ class ChatMeter(OpenAIMeter):
                 self._text_bytes += choice.delta.text_bytes()
                 self.has_content = self.has_content or choice.delta.audio is not None
             if choice.finish_reason:
-                self.finished = True  # some servers send no [DONE]
-        self.has_content = self.has_content or self.finished or self._text_bytes > 0
+                self.is_finished = True  # some servers send no [DONE]
+        self.has_content = self.has_content or self.is_finished or self._text_bytes > 0
         if event.usage:
             self.usage(event.usage)
             if event.service_tier:
@@ -7610,7 +7610,7 @@ class ChatMeter(OpenAIMeter):
 
     def unreadable(self, data: bytes, is_json: bool) -> None:
         if data.strip() == b"[DONE]":
-            self.finished = self.has_content = True
+            self.is_finished = self.has_content = True
         else:
             super().unreadable(data, is_json)
 
@@ -7635,7 +7635,7 @@ class ResponsesMeter(OpenAIMeter):
         if isinstance(event.delta, str) and event.response is None:
             self._text_bytes += len(event.delta) if event.delta.isascii() else len(event.delta.encode())
         elif event.type in self.TERMINAL and event.response:
-            self.finished = True
+            self.is_finished = True
             self.answer(event.response)
         elif event.type == "response.output_item.done":
             self._count_item(decode_lenient(event.item, OutputItem, OutputItem()))
@@ -9475,7 +9475,7 @@ class Attempt:
             sentence = f"answered with an error ({meter.error_type})"
             return self._unless_it_passes(Failure("upstream_error", sentence, str(self.error_status)))
         if self.is_streaming:
-            if last and not meter.finished:
+            if last and not meter.is_finished:
                 return self._unmetered() or CUT
             if meter.is_broken and not meter.has_content:
                 return self._unmetered() or UNEXPECTED
@@ -9596,7 +9596,7 @@ class Attempt:
     def _settle(self, body: bytes) -> None:
         """The upstream's last bytes: is the answer whole? A cut stream must look cut."""
         meter = self.meter
-        whole = not self.is_streaming or self.status != 200 or meter.finished or bool(meter.error_type)
+        whole = not self.is_streaming or self.status != 200 or meter.is_finished or bool(meter.error_type)
         if self.status >= 400:
             name = "refused"
         elif not whole:
@@ -9633,7 +9633,7 @@ class Attempt:
 
     def usage(self) -> Usage:
         """What to book."""
-        return self.meter.result(reached_upstream=self.sent_at is not None and not self.is_refusal)
+        return self.meter.spend(reached_upstream=self.sent_at is not None and not self.is_refusal)
 
 
 class Exchange:
@@ -9811,7 +9811,7 @@ class Exchange:
             return
         attempt = self.attempt
         if attempt and attempt.held is None and attempt.is_streaming and self.paused_at is None:
-            self.is_served = attempt.meter.finished
+            self.is_served = attempt.meter.is_finished
         self.sink.exchange = None
         self.sink = None
         self.client_ready()
@@ -9825,13 +9825,13 @@ class Exchange:
         """End a call whose client is gone. Where a limit holds, an end not heard counts as what was reserved."""
         attempt = self.attempt
         if attempt and attempt.line and self.call.key.spends and self._hears_out(attempt):
-            attempt.meter.is_unread |= not attempt.meter.finished
+            attempt.meter.is_unread |= not attempt.meter.is_finished
         self.end(self._for_ledger(Outcome("client_gone", self.status)))
 
     def _drain_limits(self) -> tuple[float, float]:
         """Seconds that a drain may take in all and in silence: where a limit holds, as long as for a client."""
         attempt, pace = self.attempt, self.pace
-        if attempt and self.call.key.spends and not attempt.meter.finished:
+        if attempt and self.call.key.spends and not attempt.meter.is_finished:
             idle = float(attempt.upstream.timeouts.idle)
             return max(pace.drain_s, idle), max(pace.drain_idle_s, idle)
         return pace.drain_s, pace.drain_idle_s

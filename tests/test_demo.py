@@ -211,7 +211,7 @@ def test_the_meter_books_what_the_demo_says(tmp_path, request_, stream):
 
     usage = ask(MESSAGES, request)[1]["usage"]
     expected = g.Usage(input_tokens=usage["input_tokens"], output_tokens=usage["output_tokens"])
-    assert meter.result(True) == expected
+    assert meter.spend(True) == expected
 
 
 # Bad requests

@@ -119,7 +119,7 @@ async def test_an_answer_that_cannot_be_booked_still_ends_and_leaves_an_entry(ga
 
     def answer(request: Request) -> list[Step]:
         (exchange,) = gateway.gateway.relay.running
-        exchange.attempt.meter.result = None
+        exchange.attempt.meter.spend = None
         return HELLO_SCRIPT if request.json.get("stream") else hello_json()
 
     upstream.script = answer

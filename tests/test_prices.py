@@ -281,7 +281,7 @@ def test_a_bill_has_only_so_many_lines():
     meter.start(False)
     meter.feed(json.dumps(answer).encode())
     meter.end()
-    usage = meter.result(True)
+    usage = meter.spend(True)
     bill = config.bill("claude-opus-5-5", "", usage)
 
     assert usage.input_tokens == 1001 and len(bill.charges) == 34
@@ -319,7 +319,7 @@ def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(
     meter.start(False)
     meter.feed(json.dumps(answer).encode())
     meter.end()
-    usage = meter.result(True)
+    usage = meter.spend(True)
     bill = config.bill("claude-haiku-4-5", meter.model, usage)
 
     own = g.Tokens(*(getattr(usage, name) for name in g.Tokens.__struct_fields__))

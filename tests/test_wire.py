@@ -1156,7 +1156,7 @@ def meter(config):
             meter.feed(piece)
         if ended:
             meter.end()
-        return Booked(meter.result(reached), meter.model, meter.error_type, meter.finished)
+        return Booked(meter.spend(reached), meter.model, meter.error_type, meter.is_finished)
 
     def metered(kind: str, answer: bytes | dict, streaming=True, ended=True, reached=True, every_cut=True) -> Booked:
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -2009,8 +2009,8 @@ def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     meter.feed(json.dumps(START["message"]).encode())
     meter.end()
 
-    usage = meter.result(True)
-    assert meter.finished and usage.estimated and usage.output_tokens == 8192  # limits.reserve_output
+    usage = meter.spend(True)
+    assert meter.is_finished and usage.estimated and usage.output_tokens == 8192  # limits.reserve_output
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -2029,8 +2029,8 @@ def test_a_last_event_of_nine_megabytes_ends_its_stream(config, ended):
         meter.feed(stream[i : i + (256 << 10)] if ended else stream[i : i + (256 << 10)].rstrip(b"\n"))
     meter.end()
 
-    usage = meter.result(True)
-    assert meter.finished is ended
+    usage = meter.spend(True)
+    assert meter.is_finished is ended
     assert not ended or (usage.output_tokens, usage.estimated) == (500, True)
 
 
@@ -2044,4 +2044,4 @@ def test_a_long_text_about_an_event_is_no_such_event(config):
 
     meter.feed(sse(b'data: {"delta": %b, "type": "response.output_text.delta"}\n\n' % json.dumps(said).encode()))
 
-    assert not meter.finished and meter.has_content
+    assert not meter.is_finished and meter.has_content
