@@ -26,17 +26,18 @@ The file is read from top to bottom, in five floors; each section uses what stan
     14. Demo          an upstream that needs no API key
     15. Relay         attempts, the gate, failover, bytes through
     D. House
-    16. Metrics       counters for Prometheus
-    17. Models        lists of models, and what the keys are good for
-    18. Gateway       owns all state, tells the story
-    19. Actions       what a command, a request or the page changes
-    20. Backup        copied at one moment, checked, put back
-    21. Integrity     installed files against their lists
+    16. Events        what happened, announced once
+    17. Metrics       counters for Prometheus
+    18. Models        lists of models, and what the keys are good for
+    19. Gateway       owns all state, tells the story
+    20. Actions       what a command, a request or the page changes
+    21. Backup        copied at one moment, checked, put back
+    22. Integrity     installed files against their lists
     E. Doors
-    22. Front door    clients' connections, no policy
-    23. API           the gateway's own pages
-    24. Server        process, signals, watcher, logging
-    25. Command line  arguments to actions to text, JSON, CSV
+    23. Front door    clients' connections, no policy
+    24. API           the gateway's own pages
+    25. Server        process, signals, watcher, logging
+    26. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -102,7 +103,7 @@ import unicodedata
 import urllib.parse
 import zlib
 import zoneinfo
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -2035,7 +2036,7 @@ UNMATCHED = {  # in a glob; the first that is found is told
 YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 # Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
 TEXT_LOADER: Any = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
-Event = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
+YamlEvent = Any  # pyyaml's types do not know which have an anchor, a value, a mark
 
 
 def join_steps(steps: Sequence[str | int]) -> str:
@@ -2050,14 +2051,14 @@ class Endless(Exception):
     """A document that cannot be read to its end: where it was given up, why, and the line."""
 
 
-def line_of(event: Event) -> int:
+def line_of(event: YamlEvent) -> int:
     """The line, from 1, in which an event begins."""
     return int(event.start_mark.line) + 1
 
 
-def rest_of(event: Event, events: Iterator[Event]) -> list[Event]:
+def rest_of(event: YamlEvent, events: Iterator[YamlEvent]) -> list[YamlEvent]:
     """The events of a node that follow its first."""
-    rest: list[Event] = []
+    rest: list[YamlEvent] = []
     depth = int(isinstance(event, yaml.CollectionStartEvent))
     while depth:
         if depth > MAX_NESTING:
@@ -2087,12 +2088,12 @@ class PlainReader:
 
     def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
         self._document, self._environ, self._mistakes = document, environ, document.mistakes
-        self._anchors: dict[str, tuple[Event, list[Event]]] = {}
+        self._anchors: dict[str, tuple[YamlEvent, list[YamlEvent]]] = {}
         self._repeated = 0  # events of aliases
         self._scalars: Any = yaml.SafeLoader("")
         self._typed = functools.lru_cache(maxsize=256)(self._construct)
 
-    def read(self, events: Iterator[Event]) -> dict[str, Any]:
+    def read(self, events: Iterator[YamlEvent]) -> dict[str, Any]:
         """The one document of a stream; mistakes are noted. Raises YAMLError where composing would, and Endless."""
         _, _, first = next(events), next(events), next(events, None)
         if not isinstance(first, yaml.MappingStartEvent):
@@ -2103,7 +2104,7 @@ class PlainReader:
             raise yaml.YAMLError("another document")
         return cast(dict[str, Any], plain)
 
-    def _value(self, event: Event, events: Iterator[Event], at: Steps) -> Any:
+    def _value(self, event: YamlEvent, events: Iterator[YamlEvent], at: Steps) -> Any:
         event, events = self._follow(event, events)
         if len(at) > MAX_NESTING:
             raise Endless(at, "nested too deep (an alias of itself?)", line_of(event))
@@ -2113,7 +2114,7 @@ class PlainReader:
             return self._mapping(events, at)
         return self._sequence(events, at)
 
-    def _follow(self, event: Event, events: Iterator[Event]) -> tuple[Event, Iterator[Event]]:
+    def _follow(self, event: YamlEvent, events: Iterator[YamlEvent]) -> tuple[YamlEvent, Iterator[YamlEvent]]:
         """A node's first event and where the others come from: an anchor keeps its events for its aliases."""
         if event.anchor is None:
             return event, events
@@ -2131,7 +2132,7 @@ class PlainReader:
             raise Endless((), problem, line_of(event))
         return first, iter(rest)
 
-    def _mapping(self, events: Iterator[Event], at: Steps) -> dict[str, Any]:
+    def _mapping(self, events: Iterator[YamlEvent], at: Steps) -> dict[str, Any]:
         out: dict[str, Any] = {}
         lines: dict[str, int] = {}
         while not isinstance(event := next(events), yaml.MappingEndEvent):
@@ -2150,13 +2151,13 @@ class PlainReader:
                 out[name], lines[name] = value, line
         return out
 
-    def _sequence(self, events: Iterator[Event], at: Steps) -> list[Any]:
+    def _sequence(self, events: Iterator[YamlEvent], at: Steps) -> list[Any]:
         out: list[Any] = []
         while not isinstance(event := next(events), yaml.SequenceEndEvent):
             out.append(self._value(event, events, (*at, len(out))))
         return out
 
-    def _scalar(self, event: Event, at: Steps) -> Any:
+    def _scalar(self, event: YamlEvent, at: Steps) -> Any:
         text, tag, is_bare = event.value, event.tag, event.implicit[0]
         if "$" in text or not text.isascii():
             for slip, told in SLIPS.items():
@@ -8664,9 +8665,10 @@ class Upstreams:
         self._healths: dict[tuple[str, str, str | None, bool], Health] = {}
         self._choices: dict[tuple[UpstreamConfig, bool], tuple[Choice, ...]] = {}
         self.suspects: dict[Health, Choice] = {}  # whose list of models would tell whether its API key is good
+        self.on_trip: Callable[[Choice, Cooldown], None] = lambda choice, cooldown: None
+        self.on_recovery: Callable[[Choice], None] = lambda choice: None
         self._queues: OrderedDict[Wanted, WaitQueue[Seeker]] = OrderedDict()  # by whom they may be sent to
         self._later: list[Seeker] = []  # who may not be sent anywhere yet, the first first
-        self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome, since the start
 
     # Who is asked
 
@@ -8892,7 +8894,7 @@ class Upstreams:
             for cooldown in ticket.trials:
                 cooldown.close()
             ticket.trials = []
-            log.info("upstream %s answers again", ticket.choice)
+            self.on_recovery(ticket.choice)
             self.wake()
 
     def finished(self, ticket: Ticket) -> None:
@@ -9005,25 +9007,9 @@ class Upstreams:
     def _cool_down(
         self, choice: Choice, health: Health, case: str, seconds: float, whom: Whom, is_said: bool = False
     ) -> None:
-        health.cool_down(Cooldown(health, whom, case, seconds, is_said, self._clock), self._clock.monotonic())
-        whose = f"the calls of {whom.user} only, for " if whom.user else ""
-        if whom.model:
-            whose = f"{printable(whom.model)} only, for "
-        if case in REFUSED_KEY:
-            log.error(
-                "upstream %s: its API key is left alone for %s%.0f m: %s, %s. Put a good one into the config; "
-                "when it is good again: %s upstream reset %s",
-                choice,
-                whose,
-                seconds / 60,
-                case,
-                VERDICT_MEANINGS[case].partition(":")[0],
-                PROGRAM,
-                choice.upstream.name,
-            )
-        else:
-            text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
-            log.warning(text, choice, whose, seconds, case, health.failures)
+        cooldown = Cooldown(health, whom, case, seconds, is_said, self._clock)
+        health.cool_down(cooldown, self._clock.monotonic())
+        self.on_trip(choice, cooldown)
 
     # What people ask and say
 
@@ -9712,7 +9698,6 @@ class Exchange:
             last = self.attempts[-1]
             last.outcome, last.ms = outcome, round((self.clock() - self._tried_at) * 1e3, 1)
             self.stale += outcome == STALE_CONNECTION
-            self._relay.upstreams.attempts[last.upstream, outcome] += 1
 
     @property
     def tries(self) -> int:
@@ -10265,7 +10250,284 @@ class Relay:
 
 # === Floor D. House: one running gateway ============================================
 
-# --- 16. Metrics: counters for Prometheus -----------------------------------------
+# --- 16. Events: what happened, announced once ------------------------------------
+
+# Whoever does something says so once, and does not know who wants to hear it: it emits an event. Whoever wants to hear
+# it is a listener: a function of the event, registered for the event's type (`Events.listen`). The metrics and the log
+# are listeners; an alert, a hook or a live page is one more. The road and the books know no events: they have a
+# callback for what the house announces.
+#
+# `Events.emit` calls the listeners at once, one after the other, on the event loop. A call's answer waits for them: a
+# listener adds up a few numbers, or puts what it needs into a bounded queue of its own, and never waits. A bug in one
+# is counted and logged, and the listeners after it are called all the same.
+#
+# An event carries the objects that it is about, not copies of their fields, and no listener changes them.
+#
+# Example: a call's first attempt failed, as those of two calls before, and its second one was answered.
+#
+#     UpstreamTripped(choice, cooldown)    the log: "upstream a is left alone for 10.0 s: 529, 3 in a row"
+#     CallEnded(call, entry, attempts)     the metrics add up; the log: "req_…: alice (…4f2a) /v1/messages …: 200 …"
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """Something that happened."""
+
+
+class CallEnded(Event, frozen=True, gc=False):
+    """An admitted call has ended, and the ledger has its entry. `Limits.standings` of its key is up to date."""
+
+    call: Call
+    entry: Entry
+    attempts: list[AttemptEntry]  # the entry's
+
+
+class AttemptDiscarded(Event, frozen=True, gc=False):
+    """An attempt was billed and its answer thrown away, for another attempt of its call was made."""
+
+    call: Call
+    entry: Discarded
+
+
+class CallRefused(Event, frozen=True, gc=False):
+    """A call was refused after its body had been read, and no upstream was asked."""
+
+    call: Call
+    error: GatewayError
+
+
+class RequestRefused(Event, frozen=True, gc=False):
+    """A request was refused while it was read. `key` is the name of a good key that it has shown, else ""."""
+
+    id: str
+    address: str
+    key: str
+    error: GatewayError
+
+
+class ConnectionRefused(Event, frozen=True, gc=False):
+    """A connection was closed for want of room; the reason is one of `Door.WHY`."""
+
+    reason: str
+
+
+class UpstreamTripped(Event, frozen=True, gc=False):
+    """An upstream, or one of its API keys, has a cooldown."""
+
+    choice: Choice
+    cooldown: Cooldown
+
+
+class UpstreamRecovered(Event, frozen=True, gc=False):
+    """An upstream answers again after a cooldown."""
+
+    choice: Choice
+
+
+class ConfigLoaded(Event, frozen=True, gc=False):
+    """A new snapshot has taken the place of the one before."""
+
+    before: Config
+    config: Config
+
+
+class ConfigRefused(Event, frozen=True, gc=False):
+    """config.yaml has a mistake that it did not have before: the last good snapshot stays."""
+
+    error: ConfigError
+
+
+class ConfigRestored(Event, frozen=True, gc=False):
+    """config.yaml had a mistake, and now is again what was loaded last."""
+
+    config: Config
+
+
+E = TypeVar("E", bound=Event)
+
+
+class Guard:
+    """Runs steps of which one may have a bug: it is counted, its traceback is logged, and the other steps go on.
+
+    What runs four times a second would fail as often: of one step the log has a traceback once a minute.
+    """
+
+    PERIOD_S = 60.0
+
+    def __init__(self, clock: Clock) -> None:
+        self._now = clock.monotonic
+        self._silent_until: dict[str, float] = {}  # by step
+        # By step, since the start; where calls are is in /metrics from the start, with 0.
+        self.failures = Counter({"Gateway.handle": 0, "Relay.run": 0})
+
+    def run(self, step: Callable[..., object], *values: object) -> bool:
+        """Call a step; False if it raised."""
+        try:
+            step(*values)
+        except Exception:  # the edge for all that no call waits for
+            self.record(step.__qualname__)
+            return False
+        return True
+
+    def record(self, step: str) -> None:
+        """Count and log the exception that is being handled."""
+        self.failures[step] += 1
+        if self._now() >= self._silent_until.get(step, 0.0):
+            self._silent_until[step] = self._now() + self.PERIOD_S
+            log.exception("a bug in %s, seen %d times", step, self.failures[step])
+
+
+class Events:
+    """Brings events to those that listen."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._listeners: dict[type[Event], list[Callable[[Any], None]]] = {}
+
+    def listen(self, kind: type[E], listener: Callable[[E], None]) -> None:
+        """Have `listener` called with each event of a type, after those that are registered already."""
+        self._listeners.setdefault(kind, []).append(listener)
+
+    def emit(self, event: Event) -> None:
+        """Call the listeners of an event. Never raises."""
+        for listener in self._listeners.get(type(event), ()):
+            try:
+                listener(event)
+            except Exception:  # a listener's bug is no bug of what it listens to
+                self._guard.record(listener.__qualname__)
+
+
+class EventLog:
+    """Writes the log's lines of events."""
+
+    def __init__(self, events: Events) -> None:
+        self.write: Callable[[str], None] = functools.partial(log.info, "%s")  # the line of a call
+        events.listen(CallEnded, self.call_ended)
+        events.listen(CallRefused, self.call_refused)
+        events.listen(UpstreamTripped, self.upstream_tripped)
+        events.listen(UpstreamRecovered, self.upstream_recovered)
+        events.listen(ConfigLoaded, self.config_loaded)
+        events.listen(ConfigRefused, self.config_refused)
+        events.listen(ConfigRestored, self.config_restored)
+
+    def call_ended(self, event: CallEnded) -> None:
+        """Write one line for the call."""
+        call, entry = event.call, event.entry
+        input_tokens = (
+            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
+        )
+        more = f", {len(event.attempts)} attempts" if len(event.attempts) > 1 else ""
+        self.write(
+            f"{entry.request_id}: {call.key} {entry.path} {entry.model} by {entry.upstream or 'nobody'}: "
+            f"{entry.status} {entry.outcome} in {input_tokens} out {entry.output_tokens} ${entry.cost_usd:.6f} "
+            f"{entry.duration_ms:.0f} ms{more}"
+        )
+
+    @staticmethod
+    def call_refused(event: CallRefused) -> None:
+        """Write one line for the call."""
+        call, error = event.call, event.error
+        text = "%s: %s %s %s refused: %d %s"
+        log.info(text, call.id, call.key, call.route.path, call.model, error.status, error.message)
+
+    @staticmethod
+    def upstream_tripped(event: UpstreamTripped) -> None:
+        """Say for how long it is not asked, for whose calls, and why."""
+        choice, cooldown = event.choice, event.cooldown
+        seconds = cooldown.until_time - cooldown.since
+        whose = f"the calls of {cooldown.whom.user} only, for " if cooldown.whom.user else ""
+        if cooldown.whom.model:
+            whose = f"{printable(cooldown.whom.model)} only, for "
+        if cooldown.why in REFUSED_KEY:
+            log.error(
+                "upstream %s: its API key is left alone for %s%.0f m: %s, %s. Put a good one into the config; "
+                "when it is good again: %s upstream reset %s",
+                choice,
+                whose,
+                seconds / 60,
+                cooldown.why,
+                VERDICT_MEANINGS[cooldown.why].partition(":")[0],
+                PROGRAM,
+                choice.upstream.name,
+            )
+        else:
+            text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
+            log.warning(text, choice, whose, seconds, cooldown.why, cooldown.health.failures)
+
+    @staticmethod
+    def upstream_recovered(event: UpstreamRecovered) -> None:
+        """Say that it answers again."""
+        log.info("upstream %s answers again", event.choice)
+
+    @staticmethod
+    def config_loaded(event: ConfigLoaded) -> None:
+        """Repeat the warnings that are new, and name what takes a restart."""
+        before, config = event.before, event.config
+        for warning in config.warnings:
+            if warning not in before.warnings:
+                log.warning("config: %s", warning)
+        for name, old, new in (
+            ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
+            ("usage.directory", before.usage_directory, config.usage_directory),
+            ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
+        ):
+            if old != new:
+                log.warning("config: %s changed; that takes a restart", name)
+        log.info("config %s loaded", config.digest)
+
+    @staticmethod
+    def config_refused(event: ConfigRefused) -> None:
+        """Say what is wrong, and what of it counts all the same."""
+        log.error("config not reloaded, the last good one stays: %s", event.error)
+        if event.error.without_revoked:
+            log.warning("config: the keys that it disables are refused all the same")
+
+    @staticmethod
+    def config_restored(event: ConfigRestored) -> None:
+        """Say that the mistake is gone."""
+        log.info("config %s is there again as it was", event.config.digest)
+
+
+class RefusalLog:
+    """Logs requests that are refused while they are read: the first of each address, key and status in a minute.
+
+    Anybody can be refused as often as they like, without a key. A line for each would fill the disk and push the lines
+    of calls out of the log: the others are counted, here in one line a minute, and all of them in /metrics.
+    """
+
+    PERIOD_S = 60.0
+    LINES = 5  # of one address, key and status in a period …
+    ALL_LINES = 100  # … and of all: so many addresses are remembered at most
+
+    def __init__(self, clock: Clock, events: Events) -> None:
+        events.listen(RequestRefused, self.request_refused)
+        self._now = clock.monotonic
+        self._logged: Counter[tuple[str, str, int]] = Counter()  # lines of this period by address, key and status
+        self._left_out: Counter[int] = Counter()  # refusals of this period without a line, by status
+        self._ends_at = self._now() + self.PERIOD_S
+
+    def request_refused(self, event: RequestRefused) -> None:
+        """Log one refusal, or count it."""
+        self.check()
+        place = (event.address, event.key, event.error.status)
+        if self._logged[place] < self.LINES and self._logged.total() < self.ALL_LINES:
+            self._logged[place] += 1
+            client = f"{event.key} at {event.address}" if event.key else event.address
+            log.info("%s: %s refused: %d %s", event.id, client, event.error.status, event.error.message)
+        else:
+            self._left_out[event.error.status] += 1
+
+    def check(self) -> None:
+        """End a period: log how many had no line."""
+        if self._now() < self._ends_at:
+            return
+        for status, count in self._left_out.items():
+            log.info("%d more requests were refused with %d in the last minute", count, status)
+        self._logged.clear()
+        self._left_out.clear()
+        self._ends_at = self._now() + self.PERIOD_S
+
+
+# --- 17. Metrics: counters for Prometheus -----------------------------------------
 
 HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
 TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
@@ -10281,6 +10543,16 @@ class Spent:
         self.calls = 0
         self.tokens = [0] * len(TOKEN_CLASSES)
         self.cost_usd = 0.0
+
+    def add(self, entry: Entry | Discarded) -> None:
+        """Add the tokens and the cost of a ledger entry."""
+        tokens = self.tokens  # as in TOKEN_CLASSES
+        tokens[0] += entry.input_tokens
+        tokens[1] += entry.output_tokens
+        tokens[2] += entry.cache_write_5m_tokens
+        tokens[3] += entry.cache_write_1h_tokens
+        tokens[4] += entry.cache_read_tokens
+        self.cost_usd += entry.cost_usd
 
 
 class Histogram:
@@ -10309,46 +10581,46 @@ class Metrics:
     Upstreams are told apart, keys of users are not: a series for each would never end, and tell who works when.
     """
 
-    def __init__(self, started_at: float) -> None:
+    def __init__(self, started_at: float, events: Events) -> None:
         self.started_at = started_at  # wall time
-        self.sums: dict[tuple[str, str], Spent] = {}  # by upstream and outcome; of a discarded attempt that is ""
+        self.sums = defaultdict[tuple[str, str], Spent](Spent)  # by upstream and outcome; "" of a discarded attempt
+        self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome
         self.refused: Counter[int] = Counter()  # by status
         self.connections = 0  # open
-        self.connections_refused: Counter[str] = Counter()  # by reason: address, full, oldest
-        # Exceptions that nothing expects, by where they were caught; where calls are from the start, with 0.
-        self.bugs = Counter({"Gateway.handle": 0, "Relay.run": 0})
+        self.connections_refused: Counter[str] = Counter()  # by reason
         self.lost_log_lines: Callable[[], int] = lambda: 0  # whoever writes the log from a thread says more
         self.integrity_problems = 0  # that `check_in_background` found
         self.call_seconds, self.first_byte_seconds = Histogram(), Histogram()
+        events.listen(CallEnded, self.call_ended)
+        events.listen(AttemptDiscarded, self.attempt_discarded)
+        events.listen(CallRefused, self.refused_one)
+        events.listen(RequestRefused, self.refused_one)
+        events.listen(ConnectionRefused, self.connection_refused)
 
-    def book(self, entry: Entry) -> None:
-        """A call has ended."""
-        self._add(entry, entry.outcome).calls += 1
+    def call_ended(self, event: CallEnded) -> None:
+        """Count a call, its attempts, and what it has spent."""
+        entry = event.entry
+        sums = self.sums[entry.upstream, entry.outcome]
+        sums.calls += 1
+        sums.add(entry)
+        for attempt in event.attempts:
+            if attempt.outcome:
+                self.attempts[attempt.upstream, attempt.outcome] += 1
         self.call_seconds.observe(entry.duration_ms / 1e3)
         if entry.first_byte_ms is not None:
             self.first_byte_seconds.observe(entry.first_byte_ms / 1e3)
 
-    def discard(self, line: Discarded) -> None:
-        """An attempt of which the client saw nothing costs tokens and money, and is no call."""
-        self._add(line, "")
+    def attempt_discarded(self, event: AttemptDiscarded) -> None:
+        """Count what an attempt has spent of which the client saw nothing: it is no call."""
+        self.sums[event.entry.upstream, ""].add(event.entry)
 
-    def refuse(self, error: GatewayError) -> None:
-        """A request is turned away, and no upstream was asked."""
-        self.refused[error.status] += 1
+    def refused_one(self, event: CallRefused | RequestRefused) -> None:
+        """Count a refusal."""
+        self.refused[event.error.status] += 1
 
-    def _add(self, line: Entry | Discarded, outcome: str) -> Spent:
-        place = line.upstream, outcome
-        sums = self.sums.get(place)
-        if sums is None:
-            sums = self.sums[place] = Spent()
-        tokens = sums.tokens  # as in TOKEN_CLASSES
-        tokens[0] += line.input_tokens
-        tokens[1] += line.output_tokens
-        tokens[2] += line.cache_write_5m_tokens
-        tokens[3] += line.cache_write_1h_tokens
-        tokens[4] += line.cache_read_tokens
-        sums.cost_usd += line.cost_usd
-        return sums
+    def connection_refused(self, event: ConnectionRefused) -> None:
+        """Count a connection."""
+        self.connections_refused[event.reason] += 1
 
 
 class Series(NamedTuple):
@@ -10364,6 +10636,7 @@ class Scrape(NamedTuple):
     """The gateway as it stands, for one answer to Prometheus: a collector, as prometheus_client has it."""
 
     metrics: Metrics
+    guard: Guard
     relay: Relay
     memory: BodyMemory
     ledger: Ledger
@@ -10440,7 +10713,7 @@ class Scrape(NamedTuple):
             "attempts_total",
             "Attempts that have ended; the outcome is that of the call, or the failure's row in the table of verdicts.",
             ("upstream", "outcome"),
-            self.relay.upstreams.attempts.items(),
+            self.metrics.attempts.items(),
         )
 
     def _upstreams(self) -> Iterator[Series]:
@@ -10507,12 +10780,12 @@ class Scrape(NamedTuple):
             "bugs_total",
             "Exceptions that nothing expects, by where they were caught; the log has their tracebacks.",
             ("where",),
-            [((where,), count) for where, count in self.metrics.bugs.items()],
+            [((where,), count) for where, count in self.guard.failures.items()],
         )
         yield Series("info", "The version.", ("version",), [((VERSION,), 1)])
 
 
-# --- 17. Models: lists of models, and what the keys are good for ------------------
+# --- 18. Models: lists of models, and what the keys are good for ------------------
 
 
 class Collected:
@@ -10655,76 +10928,7 @@ class KeyChecks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-# --- 18. Gateway: owns all state, tells the story ---------------------------------
-
-
-class Guard:
-    """Runs steps of which one may have a bug: it is counted, its traceback is logged, and the other steps go on.
-
-    What runs four times a second would fail as often: of one step the log has a traceback once a minute.
-    """
-
-    PERIOD_S = 60.0
-
-    def __init__(self, clock: Clock, failures: Counter[str]) -> None:
-        self._now = clock.monotonic
-        self._silent_until: dict[str, float] = {}  # by step
-        self.failures = failures  # by step, since the start
-
-    def run(self, step: Callable[..., object], *values: object) -> bool:
-        """Call a step; False if it raised."""
-        try:
-            step(*values)
-        except Exception:  # the edge for all that no call waits for
-            self.record(step.__qualname__)
-            return False
-        return True
-
-    def record(self, step: str) -> None:
-        """Count and log the exception that is being handled."""
-        self.failures[step] += 1
-        if self._now() >= self._silent_until.get(step, 0.0):
-            self._silent_until[step] = self._now() + self.PERIOD_S
-            log.exception("a bug in %s, seen %d times", step, self.failures[step])
-
-
-class RefusalLog:
-    """Logs requests that are refused at the door: the first of each address, key and status in a minute, then a count.
-
-    Anybody can be refused as often as they like, without a key. A line for each would fill the disk and push the lines
-    of calls out of the log. /metrics counts all of them.
-    """
-
-    PERIOD_S = 60.0
-    LINES = 5  # of one address, key and status in a period …
-    ALL_LINES = 100  # … and of all: so many addresses are remembered at most
-
-    def __init__(self, clock: Clock) -> None:
-        self._now = clock.monotonic
-        self._logged: Counter[tuple[str, str, int]] = Counter()  # lines of this period by address, key and status
-        self._left_out: Counter[int] = Counter()  # refusals of this period without a line, by status
-        self._ends_at = self._now() + self.PERIOD_S
-
-    def add(self, address: str, key: str, error: GatewayError, request_id: str) -> None:
-        """Log one refusal, or count it. `key` is a good key's name, else ""."""
-        self.check()
-        place = (address, key, error.status)
-        if self._logged[place] < self.LINES and self._logged.total() < self.ALL_LINES:
-            self._logged[place] += 1
-            client = f"{key} at {address}" if key else address
-            log.info("%s: %s refused: %d %s", request_id, client, error.status, error.message)
-        else:
-            self._left_out[error.status] += 1
-
-    def check(self) -> None:
-        """End a period: log how many had no line."""
-        if self._now() < self._ends_at:
-            return
-        for status, count in self._left_out.items():
-            log.info("%d more requests were refused with %d in the last minute", count, status)
-        self._logged.clear()
-        self._left_out.clear()
-        self._ends_at = self._now() + self.PERIOD_S
+# --- 19. Gateway: owns all state, tells the story ---------------------------------
 
 
 class Turns:
@@ -10772,10 +10976,14 @@ class Gateway:
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
         self.key_checks = KeyChecks(self.relay)
-        self.metrics = Metrics(config.clock.wall())
-        self.guard = Guard(config.clock, self.metrics.bugs)
-        self.refusals = RefusalLog(config.clock)
-        self.tell: Callable[[str], None] = functools.partial(log.info, "%s")  # the log's line of a call
+        self.guard = Guard(config.clock)
+        self.events = Events(self.guard)
+        self.emit = self.events.emit
+        self.metrics = Metrics(config.clock.wall(), self.events)
+        self.log = EventLog(self.events)
+        self.refusals = RefusalLog(config.clock, self.events)
+        self.relay.upstreams.on_trip = lambda *facts: self.emit(UpstreamTripped(*facts))
+        self.relay.upstreams.on_recovery = lambda choice: self.emit(UpstreamRecovered(choice))
         self.loaded_at = config.clock.wall()
         self.reload_failed_at: float | None = None
         self.reload_error = ""
@@ -10894,10 +11102,7 @@ class Gateway:
 
     def refuse(self, call: Call, sink: Sink, error: GatewayError) -> None:
         """Turn a call away before it cost anything: a line in the log, none in the ledger."""
-        self.metrics.refuse(error)
-        log.info(
-            "%s: %s %s %s refused: %d %s", call.id, call.key, call.route.path, call.model, error.status, error.message
-        )
+        self.emit(CallRefused(call, error))
         sink.refuse(error, call.route.api, call.id)
 
     def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
@@ -10933,21 +11138,15 @@ class Gateway:
                 thrown_away = self._entry(exchange, attempt, Outcome(tried))
                 line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
                 self.ledger.append(line)
-                self.metrics.discard(line)
+                self.emit(AttemptDiscarded(exchange.call, line))
         exchange.is_written = True
         self.ledger.append(entry)
-        self.metrics.book(entry)
-        input_tokens = (
-            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
-        )
         if exchange.attempt and exchange.attempt.meter.seen_input:
+            input_tokens = (
+                entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
+            )
             self.limits.ratios.learn(exchange.call, input_tokens)
-        more = f", {len(exchange.attempts)} attempts" if len(exchange.attempts) > 1 else ""
-        self.tell(
-            f"{entry.request_id}: {exchange.call.key} {entry.path} {entry.model} by {entry.upstream or 'nobody'}: "
-            f"{entry.status} {entry.outcome} in {input_tokens} out {entry.output_tokens} ${entry.cost_usd:.6f} "
-            f"{entry.duration_ms:.0f} ms{more}"
-        )
+        self.emit(CallEnded(exchange.call, entry, exchange.attempts))
 
     def _believed(self, call: Call, attempt: Attempt, usage: Usage, served: str) -> tuple[Usage, Bill]:
         """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
@@ -11079,10 +11278,9 @@ class Gateway:
                 # In a thread: ten thousand keys take two seconds, and streams go on meanwhile.
                 config = await asyncio.to_thread(self._read_config, is_asked)
             except ConfigError as error:
-                if str(error) != self.reload_error:
-                    log.error("config not reloaded, the last good one stays: %s", error)
+                if str(error) != self.reload_error or error.without_revoked:
+                    self.emit(ConfigRefused(error))
                 if error.without_revoked:
-                    log.warning("config: the keys that it disables are refused all the same")
                     self.config = error.without_revoked
                     self.limits.reload(self.config)
                     self.relay.upstreams.refuse_keys(self.config)
@@ -11095,7 +11293,7 @@ class Gateway:
                 return False
             if config is None:
                 if self.reload_error:
-                    log.info("config %s is there again as it was", self.config.digest)
+                    self.emit(ConfigRestored(self.config))
                 self.reload_error, self.reload_failed_at = "", None
                 return False
             self._take(config)
@@ -11120,17 +11318,7 @@ class Gateway:
         self.memory.total = config.body_memory
         self.relay.upstreams.refuse_keys(config)
         self.limits.reload(config)  # a higher limit lets those in that wait
-        for warning in config.warnings:
-            if warning not in before.warnings:
-                log.warning("config: %s", warning)
-        for name, old, new in (
-            ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
-            ("usage.directory", before.usage_directory, config.usage_directory),
-            ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
-        ):
-            if old != new:
-                log.warning("config: %s changed; that takes a restart", name)
-        log.info("config %s loaded", config.digest)
+        self.emit(ConfigLoaded(before, config))
 
     def health(self) -> dict[str, Any]:
         """What /health says: no secrets, and of names only the upstreams'."""
@@ -11165,7 +11353,7 @@ class Gateway:
         if not address_in(address, self.config.metrics_from):
             raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
         present = (self.config, self.loaded_at, self.reload_failed_at)
-        return Scrape(self.metrics, self.relay, self.memory, self.ledger, *present).text()
+        return Scrape(self.metrics, self.guard, self.relay, self.memory, self.ledger, *present).text()
 
     def tick(self, stood_s: float = 0.0) -> None:
         """Look at deadlines and at the ledger; to be called often. `stood_s`: so long the loop stood still before."""
@@ -11205,7 +11393,7 @@ class Gateway:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-# --- 19. Actions: what a command, a request or the page changes -------------------
+# --- 20. Actions: what a command, a request or the page changes -------------------
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
@@ -11486,7 +11674,7 @@ class SealSecrets(msgspec.Struct, frozen=True, tag="seal"):
         return Sealed(places, made)
 
 
-# --- 20. Backup: copied at one moment, checked, put back --------------------------
+# --- 21. Backup: copied at one moment, checked, put back --------------------------
 
 
 class Manifest(msgspec.Struct):
@@ -11662,7 +11850,7 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
-# --- 21. Integrity: installed files against their lists ---------------------------
+# --- 22. Integrity: installed files against their lists ---------------------------
 
 # In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
 # runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
@@ -11818,7 +12006,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 
 # === Floor E. Doors: how the outside gets in ========================================
 
-# --- 22. Front door: clients' connections, no policy ------------------------------
+# --- 23. Front door: clients' connections, no policy ------------------------------
 
 
 class State(enum.Enum):
@@ -12273,7 +12461,7 @@ class ClientConnection(asyncio.Protocol):
         if call.reservation.waiter:
             # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
             call.reservation.waiter.turn.add_done_callback(self._end_wait)
-        else:
+        elif expects:
             self._continue()
         return call
 
@@ -12284,15 +12472,14 @@ class ClientConnection(asyncio.Protocol):
             refusal = turn.result()
             if isinstance(refusal, GatewayError):
                 self._reject(refusal)
-            else:
+            elif self._owes_continue:
                 self._continue()
 
     def _continue(self) -> None:
-        """Ask for the body, where the client waits to be asked."""
-        if self._owes_continue:
-            self._owes_continue = False
-            self._active_at = self._entered_at = self._door.now()
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        """Ask for the body."""
+        self._owes_continue = False
+        self._active_at = self._entered_at = self._door.now()
+        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _forget_call(self) -> None:
         """Give back what a call holds whose body will not come."""
@@ -12306,12 +12493,11 @@ class ClientConnection(asyncio.Protocol):
         self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
-        gateway.metrics.refuse(error)
         named = self._named or first_values(self._headers)  # where the head is not whole
         address, key = gateway.client_address(self._headers, named, self.peer), ""
         with contextlib.suppress(GatewayError):
             key = gateway.config.keys.find(credentials(self._headers, named)).name
-        gateway.refusals.add(address, key, error, request_id)
+        gateway.emit(RequestRefused(request_id, address, key, error))
         self._keep_alive = False
         self.refuse(error, api, request_id)
 
@@ -12529,7 +12715,7 @@ class Door:
             elif surplus := self._surplus():
                 self._give_up(surplus, "key")
             else:
-                self.gateway.metrics.connections_refused["full"] += 1
+                self.gateway.emit(ConnectionRefused("full"))
                 return False
         self._count(connection, network)
         return True
@@ -12544,7 +12730,7 @@ class Door:
 
     def _give_up(self, stranger: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
-        self.gateway.metrics.connections_refused[why] += 1
+        self.gateway.emit(ConnectionRefused(why))
         self.leave(stranger)
         stranger.give_up()
 
@@ -12629,7 +12815,7 @@ class Door:
         self.hangups.close()
 
 
-# --- 23. API: the gateway's own pages ---------------------------------------------
+# --- 24. API: the gateway's own pages ---------------------------------------------
 
 
 class GatewayHandler(tornado.web.RequestHandler):
@@ -12895,7 +13081,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 24. Server: process, signals, watcher, logging -------------------------------
+# --- 25. Server: process, signals, watcher, logging -------------------------------
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -13292,7 +13478,7 @@ async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
     server = Server(config)
     server.gateway.metrics.lost_log_lines = lambda: log_writer.lost
     if log.isEnabledFor(logging.INFO):
-        server.gateway.tell = log_writer.tell
+        server.gateway.log.write = log_writer.tell
     port = await server.start()
     check_in_background(server.gateway.metrics, sys.path, INTEGRITY_LIST)
     for warning in config.warnings:
@@ -13315,7 +13501,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 25. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 26. Command line: arguments to actions to text, JSON, CSV ------------------------
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.

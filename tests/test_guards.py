@@ -1,4 +1,4 @@
-"""Bugs of ours: one step, one call, one tick with a bug ends nothing else (sections 9 and 11)."""
+"""Bugs of ours: one step, one call, one tick with a bug ends nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_bug_in_one_tick_ends_no_other_deadline(gateway, upstream, caplo
 
     for _ in range(40):
         gateway.tick(0.25)
-    first, failures = tracebacks(caplog), gateway.gateway.metrics.bugs[where]
+    first, failures = tracebacks(caplog), gateway.gateway.guard.failures[where]
     gateway.tick(51)
     second = tracebacks(caplog)
     setattr(part, name, sound)
@@ -148,7 +148,7 @@ async def test_a_bug_in_reading_an_upstream_is_blamed_on_nobody(gateway, upstrea
 
     broken = await gateway.post("/v1/messages", body)
     await gateway.settled()
-    bugs = gateway.gateway.metrics.bugs.total()
+    bugs = gateway.gateway.guard.failures.total()
     upstream.script = hello_json()
     sound = await gateway.post("/v1/messages", HELLO)
     await gateway.settled()
@@ -182,7 +182,7 @@ async def test_a_bug_in_the_middle_of_a_stream_cuts_it(gateway, upstream):
     await gateway.settled()
 
     assert gateway.entries()[-1]["outcome"] == "internal_error"
-    assert gateway.gateway.metrics.bugs.total() == 1
+    assert gateway.gateway.guard.failures.total() == 1
     assert gateway.gateway.relay.upstreams.ready_in(exchange.call, set()) == 0
 
 

@@ -1,4 +1,4 @@
-"""HTTP as other clients speak it: upgrades, hosts, versions, dates, methods, half-closed connections (section 12)."""
+"""HTTP as other clients speak it: upgrades, hosts, versions, dates, methods, half-closed connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log: a reader that does not read stops nothing, and strangers cannot fill it (sections 11 and 14)."""
+"""The log: a reader that does not read stops nothing, and strangers cannot fill it."""
 
 from __future__ import annotations
 
@@ -264,10 +264,11 @@ def test_many_addresses_take_neither_memory_nor_the_log(clock, caplog):
     A hundred lines a minute for all addresses together; no more of them are remembered.
     """
     caplog.set_level(logging.INFO)
-    refusals = g.RefusalLog(clock.clock)
+    events = g.Events(g.Guard(clock.clock))
+    refusals = g.RefusalLog(clock.clock, events)
 
     for i in range(10_000):
-        refusals.add(f"2001:db8::{i:x}", "", g.KeyRefused("unknown"), "req_1")
+        events.emit(g.RequestRefused("req_1", f"2001:db8::{i:x}", "", g.KeyRefused("unknown")))
     clock.advance(60)
     refusals.check()
 

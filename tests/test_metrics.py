@@ -1,4 +1,4 @@
-"""What Prometheus reads from /metrics: what was counted, how things stand, and who may know (sections 10 to 12)."""
+"""What Prometheus reads from /metrics: what was counted, how things stand, and who may know."""
 
 from __future__ import annotations
 
@@ -359,3 +359,29 @@ async def test_connections_are_counted_and_those_refused(start_gateway):
     assert number(reply, "connections") == 2  # the scrape's own, in place of the oldest
     assert numbers(reply, "connections_refused_total", "why") == {("oldest",): 1}
     assert await idle[0].is_closed()
+
+
+@pytest.mark.logs("a bug in ")
+async def test_a_listener_with_a_bug_keeps_no_event_from_the_others(gateway, upstream, caplog):
+    """
+    The call is answered, booked and counted; the log has one traceback, and /metrics each failure.
+    """
+
+    def broken(event: g.CallEnded) -> None:
+        raise ValueError("a bug")
+
+    heard: list[g.CallEnded] = []
+    gateway.gateway.events.listen(g.CallEnded, broken)
+    gateway.gateway.events.listen(g.CallEnded, heard.append)
+    upstream.script = hello_json()
+
+    statuses = [(await gateway.post("/v1/messages", HELLO)).status for _ in range(3)]
+    reply = await gateway.get("/metrics")
+
+    assert statuses == [200] * 3
+    assert [(event.call.key.name, event.entry.input_tokens, len(event.attempts)) for event in heard] == [
+        ("alice", 12, 1)
+    ] * 3
+    assert numbers(reply, "calls_total", "upstream", "outcome") == {("main", "completed"): 3}
+    assert [count for (where,), count in numbers(reply, "bugs_total", "where").items() if "broken" in where] == [3]
+    assert sum(1 for record in caplog.records if record.exc_info) == 1

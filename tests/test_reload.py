@@ -1,4 +1,4 @@
-"""Hot reload: a save is live, whatever way it reaches the disk; a bad file changes nothing (section 11)."""
+"""Hot reload: a save is live, whatever way it reaches the disk; a bad file changes nothing."""
 
 from __future__ import annotations
 
