@@ -251,7 +251,7 @@ def test_what_is_foreign_is_named_once(site):
 
 def check_at_the_start(site: Site) -> g.Metrics:
     """Compare as the start does; the metrics when the thread has ended."""
-    metrics = g.Metrics(0.0)
+    metrics = g.Metrics(0.0, g.Events(g.Guard(g.Clock())))
     g.check_in_background(metrics, [str(site.folder)], site.list)
     for thread in threading.enumerate():
         if thread.name == "integrity":
