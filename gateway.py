@@ -5504,14 +5504,6 @@ class Limits:
 
 # --- 9. Wire: heads, header rules, events, no I/O ---------------------------------
 
-# Requests that clients make on their own and that need no upstream (CLIENT.md).
-LOCAL_ROUTES = {
-    (b"HEAD", "/"),
-    (b"HEAD", "/api/hello"),
-    (b"GET", "/api/hello"),
-    (b"POST", "/api/event_logging/batch"),
-}
-
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
     b"transfer-encoding upgrade".split()
@@ -10931,6 +10923,17 @@ class KeyChecks:
 # --- 19. Gateway: owns all state, tells the story ---------------------------------
 
 
+Role = Literal["anyone", "scraper", "key"]  # a scraper has an address in server.metrics_from
+
+
+class Principal(NamedTuple):
+    """Who asks: the role that was checked, the client's address, and the key that it has shown for it."""
+
+    role: Role
+    address: str
+    key: Key | None = None
+
+
 class Turns:
     """Who reads the books: one request of a key at a time, and AT_ONCE of all keys. The others wait, in order.
 
@@ -11007,6 +11010,16 @@ class Gateway:
         key = self.config.keys.find(credentials(headers, named))
         key.check(address, self.clock.wall())
         return key, address
+
+    def identify(self, role: Role, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> Principal:
+        """Who sends a request that takes a role. Raises GatewayError where they do not have it."""
+        if role == "key":
+            key, address = self.authenticate(headers, named, peer)
+            return Principal(role, address, key)
+        address = self.client_address(headers, named, peer)
+        if role == "scraper" and not address_in(address, self.config.metrics_from):
+            raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
+        return Principal(role, address)
 
     def client_address(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> str:
         """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs.
@@ -11347,11 +11360,8 @@ class Gateway:
             "upstreams": self.relay.upstreams.report(self.config.upstreams),
         }
 
-    def scrape(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> bytes:
-        """What /metrics says to those who may read it. Raises KeyForbidden."""
-        address = self.client_address(headers, named, peer)
-        if not address_in(address, self.config.metrics_from):
-            raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
+    def scrape(self) -> bytes:
+        """What /metrics says."""
         present = (self.config, self.loaded_at, self.reload_failed_at)
         return Scrape(self.metrics, self.guard, self.relay, self.memory, self.ledger, *present).text()
 
@@ -12083,22 +12093,25 @@ class Bridge(tornado.httputil.HTTPConnection):
 
     protocol = "http"
 
-    def __init__(self, client: ClientConnection, origin: tuple[Headers, Mapping[bytes, bytes], str]) -> None:
+    def __init__(self, client: ClientConnection, path: str, origin: tuple[Headers, Mapping[bytes, bytes], str]) -> None:
         self._client = client
+        self.path = path  # as `normalize_target` writes it
         self.origin = origin  # the headers, their first values, and the peer's address: what tells who asks
         self.context = self  # where Tornado looks for the next two
         self.remote_ip = origin[2]
         self._left: Callable[[], None] | None = None
         self._status, self._headers, self._body = 0, tornado.httputil.HTTPHeaders(), b""
 
-    def ask(self, application: tornado.web.Application, method: bytes, path: str, query: bytes) -> None:
+    def ask(self, application: tornado.web.Application, method: bytes, query: bytes) -> None:
         """Have a request handled. Raises HTTPInputError where Tornado cannot read it."""
         headers = tornado.httputil.HTTPHeaders()
         for name, value in self.origin[0]:
             if not name.lower().startswith(b"content-"):  # the body has been thrown away
                 headers.add(name.decode("latin-1"), value.decode("latin-1"))
         headers.setdefault("Host", "")  # HTTP/1.0
-        target = urllib.parse.quote(path) + ("?" + query.decode("latin-1")) * bool(query)
+        target = urllib.parse.quote(self.path)
+        if query:
+            target += "?" + query.decode("latin-1")
         line = tornado.httputil.RequestStartLine(method.decode(), target, "HTTP/1.1")
         application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
 
@@ -12170,6 +12183,7 @@ class ClientConnection(asyncio.Protocol):
         self._tail = b""  # the end of a part of a head, in which the head's end may begin
         self._is_too_large = False  # the head
         self._target = b""
+        self._path, self._query = "", b""  # of a target that is whole
         self._headers: Headers = []
         self._named: dict[bytes, bytes] = {}  # their first values
         self._version = "1.1"
@@ -12245,12 +12259,9 @@ class ClientConnection(asyncio.Protocol):
         if self.transport.get_write_buffer_size():
             return self._close()  # the client does not read its last answer
         self._state = State.ANSWERING
-        path, query = normalize_target(self._target)
-        if (self._method, path) in LOCAL_ROUTES:
-            return self._respond(200, [("content-type", "application/json")], b"{}")
-        self._bridge = Bridge(self, (self._headers, self._named, self.peer))
+        self._bridge = Bridge(self, self._path, (self._headers, self._named, self.peer))
         try:
-            self._bridge.ask(self._door.application, self._method, path, query)
+            self._bridge.ask(self._door.application, self._method, self._query)
         except tornado.httputil.HTTPInputError:
             self._reject(BadRequest("The query or a header cannot be read: expected at most 1,000 fields, in UTF-8."))
         return None
@@ -12345,6 +12356,7 @@ class ClientConnection(asyncio.Protocol):
             self._state, self._may_begin, self._is_whole = State.HEAD, False, False
             self._entered_at = self._active_at
             self._target, self._headers, self._body, self._body_size = b"", [], b"", 0
+            self._path = ""
             self._named = {}
         else:
             self._pipelined, self._keep_alive = True, False
@@ -12371,14 +12383,14 @@ class ClientConnection(asyncio.Protocol):
         except GatewayError as error:
             return self._reject(error)
         self._bodiless = self._wire_size = 0
-        path, query = normalize_target(self._target)
-        route = ROUTES.get(path) if method == b"POST" else None
+        self._path, self._query = normalize_target(self._target)
+        route = ROUTES.get(self._path) if method == b"POST" else None
         self._state = State.BODY
         self._entered_at = self._active_at
         expects = self._version == "1.1" and self._named.get(b"expect", b"").lower() == b"100-continue"
         try:
             if route:
-                self._call = self._accept(route, query, expects)
+                self._call = self._accept(route, expects)
             elif int(self._named.get(b"content-length", 0)) > self.MAX_LOCAL_BODY:
                 raise too_large(self.MAX_LOCAL_BODY)
             elif expects:  # no handler wants a body, so none is asked for
@@ -12435,7 +12447,7 @@ class ClientConnection(asyncio.Protocol):
 
     # Steps of a request
 
-    def _accept(self, route: Route, query: bytes, expects: bool) -> Call:
+    def _accept(self, route: Route, expects: bool) -> Call:
         """Check what the head suffices for; only then is the body wanted (`expects`: and asked for)."""
         gateway, named = self._door.gateway, self._named
         key, address = gateway.authenticate(self._headers, named, self.peer)
@@ -12455,7 +12467,7 @@ class ClientConnection(asyncio.Protocol):
         length = int(named.get(b"content-length", 0))
         if length > config.server.max_body:
             raise too_large(config.server.max_body)
-        call = Call(config, key, route, query, self._headers, address, named)
+        call = Call(config, key, route, self._query, self._headers, address, named)
         gateway.enter(call, length, expects)
         self._owes_continue = expects
         if call.reservation.waiter:
@@ -12489,7 +12501,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _reject(self, error: GatewayError) -> None:
         """Refuse without reading on: answer at once in the format of the path, then leave."""
-        api = api_of(normalize_target(self._target[: self.MAX_TARGET])[0])  # a target may be a whole head long
+        api = api_of(self._path or normalize_target(self._target[: self.MAX_TARGET])[0])  # the head may not be whole
         self._forget_call()
         request_id = "req_" + secrets.token_hex(12)
         gateway = self._door.gateway
@@ -12818,40 +12830,229 @@ class Door:
 # --- 24. API: the gateway's own pages ---------------------------------------------
 
 
-class GatewayHandler(tornado.web.RequestHandler):
-    """What the handlers behind Tornado share: JSON, and errors in the client's format."""
+# What is served, and to whom, is one table: ENDPOINTS. `PageRequest.prepare` finds the row of a request by its path and
+# method, has `Gateway.identify` check that whoever asks has the row's role, calls the row's function, and sends what it
+# returns: text as it is, anything else as JSON. Calls have rows, too, for their methods and roles; the front door hands
+# them to the relay itself, because Tornado would cost them 100 µs. A new page is a row and a function.
+
+
+class Endpoint(NamedTuple):
+    """What is served under a method and a path. A GET answers HEAD, too; a `*` at a path's end stands for any name."""
+
+    method: str
+    path: str  # as `normalize_target` writes it
+    role: Role
+    answer: Callable[[PageRequest], Awaitable[object]] | None  # None: the relay's
+    summary: str
+
+
+async def say_nothing(request: PageRequest) -> object:
+    """An empty object, for what clients send on their own."""
+    return {}
+
+
+async def show_health(request: PageRequest) -> object:
+    """How the gateway is, with 503 while calls cannot be answered."""
+    health = request.gateway.health()
+    request.set_status(200 if health["ready"] else 503)
+    return health
+
+
+async def show_life(request: PageRequest) -> object:
+    """That this process answers; what a restart does not help against is /health's matter."""
+    return {"live": True}
+
+
+async def show_metrics(request: PageRequest) -> object:
+    """What Prometheus reads."""
+    request.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+    return request.gateway.scrape()
+
+
+def model_row(model: ListedModel) -> dict[str, Any]:
+    """One model, with the fields of Anthropic's and of OpenAI's lists."""
+    return {
+        "type": "model",
+        "object": "model",
+        "id": model.id,
+        "display_name": model.display_name or model.id,
+        "created_at": model.created_at,
+        "created": model.created,
+        "owned_by": "gateway",
+    }
+
+
+async def list_models(request: PageRequest) -> object:
+    """What the key may use, in a shape that both APIs' clients read."""
+    models = await request.gateway.models.of(request.gateway.config, request.key)
+    first, last = (models[0].id, models[-1].id) if models else (None, None)
+    rows = [model_row(model) for model in models]
+    return {"object": "list", "data": rows, "has_more": False, "first_id": first, "last_id": last}
+
+
+async def show_model(request: PageRequest) -> object:
+    """One of these models. Raises NotFound."""
+    name = request.path.removeprefix("/v1/models/")
+    for model in await request.gateway.models.of(request.gateway.config, request.key):
+        if model.id == name:
+            return model_row(model)
+    raise NotFound(f"There is no model {name!r} for this key.")
+
+
+async def show_usage(request: PageRequest) -> object:
+    """How the limits of the key stand, and what it spent today and this month; a line of text with `format=line`."""
+    if request.is_line:
+        return request.gateway.usage_line(request.key) + "\n"
+    if request.get_query_argument("format", "json") != "json":
+        raise BadRequest("format: expected json or line")
+    return request.gateway.usage_of(request.key)
+
+
+STATS_GROUPS = ("hour", "day", "month", "model")
+LOGS_FILTERS = ("model", "outcome", "session", "upstream", "path")
+MAX_LOGS = 1000  # entries of a page
+
+
+async def show_stats(request: PageRequest) -> object:
+    """`?by=day,model&since=2026-11&until=…`: what the key spent, in groups."""
+    by = list(dict.fromkeys(request.get_query_argument("by", "day").split(",")))
+    if not set(by) <= set(STATS_GROUPS):
+        raise BadRequest(f"by: expected some of {', '.join(STATS_GROUPS)}, separated by commas")
+    since, until = request.read_time("since", ""), request.read_time("until", "9")
+    async with request.gateway.turns.take(request.key.name):
+        if request.has_left:
+            return None
+        totals = await request.gateway.stats_of(request.key, by, since, until)
+    return {"key": request.key.name, "by": by, "timezone": request.gateway.config.server.timezone, "data": totals}
+
+
+async def show_logs(request: PageRequest) -> object:
+    """`?limit=50&model=…`: the key's entries, newest first; `next` is the next page's `before`."""
+    since, until = request.read_time("since", ""), request.read_time("until", "9")
+    filters = {name: request.get_query_argument(name) for name in LOGS_FILTERS if request.get_query_argument(name, "")}
+
+    def wanted(entry: Entry) -> bool:
+        matching = all(getattr(entry, name) == value for name, value in filters.items())
+        return matching and since <= entry.time < until
+
+    limit, before = request.get_query_argument("limit", "50"), request.get_query_argument("before", "")
+    if not re.fullmatch(r"\d{1,4}", limit) or not 1 <= int(limit) <= MAX_LOGS:
+        raise BadRequest(f"limit: expected 1 to {MAX_LOGS}, got {limit[:20]!r}")
+    found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", before or "9999-99:0", re.ASCII)
+    if not found:
+        raise BadRequest("before: expected what the page before this one gave as `next`")
+    async with request.gateway.turns.take(request.key.name):
+        if request.has_left:
+            return None
+        entries = await request.gateway.page_of(request.key, (found[1], int(found[2])), wanted, int(limit))
+    next_page = f"{entries.next[0]}:{entries.next[1]}" if entries.next else None
+    return {"key": request.key.name, "data": entries.entries, "next": next_page}
+
+
+ENDPOINTS = (
+    *(Endpoint("POST", path, "key", None, "A call: relayed to an upstream.") for path in ROUTES),
+    Endpoint("HEAD", "/", "anyone", say_nothing, "Clients warm up their connection."),
+    Endpoint("GET", "/api/hello", "anyone", say_nothing, "Clients warm up their connection."),
+    Endpoint("POST", "/api/event_logging/batch", "anyone", say_nothing, "Claude Code's telemetry: thrown away."),
+    Endpoint("GET", "/health", "anyone", show_health, "200 while calls can be answered, 503 while they cannot."),
+    Endpoint("GET", "/livez", "anyone", show_life, "200 while the process answers."),
+    Endpoint("GET", "/metrics", "scraper", show_metrics, "Metrics for Prometheus."),
+    Endpoint("GET", "/v1/models", "key", list_models, "The models that the key may use."),
+    Endpoint("GET", "/v1/models/*", "key", show_model, "One of these models."),
+    Endpoint("GET", "/v1/usage", "key", show_usage, "How the key's limits stand."),
+    Endpoint("GET", "/api/usage", "key", show_usage, "How the key's limits stand."),
+    Endpoint("GET", "/api/usage/stats", "key", show_stats, "What the key spent, in groups."),
+    Endpoint("GET", "/api/usage/logs", "key", show_logs, "The key's calls, one by one."),
+)
+OF_THE_UPSTREAM_KEY = ("/v1/messages/batches", "/v1/files", "/v1/batches", "/v1/organizations")
+
+
+def find_endpoints(path: str) -> dict[str, Endpoint]:
+    """The endpoints of a path, by method."""
+    found = {}
+    for endpoint in ENDPOINTS:
+        start, star, _ = endpoint.path.partition("*")
+        if path == endpoint.path or (star and path.startswith(start)):
+            found[endpoint.method] = endpoint
+    if "GET" in found:
+        found["HEAD"] = found["GET"]
+    return found
+
+
+class PageRequest(tornado.web.RequestHandler):
+    """One request for an endpoint, as Tornado runs it."""
 
     def initialize(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.has_left = False
+        self.bridge = cast(Bridge, self.request.connection)  # the way to the client's connection
+        self.path = self.bridge.path
+        self.endpoints = find_endpoints(self.path)
+        self.principal = Principal("anyone", self.bridge.remote_ip)
+        self.has_left = False  # the client has gone before it had its answer
+
+    async def prepare(self) -> None:
+        """Answer the request, or raise GatewayError."""
+        endpoint = self.endpoints.get(str(self.request.method))
+        if endpoint is None or endpoint.answer is None:
+            raise self._not_found()
+        self.principal = self.gateway.identify(endpoint.role, *self.bridge.origin)
+        if self.principal.key:
+            self.bridge.recognize(self.principal.key)
+        answer = await endpoint.answer(self)
+        if not isinstance(answer, (str, bytes)):
+            self.set_header("Content-Type", "application/json")
+            answer = msgspec.json.encode(answer)
+        elif "Content-Type" not in self._headers:
+            self._set_text()
+        self.finish(answer)
+
+    def _not_found(self) -> GatewayError:
+        """The error for a path, or a method of it, that is not served; with the reason where one is known."""
+        if self.path.startswith(OF_THE_UPSTREAM_KEY):
+            return NotFound(
+                "Batches and files belong to the upstream's key, not to yours: everyone would see everyone's. "
+                "This gateway does not offer them."
+            )
+        if self.path == "/":
+            return NotFound("This is a gateway; see /health.")
+        if self.endpoints:
+            return MethodNotAllowed(f"{self.path} takes {' and '.join(self.endpoints)}.")
+        return NotFound(f"Nothing is served at {self.path}.")
+
+    @property
+    def key(self) -> Key:
+        """The key of whoever asks for an endpoint with the role `key`."""
+        return cast(Key, self.principal.key)
+
+    @property
+    def is_line(self) -> bool:
+        """Whether a line of text is asked for, for Claude Code's status line; an error is then one, too."""
+        return self.request.arguments.get("format") == [b"line"]
+
+    def read_time(self, name: str, default: str) -> str:
+        """A time in the query, or the beginning of one. Raises BadRequest."""
+        text = self.get_query_argument(name, default)
+        if text != default and not is_time(text):
+            raise BadRequest(f"{name}: expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00")
+        return text
+
+    # What Tornado asks of a handler
 
     def on_connection_close(self) -> None:
-        """The client has gone before it had its answer."""
         self.has_left = True
 
     def set_default_headers(self) -> None:
-        self.clear_header("Server")
+        for name in ("Server", "Content-Type"):
+            self.clear_header(name)
 
     def compute_etag(self) -> None:
         """No etags: what is asked for here changes."""
-
-    @property
-    def path(self) -> str:
-        """The request's path as the table of routes would see it."""
-        return normalize_target((self.request.uri or "/").encode("latin-1"))[0]
-
-    def reply(self, status: int, value: object) -> None:
-        """Answer with JSON."""
-        self.set_status(status)
-        self.set_header("Content-Type", "application/json")
-        self.finish(msgspec.json.encode(value))
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
         if not isinstance(error, GatewayError):
             known = {
                 400: BadRequest("The query cannot be read: expected UTF-8, percent-encoded."),
-                404: NotFound("Nothing is served here."),
                 405: MethodNotAllowed("Not with this method."),
             }
             error = known.get(status_code, GatewayError(INTERNAL_ERROR))
@@ -12860,224 +13061,25 @@ class GatewayHandler(tornado.web.RequestHandler):
         for name, value in error_headers(error, request_id):
             self.set_header(name, value)
         if error.status == MethodNotAllowed.status:
-            self.set_header("Allow", ", ".join(self.methods()))
-        self.finish(self.error_text(error, request_id))
+            self.set_header("Allow", ", ".join(self.endpoints))
+        if self.is_line:
+            self._set_text()
+            self.finish(f"gateway: {error}\n")
+        else:
+            self.finish(error_body(error, api_of(self.path), request_id))
 
-    def error_text(self, error: GatewayError, request_id: str) -> bytes:
-        """An error's body."""
-        return error_body(error, api_of(self.path), request_id)
-
-    def methods(self) -> list[str]:
-        """The methods that the path takes."""
-        return [name for name in self.SUPPORTED_METHODS if name.lower() in vars(type(self))]
+    def _set_text(self) -> None:
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, (GatewayError, tornado.web.HTTPError)):
             log.error("%s %s failed", self.request.method, self.path, exc_info=(typ, value, tb))
 
-    def time(self, name: str, default: str) -> str:
-        """A time in the query, or the beginning of one. Raises BadRequest."""
-        text = self.get_query_argument(name, default)
-        if text != default and not is_time(text):
-            raise BadRequest(f"{name}: expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00")
-        return text
-
-    @property
-    def bridge(self) -> Bridge:
-        """The way to the client's connection."""
-        return cast(Bridge, self.request.connection)
-
-    def authenticate(self) -> Key:
-        """The key of this request; its connection is no stranger's any more. Raises GatewayError."""
-        key = self.gateway.authenticate(*self.bridge.origin)[0]
-        self.bridge.recognize(key)
-        return key
-
-
-class HealthHandler(GatewayHandler):
-    """GET /health: 200 while calls can be answered, 503 while they cannot."""
-
-    def get(self) -> None:
-        health = self.gateway.health()
-        self.reply(200 if health["ready"] else 503, health)
-
-    head = get
-
-
-class LiveHandler(GatewayHandler):
-    """GET /livez: 200 while this process answers; what a restart does not help against is /health's matter."""
-
-    def get(self) -> None:
-        self.reply(200, {"live": True})
-
-    head = get
-
-
-class MetricsHandler(GatewayHandler):
-    """GET /metrics: what Prometheus reads, for the networks of server.metrics_from; no key needed."""
-
-    def get(self) -> None:
-        text = self.gateway.scrape(*self.bridge.origin)
-        self.set_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.finish(text)
-
-    head = get
-
-
-class ModelsHandler(GatewayHandler):
-    """GET /v1/models and /v1/models/ID: what the key may use, in a shape that both APIs' clients read."""
-
-    async def get(self, model_id: str = "") -> None:
-        key = self.authenticate()
-        models = [self.shape(model) for model in await self.gateway.models.of(self.gateway.config, key)]
-        if not model_id:
-            first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
-            return self.reply(
-                200, {"object": "list", "data": models, "has_more": False, "first_id": first, "last_id": last}
-            )
-        found = next((model for model in models if model["id"] == model_id), None)
-        if found is None:
-            raise NotFound(f"There is no model {model_id!r} for this key.")
-        self.reply(200, found)
-
-    head = get
-
-    @staticmethod
-    def shape(model: ListedModel) -> dict[str, Any]:
-        """One model, with the fields of Anthropic's and of OpenAI's lists."""
-        return {
-            "type": "model",
-            "object": "model",
-            "id": model.id,
-            "display_name": model.display_name or model.id,
-            "created_at": model.created_at,
-            "created": model.created,
-            "owned_by": "gateway",
-        }
-
-
-class UsageHandler(GatewayHandler):
-    """GET /v1/usage, /api/usage: how the limits of the key stand, and what it spent today and this month.
-
-    With `?format=line` the answer, also an error, is a line of text for Claude Code's status line.
-    """
-
-    def get(self) -> None:
-        key = self.authenticate()
-        if self.get_query_argument("format", "json") not in ("json", "line"):
-            raise BadRequest("format: expected json or line")
-        if not self.is_line:
-            return self.reply(200, self.gateway.usage_of(key))
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish(self.gateway.usage_line(key) + "\n")
-
-    @property
-    def is_line(self) -> bool:
-        """Whether a line of text is asked for."""
-        return self.request.arguments.get("format") == [b"line"]
-
-    def error_text(self, error: GatewayError, request_id: str) -> bytes:
-        if not self.is_line:
-            return super().error_text(error, request_id)
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
-        return f"gateway: {error}\n".encode()
-
-
-class StatsHandler(GatewayHandler):
-    """GET /api/usage/stats?by=day,model&since=2026-11&until=…: what the key spent, in groups."""
-
-    GROUPS = ("hour", "day", "month", "model")
-
-    async def get(self) -> None:
-        key = self.authenticate()
-        by = list(dict.fromkeys(self.get_query_argument("by", "day").split(",")))
-        if not set(by) <= set(self.GROUPS):
-            raise BadRequest(f"by: expected some of {', '.join(self.GROUPS)}, separated by commas")
-        since, until = self.time("since", ""), self.time("until", "9")
-        async with self.gateway.turns.take(key.name):
-            if self.has_left:
-                return
-            totals = await self.gateway.stats_of(key, by, since, until)
-        self.reply(200, {"key": key.name, "by": by, "timezone": self.gateway.config.server.timezone, "data": totals})
-
-
-class LogsHandler(GatewayHandler):
-    """GET /api/usage/logs?limit=50&model=…: the key's entries, newest first; `next` is the next page's `before`."""
-
-    FILTERS = ("model", "outcome", "session", "upstream", "path")
-    MAX_COUNT = 1000
-
-    async def get(self) -> None:
-        key = self.authenticate()
-        since, until = self.time("since", ""), self.time("until", "9")
-        filters = {name: self.get_query_argument(name) for name in self.FILTERS if self.get_query_argument(name, "")}
-
-        def wanted(entry: Entry) -> bool:
-            matching = all(getattr(entry, name) == value for name, value in filters.items())
-            return matching and since <= entry.time < until
-
-        before, count = self.before(), self.count()
-        async with self.gateway.turns.take(key.name):
-            if self.has_left:
-                return
-            page = await self.gateway.page_of(key, before, wanted, count)
-        next_page = f"{page.next[0]}:{page.next[1]}" if page.next else None
-        self.reply(200, {"key": key.name, "data": page.entries, "next": next_page})
-
-    def count(self) -> int:
-        """How many entries are asked for."""
-        text = self.get_query_argument("limit", "50")
-        if not re.fullmatch(r"\d{1,4}", text) or not 1 <= int(text) <= self.MAX_COUNT:
-            raise BadRequest(f"limit: expected 1 to {self.MAX_COUNT}, got {text[:20]!r}")
-        return int(text)
-
-    def before(self) -> tuple[str, int]:
-        """Where the page before this one ended."""
-        text = self.get_query_argument("before", "")
-        found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", text, re.ASCII)
-        if text and not found:
-            raise BadRequest("before: expected what the page before this one gave as `next`")
-        return (found[1], int(found[2])) if found else ("9", 0)
-
-
-class OtherHandler(GatewayHandler):
-    """Everything else is refused; where a table knows more, with the reason."""
-
-    BELONGS_TO_THE_UPSTREAM_KEY = ("/v1/messages/batches", "/v1/files", "/v1/batches", "/v1/organizations")
-
-    def prepare(self) -> None:
-        path = self.path
-        if path.startswith(self.BELONGS_TO_THE_UPSTREAM_KEY):
-            raise NotFound(
-                "Batches and files belong to the upstream's key, not to yours: everyone would see everyone's. "
-                "This gateway does not offer them."
-            )
-        if path != "/" and (methods := self.methods()):
-            raise MethodNotAllowed(f"{path} takes {' and '.join(methods)}.")
-        raise NotFound(f"Nothing is served at {path}." if path != "/" else "This is a gateway; see /health.")
-
-    def methods(self) -> list[str]:
-        path = self.path
-        return ["POST"] * (path in ROUTES) + [method.decode() for method, known in LOCAL_ROUTES if known == path]
-
 
 def tornado_application(gateway: Gateway) -> tornado.web.Application:
-    """What is served that is no call, by paths as `normalize_target` writes them."""
-    own = {"gateway": gateway}
+    """What answers every request that is no call."""
     return tornado.web.Application(
-        [
-            (r"/health", HealthHandler, own),
-            (r"/livez", LiveHandler, own),
-            (r"/metrics", MetricsHandler, own),
-            (r"/(?:v1|api)/usage", UsageHandler, own),
-            (r"/api/usage/stats", StatsHandler, own),
-            (r"/api/usage/logs", LogsHandler, own),
-            (r"/v1/models", ModelsHandler, own),
-            (r"/v1/models/(.+)", ModelsHandler, own),
-        ],
-        default_handler_class=OtherHandler,
-        default_handler_args=own,
-        log_function=lambda handler: None,
+        default_handler_class=PageRequest, default_handler_args={"gateway": gateway}, log_function=lambda handler: None
     )
 
 

@@ -229,8 +229,8 @@ async def test_a_date_of_the_upstream_is_kept(gateway, upstream):
         ("PUT", "/metrics", "GET, HEAD"),
         ("POST", "/v1/models", "GET, HEAD"),
         ("DELETE", "/v1/models/claude", "GET, HEAD"),
-        ("POST", "/v1/usage", "GET"),
-        ("POST", "/api/usage/logs", "GET"),
+        ("POST", "/v1/usage", "GET, HEAD"),
+        ("POST", "/api/usage/logs", "GET, HEAD"),
         ("OPTIONS", "/v1/messages", "POST"),
         ("GET", "/api/event_logging/batch", "POST"),
         ("DELETE", "/api/hello", "GET, HEAD"),
@@ -244,6 +244,52 @@ async def test_a_405_says_what_is_allowed(gateway, method, path, allowed):
 
     assert reply.status == 405
     assert set(reply.headers["allow"].split(", ")) == set(allowed.split(", "))
+
+
+@pytest.mark.parametrize(
+    ("credential", "statuses"),
+    [
+        ("none", {"anyone": 200, "scraper": 200, "key": 401}),
+        ("wrong", {"anyone": 200, "scraper": 200, "key": 401}),
+        ("key", {"anyone": 200, "scraper": 200, "key": 200}),
+        ("none, from elsewhere", {"anyone": 200, "scraper": 403, "key": 401}),
+        ("key, from elsewhere", {"anyone": 200, "scraper": 403, "key": 403}),
+    ],
+)
+async def test_who_may_do_what_is_one_table(start_gateway, upstream, credential, statuses):
+    """
+    Each row of the table of endpoints, and the HEAD of each GET, asked with no, a wrong and a good key.
+    """
+    text = config_text(upstream.url).replace("port: 0", "port: 0, trusted_proxies: [127.0.0.1]")
+    openai = f'  - {{name: openai, url: "{upstream.url}", format: openai}}\nkeys:'
+    text = text.replace(f"key: {KEY}", f"key: {KEY}, allow_ips: [127.0.0.1]").replace("keys:", openai)
+    gateway = await start_gateway(text)
+    upstream.script = lambda request: json_body(ANSWERS[request.target.split("?")[0]])
+    token = {"none": "", "wrong": "sk-proxy-wrong", "key": KEY}[credential.partition(",")[0]]
+    headers = {"x_forwarded_for": "203.0.113.9"} if "elsewhere" in credential else {}
+
+    found, expected = {}, {}
+    for endpoint in g.ENDPOINTS:
+        path = endpoint.path.replace("*", "claude-test")
+        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
+            body = BODY if method == "POST" else b""
+            found[method, path] = (await gateway.request(method, path, body, token, **headers)).status
+            expected[method, path] = statuses[endpoint.role]
+
+    assert {endpoint.role for endpoint in g.ENDPOINTS} == set(statuses)
+    assert found == expected
+    assert bool(upstream.requests) == (credential == "key")
+
+
+CHAT = {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": 12}}
+ANSWERS = {
+    "/v1/models": {"data": [{"id": "claude-test"}]},
+    "/v1/messages": {"type": "message", "content": [], "usage": {"input_tokens": 12, "output_tokens": 5}},
+    "/v1/messages/count_tokens": {"input_tokens": 12},
+    "/v1/chat/completions": CHAT,
+    "/v1/responses": {"object": "response", "status": "completed", "usage": {"input_tokens": 12}},
+    "/v1/embeddings": {"object": "list", "data": [], "usage": {"prompt_tokens": 12}},
+}
 
 
 @pytest.mark.parametrize(
