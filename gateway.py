@@ -5598,6 +5598,34 @@ def connection_options(headers: Headers) -> frozenset[bytes]:
     return frozenset(option.strip() for value in named for option in value.split(b","))
 
 
+class UpstreamTarget(NamedTuple):
+    """Where an upstream is, taken from its URL once."""
+
+    host: str
+    port: int
+    tls: bool
+    authority: bytes  # the Host header
+    prefix: bytes  # the URL's path, without a slash at the end
+    proxy: tuple[str, int, str] | None  # host, port, and the value of Proxy-Authorization or ""
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, url: str, proxy: str | None) -> UpstreamTarget:
+        """Parse checked URLs."""
+        parts = urllib.parse.urlsplit(url)
+        host, tls = parts.hostname or "", parts.scheme == "https"
+        via = None
+        if proxy:
+            hop = urllib.parse.urlsplit(proxy)
+            secret = f"{urllib.parse.unquote(hop.username or '')}:{urllib.parse.unquote(hop.password or '')}"
+            basic = "Basic " + base64.b64encode(secret.encode()).decode() if hop.username else ""
+            via = (hop.hostname or "", hop.port or 80, basic)
+        # A base URL may end in /v1, as OpenAI's does: the routes bring their own.
+        prefix = parts.path.rstrip("/").removesuffix("/v1")
+        authority = parts.netloc.rpartition("@")[2]
+        return cls(host, parts.port or (443 if tls else 80), tls, authority.encode(), prefix.encode(), via)
+
+
 def credential_line(upstream: UpstreamConfig, api_key: str) -> list[bytes]:
     """The header with the upstream's own key, as its format wants it."""
     if not api_key:
@@ -5777,7 +5805,14 @@ class EventReader:
 
 # --- 10. Requests: what is read of a request --------------------------------------
 
-# What is read of a request's body
+# What is read of a request's body, and what for
+#
+#   model, stream, session      where it goes, how it is answered      find_session, find_affinity
+#   all names                   every reader sees the same request     check_names
+#   other models                a key may be for some models only      check_other_models
+#   its bytes, its attachments  what its input will cost               estimate_input
+#   max_tokens and its like     what its output will cost              max_output
+#   tools, marks of caching     what else it may be billed for         read_besides
 #
 # A body is up to `server.max_body` bytes of whatever a client likes, and all of it is read on the loop, before a limit
 # has been asked. A JSON tree in Python is up to 30 times as large as its text: 30 MB of nested lists as `metadata` took
@@ -5785,13 +5820,6 @@ class EventReader:
 # value as `msgspec.Raw`, a slice of the body, and msgspec skips its bytes in C (3 GB/s). A value that is looked at is
 # decoded by itself, into a typed struct, and only where it is short: what is longer than any honest one counts as not
 # said. Lists are walked item by item (`list_items`), with a bound on their number.
-#
-# Readers differ in which of two equal names of an object counts (msgspec: the last, others: the first), and Go's also
-# take `Model` for `model`: a client could be admitted by one model and served by another. So a name that stands twice
-# is refused (`check_names`), and any other spelling of a name that the gateway knows. To look at each name costs 1 µs
-# apiece; but what was read, written again without white space, is as long as an honest body, and each further name
-# would have made that longer. A short body with white space, as json.dumps makes it, has as many quotes. Only where
-# that differs, too, are the names walked.
 
 Raw = msgspec.Raw | msgspec.UnsetType
 
@@ -5829,63 +5857,11 @@ class RequestPeek(msgspec.Struct, gc=False):
     input: Raw = msgspec.UNSET
 
 
-# The other names that the APIs have, so that a body of these alone is known by its length.
-OTHER_NAMES = b"""
-    system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
-    container betas diagnostics safeguards
-    stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
-    reasoning_effort verbosity user instructions reasoning text store include parallel_tool_calls
-    prompt_cache_retention client_metadata safety_identifier
-    truncation encoding_format dimensions
-""".split()
-# Those by which LiteLLM and OpenRouter turn to other models, or to another router.
-ROUTER_NAMES = (
-    *("user_config", "model_list", "router_settings_override", "default_fallbacks"),
-    *("api_base", "base_url", "preset"),
-)
-KnownFields = msgspec.defstruct(
-    "KnownFields",
-    [(name, Raw, msgspec.UNSET) for name in (*(name.decode() for name in OTHER_NAMES), *ROUTER_NAMES)],
-    bases=(RequestPeek,),
-    gc=False,
-)
-KNOWN_NAMES = {b'"%b"' % name.encode(): name for name in KnownFields.__struct_fields__}
-
-
-class StreamOptions(msgspec.Struct):
-    """`stream_options` of a chat request."""
-
-    include_usage: bool | None = None
-
-
-class Metadata(msgspec.Struct):
-    """`metadata` of a Messages request."""
-
-    user_id: str = ""
-
-
-class UserId(msgspec.Struct):
-    """What Claude Code 2.1.x writes into `metadata.user_id`, as JSON within JSON."""
-
-    session_id: str = ""
-
-
+UNSAID = (msgspec.UNSET, msgspec.Raw(b"null"))  # values of a field that say nothing
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
-MAX_NAMES = 256  # at the top of a body; the APIs know 60
-MAX_LOOKED_AT = 3000  # items and names among which models are looked for, 7 µs each …
-MAX_MODEL_PLACES = 2 << 20  # … and the bytes that these have in all, 25 ms each MB
-MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
-MAX_SPACED = 16 << 10  # bytes of a body whose quotes are counted: above, to walk its names costs no more
-PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
 ENCODER = msgspec.json.Encoder()
 RAW_DECODER = msgspec.json.Decoder(msgspec.Raw)
-NAME = re.compile(  # of an object's field, and its value if that is no object or list
-    rb"""[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]|\\.){0,%d}+")[ \t\r\n]*+:[ \t\r\n]*+"""
-    rb"""("[^"\\]*+(?:\\.[^"\\]*+)*+"|[^][{}", \t\r\n]++)?""" % MAX_NAME
-)
-END = re.compile(rb"[ \t\r\n]*+\{?[ \t\r\n]*+\}")
-SESSION_ID = re.compile(r"_session_([0-9a-fA-F-]{36})$")
 Decoded = TypeVar("Decoded")
 
 
@@ -5897,6 +5873,11 @@ def decode_short(value: Raw, kind: type[Decoded], default: Decoded) -> Decoded:
         return msgspec.json.decode(value, type=kind)
     except UNREADABLE:
         return default
+
+
+def bytes_of(value: Raw) -> bytes:
+    """The JSON of a value; "" where it is absent."""
+    return b"" if value is msgspec.UNSET else bytes(value)
 
 
 def value_end(text: memoryview, start: int) -> int:
@@ -5914,65 +5895,6 @@ def value_end(text: memoryview, start: int) -> int:
     return len(text)
 
 
-def container_end(body: bytes, start: int, decoded: object) -> int:
-    """The end of the list or object at `start`; if it is the one that was decoded, by that one's length."""
-    if isinstance(decoded, msgspec.Raw) and body.startswith(decoded, start):
-        return start + len(decoded)
-    return value_end(memoryview(body), start)
-
-
-def walk_fields(body: bytes, fields: msgspec.Struct | None = None) -> Iterator[tuple[str, int, int]]:
-    """The fields of a JSON object: each one's name, and where its value starts and ends (white space may follow).
-
-    `fields` is what was decoded of it, if it was. Raises BadRequest, and as decoding does.
-    """
-    at = count = 0
-    while field := NAME.match(body, at):
-        known = KNOWN_NAMES.get(field[1], "")
-        if field.lastindex == 2:  # a scalar; not asked by `field[2]`, which would copy a long string
-            start, at = field.span(2)
-        else:
-            start = field.end()
-            at = container_end(body, start, getattr(fields, known, None))
-        yield known or msgspec.json.decode(field[1], type=str), start, at
-        count += 1
-        if count > MAX_NAMES:
-            raise BadRequest(f"The request has more than {MAX_NAMES} names")
-    if not END.match(body, at):
-        raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
-
-
-def is_only_spaced(body: bytes, written: bytes, fields: msgspec.Struct) -> bool:
-    """Whether a short body has nothing but white space beside what was decoded of it and written again.
-
-    Each further name would bring two quotes. A model's name is the one value that is not written as it came.
-    """
-    if len(body) > MAX_SPACED or body.count(b'"') != written.count(b'"'):
-        return False
-    model = getattr(fields, "model", None)
-    return not (isinstance(model, str) and '"' in model)
-
-
-def check_names(body: bytes, fields: msgspec.Struct) -> int:
-    """Refuse a JSON object in which a name stands twice, or one that the gateway knows is spelled in another case.
-
-    `fields` is what was decoded of it. Returns how many names were looked at. Raises BadRequest, and as decoding does.
-    """
-    if len(body) <= MAX_COPY:
-        written = ENCODER.encode(fields)
-        if len(written) == len(body) or is_only_spaced(body, written, fields):
-            return 0
-    found = set[str]()
-    for spelled, _, _ in walk_fields(body, fields):
-        folded = spelled.casefold()
-        if spelled != folded and folded in fields.__struct_fields__:
-            raise BadRequest(f"{spelled}: write this name {folded}")
-        if folded in found:
-            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case); leave one out")
-        found.add(folded)
-    return len(found)
-
-
 def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
     """The items of a JSON list, at most so many, each as its bytes; nothing where it is no list."""
     start = 1
@@ -5986,19 +5908,81 @@ def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
         start = end + 1
 
 
-def has_value(value: Raw, text: bytes) -> bool:
-    """Whether a value stands there in just these bytes."""
-    return value is not msgspec.UNSET and len(value) == len(text) and bytes(value) == text
+# Names
+#
+# Readers differ in which of two equal names of an object counts (msgspec: the last, others: the first), and Go's also
+# take `Model` for `model`: a client could be admitted by one model and served by another. So a name that stands twice
+# is refused, and any other spelling of a name that the gateway knows. To look at each name costs 1 µs apiece, which an
+# honest body is spared: what was decoded of it, written again without white space, is as long as the body, and each
+# further name would have made that longer. A body with white space, as json.dumps makes it, has as many quotes.
+
+# The other names that the APIs have, so that a body of these alone is known by its length.
+OTHER_NAMES = b"""
+    system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
+    container betas diagnostics safeguards
+    stop seed response_format frequency_penalty presence_penalty logit_bias logprobs top_logprobs
+    reasoning_effort verbosity user instructions reasoning text store include parallel_tool_calls
+    prompt_cache_retention client_metadata safety_identifier
+    truncation encoding_format dimensions
+""".split()
+# Those by which LiteLLM and OpenRouter turn to other models, or to another router.
+ROUTER_NAMES = b"user_config model_list router_settings_override default_fallbacks api_base base_url preset".split()
+KnownFields = msgspec.defstruct(
+    "KnownFields",
+    [(name.decode(), Raw, msgspec.UNSET) for name in OTHER_NAMES + ROUTER_NAMES],
+    bases=(RequestPeek,),
+    gc=False,
+)
+PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
+MAX_NAMES = 256  # at the top of a body; the APIs know 60
+MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
+NAME = re.compile(  # of an object's field, and its value if that is no object or list
+    rb"""[ \t\r\n]*+[{,][ \t\r\n]*+("(?:[^"\\]|\\.){0,%d}+")[ \t\r\n]*+:[ \t\r\n]*+"""
+    rb"""("[^"\\]*+(?:\\.[^"\\]*+)*+"|[^][{}", \t\r\n]++)?""" % MAX_NAME
+)
+END = re.compile(rb"[ \t\r\n]*+\{?[ \t\r\n]*+\}")
 
 
-def session_of(metadata: Raw) -> str:
-    """The session in `metadata.user_id`: its end `_session_<uuid>` (2.0.x), or a JSON string with it (2.1.x)."""
-    user = decode_short(metadata, Metadata, Metadata()).user_id
-    if user.startswith("{"):
-        with contextlib.suppress(*UNREADABLE):
-            return msgspec.json.decode(user, type=UserId).session_id[:128]
-    found = SESSION_ID.search(user)
-    return found[1] if found else ""
+def walk_fields(body: bytes) -> Iterator[tuple[str, int, int]]:
+    """The fields of a JSON object: each one's name, and where its value starts and ends (white space may follow).
+
+    Raises BadRequest, and as decoding does.
+    """
+    at = count = 0
+    while field := NAME.match(body, at):
+        if field.lastindex == 2:  # a scalar; not asked by `field[2]`, which would copy a long string
+            start, at = field.span(2)
+        else:
+            start = field.end()
+            at = value_end(memoryview(body), start)
+        yield msgspec.json.decode(field[1], type=str), start, at
+        count += 1
+        if count > MAX_NAMES:
+            raise BadRequest(f"The request has more than {MAX_NAMES} names")
+    if not END.match(body, at):
+        raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
+
+
+def check_names(body: bytes, peek: RequestPeek) -> None:
+    """Refuse a body in which a name stands twice, or one that the gateway knows is spelled in another case.
+
+    Raises BadRequest, and as decoding does.
+    """
+    if len(body) <= MAX_COPY:
+        written = ENCODER.encode(peek)
+        if len(written) == len(body):
+            return
+        # Each further name would bring two quotes. The model's name is the one value that is not written as it came.
+        if body.count(b'"') == written.count(b'"') and '"' not in (peek.model or ""):
+            return
+    found = set[str]()
+    for spelled, _, _ in walk_fields(body):
+        folded = spelled.casefold()
+        if spelled != folded and folded in peek.__struct_fields__:
+            raise BadRequest(f"{spelled}: write this name {folded}")
+        if folded in found:
+            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case); leave one out")
+        found.add(folded)
 
 
 # What a request will cost
@@ -6021,26 +6005,151 @@ SAMPLED_BYTES = 256  # at least: single bytes from all over a body
 SAMPLES, SAMPLE_SIZE = 32, 256  # beside attachments
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
+
+def token_rate(body: bytes, attached: int) -> float:
+    """Tokens per byte of a body's text, 0.25 to 1, `attached` bytes of it left out.
+
+    Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
+    """
+    if attached:
+        step = max(SAMPLE_SIZE, len(body) // SAMPLES)
+        starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
+        samples = [body[start : start + SAMPLE_SIZE] for start in starts]
+        samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
+        text = b"".join(samples[round(len(samples) * attached / len(body)) :])
+    else:
+        step = len(body) // SAMPLED_BYTES or 1
+        text = body[int(random.random() * step) :: step]
+    if not text:
+        return 0.25
+    rest = text.translate(None, SMALL_LETTERS)
+    without_capitals = len(rest.translate(None, CAPITALS))
+    signs = len(rest.translate(None, CAPITALS_AND_DIGITS))
+    capitals, digits = len(rest) - without_capitals, without_capitals - signs
+    return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
+
+
+# Pages of a PDF
+#
+# A page is read as text and as an image (platform.claude.com/docs, "PDF support"). The bytes of a document bound
+# neither: 600 pages that share one content are 57 KB, packed 4 KB, and a text inflates to its thousandfold. So pages
+# are counted as objects, and texts inflated. A page is an object of its type, and named in the `Kids` of its part of
+# the document; its text is in the streams that its `Contents` name, and in forms, which any page may show.
+#
+# Where each page and part is named once, there are at most as many pages as names. Whatever is named once more may
+# double them: a page is reached on a way from part to part, which is known by those of the repeated names that it
+# takes. So four names, one of them twice, are 8 pages at most; ten parts that name the next one twice have 1,024.
+#
+# That holds for a document that is written in the plain way, as programs write it: its lists stand where they are
+# used, names have no escapes, and streams are inflated, or in ASCII85. Any other one counts as the largest context,
+# and so does what is more than can be looked at of one request.
+
+PDF_TOKENS = 1_000_000  # the largest context
+PAGE_TOKENS = 4_500  # 1,500 to 3,000 of text, and its image
+MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
+MAX_PDF_PARTS = 50_000  # streams and lists of all of them: 2 µs each
+LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
+PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
+PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")  # of an object, before its `obj`
+PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
+# What a part of the document, or a page, names; the `Contents` of a remark or a signature are a text.
+PDF_LIST = re.compile(rb"/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R|[(<])?")
+PDF_REFERENCE = re.compile(rb"\b(\d{1,10})\s{1,9}\d{1,9}\s{1,9}R")
+# One of the names that are looked for here, in which #41 may be A.
+PDF_ESCAPED = re.compile(rb"/(?:[TPKOCF]\w{0,6}#(?:[46][1-9A-Fa-f]|[57][0-9Aa])|#(?:54|50|4[bBfF36]))")
+
+
+class PdfReader:
+    """Counts pages and text of the PDFs of one request. What is no plain one raises ValueError within."""
+
+    def __init__(self) -> None:
+        self._bytes_left, self._parts_left = MAX_PDF, MAX_PDF_PARTS
+
+    def tokens(self, text: bytes) -> int:
+        """The tokens of a PDF in base64, at most PDF_TOKENS."""
+        try:
+            self._take(max(len(text), LEAST_PDF))
+            pages, text_bytes = self._read(base64.b64decode(text, validate=True))
+        except ValueError:
+            return PDF_TOKENS
+        return min(max(pages * PAGE_TOKENS, text_bytes // 4), PDF_TOKENS)
+
+    def _take(self, size: int, parts: int = 0) -> None:
+        self._bytes_left -= size
+        self._parts_left -= parts
+        if min(self._bytes_left, self._parts_left) < 0:
+            raise ValueError("more than can be looked at")
+
+    def _read(self, pdf: bytes) -> tuple[int, int]:
+        """The pages, and the bytes of their text."""
+        if not pdf.startswith(b"%PDF-"):
+            raise ValueError("readers look past what stands before that")
+        streams = list(self._streams(pdf))
+        objects = b"\n".join(
+            [pdf, *(self._inflate(fields, data) for _, fields, data in streams if b"/ObjStm" in fields)]
+        )
+        if PDF_ESCAPED.search(objects):
+            raise ValueError("a name with escapes")
+        named = self._named(objects)
+        kids, contents = named[b"Kids"], named[b"Contents"]
+        doubles = min(kids.total() - len(kids), 20)
+        pages = max(kids.total() << doubles, len(PDF_PAGE.findall(objects)))
+        if not pages or contents.keys() - {number for number, _, _ in streams}:
+            raise ValueError("no pages, or a list of contents that stands elsewhere")
+        text_bytes = 0
+        for number, fields, data in streams:
+            shown = pages if b"/Form" in fields else contents[number]
+            if shown:
+                text_bytes += len(self._inflate(fields, data)) * shown
+        return pages, text_bytes
+
+    def _streams(self, pdf: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+        """The streams: each one's number (0: not to be seen), its dictionary, and its bytes as they came."""
+        end = 0
+        for found in PDF_STREAM.finditer(pdf):
+            if found.start() < end:
+                continue
+            self._take(0, parts=1)
+            before = pdf[max(end, found.start() - 1000) : found.start()]
+            start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
+            if start < 0 or end < 0:
+                raise ValueError("a stream without a beginning, or without an end")
+            number = PDF_NUMBER.search(before, 0, start)
+            yield int(number[1]) if number else 0, before[start:], pdf[found.end() : end]
+
+    def _inflate(self, fields: bytes, data: bytes) -> bytes:
+        """The bytes of a stream. Raises ValueError if they are packed in another way."""
+        if b"/ASCII85Decode" in fields:
+            self._take(16 * len(data))  # it takes longer
+            data = base64.a85decode(b"<~" + data.strip(), adobe=True)
+        if b"/Filter" in fields:
+            try:
+                data = zlib.decompressobj().decompress(data, self._bytes_left + 1)
+            except zlib.error:
+                raise ValueError("a stream in another encoding") from None
+        self._take(len(data))
+        return data
+
+    def _named(self, objects: bytes) -> dict[bytes, Counter[int]]:
+        """The numbers of the objects that all `Kids` and all `Contents` name, and how often."""
+        named = {b"Kids": Counter[int](), b"Contents": Counter[int]()}
+        for found in PDF_LIST.finditer(objects):
+            self._take(0, parts=1)
+            kind, names = found.groups()
+            if names is None or (kind == b"Kids" and not names.startswith(b"[")):
+                raise ValueError("a list that stands elsewhere")
+            named[kind].update(map(int, PDF_REFERENCE.findall(names)))
+        return named
+
+
+# Attachments: base64, a URL or a file in the places of a conversation where an API takes them
+
 IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels, 750 a token (platform.claude.com/docs, "Vision")
 # … and of the one family whose tiles cost 5,667 tokens: an image has up to eight (platform.openai.com/docs, "Images").
 TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
-PDF_TOKENS = 1_000_000  # of a PDF whose pages cannot be counted: the largest context
-PAGE_TOKENS = 4_500  # of a PDF's page: 1,500 to 3,000 of text, and its image
-MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
-MAX_PDF_PARTS = 50_000  # objects, streams, lists and names with escapes of all of them: 2 µs each
-MAX_A85_PDF = 256 << 10  # bytes of a PDF's streams in ASCII85, 50 ms
-LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
-PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
-PDF_IMAGE = re.compile(rb"/(?:DCTDecode|JPXDecode|CCITTFaxDecode|JBIG2Decode)\b")  # how nothing but images is packed
-PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
-# An object's beginning, before which is its number; the pages of a part of the document, or what a page contains.
-PDF_LISTS = re.compile(rb"obj\b|/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R)?")
-PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")
-PDF_REFERENCE = re.compile(rb"\b(\d{1,10})\s{1,9}\d{1,9}\s{1,9}R")
-PDF_ESCAPED = re.compile(rb"/[A-Za-z]{0,8}#[0-9A-Fa-f]{2}[#0-9A-Za-z]{0,30}")  # a name, in which #41 is A
-PDF_NAMES = frozenset((b"/Type", b"/Page", b"/Pages", b"/Kids", b"/ObjStm", b"/Contents", b"/Form"))
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
 MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
+MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
 ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "messages": (b'"source"',),
     "count_tokens": (b'"source"',),
@@ -6048,11 +6157,24 @@ ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "responses": (b'"image_url"', b'"input_image"', b'"input_file"'),
     "embeddings": (),
 }  # without these in it, or escapes that could hide them, a conversation has no attachment
-ESCAPED_LETTER = re.compile(rb"\\u00[4-7]")
+# By a block's type: the field with the attachment, and whether that is an image.
+ATTACHMENTS = {
+    "image": ("source", True),
+    "document": ("source", False),
+    "image_url": ("image_url", True),
+    "input_image": ("image_url", True),
+    "computer_screenshot": ("image_url", True),
+    "file": ("file", False),
+    "input_file": ("file_data", False),
+}
+NO_PARTS = ("text", "thinking", "redacted_thinking", "tool_use")  # types of blocks that have no others within
+ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
+# A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
+ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
 
 
 class Part(msgspec.Struct, gc=False):
-    """A message, or a block of its content, of any of the APIs."""
+    """A message, a block of its content, or what an attachment stands in, of any of the APIs."""
 
     type: Raw = msgspec.UNSET
     content: Raw = msgspec.UNSET
@@ -6061,145 +6183,47 @@ class Part(msgspec.Struct, gc=False):
     image_url: Raw = msgspec.UNSET
     file: Raw = msgspec.UNSET
     file_data: Raw = msgspec.UNSET
-
-
-class Attached(msgspec.Struct, gc=False):
-    """Where base64 stands within `source`, `image_url` or `file`."""
-
-    type: Raw = msgspec.UNSET
     data: Raw = msgspec.UNSET
     url: Raw = msgspec.UNSET
-    file_data: Raw = msgspec.UNSET
 
 
-# By a block's type: the field with the attachment, that field's own with the base64, and whether it is an image.
-ATTACHMENTS = {
-    "image": ("source", "data", True),
-    "document": ("source", "data", False),
-    "image_url": ("image_url", "url", True),
-    "input_image": ("image_url", "", True),
-    "computer_screenshot": ("image_url", "", True),
-    "file": ("file", "file_data", False),
-    "input_file": ("file_data", "", False),  # a data: URL, as its API has it
-}
-NO_PARTS = ("text", "thinking", "redacted_thinking", "tool_use")  # types of blocks that have no others within
-MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
+def attached_base64(part: Part, field: str) -> bytes | None:
+    """The base64 of an attachment with its quotes, or what is in its place; "" for a file's number, None for a text."""
+    value = bytes_of(getattr(part, field))
+    if value.startswith(b"{"):
+        source = msgspec.json.decode(value, type=Part)
+        if field == "source" and decode_short(source.type, str, "") not in ELSEWHERE_OR_BASE64:
+            return None  # a document in plain text, or what is no attachment
+        value = bytes_of(source.data or source.url or source.file_data)
+    return value if value.startswith(b'"') else b""
 
 
-class PdfReader:
-    """Reads the PDFs of one request, as far as their pages and texts are written in the plain way.
+def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
+    """The attachments of a list of messages or blocks: each one's base64 (`attached_base64`), and if it is an image.
 
-    A page is an object of its type, and named in the `Kids` of its parent; its text is in the streams that its
-    `Contents` names, and in forms, which any page may show. Plain means: each of these is named once, in a list that
-    stands there; names have no escapes; streams are inflated, or in ASCII85. Any other PDF raises `ValueError` within,
-    and so does what is more than can be looked at of one request.
+    Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
     """
-
-    def __init__(self) -> None:
-        self.room, self.parts = MAX_PDF, MAX_PDF_PARTS  # what may still be looked at
-
-    def tokens(self, text: bytes) -> int:
-        """The tokens of a PDF in base64: by its pages and its text where they can be read, else the largest context.
-
-        Its size says nothing: 600 pages that share one content are 57 KB. A page is read as text and as an image
-        (platform.claude.com/docs, "PDF support").
-        """
+    for item in list_items(parts, MAX_PARTS):
+        if next(budget, None) is None:
+            return
         try:
-            self._take(max(len(text), LEAST_PDF))
-            pages, with_text = self._read(base64.b64decode(text, validate=True))
-        except ValueError:
-            return PDF_TOKENS
-        return min(max(pages * PAGE_TOKENS, with_text // 4), PDF_TOKENS)
-
-    def _take(self, size: int) -> None:
-        self.room -= size
-        if self.room < 0:
-            raise ValueError("more than can be looked at")
-
-    def _count(self) -> None:
-        self.parts -= 1
-        if self.parts < 0:
-            raise ValueError("more parts than can be looked at")
-
-    def _read(self, pdf: bytes) -> tuple[int, int]:
-        """The pages, and the bytes of text."""
-        if not pdf.startswith(b"%PDF-"):
-            raise ValueError("readers look past what stands before that")
-        streams = list(self._streams(pdf))
-        objects = b"\n".join(self._inflate(fields, data) for _, fields, data in streams if b"/ObjStm" in fields)
-        for name in itertools.chain(PDF_ESCAPED.finditer(pdf), PDF_ESCAPED.finditer(objects)):
-            self._count()
-            if re.sub(rb"#([0-9A-Fa-f]{2})", lambda code: bytes([int(code[1], 16)]), name[0]) in PDF_NAMES:
-                raise ValueError("a name with escapes")
-        owners: dict[bytes, object] = {}
-        kids = self._kids(pdf, owners) + self._kids(objects, owners)
-        found = itertools.chain(PDF_PAGE.finditer(pdf), PDF_PAGE.finditer(objects))
-        pages = max(kids, sum(1 for _ in itertools.islice(found, PDF_TOKENS // PAGE_TOKENS + 1)))
-        contents = {int(name[8:]) for name in owners if name.startswith(b"Contents")}
-        if contents - {number for number, _, _ in streams}:
-            raise ValueError("a list of contents that stands elsewhere")
-        with_text = 0
-        for number, fields, data in streams:
-            if b"/ObjStm" not in fields and (number in contents or b"/Form" in fields):
-                size = len(self._inflate(fields, data))
-                with_text += size if number in contents else size * pages
-        if not pages:
-            raise ValueError("no pages")
-        return pages, with_text
-
-    def _streams(self, pdf: bytes) -> Iterator[tuple[int | None, bytes, memoryview]]:
-        """Each stream, with its object's number and dictionary."""
-        end = 0
-        for found in PDF_STREAM.finditer(pdf):
-            if found.start() < end:
-                continue  # within the one before
-            self._count()
-            before = pdf[max(end, found.start() - 1000) : found.start()]
-            start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
-            number = PDF_NUMBER.search(before, 0, max(0, start))
-            if end < 0 or start < 0:
-                raise ValueError("a stream without an end, or without a beginning")
-            yield int(number[1]) if number else None, before[start:], memoryview(pdf)[found.end() : end]
-
-    def _inflate(self, fields: bytes, data: bytes | memoryview) -> bytes:
-        """The bytes of a stream. Raises ValueError if they are packed in another way."""
-        if PDF_IMAGE.search(fields):
-            return b""
-        if b"/ASCII85Decode" in fields:
-            if len(data) > MAX_A85_PDF:
-                raise ValueError("much ASCII85")
-            self._take(8 * len(data))  # it takes longer
-            data = base64.a85decode(b"<~" + bytes(data).strip(), adobe=True)
-        if b"/Filter" in fields:
-            try:
-                data = zlib.decompressobj().decompress(data, self.room + 1)
-            except zlib.error:
-                raise ValueError("a stream in another encoding") from None
-        self._take(len(data))
-        return bytes(data)
-
-    def _kids(self, pdf: bytes, owners: dict[bytes, object]) -> int:
-        """How many pages and parts are named in the `Kids` of a text of objects.
-
-        `owners` has the object that names each: another version of the same object, as editors append it, may do so.
-        """
-        kids, owner = 0, object()
-        for found in PDF_LISTS.finditer(pdf):
-            self._count()
-            kind, names = found.groups()
-            if kind is None:
-                number = PDF_NUMBER.search(pdf, max(0, found.start() - 40), found.start())
-                owner = int(number[1]) if number else owner
-                continue
-            if names is None or (kind == b"Kids" and not names.startswith(b"[")):
-                raise ValueError("a list that stands elsewhere")
-            named = [kind + name for name in PDF_REFERENCE.findall(names)]
-            if len(set(named)) < len(named) or any(owners.setdefault(name, owner) != owner for name in named):
-                raise ValueError("named twice")
-            kids += len(named) * (kind == b"Kids")
-            if not isinstance(owner, int):
-                owner = object()  # objects that are packed together have no number here
-        return kids
+            part = msgspec.json.decode(item, type=Part)
+        except msgspec.ValidationError:
+            continue  # a text, a number
+        kind = decode_short(part.type, str, "")
+        if kind in ATTACHMENTS:
+            field, is_image = ATTACHMENTS[kind]
+            text = attached_base64(part, field)
+            if text is not None:
+                yield text, is_image
+        elif kind in NO_PARTS:
+            continue
+        for within in (part.content, part.output, part.source):
+            text = bytes_of(within)
+            if text.startswith(b"{"):
+                text = b"[%b]" % text
+            if text.startswith(b"[") and depth < MAX_DEPTH:
+                yield from attachments(memoryview(text), budget, depth + 1)
 
 
 def plain_base64(text: bytes) -> bytes:
@@ -6211,7 +6235,7 @@ def plain_base64(text: bytes) -> bytes:
             return b""
     if text.startswith(b"data:"):
         text = text[text.find(b",", 0, 256) + 1 :]
-    return text.translate(None, b" \t\r\n") if b" " in text or b"\n" in text else text
+    return text.translate(None, b" \t\r\n")
 
 
 def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
@@ -6235,215 +6259,80 @@ def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | 
     return most_image
 
 
-ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
-
-
-def attached_base64(value: Raw, inner: str) -> bytes:
-    """The base64 of an attachment with its quotes; "" for one that is elsewhere."""
-    if inner and value is not msgspec.UNSET:
-        try:
-            source = msgspec.json.decode(value, type=Attached)
-        except UNREADABLE:
-            return b""
-        if inner == "data" and decode_short(source.type, str, "") not in ELSEWHERE_OR_BASE64:
-            return b'""'  # a document in plain text, or what is no attachment: it counts as text
-        value = getattr(source, inner)
-    text = b"" if value is msgspec.UNSET else bytes(value)
-    is_url = inner in ("", "url") and not text.startswith(b'"data:')
-    return b"" if is_url or not text.startswith(b'"') else text
-
-
-def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
-    """The attachments of a list of messages or blocks: base64, or "" if it is elsewhere, and whether it is an image.
-
-    Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
-    """
-    for item in list_items(parts, MAX_PARTS):
-        if next(budget, None) is None:
-            return
-        try:
-            part = msgspec.json.decode(item, type=Part)
-        except msgspec.ValidationError:
-            continue  # a text, a number
-        kind = decode_short(part.type, str, "")
-        if kind in ATTACHMENTS:
-            field, inner, is_image = ATTACHMENTS[kind]
-            yield attached_base64(getattr(part, field), inner), is_image
-        elif kind in NO_PARTS:
-            continue
-        for within in (part.content, part.output, part.source):
-            text = b"" if within is msgspec.UNSET else bytes(within)
-            if text[:1] in (b"[", b"{") and depth < MAX_DEPTH:
-                yield from attachments(memoryview(b"[%b]" % text if text[:1] == b"{" else text), budget, depth + 1)
-
-
-def token_rate(body: bytes, attached: int = 0) -> float:
-    """Tokens per byte of a body's text, 0.25 to 1, `attached` bytes of it left out.
-
-    Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
-    """
-    if attached:
-        step = max(SAMPLE_SIZE, len(body) // SAMPLES)
-        starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
-        samples = [body[start : start + SAMPLE_SIZE] for start in starts]
-        samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
-        text = b"".join(samples[round(len(samples) * attached / len(body)) :])
-    else:
-        step = len(body) // SAMPLED_BYTES or 1
-        text = body[int(random.random() * step) :: step]
-    if not text:
-        return 0.25
-    rest = text.translate(None, SMALL_LETTERS)
-    without_capitals = len(rest.translate(None, CAPITALS))
-    signs = len(rest.translate(None, CAPITALS_AND_DIGITS))
-    capitals, digits = len(rest) - without_capitals, without_capitals - signs
-    return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
-
-
-def estimate_input(body: bytes, conversation: Raw, route: Route, model: str) -> int:
+def estimate_input(body: bytes, conversation: Raw, route: Route, model: str, is_escaped: bool) -> int:
     """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
 
-    `conversation` is the list of messages or input items within it. A byte of text is at least a quarter of a token.
+    `conversation` is the list of messages or input items within it; `is_escaped` says that names in it may be hidden.
     """
-    text_bytes, tokens, has_any = len(body), 0, False
+    text_bytes, tokens, has_any = len(body), 0, is_escaped
     for mark in ATTACHMENT_MARKS[route.kind]:
         has_any = has_any or mark in body
-    if has_any or (b"\\u00" in body and ESCAPED_LETTER.search(body)):
-        parts = b"" if conversation is msgspec.UNSET else bytes(conversation)
+    if has_any:
         is_tiled = route.api == "openai" and matches(TILED_IMAGES, model)
         most_image = TILED_IMAGE_TOKENS if is_tiled else IMAGE_TOKENS
-        found, pdfs = attachments(memoryview(parts), iter(range(MAX_PARTS))), PdfReader()
+        found, pdfs = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS))), PdfReader()
         for text, is_image in itertools.islice(found, MAX_ATTACHMENTS):
-            if not text:
-                tokens += most_image if is_image else PDF_TOKENS
-            elif (cost := estimate_attachment(text[1:-1], most_image, pdfs)) is not None:
-                tokens += min(cost, most_image) if is_image else cost
+            most = most_image if is_image else PDF_TOKENS
+            cost = estimate_attachment(text[1:-1], most_image, pdfs)
+            if cost is not None:
                 text_bytes -= len(text)
+            tokens += most if cost is None else min(cost, most)
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
+
+
+# The fields of a route by which a request bounds its output. Servers differ in which of the two of a chat they read.
+OUTPUT_FIELDS = {
+    "messages": ("max_tokens",),
+    "count_tokens": ("max_tokens",),
+    "chat": ("max_completion_tokens", "max_tokens"),
+    "responses": ("max_output_tokens",),
+    "embeddings": (),
+}
+MOST_ANSWERS = 128  # that OpenAI's API gives to one request
 
 
 def read_most(value: Raw) -> float:
     """A count that a request allows; infinite where it is no number that all servers read alike, such as "8000"."""
-    text = bytes(cast(msgspec.Raw, value))
+    text = bytes_of(value)
     if text.isdigit() and len(text) < 16:  # as most are
         return int(text)
     count = decode_short(value, int, -1)
     return count if count >= 0 else math.inf
 
 
-MOST_ANSWERS = 128  # that OpenAI's API gives to one request
-
-
-def read_answers(value: Raw) -> int:
-    """How many answers a chat request asks for with `n`; the most where that is no plain number."""
-    if value is msgspec.UNSET or has_value(value, b"null"):
-        return 1
-    return max(1, decode_short(value, int, MOST_ANSWERS))
-
-
 def max_output(route: Route, peek: RequestPeek) -> float:
-    """The output tokens that a request allows, by the field that its route has; infinite if that says nothing.
+    """The output tokens that a request allows, by the fields that its route has; infinite where they say nothing.
 
-    A field that the upstream does not read must not make the reservation small. Servers differ in which of the two of
-    a chat they read: the larger counts, for each of `n` answers.
+    A field that the upstream does not read must not make the reservation small. The larger one counts, for each of the
+    `n` answers that a chat asks for.
     """
     if route.kind == "embeddings":
         return 0
-    if route.kind == "responses":
-        said, answers = [peek.max_output_tokens], 1
-    elif route.kind == "chat":
-        said, answers = [peek.max_completion_tokens, peek.max_tokens], read_answers(peek.n)
-    else:
-        said, answers = [peek.max_tokens], 1
-    counts = [read_most(value) for value in said if value is not msgspec.UNSET and not has_value(value, b"null")]
-    return max((count * answers for count in counts), default=math.inf)
+    most = -1.0
+    for field in OUTPUT_FIELDS[route.kind]:
+        value = getattr(peek, field)
+        if value not in UNSAID:
+            most = max(most, read_most(value))
+    if most < 0:
+        return math.inf
+    if route.kind == "chat" and peek.n not in UNSAID:
+        most *= max(1, decode_short(peek.n, int, MOST_ANSWERS))
+    return most
 
 
-def premium_word(raw: Raw) -> str:
-    """What of PREMIUMS a value names; "" where it is nothing that has a price."""
-    if raw is msgspec.UNSET or len(raw) > 64 or bytes(raw) in NO_PREMIUM:
-        return ""
-    return decode_short(raw, str, "")
-
-
-def asks_for_usage(options: Raw) -> bool | None:
-    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
-
-    Where readers could differ, or the value is too long to be read, it does not.
-    """
-    if options is msgspec.UNSET:
-        return None
-    text = bytes(options)
-    is_plain = b"\\" not in text and text.lower().count(b"include_usage") == 1
-    return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
-
-
-def splice_usage(body: bytes) -> Splice:
-    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
-    try:
-        fields = PEEK_DECODER.decode(body)
-        options = fields.stream_options
-        if options is msgspec.UNSET:
-            start = body.index(b"{") + 1
-            return Splice(start, start, b'"stream_options":{"include_usage":true},')
-        spans = {name: start for name, start, _ in walk_fields(body, fields)}
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
-    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
-    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
-    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
-    changed["include_usage"] = msgspec.Raw(b"true")
-    start = spans["stream_options"]
-    return Splice(start, start + len(options), ENCODER.encode(changed))
-
-
-def splice_model(body: bytes, model: str) -> Splice:
-    """The change that gives a request another `model`. Raises BadRequest.
-
-    Opt-in: only where a rename map says so.
-    """
-    text = ENCODER.encode(model)
-    try:
-        for name, start, end in walk_fields(body):
-            if name == "model":
-                return Splice(start, end, text)
-        start = body.index(b"{") + 1
-    except (*UNREADABLE, ValueError) as error:
-        raise BadRequest(f"The request body is not JSON: {error}") from None
-    comma = b"" if END.match(body) else b","
-    return Splice(start, start, b'"model":%b%b' % (text, comma))
-
-
-SESSION_HEADERS = (
-    b"x-claude-code-session-id",
-    b"session-id",
-    b"session_id",
-    b"x-session-affinity",
-    b"thread-id",
-    b"thread_id",
-    b"conversation-id",
-    b"conversation_id",
-)
-
-
-def find_session(call: Call, peek: RequestPeek) -> str:
-    """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
-    if not call.named.keys().isdisjoint(SESSION_HEADERS):
-        for name in SESSION_HEADERS:
-            if session := printable(call.header(name)):
-                return session
-    if peek.metadata and (session := printable(session_of(peek.metadata))):
-        return session
-    return printable(decode_short(peek.prompt_cache_key, str, "")) if peek.prompt_cache_key else ""
-
+# Other models
+#
+# A key may be for some models only, and a call is reserved at the price of the dearest that may serve it. Beside
+# `model`, a request can name others where the upstream turns to them, or runs them as tools. `MODEL_PLACES` has these
+# places in the shape of their JSON. What stands at one of them and is no name, or more than can be looked at, is
+# refused for such a key; for the others it counts as the dearest model of all.
 
 MODEL = "a model's name"
-TOO_MANY = f"no more than {MAX_LOOKED_AT} items and names in them"
 Shape = str | list["Shape"] | dict[str, "Shape"]
 MODEL_LIST: Shape = [MODEL, {"model": MODEL}]  # each item is a name, or an object that has one
 OF_SERVER_TOOL: dict[str, Shape] = {"model": MODEL, "analysis_models": [MODEL]}
-# Where a request can name a model beside `model`, in the shape of its JSON: Anthropic's and OpenAI's tools, what
-# LiteLLM and OpenRouter turn to (openrouter.ai/docs: advisor and fusion, whose models may have such tools again).
+# Anthropic's and OpenAI's tools, and what LiteLLM and OpenRouter turn to (openrouter.ai/docs: advisor and fusion, whose
+# models may have such tools again).
 MODEL_PLACES: dict[str, Shape] = {
     "models": MODEL_LIST,
     "fallbacks": MODEL_LIST,
@@ -6458,6 +6347,10 @@ MODEL_PLACES: dict[str, Shape] = {
         }
     ],
 }
+CHOOSING = {"tools": b"openrouter:", "plugins": b"fusion"}  # what has models of its own choice if it names none
+MAX_LOOKED_AT = 3000  # items and names among which models are looked for, 7 µs each …
+MAX_MODEL_PLACES = 2 << 20  # … and the bytes that these have in all, 25 ms each MB
+TOO_MANY = f"no more than {MAX_LOOKED_AT} items and names in them"
 
 
 class NamedModel(NamedTuple):
@@ -6509,14 +6402,12 @@ def other_models(peek: RequestPeek) -> Iterator[NamedModel]:
     size = 0
     try:
         for field, shape in MODEL_PLACES.items():
-            value: Raw = getattr(peek, field)
-            if value is msgspec.UNSET:
-                continue
+            value = bytes_of(getattr(peek, field))
             size += len(value)
             if size > MAX_MODEL_PLACES:
                 yield NamedModel(field, "", f"no more than {MAX_MODEL_PLACES} bytes")
-            else:
-                yield from models_within(bytes(value), shape, field, left)
+            elif value:
+                yield from models_within(value, shape, field, left)
     except UNREADABLE as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
 
@@ -6528,7 +6419,7 @@ def check_other_models(call: Call, peek: RequestPeek) -> None:
         raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
     if "," in (peek.model or ""):
         raise PolicyBlocked(f"model: {why}, and servers may read several here. Name one.")
-    for name in ROUTER_NAMES:
+    for name in map(bytes.decode, ROUTER_NAMES):
         if getattr(peek, name):
             raise PolicyBlocked(f"{name}: {why}, and this can turn to others. Leave it out.")
     found = set[str]()
@@ -6544,18 +6435,12 @@ def check_other_models(call: Call, peek: RequestPeek) -> None:
                 f"Leave {place} out, or name one that it may use."
             )
         found.add(place.partition("[")[0])
-    for place, mark in (("tools", b"openrouter:"), ("plugins", b"fusion")):  # which have models of their own choice
-        value: Raw = getattr(peek, place)
-        if value is not msgspec.UNSET and mark in bytes(value) and place not in found:
+    for place, mark in CHOOSING.items():
+        if place not in found and mark in bytes_of(getattr(peek, place)):
             raise PolicyBlocked(f"{place}: {why}, and {mark.decode()} without a model chooses some. Name its models.")
 
 
-class BilledTool(msgspec.Struct, gc=False):
-    """What is read of a tool that the upstream runs itself."""
-
-    type: Raw = msgspec.UNSET
-    max_uses: Raw = msgspec.UNSET
-
+# What else a request may be billed for: tools that the upstream runs, input that lies there, writes to a cache, sound
 
 # What is reserved where a request does not say how often a tool may be used: of each that is billed by the piece (a
 # container of Code Interpreter is billed once), and of one that has a model of its own, such as an advisor.
@@ -6563,71 +6448,44 @@ USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpr
 MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
 # Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
-CLIENTS_OWN = (b'"function"', b'"custom"', b"null")
+CLIENTS_OWN = (msgspec.UNSET, *(msgspec.Raw(word) for word in (b'"function"', b'"custom"', b"null")))
 MAX_PLAIN_TOOLS = 256 << 10  # bytes of tools that are decoded at once, into 100 bytes for each
-MAX_SEARCHED = 16 << 10  # bytes of a body in which escapes are looked for: 0.1 ms for each 100 KB
-# A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
-ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
+ONE_HOUR = re.compile(rb'"ttl"\s*:\s*"1h"')  # in a mark of prompt caching
 
 
-class ToolKind(msgspec.Struct, gc=False):
-    """What tells of a tool whether the client runs it itself, without a model of its own."""
+class Tool(msgspec.Struct, gc=False):
+    """What is read of a tool: whether the client runs it itself, without a model of its own, and how often it may."""
 
     type: Raw = msgspec.UNSET
+    max_uses: Raw = msgspec.UNSET
     model: Raw = msgspec.UNSET
     advisor: Raw = msgspec.UNSET
 
 
-TOOLS_DECODER = msgspec.json.Decoder(list[ToolKind] | None)
+TOOLS_DECODER = msgspec.json.Decoder(list[Tool] | None)
 
 
-def are_clients_own(tools: Raw) -> bool:
-    """Whether all tools of a request are run by its client, as far as that is seen at once."""
-    if tools is msgspec.UNSET or len(tools) > MAX_PLAIN_TOOLS:
-        return tools is msgspec.UNSET
-    try:
-        kinds = TOOLS_DECODER.decode(tools) or ()
-    except UNREADABLE:
-        return False
-    return not any((kind.type and bytes(kind.type) not in CLIENTS_OWN) or kind.model or kind.advisor for kind in kinds)
-
-
-def is_escaped(body: bytes) -> bool:
-    """Whether JSON's escapes may hide a name in a body; a large one with any escape counts so."""
-    return b"\\u00" in body and (len(body) > MAX_SEARCHED or ESCAPED.search(body) is not None)
-
-
-PLAIN_MARK = re.compile(rb'"cache_control"\s*:\s*(?:null|\{(?:[^{}"]|"\w*")*+\})')
-MAX_MARKS = 64  # of prompt caching, which are looked at; the API allows 4
-
-
-def cache_write(body: bytes) -> str:
-    """The price at which a request's input may be written to a cache, a field of `Price`; "" where it asks for none.
-
-    A mark of prompt caching that has "1h", or cannot be read plainly, counts as an hour. Where escapes may hide marks
-    of a large body, and there are no others, they count as the usual ones.
-    """
-    at = body.find(b'"cache_control"')
-    if at < 0:
-        return "cache_write_5m" if len(body) > MAX_SEARCHED and b"\\u00" in body else ""
-    for _ in range(MAX_MARKS):
-        mark = PLAIN_MARK.match(body, at)
-        if mark is None or b'"1h"' in mark[0]:
-            return "cache_write_1h"
-        at = body.find(b'"cache_control"', mark.end())
-        if at < 0:
-            return "cache_write_5m"
-    return "cache_write_1h"
+def decode_tools(tools: Raw) -> list[Tool]:
+    """The first MAX_LOOKED_AT tools of a request and one more; one that is no object is an empty one."""
+    if tools is msgspec.UNSET:
+        return []
+    if len(tools) <= MAX_PLAIN_TOOLS:
+        with contextlib.suppress(*UNREADABLE):
+            return TOOLS_DECODER.decode(tools) or []
+    found: list[Tool] = []
+    for item in list_items(memoryview(bytes(tools)), MAX_LOOKED_AT + 1):
+        found.append(Tool())
+        with contextlib.suppress(*UNREADABLE):
+            found[-1] = msgspec.json.decode(item, type=Tool)
+    return found
 
 
 def read_uses(value: Raw) -> int | None:
     """How often a tool may be used, as a request says it; None where it says nothing."""
-    if value is msgspec.UNSET or has_value(value, b"null"):
-        return None
-    return int(min(read_most(value), MOST_USES))
+    return None if value in UNSAID else int(min(read_most(value), MOST_USES))
 
 
-def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) -> tuple[int, Counter[str]]:
+def read_tools(tools: list[Tool], found: list[NamedModel], calls: int | None) -> tuple[int, Counter[str]]:
     """The runs of other models and the pieces that a request allows its tools.
 
     `found` are the models that it names; `calls` are those of all tools, where the request bounds them.
@@ -6635,13 +6493,7 @@ def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) ->
     extras = Counter[str]()
     runs = sum(place.startswith("plugins") and "allowed_models" not in place for place, _, _ in found)
     named = Counter(place.partition(".")[0] for place, _, _ in found)  # tools[3]: 1
-    for number, item in enumerate(list_items(tools, MAX_LOOKED_AT + 1)):
-        if number == MAX_LOOKED_AT:
-            extras["web_search"] = MOST_USES  # nobody knows what the others are
-            break
-        if not bytes(item).lstrip().startswith(b"{"):
-            continue
-        tool = msgspec.json.decode(item, type=BilledTool)
+    for number, tool in enumerate(tools):
         said, kind = read_uses(tool.max_uses), decode_short(tool.type, str, "")
         uses = calls if said is None else said
         for name in USES:
@@ -6651,126 +6503,124 @@ def read_tools(tools: memoryview, found: list[NamedModel], calls: int | None) ->
     return runs, extras
 
 
-def read_besides(call: Call, peek: RequestPeek, write: str) -> Besides | None:
+def cache_write(body: bytes, is_escaped: bool) -> str:
+    """The price at which a request's input may be written to a cache, a field of `Price`; "" where it asks for none.
+
+    Where escapes may hide marks of prompt caching, and there are no others, they count as the usual ones.
+    """
+    if b'"cache_control"' not in body:
+        return "cache_write_5m" if is_escaped else ""
+    return "cache_write_1h" if is_escaped or ONE_HOUR.search(body) else "cache_write_5m"
+
+
+def has_stored_input(call: Call, peek: RequestPeek, tools: bytes, is_escaped: bool) -> bool:
+    """Whether a request refers to input that lies upstream, or that the upstream fetches."""
+    if peek.mcp_servers or b'"web_fetch' in tools or b'"mcp"' in tools:
+        return True
+    if call.route.kind != "responses":
+        return False
+    stored = (peek.previous_response_id, peek.conversation, peek.prompt)
+    return is_escaped or b"item_reference" in call.body or any(value not in UNSAID for value in stored)
+
+
+def read_besides(call: Call, peek: RequestPeek, write: str, is_escaped: bool) -> Besides | None:
     """Find what a request may be billed for beside its text and its answer; None for nothing. Raises BadRequest.
 
-    `write` is the price of its input in a cache. Tools are walked only where one is not the client's own.
+    `write` is the price of its input in a cache. Other models are looked for only where a tool is not the client's own.
     """
-    tools = b"" if peek.tools is msgspec.UNSET else bytes(peek.tools)
-    stored = (peek.previous_response_id, peek.conversation, peek.prompt)
-    brings_more = bool(peek.mcp_servers) or b'"web_fetch' in tools or b'"mcp"' in tools
-    has_stored = brings_more or (
-        call.route.kind == "responses"
-        and (
-            any(value and not has_value(value, b"null") for value in stored)
-            or b"item_reference" in call.body
-            or is_escaped(call.body)
-        )
-    )
-    found: list[NamedModel] = []
-    runs, extras, are_plain = 0, Counter[str](), are_clients_own(peek.tools)
-    may_name = (peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks)
-    if not are_plain or any(may_name) or peek.content_policy_fallbacks:
-        found = list(other_models(peek))
-    if len(tools) > MAX_MODEL_PLACES:
-        extras["web_search"] = MOST_USES
-    elif found or not are_plain:
-        runs, extras = read_tools(memoryview(tools), found, read_uses(peek.max_tool_calls))
+    tools = decode_tools(peek.tools)
+    is_hosted = any(tool.type not in CLIENTS_OWN or tool.model or tool.advisor for tool in tools)
+    may_name = (peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks, peek.content_policy_fallbacks)
+    found = list(other_models(peek)) if is_hosted or any(may_name) else []
+    runs, extras = 0, Counter[str]()
+    if found or is_hosted:
+        runs, extras = read_tools(tools, found, read_uses(peek.max_tool_calls))
+    if len(tools) > MAX_LOOKED_AT or len(bytes_of(peek.tools)) > MAX_MODEL_PLACES:
+        extras["web_search"] = MOST_USES  # nobody knows what the others are
     if call.route.kind == "chat" and peek.web_search_options:
         extras[CHAT_SEARCH] += 1  # the model of a chat that searches does so once
-    names = {model.name for model in found if not model.expected}
-    is_unclear = any(model.expected for model in found)
-    has_sound = peek.modalities is not msgspec.UNSET and b"audio" in bytes(peek.modalities)
-    besides = Besides(tuple(names), is_unclear, runs, tuple(extras.items()), write, has_sound, has_stored)
+    besides = Besides(
+        models=tuple({model.name for model in found if not model.expected}),
+        is_unclear=any(model.expected for model in found),
+        runs=runs,
+        extras=tuple(extras.items()),
+        write=write,
+        has_sound=b"audio" in bytes_of(peek.modalities),
+        has_stored=has_stored_input(call, peek, bytes_of(peek.tools), is_escaped),
+    )
     return None if besides == NOTHING_BESIDES else besides
 
 
-def read_request(call: Call) -> None:
-    """Fill in what the body says: model, stream, session. Raises BadRequest and PolicyBlocked."""
-    try:
-        peek = PEEK_DECODER.decode(call.body)
-        check_names(call.body, peek)
-    except msgspec.ValidationError as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not JSON: {error}") from None
-    model = peek.model or ""
-    if not model and call.route.kind != "responses":  # there `prompt` may bring one, if an upstream is for that
-        raise BadRequest("model: field required")
-    if len(model) > MAX_NAME or not model.isprintable():
-        raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
-    is_in_background = peek.background is not msgspec.UNSET and bytes(peek.background) not in (b"false", b"null")
-    if is_in_background and call.route.kind == "responses":
-        raise PolicyBlocked("background: this gateway serves no responses in the background, whose cost it cannot see.")
-    if "*" not in call.key.models:
-        check_other_models(call, peek)
-    call.model = call.upstream_model = model
-    call.stream = bool(peek.stream) and call.route.kind in ("messages", "chat", "responses")  # the others never do
-    if call.stream and call.route.kind == "chat":
-        call.includes_usage = asks_for_usage(peek.stream_options)
-    call.bytes_up = len(call.body)
-    conversation = peek.input if call.route.kind == "responses" else peek.messages
-    call.input_estimate = estimate_input(call.body, conversation, call.route, model)
-    call.max_output = max_output(call.route, peek)
-    if peek.speed or peek.service_tier or peek.inference_geo:
-        asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
-        call.premiums = tuple((field, word) for field, word in asked.items() if word)
-    write = cache_write(call.body)
-    if (
-        write
-        or peek.tools
-        or peek.models
-        or peek.plugins
-        or peek.fallbacks
-        or peek.context_window_fallbacks
-        or peek.content_policy_fallbacks
-        or call.route.kind == "responses"
-        or peek.mcp_servers
-        or peek.modalities
-        or peek.web_search_options
-    ):
-        call.besides = read_besides(call, peek, write)
-    call.session = find_session(call, peek)
+def premium_word(raw: Raw) -> str:
+    """What of PREMIUMS a value names; "" where it is nothing that has a price."""
+    if raw is msgspec.UNSET or len(raw) > 64 or bytes(raw) in NO_PREMIUM:
+        return ""
+    return decode_short(raw, str, "")
 
 
+# Sessions, and what else keeps together the calls that share a prompt cache
+
+SESSION_HEADERS = (
+    b"x-claude-code-session-id session-id session_id x-session-affinity thread-id thread_id "
+    b"conversation-id conversation_id"
+).split()
+# In `metadata.user_id`: its end `_session_<uuid>` (Claude Code 2.0.x), or JSON within JSON (2.1.x).
+SESSION = re.compile(rb'_session_([0-9a-fA-F-]{36})"|\\"session_id\\"\s*:\s*\\"([^"\\]{1,128})')
 CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
-
+USER = msgspec.Raw(b'"user"')
 OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
 OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
 
 
-def start_without_marks(text: memoryview) -> bytes:
-    """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
-    *pieces, last = CACHE_MARK.split(bytes(text[: OPENING_BYTES + 4096]))  # room for all the marks that there can be
-    return (b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last)[:OPENING_BYTES].rstrip()
+def session_of(metadata: Raw) -> str:
+    """The session in a request's `metadata`, at most 128 characters."""
+    found = SESSION.search(bytes_of(metadata)[:MAX_SHORT])
+    return (found[1] or found[2]).decode(errors="replace") if found else ""
 
 
-class Speaker(msgspec.Struct, gc=False):
-    """Whose turn of a conversation it is."""
+def find_session(call: Call, peek: RequestPeek) -> str:
+    """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
+    if not call.named.keys().isdisjoint(SESSION_HEADERS):
+        for name in SESSION_HEADERS:
+            if session := printable(call.header(name)):
+                return session
+    if peek.metadata and (session := printable(session_of(peek.metadata))):
+        return session
+    return printable(decode_short(peek.prompt_cache_key, str, "")) if peek.prompt_cache_key else ""
 
+
+class Turn(msgspec.Struct, gc=False):
+    """One message of a conversation."""
+
+    content: msgspec.Raw
     role: Raw = msgspec.UNSET
 
 
 class Opening(msgspec.Struct, gc=False):
     """What stays the same in every request of a conversation."""
 
-    system: msgspec.Raw = msgspec.Raw(b"")
-    messages: msgspec.Raw = msgspec.Raw(b"")
+    system: Raw = msgspec.UNSET
+    messages: Raw = msgspec.UNSET
 
-    def digest(self) -> str:
-        """Hash system and the messages up to the first of the user; "" without messages. Raises as decoding does."""
-        opening = hashlib.blake2b(start_without_marks(memoryview(self.system)), digest_size=16)
-        starts: list[bytes] = []
-        for message in list_items(memoryview(self.messages), OPENING_MESSAGES):
-            starts.append(start_without_marks(message))
-            role = msgspec.json.decode(message, type=Speaker).role
-            if has_value(role, b'"user"'):
-                break
-        else:
-            starts = starts[:1]  # no user among them
-        for start in starts:
-            opening.update(start)
-        return opening.hexdigest() if starts else ""
+
+def start_without_marks(text: bytes | memoryview) -> bytes:
+    """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
+    *pieces, last = CACHE_MARK.split(bytes(text[: OPENING_BYTES + 4096]))  # room for all the marks that there can be
+    return (b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last)[:OPENING_BYTES].rstrip()
+
+
+def opening_digest(body: bytes) -> str:
+    """Hash system and the messages up to the first of the user; "" without messages. Raises as decoding does."""
+    opening = msgspec.json.decode(body, type=Opening)
+    starts: list[bytes] = []
+    for message in list_items(memoryview(bytes_of(opening.messages)), OPENING_MESSAGES):
+        starts.append(start_without_marks(message))
+        if msgspec.json.decode(message, type=Turn).role == USER:
+            break
+    else:
+        starts = starts[:1]  # no user among them
+    system = start_without_marks(bytes_of(opening.system))
+    return hashlib.blake2b(b"".join([system, *starts]), digest_size=16).hexdigest() if starts else ""
 
 
 def find_affinity(call: Call) -> str:
@@ -6779,19 +6629,108 @@ def find_affinity(call: Call) -> str:
         call.affinity = call.session or call.key.name
         if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
             with contextlib.suppress(*UNREADABLE):
-                call.affinity = msgspec.json.decode(call.body, type=Opening).digest() or call.affinity
+                call.affinity = opening_digest(call.body) or call.affinity
     return call.affinity
 
 
+ASKS_FOR_USAGE = re.compile(rb'\{[^][{}\\]*"include_usage"\s*:\s*true[^][{}\\]*\}')
+
+
+def asks_for_usage(options: Raw) -> bool | None:
+    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
+
+    Where readers could differ, or the value is longer than any honest one, it does not.
+    """
+    if options is msgspec.UNSET:
+        return None
+    text = bytes(options)
+    is_plain = len(text) <= MAX_SHORT and text.lower().count(b"include_usage") == 1
+    return is_plain and ASKS_FOR_USAGE.fullmatch(text) is not None
+
+
+def read_request(call: Call) -> None:
+    """Fill in what the body says: model, stream, session, and what it may cost. Raises BadRequest and PolicyBlocked."""
+    body, kind = call.body, call.route.kind
+    try:
+        peek = PEEK_DECODER.decode(body)
+        check_names(body, peek)
+    except msgspec.ValidationError as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    model = peek.model or ""
+    if not model and kind != "responses":  # there `prompt` may bring one, if an upstream is for that
+        raise BadRequest("model: field required")
+    if len(model) > MAX_NAME or not model.isprintable():
+        raise BadRequest(f"model: expected at most {MAX_NAME} printable characters")
+    if kind == "responses" and bytes_of(peek.background) not in (b"", b"false", b"null"):
+        raise PolicyBlocked("background: this gateway serves no responses in the background, whose cost it cannot see.")
+    if "*" not in call.key.models:
+        check_other_models(call, peek)
+    call.model = call.upstream_model = model
+    call.stream = bool(peek.stream) and kind in ("messages", "chat", "responses")  # the others never do
+    if call.stream and kind == "chat":
+        call.includes_usage = asks_for_usage(peek.stream_options)
+    call.bytes_up = len(body)
+    is_escaped = b"\\u00" in body and ESCAPED.search(body) is not None
+    conversation = peek.input if kind == "responses" else peek.messages
+    call.input_estimate = estimate_input(body, conversation, call.route, model, is_escaped)
+    call.max_output = max_output(call.route, peek)
+    if peek.speed or peek.service_tier or peek.inference_geo:
+        asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
+        call.premiums = tuple((field, word) for field, word in asked.items() if word)
+    write = cache_write(body, is_escaped)
+    more = (
+        *(write, peek.tools, peek.mcp_servers, peek.modalities, peek.web_search_options, peek.models, peek.plugins),
+        *(peek.fallbacks, peek.context_window_fallbacks, peek.content_policy_fallbacks),
+    )
+    if any(more) or kind == "responses":
+        call.besides = read_besides(call, peek, write, is_escaped)
+    call.session = find_session(call, peek)
+
+
+# Changes: the usage of a chat stream is asked for, a model is renamed, another account's thoughts are left out
+
+
+def splice_usage(body: bytes) -> Splice:
+    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
+    try:
+        fields = PEEK_DECODER.decode(body)
+        options = fields.stream_options
+        if options is msgspec.UNSET:
+            start = body.index(b"{") + 1
+            return Splice(start, start, b'"stream_options":{"include_usage":true},')
+        spans = {name: start for name, start, _ in walk_fields(body)}
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
+    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
+    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
+    changed["include_usage"] = msgspec.Raw(b"true")
+    start = spans["stream_options"]
+    return Splice(start, start + len(options), ENCODER.encode(changed))
+
+
+def splice_model(body: bytes, model: str) -> Splice:
+    """The change that gives a request another `model`, where a rename map says so. Raises BadRequest."""
+    text = ENCODER.encode(model)
+    try:
+        for name, start, end in walk_fields(body):
+            if name == "model":
+                return Splice(start, end, text)
+        start = body.index(b"{") + 1
+    except (*UNREADABLE, ValueError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    comma = b"" if END.match(body) else b","
+    return Splice(start, start, b'"model":%b%b' % (text, comma))
+
+
+# Thoughts are signed for the account that they were thought for. Within a chain of tool calls the API wants them while
+# `thinking` is on: there it is switched off for this answer.
+
+ASSISTANT = msgspec.Raw(b'"assistant"')
 THOUGHTS = ("thinking", "redacted_thinking")
 MAX_PIECES = 50_000  # messages and blocks of a request that is repaired: 1 µs each; 200,000 tokens are 2,000
-
-
-class Turn(msgspec.Struct, gc=False):
-    """One message of a Messages request."""
-
-    content: msgspec.Raw
-    role: Raw = msgspec.UNSET
 
 
 class Block(msgspec.Struct, gc=False):
@@ -6800,83 +6739,48 @@ class Block(msgspec.Struct, gc=False):
     type: str = ""
 
 
-def with_content(message: memoryview, content: bytes) -> bytes:
-    """A message with another `content`. Raises BadRequest where it has more beside it than any honest one."""
-    old = msgspec.json.decode(message, type=Turn).content
-    if len(message) - len(bytes(old)) > MAX_SHORT:
-        raise BadRequest(f"A message has more than {MAX_SHORT} bytes beside its content, too many to be repaired.")
-    fields = msgspec.json.decode(message, type=dict[str, msgspec.Raw])
-    fields["content"] = msgspec.Raw(content)
-    return msgspec.json.encode(fields)
+def with_content(message: bytes, content: bytes) -> bytes:
+    """A message with another `content`. Raises BadRequest where it has more names than any honest one."""
+    spans = {name: (start, end) for name, start, end in walk_fields(message)}
+    start, end = spans["content"]
+    return b"".join(spliced(message, [Splice(start, end, content)]))
 
 
 def without_thinking(body: bytes) -> bytes:
-    """A Messages request without its thinking blocks, whose signatures another account does not know.
-
-    Within a chain of tool calls the API wants them while `thinking` is on: there it is switched off for this answer.
-    Raises BadRequest.
-    """
+    """A Messages request without its thinking blocks, and messages that have nothing else. Raises BadRequest."""
+    left = MAX_PIECES
+    kept: list[bytes | memoryview] = []
+    content = b""
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         messages = memoryview(fields["messages"])
         if messages[0] != ord("["):
             raise BadRequest("The request body is not as expected: messages is no list")
-        left = MAX_PIECES
-        kept: list[memoryview] = []
-        last = b""
-        for message in list_items(messages, left):
+        for message in list_items(messages, MAX_PIECES):
             turn = msgspec.json.decode(message, type=Turn)
-            last = bytes(turn.content)
-            if has_value(turn.role, b'"assistant"') and last[:1] == b"[":
-                blocks = list(list_items(memoryview(last), left))
+            content = bytes(turn.content)
+            repaired: bytes | memoryview = message
+            if turn.role == ASSISTANT and content.startswith(b"["):
+                blocks = list(list_items(memoryview(content), left))
                 left -= len(blocks)
-                thoughtless = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
-                if len(thoughtless) < len(blocks):
-                    last = b"[%b]" % b",".join(thoughtless)
-                    message = memoryview(with_content(message, last))
+                others = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
+                if len(others) < len(blocks):
+                    content = b"[%b]" % b",".join(others)
+                    repaired = with_content(bytes(message), content)
             left -= 1
             if left <= 0:
                 raise BadRequest(
                     f"The request has more than {MAX_PIECES} messages and blocks, too many to be repaired."
                 )
-            if last != b"[]":
-                kept.append(message)
-        in_chain = b'"tool_result"' in last
+            if content != b"[]":
+                kept.append(repaired)
     except (*UNREADABLE, KeyError) as error:
         raise BadRequest(f"The request body is not as expected: {error}") from None
     fields["messages"] = msgspec.Raw(b"[%b]" % b",".join(kept))
-    if in_chain:
+    if b'"tool_result"' in content:
         fields.pop("thinking", None)
         fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
-    return msgspec.json.encode(fields)
-
-
-class UpstreamTarget(NamedTuple):
-    """Where an upstream is, taken from its URL once."""
-
-    host: str
-    port: int
-    tls: bool
-    authority: bytes  # the Host header
-    prefix: bytes  # the URL's path, without a slash at the end
-    proxy: tuple[str, int, str] | None  # host, port, and the value of Proxy-Authorization or ""
-
-    @classmethod
-    @functools.lru_cache(maxsize=256)
-    def of(cls, url: str, proxy: str | None) -> UpstreamTarget:
-        """Parse checked URLs."""
-        parts = urllib.parse.urlsplit(url)
-        host, tls = parts.hostname or "", parts.scheme == "https"
-        via = None
-        if proxy:
-            hop = urllib.parse.urlsplit(proxy)
-            secret = f"{urllib.parse.unquote(hop.username or '')}:{urllib.parse.unquote(hop.password or '')}"
-            basic = "Basic " + base64.b64encode(secret.encode()).decode() if hop.username else ""
-            via = (hop.hostname or "", hop.port or 80, basic)
-        # A base URL may end in /v1, as OpenAI's does: the routes bring their own.
-        prefix = parts.path.rstrip("/").removesuffix("/v1")
-        authority = parts.netloc.rpartition("@")[2]
-        return cls(host, parts.port or (443 if tls else 80), tls, authority.encode(), prefix.encode(), via)
+    return ENCODER.encode(fields)
 
 
 # --- 11. Formats: what is read of an answer ---------------------------------------

@@ -49,7 +49,8 @@ def estimate_of(body: object, kind: str = "messages", model: str = "m") -> int:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = g.PEEK_DECODER.decode(data)
     (route,) = [route for route in g.ROUTES.values() if route.kind == kind]
-    return g.estimate_input(data, fields.input if kind == "responses" else fields.messages, route, model)
+    conversation = fields.input if kind == "responses" else fields.messages
+    return g.estimate_input(data, conversation, route, model, g.ESCAPED.search(data) is not None)
 
 
 INPUT = estimate_of(HELLO)
@@ -464,8 +465,8 @@ def request_with(kind: str, block: str) -> bytes:
 
 
 def text_estimate(kind: str, wrapped: str) -> int:
-    """What a request is estimated at whose attachment is empty."""
-    return estimate_of(request_with(kind, wrapped % ""), kind)
+    """What a request without its attachment is estimated at."""
+    return estimate_of(request_with(kind, wrapped % ""), "embeddings")  # where nothing is attached
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED)
@@ -535,6 +536,7 @@ SEVEN_PAGES = b"<</Type/Page>>" * 7
 SHOWN = zlib.compress(b"(a word or two) Tj " * 20_000)  # 380 KB
 SIX_HUNDRED = b"<</Type /Pages /Kids [" + b"3 0 R " * 600 + b"]>>"
 TREE = [b"<</Kids [2 0 R 3 0 R]>>", b"<</Kids [4 0 R]>>", b"<</Kids[4 0 R]>>", PAGE]
+DOUBLING = [b"%%7 0 obj\n<</Kids [%d 0 R %d 0 R]>>" % (i + 2, i + 2) for i in range(10)]
 PDFS = {
     "three pages": (pdf(*[PAGE] * 3), 13_500),
     "many": (pdf(*[PAGE] * 200), 900_000),
@@ -567,10 +569,12 @@ PDFS = {
     "contents elsewhere": (pdf(WITH_TEXT, b"[3 0 R]", stream(SHOWN)), 1_000_000),
     "edited: a new version of an object behind the old": (
         pdf(b"<</Kids[2 0 R]>>", PAGE, b"%%EOF 1 0 obj<</Kids[2 0 R 9 0 R]>>"),
-        13_500,
+        27_000,
     ),
     "one page named 600 times": (pdf(SIX_HUNDRED, PAGE), 1_000_000),
-    "a part named twice": (pdf(*TREE), 1_000_000),
+    "a part named twice": (pdf(*TREE), 36_000),
+    "ten parts that each name the next one twice": (pdf(*DOUBLING, PAGE), 1_000_000),
+    "a page with a remark": (pdf(PAGE, b"<</Type/Annot/Contents (a remark)>>"), 4_500),
     "a content named twice": (pdf(*[b"<</Type/Page/Contents 9 0 R>>"] * 2), 1_000_000),
     "kids elsewhere": (pdf(b"<</Type/Pages/Kids 2 0 R>>", b"[3 0 R 3 0 R]", PAGE), 1_000_000),
     "a name with escapes": (pdf(PAGE, b"<</Type/P#61ge>>"), 1_000_000),
