@@ -81,6 +81,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import random
 import re
@@ -222,6 +223,43 @@ class Pace(NamedTuple):
     demo_s: float = 0.02  # between two words of the demo upstream
 
 
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def inherited_after(after: str) -> Callable[[type[S]], type[S]]:
+    """Make a struct anew whose inherited fields follow its own field `after` in JSON; msgspec has them in front.
+
+    For the ledger's lines, whose order stays. Methods come along; at run time it is no subclass of its base.
+    """
+
+    def reorder(made: type[S]) -> type[S]:
+        fields = {field.name: field for field in msgspec.structs.fields(made)}
+        inherited = cast(type[msgspec.Struct], made.__base__).__struct_fields__
+        own = [name for name in fields if name not in inherited]
+        place = own.index(after) + 1
+        defaults = cast(Any, msgspec.field)  # either of the two is NODEFAULT, which its types do not know
+        methods: dict[str, Any] = {"__doc__": made.__doc__}
+        for base in made.__mro__[:-3]:  # without msgspec's own
+            methods |= {name: found for name, found in vars(base).items() if isinstance(found, property)}
+        remade = msgspec.defstruct(
+            made.__name__,
+            [
+                (name, found.type, defaults(default=found.default, default_factory=found.default_factory))
+                for name in (*own[:place], *inherited, *own[place:])
+                for found in [fields[name]]
+            ],
+            namespace=methods,
+            module=__name__,
+            tag=made.__struct_config__.tag,
+            tag_field=made.__struct_config__.tag_field,
+            omit_defaults=made.__struct_config__.omit_defaults,
+            kw_only=True,
+        )
+        return cast(type[S], remade)
+
+    return reorder
+
+
 class Tokens(msgspec.Struct):
     """Counts of tokens by class. `input_tokens` are those neither written to nor read from a cache."""
 
@@ -238,11 +276,12 @@ class Tokens(msgspec.Struct):
 
     def add(self, more: Tokens, sign: int = 1) -> None:
         """Count others in, or out."""
-        self.input_tokens += sign * more.input_tokens
-        self.output_tokens += sign * more.output_tokens
-        self.cache_write_5m_tokens += sign * more.cache_write_5m_tokens
-        self.cache_write_1h_tokens += sign * more.cache_write_1h_tokens
-        self.cache_read_tokens += sign * more.cache_read_tokens
+        for name in Tokens.__struct_fields__:
+            setattr(self, name, getattr(self, name) + sign * getattr(more, name))
+
+
+# The counts of whatever has them, in the order of Tokens.
+token_counts: Callable[[Any], tuple[int, ...]] = operator.attrgetter(*Tokens.__struct_fields__)
 
 
 class Share(Tokens):
@@ -253,7 +292,7 @@ class Share(Tokens):
     prompt_tokens: int = 0  # of its largest prompt, which decides the tier
 
 
-class Usage(Tokens):
+class Usage(Tokens, kw_only=True):
     """What one call has used. The counts have everything in them; `shares` are those of it that are priced apart."""
 
     estimated: bool = False
@@ -305,6 +344,14 @@ WINDOWS: Windows = {
         LimitWindow("", "forever", "in all"),
     )
 }
+
+
+class Spend(Tokens, kw_only=True):
+    """What a call, an attempt, or many of them have spent."""
+
+    weighted_tokens: int | None = None  # what counts in limits of tokens; None where it was booked without
+    estimated: bool = False
+    cost_usd: float = 0.0
 
 
 class Limit(NamedTuple):
@@ -986,6 +1033,12 @@ Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, description=DOLLARS)]
 Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, examples=[1.5])]
 
 
+# The prices of whatever has them, in the order of Tokens.
+class_prices: Callable[[Any], tuple[float, ...]] = operator.attrgetter(
+    *(name.removesuffix("_tokens") for name in Tokens.__struct_fields__)
+)
+
+
 class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """USD per million tokens. What is not given follows from `input` by the factors Anthropic publishes."""
 
@@ -1000,24 +1053,13 @@ class Price(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if getattr(self, name) is None:
                 msgspec.structs.force_setattr(self, name, round(self.input * factor, 6))
 
-    @property
-    def _cache(self) -> tuple[float, float, float]:
-        return cast(tuple[float, float, float], (self.cache_write_5m, self.cache_write_1h, self.cache_read))
-
     def plain(self) -> Price:
         """Only the prices."""
-        return Price(self.input, self.output, *self._cache)
+        return Price(*class_prices(self))
 
-    def cost_usd(self, usage: Tokens) -> float:
+    def cost_usd(self, tokens: Tokens) -> float:
         """What these tokens cost, in USD, rounded to a billionth."""
-        write_5m, write_1h, read = self._cache
-        micro_usd = (
-            usage.input_tokens * self.input
-            + usage.output_tokens * self.output
-            + usage.cache_write_5m_tokens * write_5m
-            + usage.cache_write_1h_tokens * write_1h
-            + usage.cache_read_tokens * read
-        )
+        micro_usd: float = sum(map(operator.mul, token_counts(tokens), class_prices(self)))
         return round(micro_usd / 1e6, 9)
 
 
@@ -1233,7 +1275,8 @@ BUILT_IN_PRICES = {
 }
 
 
-class Charge(msgspec.Struct, omit_defaults=True):
+@inherited_after("factor")
+class Charge(Tokens, omit_defaults=True, kw_only=True):
     """A line of a call's bill beside its own tokens: tokens with a price of their own, or things billed by the piece.
 
     `usd` is `price` x tokens x `factor`, or what `count` pieces cost; tokens stand in the entry's counts as well.
@@ -1245,11 +1288,14 @@ class Charge(msgspec.Struct, omit_defaults=True):
     count: float = 0.0
     price: Price | None = None
     factor: float = 1.0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_write_5m_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    cache_read_tokens: int = 0
+
+
+class Bill(Spend, kw_only=True):
+    """What a call costs: its own tokens x `price` (USD per million) x every premium, and every charge."""
+
+    price: Price = Price(0, 0)
+    premiums: dict[str, float] = {}  # factors on the call's own tokens
+    charges: list[Charge] = []  # what else is in `cost_usd`
 
 
 # --- 4. Settings: every setting as a typed field ----------------------------------
@@ -1575,6 +1621,12 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cache_write: Factor = 1.0
     cache_read: Factor = 0.1
 
+    def weigh(self, tokens: Tokens) -> int:
+        """What counts of these tokens in limits of tokens."""
+        weights = (self.input, self.output, self.cache_write, self.cache_write, self.cache_read)  # as in Tokens
+        weighted: float = sum(map(operator.mul, token_counts(tokens), weights))
+        return round(weighted)
+
 
 class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Limits of the whole gateway, and how all limits work. `queue` is how long a call may wait for a slot."""
@@ -1692,15 +1744,6 @@ class Mistakes(ValueError):
         """Raise what was noted, if anything was."""
         if self.found:
             raise self
-
-
-class Bill(NamedTuple):
-    """What a call costs: its own tokens x `price` x every premium, and every charge."""
-
-    cost_usd: float
-    price: Price
-    premiums: dict[str, float]
-    charges: list[Charge]
 
 
 TYPE_WORDS: dict[Any, str] = {
@@ -2937,15 +2980,17 @@ class Config:
         """
         served = served if served != asked and self.has_price(served) else ""
         prompt = usage.prompt_tokens or usage.total_input_tokens
+        weighted = self.limits.weights.weigh(usage)
+        bill = Bill(*token_counts(usage), weighted_tokens=weighted, estimated=usage.estimated)
         if not (usage.shares or usage.extras or usage.premiums):  # as most calls are
-            price = self.price(asked).at(prompt)
-            cost = price.cost_usd(usage)
+            bill.price = self.price(asked).at(prompt)
+            bill.cost_usd = bill.price.cost_usd(usage)
             if served:
                 other = self.price(served).at(prompt)
-                if other.cost_usd(usage) > cost:
-                    price, cost = other, other.cost_usd(usage)
-            return Bill(cost, price, {}, [])
-        tokens = Tokens(*(getattr(usage, name) for name in Tokens.__struct_fields__))
+                if other.cost_usd(usage) > bill.cost_usd:
+                    bill.price, bill.cost_usd = other, other.cost_usd(usage)
+            return bill
+        tokens = Tokens(*token_counts(usage))
         for share in usage.shares:
             tokens.add(share, -1)
         names = [name for name in (asked, served) if name]
@@ -2954,13 +2999,14 @@ class Config:
         rates = [(self.price(name).at(prompt), self.premiums(name, usage.premiums), name) for name in names]
         costs = [price.cost_usd(tokens) * math.prod(premiums.values()) for price, premiums, _ in rates]
         cost = max(costs)
-        price, premiums, model = rates[costs.index(cost)]
-        charges = [self._charge(share, asked, model, price, usage) for share in usage.shares]
+        bill.price, bill.premiums, model = rates[costs.index(cost)]
+        bill.charges = [self._charge(share, asked, model, bill.price, usage) for share in usage.shares]
         for name, count in usage.extras:
             each = self.surcharges(model).get(name) if name in EXTRAS else None
             if each:
-                charges.append(Charge(name, round(count * each, 9), count=count))
-        return Bill(round(cost + sum(charge.usd for charge in charges), 9), price, premiums, charges)
+                bill.charges.append(Charge(what=name, usd=round(count * each, 9), count=count))
+        bill.cost_usd = round(cost + sum(charge.usd for charge in bill.charges), 9)
+        return bill
 
     def _charge(self, share: Share, asked: str, model: str, price: Price, usage: Usage) -> Charge:
         """What a share costs: sound at the call's model's price for it, another model's run at that model's price."""
@@ -2970,9 +3016,9 @@ class Config:
             model = share.model or asked
             price = self.price(model).at(share.prompt_tokens)
         factor = math.prod(self.premiums(model, usage.premiums).values())
-        counts = {name: getattr(share, name) for name in Tokens.__struct_fields__}
         usd = round(price.cost_usd(share) * factor, 9)
-        return Charge(share.kind, usd, model=share.model, price=price, factor=factor, **counts)
+        counts = dict(zip(Tokens.__struct_fields__, token_counts(share), strict=True))
+        return Charge(what=share.kind, usd=usd, model=share.model, price=price, factor=factor, **counts)
 
     def route(self, call: Call) -> tuple[Serving, ...]:
         """Those that speak the call's format and serve its model, by priority, then in the file's order."""
@@ -3283,44 +3329,36 @@ class AttemptEntry(msgspec.Struct):
     ms: float = 0.0
 
 
-class Entry(msgspec.Struct, kw_only=True, tag_field="type", tag="call"):
-    """One call as the ledger keeps it: one line of JSON. Times are UTC; `price` is in USD per million tokens.
+@inherited_after("attempts")
+class Entry(Bill, kw_only=True, tag_field="type", tag="call"):
+    """One call as the ledger keeps it: one line of JSON. Times are UTC.
 
-    `time` is when the call ended. `chain` is a hash over this line and the `chain` of the line before.
+    `time` is when the call ended. `chain` is a hash over this line and the `chain` of the line before. A new field has
+    a default: lines from before it are read for ever.
     """
 
     time: str
-    request_id: str
-    key: str
-    team: str
-    upstream: str
-    model: str
-    model_served: str
-    path: str
-    stream: bool
-    status: int
-    outcome: str
-    error_type: str
-    attempts: list[AttemptEntry] | int  # in their order; a number in the first months' entries
-    input_tokens: int
-    output_tokens: int
-    cache_write_5m_tokens: int
-    cache_write_1h_tokens: int
-    cache_read_tokens: int
-    estimated: bool
-    cost_usd: float
-    price: Price
-    premiums: dict[str, float] = {}  # factors on the call's own tokens
-    charges: list[Charge] = []  # what else is in `cost_usd`
-    first_byte_ms: float | None
-    duration_ms: float
+    request_id: str = ""
+    key: str = ""
+    team: str = ""
+    upstream: str = ""
+    model: str = ""
+    model_served: str = ""
+    path: str = ""
+    stream: bool = False
+    status: int = 0
+    outcome: str = "completed"
+    error_type: str = ""
+    attempts: list[AttemptEntry] | int = 0  # in their order; a number in the first months' entries
+    first_byte_ms: float | None = None
+    duration_ms: float = 0.0
     queued_ms: float = 0.0  # of these, until a slot was free and the call was admitted
-    bytes_up: int
-    bytes_down: int
-    session: str
-    client: str
-    user_agent: str
-    upstream_request_id: str
+    bytes_up: int = 0
+    bytes_down: int = 0
+    session: str = ""
+    client: str = ""
+    user_agent: str = ""
+    upstream_request_id: str = ""
     chain: str = ""
 
 
@@ -3349,33 +3387,24 @@ class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
     chain: str = ""
 
 
-class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded"):
+@inherited_after("outcome")
+class Discarded(Bill, kw_only=True, tag_field="type", tag="discarded"):
     """What an upstream charges for an attempt of whose content the client saw nothing: it failed, another one followed.
 
     Counts as tokens and cost, not as a request; `request_id` is that of the call.
     """
 
     time: str
-    request_id: str
-    key: str
-    team: str
-    upstream: str
-    model: str
-    model_served: str
-    path: str
-    outcome: str
-    input_tokens: int
-    output_tokens: int
-    cache_write_5m_tokens: int
-    cache_write_1h_tokens: int
-    cache_read_tokens: int
-    estimated: bool
-    cost_usd: float
-    price: Price
-    premiums: dict[str, float] = {}
-    charges: list[Charge] = []
-    session: str
-    upstream_request_id: str
+    request_id: str = ""
+    key: str = ""
+    team: str = ""
+    upstream: str = ""
+    model: str = ""
+    model_served: str = ""
+    path: str = ""
+    outcome: str = ""
+    session: str = ""
+    upstream_request_id: str = ""
     requests: int = 0
     chain: str = ""
 
@@ -3383,7 +3412,7 @@ class Discarded(msgspec.Struct, kw_only=True, tag_field="type", tag="discarded")
 LedgerLine = Entry | Discarded | Adjustment | Reset
 
 
-class Posting(msgspec.Struct, gc=False):
+class Posting(Spend, gc=False, kw_only=True):
     """What counters read of a line; a third of the time that decoding all of it takes."""
 
     time: dt.datetime
@@ -3394,12 +3423,6 @@ class Posting(msgspec.Struct, gc=False):
     path: str = ""
     outcome: str = "completed"
     requests: int = 1
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_write_5m_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    cache_read_tokens: int = 0
-    cost_usd: float = 0.0
     duration_ms: float = 0.0
     queued_ms: float = 0.0
     scope: str = ""
@@ -3407,74 +3430,63 @@ class Posting(msgspec.Struct, gc=False):
     limit: str = ""
 
 
-FIELD_BIAS, FIELD_MASK = 1 << 63, (1 << 64) - 1
-ALL_BIAS = sum(FIELD_BIAS << 64 * i for i in range(8))  # makes every field positive, so that none borrows
-EIGHT_FIELDS = struct.Struct("<8Q")
-
-
-def tally_fields(packed: int) -> tuple[int, ...]:
-    """The fields of a packed tally, each too large by `FIELD_BIAS`."""
-    return EIGHT_FIELDS.unpack((packed + ALL_BIAS).to_bytes(64, "little"))
-
-
-class Tally(NamedTuple):
-    """Sums over entries, as people read them; money in nano-USD, so that sums and differences are exact.
+class Tally(Tokens):
+    """Sums over entries; money in nano-USD, so that sums and differences are exact.
 
     Counters keep a tally as one integer, `packed`: a signed field of 64 bits for each sum. To count an entry, or to
-    find what was added since, is then one addition or subtraction: a third of the time that eight of them take.
+    find what was added since, is then one addition or subtraction: a third of the time that nine of them take.
     """
 
+    weighted_tokens: int = 0
     nano_usd: int = 0
     calls: int = 0
     failed: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_write_5m_tokens: int = 0
-    cache_write_1h_tokens: int = 0
-    cache_read_tokens: int = 0
 
     @property
     def packed(self) -> int:
         """As one integer."""
-        return sum(value << 64 * i for i, value in enumerate(self))
+        return sum(value << 64 * i for i, value in enumerate(msgspec.structs.astuple(self)))
 
     def within(self, bound: int) -> Tally:
         """The same with no sum beyond a bound, on either side."""
-        return Tally(*(max(-bound, min(bound, value)) for value in self))
-
-    @classmethod
-    def of(cls, packed: int) -> Tally:
-        """The sums in an integer."""
-        return cls(*(field - FIELD_BIAS for field in tally_fields(packed)))
+        return Tally(*(max(-bound, min(bound, value)) for value in msgspec.structs.astuple(self)))
 
 
 Packed = int  # a Tally in one integer
-UNIT_FIELDS = {
-    "tokens": tuple(name for name in Tally._fields if name.endswith("_tokens")),
-    "usd": ("nano_usd",),
-    "requests": ("calls",),
+TALLY_FIELDS = struct.Struct(f"<{len(Tally.__struct_fields__)}Q")
+FIELD_BIAS, FIELD_MASK = 1 << 63, (1 << 64) - 1
+ALL_BIAS = Tally(*[FIELD_BIAS] * len(Tally.__struct_fields__)).packed  # makes every field positive: none borrows
+UNIT_SHIFTS = {  # where in a packed tally is what counts in limits of a unit
+    unit: 64 * Tally.__struct_fields__.index(name)
+    for unit, name in {"tokens": "weighted_tokens", "usd": "nano_usd", "requests": "calls"}.items()
 }
 
 MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
 LINE_MAX = 1 << 53  # of one field in one line: 9e15 tokens, or $9 million; more is taken for so much
 TOTAL_MAX = 1 << 62  # of one field in a total: half of what a field holds, so that no sum of two turns over
-LARGE = sum((FIELD_BIAS * 2 - (1 << 44)) << 64 * i for i in range(8))  # in some field more than 1.7e13: $17,592
+LARGE = ALL_BIAS // FIELD_BIAS * (FIELD_BIAS * 2 - (1 << 44))  # in some field more than 1.7e13: $17,592
+
+
+def tally_of(packed: Packed) -> Tally:
+    """The sums in an integer."""
+    fields = TALLY_FIELDS.unpack((packed + ALL_BIAS).to_bytes(TALLY_FIELDS.size, "little"))
+    return Tally(*(field - FIELD_BIAS for field in fields))
 
 
 def pack(posting: Posting) -> Packed:
     """What one line adds (`Tally.packed`); no field of it is beyond LINE_MAX, whatever stands in the line."""
+    weighted = posting.weighted_tokens
+    if weighted is None:
+        weighted = Weights().weigh(posting)
     tally = (
+        *token_counts(posting),
+        weighted,
         round(posting.cost_usd * 1e9),
         posting.requests,
-        posting.requests > 0 and posting.outcome != "completed",
-        posting.input_tokens,
-        posting.output_tokens,
-        posting.cache_write_5m_tokens,
-        posting.cache_write_1h_tokens,
-        posting.cache_read_tokens,
+        int(posting.requests > 0 and posting.outcome != "completed"),
     )
     try:
-        packed = int.from_bytes(EIGHT_FIELDS.pack(*tally), "little")
+        packed = int.from_bytes(TALLY_FIELDS.pack(*tally), "little")
     except struct.error:  # something is negative (an adjustment), or beyond all bounds
         packed = -1
     if packed & LARGE:
@@ -3486,22 +3498,12 @@ def added(total: Packed, packed: Packed) -> Packed:
     """A total with a line, or with the sum of many. It stops at TOTAL_MAX: a field that turned over would lift its
     limit. A line that is not LARGE is added as it is: millions of them fit between TOTAL_MAX and the field's end.
     """
-    return Tally.of(total + packed).within(TOTAL_MAX).packed if packed & LARGE else total + packed
+    return tally_of(total + packed).within(TOTAL_MAX).packed if packed & LARGE else total + packed
 
 
-def in_unit(packed: Packed, unit: str, weights: Weights) -> float:
+def in_unit(packed: Packed, unit: str) -> int:
     """A tally in the unit of a limit: nano-USD, requests or weighted tokens."""
-    if unit == "usd":
-        return (packed + FIELD_BIAS & FIELD_MASK) - FIELD_BIAS
-    if unit == "requests":
-        return (packed + ALL_BIAS >> 64 & FIELD_MASK) - FIELD_BIAS
-    _, _, _, read, written, write_5m, write_1h, cached = tally_fields(packed)
-    return (
-        (read - FIELD_BIAS) * weights.input
-        + (written - FIELD_BIAS) * weights.output
-        + (write_5m + write_1h - 2 * FIELD_BIAS) * weights.cache_write
-        + (cached - FIELD_BIAS) * weights.cache_read
-    )
+    return (packed + ALL_BIAS >> UNIT_SHIFTS[unit] & FIELD_MASK) - FIELD_BIAS
 
 
 class Span(NamedTuple):
@@ -3617,7 +3619,8 @@ class Counters(msgspec.Struct, array_like=True):
         if step == first:  # as of most calls
             self.steps[step] = self.steps.get(step, 0) + packed
             return
-        for place, spent in ((step, packed - (requests << 64)), (first, requests << 64)):
+        calls = requests << UNIT_SHIFTS["requests"]
+        for place, spent in ((step, packed - calls), (first, calls)):
             self.steps[place] = self.steps.get(place, 0) + spent
 
     def last_steps(self, now: float, seconds: int) -> dict[int, Packed]:
@@ -3632,26 +3635,25 @@ class Counters(msgspec.Struct, array_like=True):
         """Let a limit count from zero."""
 
         def of_unit(packed: Packed) -> Packed:
-            tally = Tally.of(packed)
-            return Tally(**{name: getattr(tally, name) for name in UNIT_FIELDS[unit]}).packed
+            return in_unit(packed, unit) << UNIT_SHIFTS[unit]
 
         if window.kind == "sliding":
             self.steps = {step: spent - of_unit(spent) for step, spent in self.steps.items()}
         elif window.name in self.windows:
             self.windows[window.name].mark += of_unit(self.total - self.windows[window.name].mark)
 
-    def spent(self, unit: str, window: LimitWindow, now: float, weights: Weights) -> float:
+    def spent(self, unit: str, window: LimitWindow, now: float) -> float:
         """What counts in the window of `now`, in the limit's unit (`in_unit`)."""
         if window.kind == "sliding":
-            return in_unit(sum(self.last_steps(now, window.seconds).values()), unit, weights)
+            return in_unit(sum(self.last_steps(now, window.seconds).values()), unit)
         current = self.windows.get(window.name)
         if current is None:
             return 0
         if current.start - window.seconds <= now < current.end:
-            return in_unit(self.total - current.mark, unit, weights)
+            return in_unit(self.total - current.mark, unit)
         for left in self.left.get(window.name, ()):
             if left.start <= now < left.end:
-                return in_unit(left.mark, unit, weights)
+                return in_unit(left.mark, unit)
         return 0
 
     def resets_at(self, window: LimitWindow, now: float, calendar: Calendar) -> float | None:
@@ -3801,7 +3803,7 @@ class Fold:
             counters.total = added(counters.total, packed) if is_large else counters.total + packed
         if at > self._fresh_since:
             admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
-            requests = Tally.of(packed).calls if is_large else posting.requests
+            requests = tally_of(packed).calls if is_large else posting.requests
             for counters in scopes:
                 counters.post_step(at, admitted, packed, requests, self.calendar.sliding_s)
         history.post(at, posting.model, packed, self.calendar)
@@ -4708,7 +4710,7 @@ class Total(msgspec.Struct):
     @classmethod
     def of(cls, group: dict[str, str], packed: Packed) -> Total:
         """A tally as people read it."""
-        tally = Tally.of(packed)
+        tally = tally_of(packed)
         writes = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
         all_input = tally.input_tokens + writes + tally.cache_read_tokens
         return cls(
@@ -4815,11 +4817,11 @@ class Scope:
             return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
         return self.reserved[limit.unit]
 
-    def wait_s(self, limit: Limit, excess: float, now: float, weights: Weights) -> int:
+    def wait_s(self, limit: Limit, excess: float, now: float) -> int:
         """In how many seconds so much of a limit will have left its sliding window; at least 1."""
         seconds = limit.window.seconds
         steps = self.counters.last_steps(now, seconds)
-        amounts = {step: in_unit(spent, limit.unit, weights) for step, spent in steps.items()}
+        amounts = {step: in_unit(spent, limit.unit) for step, spent in steps.items()}
         if limit.unit == "requests":
             for step, calls in self.admitted.items():
                 amounts[step] = amounts.get(step, 0) + calls
@@ -5394,8 +5396,11 @@ class Limits:
             input_tokens += self.ratios.stored(call)
         weights, price = config.limits.weights, self._expected_price(call, math.ceil(input_tokens))
         each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
+        input_weight = weights.input
+        if besides and besides.write:
+            input_weight = max(weights.input, weights.cache_write)
         need = {
-            "tokens": math.ceil(input_tokens * weights.input),
+            "tokens": math.ceil(input_tokens * input_weight),
             "usd": math.ceil(input_tokens * price.input * 1e3),
         }
         if besides:
@@ -5457,8 +5462,8 @@ class Limits:
 
     def _left(self, config: Config, budget: Budget, scope: Scope, limit: Limit, need: float, now: float) -> float:
         """What a limit has left after `need`, in its unit. Raises LimitSpent where that is no question of time."""
-        weights, allowed = config.limits.weights, limit.amount * NANO[limit.unit]
-        used = scope.counters.spent(limit.unit, limit.window, now, weights)
+        allowed = limit.amount * NANO[limit.unit]
+        used = scope.counters.spent(limit.unit, limit.window, now)
         held = scope.held(limit, now)
         if used < allowed and used + held + need <= allowed:
             return allowed - used - held - need
@@ -5468,7 +5473,7 @@ class Limits:
         limit, contact = standing.limit, config.contact
         if limit.window.kind == "sliding" and standing.need <= standing.allowed:
             excess = standing.used + standing.held + max(standing.need, 1) - standing.allowed
-            wait_s = scope.wait_s(limit, excess, now, config.limits.weights)
+            wait_s = scope.wait_s(limit, excess, now)
             return LimitFull(f"{standing.text()}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)
         if standing.used < standing.allowed and standing.used + standing.need <= standing.allowed:
             return LimitFull(f"{standing.text()}. Try again in a moment.{contact}", retry_after_s=5)
@@ -5492,7 +5497,7 @@ class Limits:
         for budget, scope in self.scopes(key):
             for limit in budget.limits:
                 scale, counters = NANO[limit.unit], scope.counters
-                used = counters.spent(limit.unit, limit.window, now, config.limits.weights) / scale
+                used = counters.spent(limit.unit, limit.window, now) / scale
                 held, resets_at = scope.held(limit, now) / scale, counters.resets_at(limit.window, now, calendar)
                 add(budget, limit.name, round(used, 9), round(held, 9), limit.amount, resets_at)
             if math.isfinite(budget.concurrent):
@@ -7259,14 +7264,7 @@ class Meter:
 
     def sum_up(self) -> Usage:
         """What the upstream said, in one."""
-        counts = self.counts
-        usage = Usage(
-            counts.input_tokens,
-            counts.output_tokens,
-            counts.cache_write_5m_tokens,
-            counts.cache_write_1h_tokens,
-            counts.cache_read_tokens,
-        )
+        usage = Usage(*token_counts(self.counts))
         if self.extras:
             usage.extras = tuple(self.extras.items())
         if self.premiums:
@@ -11027,14 +11025,7 @@ class Gateway:
         call, usage = exchange.call, attempt.usage()
         bill = call.config.bill(attempt.ticket.model, attempt.meter.model[:MAX_NAME], usage)
         usd = min(bill.cost_usd, MAX_COST_USD)
-        tokens = call.config.limits.weights
-        counted = (
-            usage.input_tokens * tokens.input
-            + usage.output_tokens * tokens.output
-            + (usage.cache_write_5m_tokens + usage.cache_write_1h_tokens) * tokens.cache_write
-            + usage.cache_read_tokens * tokens.cache_read
-        )
-        call.reservation.hold({"tokens": math.ceil(counted), "usd": math.ceil(usd * NANO["usd"])})
+        call.reservation.hold({"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])})
         return self.limits.allows_more(call.reservation)
 
     def book(self, exchange: Exchange, outcome: Outcome) -> None:
@@ -11059,36 +11050,32 @@ class Gateway:
         exchange.is_written = True
         self.ledger.append(entry)
         if exchange.attempt and exchange.attempt.meter.seen_input:
-            input_tokens = (
-                entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
-            )
-            self.limits.ratios.learn(exchange.call, input_tokens)
+            self.limits.ratios.learn(exchange.call, entry.total_input_tokens)
         self.emit(CallEnded(exchange.call, entry, exchange.attempts))
 
-    def _believed(self, call: Call, attempt: Attempt, usage: Usage, served: str) -> tuple[Usage, Bill]:
+    def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
         """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
         asked, meter = attempt.ticket.model, attempt.meter
-        bill = call.config.bill(asked, served, usage)
+        bill = call.config.bill(asked, served, attempt.usage())
         if bill.cost_usd > MAX_COST_USD:
             meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
-            usage = meter.estimate()
-            bill = call.config.bill(asked, served, usage)
+            bill = call.config.bill(asked, served, meter.estimate())
         if meter.absurd:
             log.error(
                 "%s: %s of upstream %s is not believed, and estimated", call.id, meter.absurd, attempt.upstream.name
             )
         if served and served != asked:
             self.limits.note_served(call.config, asked, served)
-        return usage, bill
+        return bill
 
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
-        call, usage = exchange.call, attempt.usage() if attempt else Usage()
+        call = exchange.call
         served = printable(attempt.meter.model, MAX_NAME) if attempt else ""
         error_type = (attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else "")
         if attempt is None:
-            bill = call.config.bill(call.upstream_model, "", usage)
+            bill = call.config.bill(call.upstream_model, "", Usage())
         else:
-            usage, bill = self._believed(call, attempt, usage, served)
+            bill = self._believed(call, attempt, served)
             error_type = error_type or ("absurd_usage" if attempt.meter.absurd else "")
         first = attempt.first_byte_at if attempt else None
         return Entry(
@@ -11105,16 +11092,7 @@ class Gateway:
             outcome=outcome.name,
             error_type=error_type,
             attempts=exchange.attempts,
-            input_tokens=usage.input_tokens,
-            output_tokens=usage.output_tokens,
-            cache_write_5m_tokens=usage.cache_write_5m_tokens,
-            cache_write_1h_tokens=usage.cache_write_1h_tokens,
-            cache_read_tokens=usage.cache_read_tokens,
-            estimated=usage.estimated,
-            cost_usd=bill.cost_usd,
-            price=bill.price,
-            premiums=bill.premiums,
-            charges=bill.charges,
+            **msgspec.structs.asdict(bill),
             first_byte_ms=None if first is None else round((first - call.started) * 1e3, 1),
             duration_ms=round((self.clock.monotonic() - call.started) * 1e3, 1),
             queued_ms=round((call.admitted - call.started) * 1e3, 1),

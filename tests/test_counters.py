@@ -139,7 +139,6 @@ def test_the_label_of_an_hour_is_that_of_every_moment_in_it(zone, moment):
 
 START = at("2026-09-21T14:13:20")  # a Monday
 TOKENS = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
-WEIGHTS = g.Weights(input=1.0, output=5.0, cache_write=1.25, cache_read=0.5)
 
 
 def posting(seconds: float, **fields: object) -> g.Posting:
@@ -163,8 +162,9 @@ def amount(unit: str, line: g.Posting) -> float:
         return round(line.cost_usd * 1e9)
     if unit == "requests":
         return line.requests
-    weights = (1.0, 5.0, 1.25, 1.25, 0.5)
-    return sum(getattr(line, name) * weight for name, weight in zip(TOKENS, weights, strict=True))
+    if line.weighted_tokens is not None:
+        return line.weighted_tokens
+    return round(sum(getattr(line, name) for name in TOKENS[:-1]) + line.cache_read_tokens * 0.1)
 
 
 def naive(lines: list[g.Posting], unit: str, window: str, now: float, zone: str) -> float:
@@ -183,7 +183,9 @@ def naive(lines: list[g.Posting], unit: str, window: str, now: float, zone: str)
 
 
 LIMITS = ["", *(f"{unit}/{window}" for unit in g.LIMIT_UNITS for window in ("day", "week", "month")), "usd", "tokens"]
-amounts = st.fixed_dictionaries({name: st.integers(0, 1000) for name in TOKENS}) | st.just({})
+amounts = st.fixed_dictionaries(
+    {name: st.integers(0, 1000) for name in TOKENS} | {"weighted_tokens": st.none() | st.integers(0, 5000)}
+) | st.just({})
 calls = st.builds(
     lambda tokens, cost, ms: {"cost_usd": cost / 1000, "duration_ms": ms} | tokens,
     amounts,
@@ -228,7 +230,7 @@ def test_what_is_spent_is_the_sum_over_the_window(moves, zone):
     for made, lines, now in play(moves, zone):
         for unit in g.LIMIT_UNITS:
             for window in ("", "day", "week", "month"):
-                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now, WEIGHTS)
+                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now)
                 assert spent == naive(lines, unit, window, now, zone), (unit, window)
 
 
@@ -250,11 +252,11 @@ def test_a_clock_that_is_set_back_finds_the_windows_it_had_left(moves):
     for made, lines, now in play(moves, "UTC"):
         for unit in g.LIMIT_UNITS:
             for window in ("", "day", "week", "month"):
-                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now, WEIGHTS)
+                spent = made.scope("key", "alice").spent(unit, g.WINDOWS[window], now)
                 assert spent == naive(lines, unit, window, now, "UTC"), (unit, window)
         # What is asked of the day before is what was spent in it, unless a reset has been there.
         if not any(line.type == "reset" for line in lines):
-            spent = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - DAY, WEIGHTS)
+            spent = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - DAY)
             assert spent == naive(lines, "usd", "day", now - DAY, "UTC")
 
 
@@ -268,9 +270,9 @@ def test_as_many_windows_are_remembered_as_promised(back):
         made.post(posting(day * DAY, cost_usd=2.0**day))
     now = START + g.Counters.LEFT * DAY
 
-    asked = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY, WEIGHTS)
+    asked = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY)
     made.post(posting((g.Counters.LEFT - back) * DAY, cost_usd=0.5))
-    posted = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY, WEIGHTS)
+    posted = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY)
 
     assert asked == 2.0 ** (g.Counters.LEFT - back) * 1e9
     assert posted == asked + 0.5e9
@@ -285,7 +287,7 @@ def test_the_last_minute_takes_up_little_memory():
         made.post(posting(second, duration_ms=second * 500.0))
 
     assert len(made.scope("key", "alice").steps) <= 98
-    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + 2000, g.Weights()) == 0
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + 2000) == 0
 
 
 def test_a_reset_that_is_ahead_of_the_calls_takes_nothing_from_tomorrow():
@@ -299,8 +301,8 @@ def test_a_reset_that_is_ahead_of_the_calls_takes_nothing_from_tomorrow():
     made.post(posting(evening + 59.9, cost_usd=2.0))
     made.post(posting(evening + 62, cost_usd=4.0))
 
-    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening + 63, WEIGHTS) == 4e9
-    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening, WEIGHTS) == 3e9
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening + 63) == 4e9
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening) == 3e9
 
 
 def test_a_window_that_nobody_has_called_in_is_empty():
@@ -310,12 +312,10 @@ def test_a_window_that_nobody_has_called_in_is_empty():
     made = fold()
     made.post(posting(0, cost_usd=1.0))
 
-    spent = [
-        made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + days * DAY, WEIGHTS) for days in (-1, 0, 1)
-    ]
+    spent = [made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + days * DAY) for days in (-1, 0, 1)]
 
     assert spent == [0, 1e9, 0]
-    assert [fold().scope("key", "bob").spent(unit, g.WINDOWS["day"], START, WEIGHTS) for unit in g.LIMIT_UNITS] == [
+    assert [fold().scope("key", "bob").spent(unit, g.WINDOWS["day"], START) for unit in g.LIMIT_UNITS] == [
         0,
         0,
         0,
@@ -334,13 +334,11 @@ def test_hours_open_with_the_first_call_and_last_their_time(window, span_s):
     for second in moments:
         made.post(posting(second, cost_usd=1.0))
         resets_at = alice.resets_at(g.WINDOWS[window], START + second, calendar())
-        seen.append(
-            (alice.spent("usd", g.WINDOWS[window], START + second, WEIGHTS) / 1e9, resets_at and resets_at - START)
-        )
+        seen.append((alice.spent("usd", g.WINDOWS[window], START + second) / 1e9, resets_at and resets_at - START))
 
     first, second, third = 100 + span_s, 100 + 2 * span_s, 6 * span_s
     assert seen == [(1, first), (2, first), (3, first), (1, second), (2, second), (1, third)]
-    assert alice.spent("usd", g.WINDOWS[window], START + third, WEIGHTS) == 0
+    assert alice.spent("usd", g.WINDOWS[window], START + third) == 0
     assert alice.resets_at(g.WINDOWS[window], START + third, calendar()) is None
 
 
@@ -374,7 +372,7 @@ def test_hours_are_counted_as_a_naive_model_has_them(calls):
         spent += 1
         made.post(posting(seconds, duration_ms=duration_ms))
 
-        assert made.scope("key", "alice").spent("requests", g.WINDOWS["hour"], START + seconds, WEIGHTS) == spent
+        assert made.scope("key", "alice").spent("requests", g.WINDOWS["hour"], START + seconds) == spent
         assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + seconds, calendar()) == START + end
 
 
@@ -386,7 +384,7 @@ def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
     made.post(posting(DAY, cost_usd=5.0))
     made.post(posting(0, cost_usd=1.0))
 
-    assert made.scope("key", "alice").spent("usd", g.WINDOWS["hour"], START + 1, WEIGHTS) == 1e9
+    assert made.scope("key", "alice").spent("usd", g.WINDOWS["hour"], START + 1) == 1e9
     assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + 1, calendar()) == START + 3600
 
 
@@ -417,13 +415,9 @@ def test_the_last_minute_is_counted_in_steps_of_five_seconds(calls):
 
     for now in (seconds, seconds + 1, seconds + 30, seconds + 60):
         alice = made.scope("key", "alice")
-        assert alice.spent("tokens", g.WINDOWS["minute"], START + now, WEIGHTS) == 15 * sum(
-            is_recent(s, now) for s in ended
-        )
-        assert alice.spent("requests", g.WINDOWS["minute"], START + now, WEIGHTS) == sum(
-            is_recent(s, now) for s in admitted
-        )
-    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + max(ended) + 65, WEIGHTS) == 0
+        assert alice.spent("tokens", g.WINDOWS["minute"], START + now) == 3 * sum(is_recent(s, now) for s in ended)
+        assert alice.spent("requests", g.WINDOWS["minute"], START + now) == sum(is_recent(s, now) for s in admitted)
+    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + max(ended) + 65) == 0
     assert len(made.scope("key", "alice").steps) <= 98
 
 
@@ -457,14 +451,14 @@ def test_a_new_row_is_a_window(name, counts, does_not, resets_at):
     for local, cost_usd in ((does_not, 1.0), (counts, 2.0), ("2026-09-21T14:13:20", 4.0)):
         made.post(posting(at(local) - START, cost_usd=cost_usd))
     alice = made.scope("key", "alice")
-    spent = alice.spent("usd", row, START, WEIGHTS)
+    spent = alice.spent("usd", row, START)
     made.post(reset(1, limit.name))
 
     assert (limit, limit.name) == (g.Limit("usd", row, 20.0), f"usd/{name}")
     assert spent == 6e9
     assert alice.resets_at(row, START, made.calendar) == (resets_at and at(resets_at))
-    assert alice.spent("usd", row, START + 1, WEIGHTS) == 0
-    assert alice.spent("usd", g.WINDOWS["day"], START + 1, WEIGHTS) > 0
+    assert alice.spent("usd", row, START + 1) == 0
+    assert alice.spent("usd", g.WINDOWS["day"], START + 1) > 0
 
 
 def test_a_quarter_begins_in_january_april_july_and_october():
@@ -491,7 +485,7 @@ def test_a_reset_touches_its_limit_and_no_other(unit, window):
 
     def zero(made: g.Fold, counters: g.Counters) -> set[tuple[str, str]]:
         pairs = [(u, w) for u in g.LIMIT_UNITS for w in g.WINDOWS]
-        return {(u, w) for u, w in pairs if counters.spent(u, g.WINDOWS[w], START + 1, WEIGHTS) == 0}
+        return {(u, w) for u, w in pairs if counters.spent(u, g.WINDOWS[w], START + 1) == 0}
 
     assert zero(one, one.scope("key", "alice")) == {(unit, window)}
     assert len(zero(all_, all_.scope("key", "alice"))) == len(g.LIMIT_UNITS) * len(g.WINDOWS)
@@ -507,18 +501,28 @@ def test_a_reset_touches_its_limit_and_no_other(unit, window):
         ({"cache_write_1h_tokens": 100}, 125),
         ({"cache_read_tokens": 100}, 50),
         (dict.fromkeys(TOKENS, 100), 900),
+        ({"input_tokens": 1, "cache_read_tokens": 1}, 2),  # 1.5: to the nearest whole one, the even of two
     ],
 )
 def test_tokens_weigh_what_the_config_says(tokens, weighted):
     """
-    Weights may change with a reload: what is kept are the tokens.
+    When they are booked, as prices are applied.
+    """
+    weights = g.Weights(input=1.0, output=5.0, cache_write=1.25, cache_read=0.5)
+
+    assert weights.weigh(g.Tokens(**tokens)) == weighted
+
+
+def test_limits_count_the_tokens_as_they_were_weighted():
+    """
+    Lines from before the weighted tokens were kept count by the weights that are the default.
     """
     made = fold()
-    made.post(posting(0, **tokens))
+    made.post(posting(0, input_tokens=10, output_tokens=20, weighted_tokens=7))
+    made.post(posting(1, input_tokens=1, output_tokens=20, cache_write_1h_tokens=300, cache_read_tokens=4000))
 
-    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["day"], START, WEIGHTS) == weighted
-    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START, WEIGHTS) == weighted
-    assert made.scope("key", "alice").spent("tokens", g.WINDOWS["day"], START, g.Weights(0, 0, 0, 0)) == 0
+    for window in ("minute", "hour", "day", ""):
+        assert made.scope("key", "alice").spent("tokens", g.WINDOWS[window], START + 1) == 7 + 721
 
 
 # Books
@@ -535,7 +539,7 @@ def test_a_call_counts_with_its_key_its_team_and_the_gateway():
     made.post(posting(3, cost_usd=-0.5, key="", team="x", type="adjust", requests=0))
 
     spent = {
-        name: counters.spent("usd", g.WINDOWS["month"], START, WEIGHTS) / 1e9
+        name: counters.spent("usd", g.WINDOWS["month"], START) / 1e9
         for name, counters in [*made.books.keys.items(), *made.books.teams.items(), ("all", made.books.gateway)]
     }
     assert spent == {"alice": 3.0, "bob": 4.0, "x": 0.5, "y": 2.0, "all": 6.5}
@@ -562,10 +566,8 @@ def test_money_adds_up_exactly():
         made.post(posting(0, cost_usd=0.001))
     made.post(posting(0, cost_usd=-250.0, requests=0, input_tokens=-5, type="adjust"))
 
-    found = g.Tally.of(made.books.gateway.total)
-    assert found == g.Tally(
-        nano_usd=-150_000_000_000, calls=100_000, input_tokens=100_000 * posting(0).input_tokens - 5
-    )
+    found = g.tally_of(made.books.gateway.total)
+    assert found == g.Tally(nano_usd=-150_000_000_000, calls=100_000, input_tokens=-5, weighted_tokens=-5)
     assert found.packed == made.books.gateway.total
 
 
@@ -666,7 +668,7 @@ def test_a_history_that_is_posted_to_while_it_is_read_counts_each_call_once(move
 
     seen = 0
     for _, cells in made.books.histories["alice"].parts(made.calendar):
-        seen += sum(g.Tally.of(packed).calls for packed in cells.values())
+        seen += sum(g.tally_of(packed).calls for packed in cells.values())
         if data.draw(st.booleans()):
             seconds += data.draw(MOVES)
             made.post(posting(seconds, model="of a later call", requests=0))  # itself it adds nothing to see
@@ -701,7 +703,7 @@ def test_what_was_spent_is_not_summed_up_again_with_every_question():
 
     calls = calls_made(lambda: made.spent_since("alice", START - DAY))
 
-    assert g.Tally.of(made.spent_since("alice", START - DAY)).calls == 20_000
+    assert g.tally_of(made.spent_since("alice", START - DAY)).calls == 20_000
     assert calls < 20
 
 
@@ -721,7 +723,7 @@ def test_a_history_is_grouped_by_hour_day_month_and_model():
     }
     assert history(made, ["day"]) == {("2026-09-21",): 3, ("2026-09-22",): 1, ("2026-10-01",): 1}
     assert history(made, ["month", "model"]) == {("2026-09", "a"): 3, ("2026-09", "b"): 1, ("2026-10", "b"): 1}
-    assert g.Tally.of(made.books.histories["alice"].since(START)).calls == 3
+    assert g.tally_of(made.books.histories["alice"].since(START)).calls == 3
 
 
 def test_models_that_clients_think_up_do_not_fill_the_memory():
@@ -786,13 +788,13 @@ def test_no_line_is_so_large_that_its_limit_is_lifted(unit, window, size):
 
     for _ in range(3):
         made.post(posting(0, **line))
-    after_three = made.scope("key", "alice").spent(unit, g.WINDOWS[window], START + 1, WEIGHTS)
+    after_three = made.scope("key", "alice").spent(unit, g.WINDOWS[window], START + 1)
     made.post(posting(0, output_tokens=1000, cost_usd=1.0))
 
     assert after_three >= min(3 * size, 3 * g.LINE_MAX)
-    others = {"usd": 1e9, "tokens": 5000, "requests": 1}
+    others = {"usd": 1e9, "tokens": 1000, "requests": 1}
     for each in g.LIMIT_UNITS:
-        spent = made.scope("key", "alice").spent(each, g.WINDOWS[window], START + 1, WEIGHTS)
+        spent = made.scope("key", "alice").spent(each, g.WINDOWS[window], START + 1)
         before = after_three if each == unit else 3 if each == "requests" else 0
         assert spent == before + others[each], each
 
@@ -804,21 +806,21 @@ def test_a_total_stops_at_its_end():
     made, seen = fold(), [0.0]
     for _ in range(1500):
         made.post(posting(0, cost_usd=1e15, input_tokens=HUGE))
-        seen.append(made.scope("key", "alice").spent("usd", g.WINDOWS[""], START + 1, WEIGHTS))
+        seen.append(made.scope("key", "alice").spent("usd", g.WINDOWS[""], START + 1))
 
     assert seen == sorted(seen) and seen[-1] >= g.TOTAL_MAX
-    assert g.Tally.of(made.books.histories["alice"].since(0)).nano_usd == g.TOTAL_MAX
+    assert g.tally_of(made.books.histories["alice"].since(0)).nano_usd == g.TOTAL_MAX
 
 
-@given(st.lists(st.integers(-(1 << 70), 1 << 70), min_size=8, max_size=8))
+@given(st.lists(st.integers(-(1 << 70), 1 << 70), min_size=7, max_size=7))
 def test_a_line_is_packed_field_by_field_within_its_bounds(values):
     """
     Below zero, too, as corrections are.
     """
-    names = ("input_tokens", "output_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "cache_read_tokens")
-    line = posting(0, requests=values[1], **dict(zip(names, values[3:], strict=True)))
+    names = (*TOKENS, "weighted_tokens", "requests")
+    line = posting(0, **dict(zip(names, values, strict=True)))
 
-    tally = g.Tally.of(g.pack(line))
+    tally = g.tally_of(g.pack(line))
 
     bounded = [max(-g.LINE_MAX, min(g.LINE_MAX, value)) for value in values]
-    assert (tally.calls, *tally[3:]) == (bounded[1], *bounded[3:])
+    assert [*g.token_counts(tally), tally.weighted_tokens, tally.calls] == bounded

@@ -53,6 +53,7 @@ def entry(number: int = 1, time: str = "2026-09-21T13:33:20.000Z", **fields: obj
         "cache_write_5m_tokens": 30,
         "cache_write_1h_tokens": 40,
         "cache_read_tokens": 120,
+        "weighted_tokens": 112,
         "estimated": False,
         "cost_usd": 0.000798,
         "price": g.Price(input=3.0, output=15.0),
@@ -117,12 +118,12 @@ def test_an_entry_is_one_line_of_json(make_ledger, tmp_path):
         '{"type":"call","time":"2026-09-21T13:33:20.000Z","request_id":"req_1","key":"alice","team":"",'
         '"upstream":"main","model":"claude-test","model_served":"claude-test-1","path":"/v1/messages","stream":true,"status":200,'
         '"outcome":"completed","error_type":"","attempts":1,"input_tokens":10,"output_tokens":20,'
-        '"cache_write_5m_tokens":30,"cache_write_1h_tokens":40,"cache_read_tokens":120,"estimated":false,'
+        '"cache_write_5m_tokens":30,"cache_write_1h_tokens":40,"cache_read_tokens":120,"weighted_tokens":112,"estimated":false,'
         '"cost_usd":0.000798,"price":{"input":3.0,"output":15.0,"cache_write_5m":3.75,"cache_write_1h":6.0,'
         '"cache_read":0.3},"premiums":{},"charges":[],"first_byte_ms":1.5,"duration_ms":20.25,"queued_ms":0.0,"bytes_up":100,'
         '"bytes_down":200,"session":"s-1",'
         '"client":"192.0.2.1","user_agent":"a\\nb \u2028 é","upstream_request_id":"req_up",'
-        '"chain":"f4dc274f85909269f598ceb876815c79"}\n'
+        '"chain":"7b3f8f52d4716e12429ec91c3e73197f"}\n'
     )
 
 
@@ -820,16 +821,16 @@ def test_a_torn_line_breaks_the_chain_only_until_the_next_start(three_months, ma
 
 def counted(ledger: g.Ledger, timezone: dt.tzinfo = dt.UTC, now: float = START) -> object:
     """What the counters say, in every unit and window, and the history."""
-    books, weights = ledger.fold.books, g.Weights()
+    books = ledger.fold.books
     scopes = [("gateway", books.gateway), *sorted(books.keys.items()), *sorted(books.teams.items())]
     spent = {
-        (name, unit, window): counters.spent(unit, g.WINDOWS[window], now, weights)
+        (name, unit, window): counters.spent(unit, g.WINDOWS[window], now)
         for name, counters in scopes
         for unit in g.LIMIT_UNITS
         for window in tuple(g.WINDOWS)
     }
     rows = [
-        (key, labels, model, g.Tally.of(tally))
+        (key, labels, model, g.tally_of(tally))
         for key, history in sorted(books.histories.items())
         for labels, cells in history.parts(g.Calendar(timezone))
         for model, tally in cells.items()
@@ -915,7 +916,7 @@ def test_a_start_that_is_killed_while_it_reads_goes_on_from_there(make_ledger, t
 
 def usd(ledger: g.Ledger, window: str = "", now: float = START) -> float:
     """What alice has spent."""
-    return ledger.fold.scope("key", "alice").spent("usd", g.WINDOWS[window], now, g.Weights()) / 1e9
+    return ledger.fold.scope("key", "alice").spent("usd", g.WINDOWS[window], now) / 1e9
 
 
 def test_a_correction_is_taken_in_at_the_next_tick(make_ledger, tmp_path, clock):
@@ -1187,9 +1188,9 @@ def test_a_new_window_is_counted_from_the_lines(three_months, clock):
     ledger.load()
 
     alice = ledger.fold.scope("key", "alice")
-    total = alice.spent("usd", g.WINDOWS[""], START, g.Weights())
+    total = alice.spent("usd", g.WINDOWS[""], START)
 
-    assert alice.spent("usd", quarter, START, g.Weights()) == total > 8e9  # the first line has 9
+    assert alice.spent("usd", quarter, START) == total > 8e9  # the first line has 9
     ledger.close()
     assert g.Checkpoint.read(g.LedgerFiles(three_months), ledger.fold.calendar.fingerprint)
 

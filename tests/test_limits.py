@@ -418,23 +418,28 @@ async def test_every_window_is_reserved_or_none(start_gateway, upstream):
 
 
 @pytest.mark.logs("closed the connection before its answer was whole")
-async def test_weights_apply_to_what_was_counted(start_gateway, upstream):
+async def test_tokens_are_weighted_when_they_are_booked(start_gateway, upstream):
     """
-    The counters keep tokens by class: other weights count the past anew.
+    Other weights hold for the calls that are booked from then on, as other prices do.
     """
-    upstream.script = [head(200, "text/event-stream"), message_start(100, 1000, 200, 300), reset_peer()]
+    upstream.script = [head(200, "text/event-stream"), message_start(100, 1000, 200, 300), reset_peer()] * 2
     gateway = await start_gateway(config(upstream.url, "tokens/day: 100k"))
     await gateway.post("/v1/messages", HELLO_STREAM)
     await gateway.settled()
-    entry = gateway.entries()[0]
 
     before = (await standing(gateway, "tokens/day"))["used"]
     weights = "weights: {input: 2, output: 0, cache_write: 0.5, cache_read: 0}"
     await gateway.write(config(upstream.url, "tokens/day: 100k", whole=weights))
+    reloaded = (await standing(gateway, "tokens/day"))["used"]
+    await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
     after = (await standing(gateway, "tokens/day"))["used"]
 
-    assert before == 100 + 500 + 1000 * 0.1 + entry["output_tokens"]
-    assert after == 100 * 2 + 500 * 0.5
+    first, second = gateway.entries()
+    assert first["weighted_tokens"] == 100 + 500 + 1000 * 0.1 + first["output_tokens"]
+    assert second["weighted_tokens"] == 100 * 2 + 500 * 0.5
+    assert before == reloaded == first["weighted_tokens"]
+    assert after == first["weighted_tokens"] + second["weighted_tokens"]
 
 
 # --- estimates --------------------------------------------------------------------------

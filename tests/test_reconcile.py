@@ -42,17 +42,11 @@ class Books:
 
     def book(self, time: str, model: str, *tokens: int, cost: float = 0.0, **fields: str) -> None:
         """Append an entry; tokens are input, writes for 5 minutes and an hour, reads, output."""
-        counts = (*tokens, 0, 0, 0, 0, 0)
-        names = [field.name for field in msgspec.structs.fields(g.Entry)]
-        entry = dict.fromkeys(names, "") | dict.fromkeys([n for n in names if n.endswith(("_ms", "attempts"))], 1)
-        entry |= {"type": "call", "time": time, "model": "asked", "model_served": model, "stream": True, "status": 200}
-        entry |= {"path": "/v1/messages", "input_tokens": counts[0], "cache_write_5m_tokens": counts[1]}
-        entry |= {"cache_write_1h_tokens": counts[2], "cache_read_tokens": counts[3], "output_tokens": counts[4]}
-        entry |= {"estimated": False, "cost_usd": cost, "price": msgspec.to_builtins(g.Price(1, 1, 1, 1, 1))}
-        entry |= {"premiums": {}, "charges": []}
-        entry |= {"bytes_up": 1, "bytes_down": 1, "outcome": "completed"} | fields
-        with open(self.folder / "usage" / f"usage-{time[:7]}.jsonl", "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        names = ("input", "cache_write_5m", "cache_write_1h", "cache_read", "output")
+        counts = {f"{name}_tokens": count for name, count in zip(names, tokens, strict=False)}
+        entry = {"time": time, "model": "asked", "model_served": model, "path": "/v1/messages", "cost_usd": cost}
+        with open(self.folder / "usage" / f"usage-{time[:7]}.jsonl", "ab") as file:
+            file.write(msgspec.json.encode(g.Entry(**entry | counts | fields)) + b"\n")
 
     def reconcile(self, export: str | bytes, *options: str) -> int:
         """Write the export and compare; the exit code."""

@@ -132,6 +132,7 @@ async def test_invariant_4_bytes_are_relayed_as_they_came(gateway, upstream):
         "cache_write_5m_tokens": 0,
         "cache_write_1h_tokens": 0,
         "cache_read_tokens": 0,
+        "weighted_tokens": 17,
         "estimated": False,
         "cost_usd": 0.00037,
         "price": {"input": 10.0, "output": 50.0, "cache_write_5m": 12.5, "cache_write_1h": 20.0, "cache_read": 1.0},
