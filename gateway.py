@@ -3874,11 +3874,36 @@ def month_of(path: Path) -> str:
     return path.name.removeprefix("usage-")[:7]
 
 
+class Unreadable:
+    """Lines of the ledger that cannot be read and count nothing: how many there are, and where the first are."""
+
+    NAMED = 5
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.names: list[str] = []  # usage-2026-09.jsonl:17
+
+    def note(self, name: Callable[..., str], *place: object) -> None:
+        """Count a line. If it is one of the first, call `name(*place)`, which may read the file, for its name."""
+        self.count += 1
+        if len(self.names) < self.NAMED:
+            self.names.append(name(*place))
+
+    def report(self) -> list[str]:
+        """Name the first lines, and say how many there are besides."""
+        more = self.count - len(self.names)
+        return [*self.names, f"{more} more"] if more else self.names
+
+    def __str__(self) -> str:
+        return f"{self.count} lines of the ledger cannot be read and count nothing: {', '.join(self.report())}"
+
+
 class Page(NamedTuple):
     """Entries, newest first, and the place before which the next page begins; None at the end."""
 
     entries: list[Entry]
     next: tuple[str, int] | None
+    unreadable: Unreadable  # lines of the key that were met
 
 
 class BrokenChain(Exception):
@@ -4010,7 +4035,7 @@ class LedgerFiles:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.unreadable = 0
+        self.unreadable = Unreadable()
         self._archives: dict[tuple[object, ...], Archive] = {}  # the one used last at the end
         self._opening = threading.Lock()
 
@@ -4036,6 +4061,16 @@ class LedgerFiles:
     def open(path: Path) -> IO[bytes]:
         """A file's lines, whether gzipped or not."""
         return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+
+    @classmethod
+    def name_at(cls, path: Path, place: int) -> str:
+        """Name the line that begins behind so many bytes: `usage-2026-09.jsonl:17`."""
+        number = 1
+        with cls.open(path) as file:
+            while place > 0 and (block := file.read(min(place, BLOCK))):
+                place -= len(block)
+                number += block.count(b"\n")
+        return f"{path.name}:{number}"
 
     @classmethod
     def lines_of(cls, path: Path) -> Iterator[bytes]:
@@ -4064,22 +4099,22 @@ class LedgerFiles:
             return next(iter(deque(file, 1)), b"")
 
     def lines(self, since: str = "", until: str = "9") -> Iterator[LedgerLine]:
-        """Lines with since <= time < until (ISO times, or beginnings of them); what is no such line is counted."""
+        """Lines with since <= time < until (ISO times, or beginnings of them); what is none is `unreadable`."""
         decoder = msgspec.json.Decoder(LedgerLine)
         for path in self.paths():
             if month_of(path) < since[:7]:  # a file may hold older times than its name says, never newer ones
                 continue
             try:
-                for line in self.lines_of(path):
+                for number, line in enumerate(self.lines_of(path), 1):
                     try:
                         found = decoder.decode(line)
                     except UNREADABLE:
-                        self.unreadable += 1
+                        self.unreadable.note("{}:{}".format, path.name, number)
                         continue
                     if since <= found.time < until:
                         yield found
             except BrokenChain as error:
-                self.unreadable += 1
+                self.unreadable.note("the end of {}".format, path.name)
                 log.error("ledger: %s; what follows in it is not counted", error)
 
     def archive_at(self, path: Path) -> Archive:
@@ -4109,24 +4144,31 @@ class LedgerFiles:
 
     def page(self, key: str, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
         """The newest `count` entries of a key before a place that are wanted; at most PAGE_BYTES are looked through."""
-        decoder, mark = msgspec.json.Decoder(Entry), b'"key":' + msgspec.json.encode(key) + b","
+        decoder, mark = msgspec.json.Decoder(LedgerLine), b'"key":' + msgspec.json.encode(key) + b","
         found: list[Entry] = []
-        blocks = 0
+        unreadable, blocks = Unreadable(), 0
         for month, place, line in self.backwards(before, mark):
             if line and len(found) == count:
-                return Page(found, before)
+                return Page(found, before, unreadable)
             before = (month, place)
             if not line:
                 blocks += 1
                 if blocks * BLOCK >= self.PAGE_BYTES:
-                    return Page(found, before)
+                    return Page(found, before, unreadable)
                 time.sleep(self.PAUSE_S)
                 continue
-            with contextlib.suppress(*UNREADABLE):
+            try:
                 entry = decoder.decode(line)
-                if entry.key == key and wanted(entry):
-                    found.append(entry)
-        return Page(found, None)
+            except UNREADABLE:
+                unreadable.note(self._name_in, month, place)
+                continue
+            if isinstance(entry, Entry) and entry.key == key and wanted(entry):
+                found.append(entry)
+        return Page(found, None, unreadable)
+
+    def _name_in(self, month: str, place: int) -> str:
+        path = next(path for path in self.paths() if month_of(path) == month)
+        return self.name_at(path, place)
 
     def verify(self, seen: str, tell: Callable[[str], None]) -> str:
         """Follow the chain from the first line to the last; the last chain value. Tells how many lines each file has.
@@ -4437,18 +4479,20 @@ class Ledger:
 
     def _read(self, path: Path) -> Iterator[None]:
         """Count a file's lines from where it was left, a megabyte a step."""
-        month, rest, unreadable = month_of(path), b"", 0
+        month, rest, unreadable = month_of(path), b"", Unreadable()
         offset = self._sizes.setdefault(month, 0)
         decode, post = POSTING_DECODER.decode, self.fold.post
         with LedgerFiles.open(path) as file:
             for chunk in chunks(file, offset):
+                place = offset - len(rest)
                 *lines, rest = (rest + chunk).split(b"\n")  # what has no end is torn, or being written
                 offset += len(chunk)
                 for line in lines:
                     try:
                         post(decode(line))
                     except UNCOUNTABLE:
-                        unreadable += 1
+                        unreadable.note(LedgerFiles.name_at, path, place)
+                    place += len(line) + 1
                 if lines:
                     self._sizes[month] = offset - len(rest)
                     self._chain = chain_of(lines[-1] + b"\n") or self._chain
@@ -4457,12 +4501,8 @@ class Ledger:
                     log.info("ledger: %s entries read, now in %s", f"{self.fold.books.entries:,}", path.name)
                     self._write_checkpoint()
                 yield
-        if unreadable:
-            log.warning(
-                "ledger: %d lines of %s cannot be read and count nothing; `usage verify` names them",
-                unreadable,
-                path.name,
-            )
+        if unreadable.count:
+            log.warning("ledger: %s", unreadable)
 
     def _look(self) -> None:
         """Have this month's file open; take in what others have appended, if nobody is writing just now."""
@@ -4507,13 +4547,15 @@ class Ledger:
             set_torn_line_aside(self._fd, self.directory / f"usage-{self._month}.jsonl")
 
     def _take_in(self, line: bytes) -> None:
+        place = self._sizes[self._month]
         self._sizes[self._month] += len(line)
         self._chain = chain_of(line) or self._chain
         try:
             posting = POSTING_DECODER.decode(line)
             self.fold.post(posting)
         except UNCOUNTABLE:
-            return log.warning("ledger: somebody appended a line that cannot be read to usage-%s.jsonl", self._month)
+            name = LedgerFiles.name_at(self.directory / f"usage-{self._month}.jsonl", place)
+            return log.warning("ledger: somebody appended a line that cannot be read: %s", name)
         if posting.type != "call":
             log.info("ledger: %s of %s taken in", posting.type, posting.name or posting.key or posting.team or "all")
 
@@ -12828,7 +12870,8 @@ async def show_logs(request: PageRequest) -> object:
             return None
         entries = await request.gateway.page_of(request.key, (found[1], int(found[2])), wanted, int(limit))
     next_page = f"{entries.next[0]}:{entries.next[1]}" if entries.next else None
-    return {"key": request.key.name, "data": entries.entries, "next": next_page}
+    unreadable = entries.unreadable.report()
+    return {"key": request.key.name, "data": entries.entries, "next": next_page, "unreadable": unreadable}
 
 
 ENDPOINTS = (
@@ -14135,8 +14178,8 @@ def command_usage(options: argparse.Namespace) -> None:
         write_csv(totals, by, sys.stdout)
     else:
         print(usage_table(totals, by) if totals else f"No calls in {config.usage_directory} yet.")
-    if files.unreadable:
-        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
+    if files.unreadable.count:
+        print(files.unreadable, file=sys.stderr)
 
 
 EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
@@ -14340,8 +14383,8 @@ def command_reconcile(options: argparse.Namespace) -> int:
             print(difference_table(pairs) + "\n")
         print(f"{export.first} to {export.last} (UTC), {sum(counts.values())} pairs of day and model:", end=" ")
         print("{agree} agree, {differ} differ, {only_ours} only ours, {only_theirs} only theirs.".format(**counts))
-    if files.unreadable:
-        print(f"{files.unreadable} lines of the ledger could not be read", file=sys.stderr)
+    if files.unreadable.count:
+        print(files.unreadable, file=sys.stderr)
     return 1 if pairs else 0
 
 

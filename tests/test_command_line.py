@@ -1100,7 +1100,10 @@ def test_lines_of_the_ledger_that_cannot_be_read_are_counted_and_said(shell, led
     assert shell.run("usage", "--by", "key", "--json") == 0
 
     assert [total["calls"] for total in json.loads(shell.out)] == [1]
-    assert shell.err == "3 lines of the ledger could not be read\n"
+    assert shell.err == (
+        "3 lines of the ledger cannot be read and count nothing: "
+        "usage-2026-09.jsonl:2, usage-2026-09.jsonl:3, usage-2026-09.jsonl:4\n"
+    )
 
 
 # The command itself

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import gzip
 import hashlib
+import json
 import math
 import os
 import resource
@@ -1117,7 +1118,10 @@ BROKEN_LINES = [
 ]
 
 
-@pytest.mark.logs("cannot be read")
+@pytest.mark.logs(
+    "somebody appended a line that cannot be read: usage-2026-09.jsonl:2",
+    "1 lines of the ledger cannot be read and count nothing: usage-2026-09.jsonl:2",
+)
 @pytest.mark.parametrize("line", BROKEN_LINES)
 def test_a_line_made_by_hand_is_no_reason_not_to_start(make_ledger, tmp_path, clock, line):
     """
@@ -1298,7 +1302,7 @@ def pages(directory: Path, size: int, key: str = "alice", wanted: Callable[[g.En
     """The requests page by page, newest first."""
     found, before = [], ("9", 0)
     while before:
-        entries, before = g.LedgerFiles(directory).page(key, before, wanted, size)
+        entries, before, _ = g.LedgerFiles(directory).page(key, before, wanted, size)
         found.append([each.request_id for each in entries])
     return found
 
@@ -1462,12 +1466,12 @@ def test_the_second_page_of_an_archive_does_not_read_it_again(make_ledger, tmp_p
     """
     files = noisy_archive(make_ledger())
     with constants(g.Archive, STEP=50_000):
-        entries, before = files.page("alice", ("9", 0), lambda each: True, 50)
+        entries, before, _ = files.page("alice", ("9", 0), lambda each: True, 50)
         stat = files.paths()[0].stat()
         with open(files.paths()[0], "r+b") as file:
             file.write(b"\xff" * 150_000)
         os.utime(files.paths()[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        more, _ = files.page("alice", before, lambda each: True, 50)
+        more, _, _ = files.page("alice", before, lambda each: True, 50)
 
     assert [each.request_id for each in entries + more] == [f"req_{number}" for number in range(300, 200, -1)]
 
@@ -1518,7 +1522,7 @@ def test_a_page_before_any_place_is_a_page(three_months, place, is_archived):
     if is_archived:
         g.LedgerFiles(three_months).archive(lambda text: None)
 
-    entries, following = g.LedgerFiles(three_months).page("alice", ("2026-08", place), lambda each: True, 1000)
+    entries, following, _ = g.LedgerFiles(three_months).page("alice", ("2026-08", place), lambda each: True, 1000)
 
     everything = [name for page in pages(three_months, 1000) for name in page]
     found = [each.request_id for each in entries]
@@ -1544,7 +1548,7 @@ def test_a_page_looks_through_so_many_bytes_and_no_more(three_months, monkeypatc
 def read(directory: Path, **bounds: str) -> tuple[list[str], int]:
     """The requests that are found, and how many lines could not be read."""
     files = g.LedgerFiles(directory)
-    return [entry.request_id for entry in files.billed(**bounds)], files.unreadable
+    return [entry.request_id for entry in files.billed(**bounds)], files.unreadable.count
 
 
 @pytest.fixture
@@ -1613,6 +1617,70 @@ def test_an_unreadable_line_is_counted_and_costs_no_other(tmp_path, line):
     (tmp_path / SEPTEMBER).write_bytes(b"\n".join([good[0], line, good[1], line]) + b"\n")
 
     assert read(tmp_path) == (["req_1", "req_2"], 2)
+
+
+@pytest.mark.logs("ledger: 1203 lines of the ledger cannot be read and count nothing: usage-2026-09.jsonl:1500")
+def test_a_line_that_cannot_be_read_is_named_wherever_it_is(make_ledger, tmp_path):
+    """
+    The first of them by file and line, megabytes behind the beginning, and how many there are besides.
+    """
+    lines = [msgspec.json.encode(entry(number)) for number in range(3000)]
+    lines[1499] = b"{}"
+    lines[1700:2902] = [b"[]"] * 1202
+    (tmp_path / SEPTEMBER).write_bytes(b"\n".join(lines) + b"\n")
+    make_ledger().load()
+    files = g.LedgerFiles(tmp_path)
+
+    assert len(list(files.lines())) == 3000 - 1203
+    assert files.unreadable.report() == [f"{SEPTEMBER}:{n}" for n in (1500, 1701, 1702, 1703, 1704)] + ["1198 more"]
+
+
+GOLDEN = Path(__file__).with_name("ledger-2026-11.jsonl")
+
+
+@pytest.fixture
+def golden(tmp_path) -> Path:
+    """A ledger as version 0.1.0 wrote it in November 2026: calls, a discarded attempt, a correction and a reset."""
+    shutil.copy(GOLDEN, tmp_path / SEPTEMBER)
+    return tmp_path
+
+
+def in_order(line: bytes) -> object:
+    """A line's names and values, in the order of the line."""
+    return json.loads(line, object_pairs_hook=list)
+
+
+def test_lines_of_a_released_format_are_read_for_ever(golden, make_ledger):
+    """
+    They are written as they were, but for fields that are new; limits and reports have what they had.
+    """
+    files, ledger = g.LedgerFiles(golden), make_ledger()
+    ledger.load()
+    lines = list(files.lines())
+    (total,) = g.summarize(lines, ["key"], dt.UTC)
+    team = ledger.fold.scope("team", "red")
+
+    written = [msgspec.json.encode(line).replace(b'"weighted_tokens":null,', b"") for line in lines]
+    assert [in_order(line) for line in written] == [in_order(line) for line in GOLDEN.read_bytes().splitlines()]
+    assert files.unreadable.count == 0
+    assert len(chained(golden)) == 32
+    assert total == g.Total({"key": "alice"}, 2, 1, -470, 60, 210, 360, -0.225754, 3.6)
+    assert team.spent("tokens", g.WINDOWS["month"], START) == 3 * (10 + 20 + 70 + 12) - 500
+    assert team.spent("usd", g.WINDOWS["month"], START) == -225_754_000
+    assert team.spent("usd", g.WINDOWS["day"], START + 7) == 0
+    assert ledger.fold.scope("key", "alice").spent("usd", g.WINDOWS["day"], START) == -225_754_000
+
+
+def test_a_line_without_one_of_its_fields_is_read():
+    """
+    A field that is added later has a default, or the calls from before it would disappear from every report.
+    """
+    decoder, needed = msgspec.json.Decoder(g.LedgerLine), {"type", "time", "scope"}
+    for line in GOLDEN.read_bytes().splitlines():
+        fields = json.loads(line)
+        for name in fields.keys() - needed:
+            without = {key: value for key, value in fields.items() if key != name}
+            assert decoder.decode(msgspec.json.encode(without)).time == fields["time"], name
 
 
 def test_a_field_of_a_later_version_is_no_matter(tmp_path):
@@ -1791,7 +1859,7 @@ def test_a_report_over_a_cut_archive_says_so(make_ledger, three_months):
     whole = len(list(files.lines()))
     os.truncate(july, july.stat().st_size - 9)
 
-    assert 0 < len(list(files.lines())) <= whole and files.unreadable == 1
+    assert 0 < len(list(files.lines())) <= whole and files.unreadable.count == 1
     with pytest.raises(g.BrokenChain, match=r"usage-2026-07\.jsonl\.gz: the archive is damaged"):
         files.verify("", lambda line: None)
 

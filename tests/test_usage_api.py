@@ -203,7 +203,7 @@ async def test_a_key_that_never_called_has_spent_nothing(gateway):
     logs = await gateway.get("/api/usage/logs", KEY_B)
 
     assert usage.json["today"] == usage.json["month"] == spent(0, 0) | {"cache_hit_rate": None}
-    assert (stats.json["data"], logs.json) == ([], {"key": "carol", "data": [], "next": None})
+    assert (stats.json["data"], logs.json) == ([], {"key": "carol", "data": [], "next": None, "unreadable": []})
 
 
 # GET /api/usage/stats
@@ -289,8 +289,28 @@ async def test_logs_are_the_ledgers_lines_newest_first(gateway):
 
     reply = await gateway.get("/api/usage/logs")
 
-    assert reply.json == {"key": "alice", "data": mine[::-1], "next": None}
+    assert reply.json == {"key": "alice", "data": mine[::-1], "next": None, "unreadable": []}
     assert [entry["model"] for entry in reply.json["data"]] == ["other", "claude-test", "claude-test"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+async def test_entries_that_cannot_be_read_are_named(gateway, packed):
+    """
+    No call disappears without a word: file and line say where it is.
+    """
+    written = write_month(gateway, "2026-08", 3)  # alice's, bob's, alice's
+    path = gateway.gateway.ledger.directory / "usage-2026-08.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second + third.replace(b'"status":200', b'"status":"200"') * 7)
+    name = "usage-2026-08.jsonl"
+    if packed:
+        g.LedgerFiles(path.parent).archive(lambda text: None)
+        name += ".gz"
+
+    reply = (await gateway.get("/api/usage/logs?until=2026-09")).json
+
+    assert [entry["request_id"] for entry in reply["data"]] == written[:1]
+    assert reply["unreadable"] == [*(f"{name}:{number}" for number in (9, 8, 7, 6, 5)), "2 more"]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
