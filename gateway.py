@@ -280,6 +280,9 @@ class Tokens(msgspec.Struct):
             setattr(self, name, getattr(self, name) + sign * getattr(more, name))
 
 
+# The kind of each class, in the order of Tokens: input, output, cache_write (twice), cache_read. Prices know classes,
+# weights and reports know kinds.
+TOKEN_KINDS = tuple(re.sub(r"(_\d+[mh])?_tokens$", "", name) for name in Tokens.__struct_fields__)
 # The counts of whatever has them, in the order of Tokens.
 token_counts: Callable[[Any], tuple[int, ...]] = operator.attrgetter(*Tokens.__struct_fields__)
 
@@ -1613,6 +1616,9 @@ class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitSet = LimitSet()
 
 
+class_weights: Callable[[Any], tuple[float, ...]] = operator.attrgetter(*TOKEN_KINDS)
+
+
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How much a token of each class counts in limits of tokens."""
 
@@ -1623,8 +1629,7 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def weigh(self, tokens: Tokens) -> int:
         """What counts of these tokens in limits of tokens."""
-        weights = (self.input, self.output, self.cache_write, self.cache_write, self.cache_read)  # as in Tokens
-        weighted: float = sum(map(operator.mul, token_counts(tokens), weights))
+        weighted: float = sum(map(operator.mul, token_counts(tokens), class_weights(self)))
         return round(weighted)
 
 
@@ -4753,19 +4758,13 @@ class Total(msgspec.Struct):
     def of(cls, group: dict[str, str], packed: Packed) -> Total:
         """A tally as people read it."""
         tally = tally_of(packed)
-        writes = tally.cache_write_5m_tokens + tally.cache_write_1h_tokens
-        all_input = tally.input_tokens + writes + tally.cache_read_tokens
-        return cls(
-            group,
-            tally.calls,
-            tally.failed,
-            tally.input_tokens,
-            tally.output_tokens,
-            writes,
-            tally.cache_read_tokens,
-            tally.nano_usd / 1e9,
-            round(tally.cache_read_tokens / all_input, 4) if all_input > 0 else None,
-        )
+        total = cls(group, tally.calls, tally.failed, cost_usd=tally.nano_usd / 1e9)
+        for kind, count in zip(TOKEN_KINDS, token_counts(tally), strict=True):
+            name = f"{kind}_tokens"
+            setattr(total, name, getattr(total, name) + count)
+        if tally.total_input_tokens > 0:
+            total.cache_hit_rate = round(tally.cache_read_tokens / tally.total_input_tokens, 4)
+        return total
 
 
 class Groups:
@@ -10348,14 +10347,11 @@ class EventLog:
     def call_ended(self, event: CallEnded) -> None:
         """Write one line for the call."""
         call, entry = event.call, event.entry
-        input_tokens = (
-            entry.input_tokens + entry.cache_write_5m_tokens + entry.cache_write_1h_tokens + entry.cache_read_tokens
-        )
         more = f", {len(event.attempts)} attempts" if len(event.attempts) > 1 else ""
         self.write(
             f"{entry.request_id}: {call.key} {entry.path} {entry.model} by {entry.upstream or 'nobody'}: "
-            f"{entry.status} {entry.outcome} in {input_tokens} out {entry.output_tokens} ${entry.cost_usd:.6f} "
-            f"{entry.duration_ms:.0f} ms{more}"
+            f"{entry.status} {entry.outcome} in {entry.total_input_tokens} out {entry.output_tokens} "
+            f"${entry.cost_usd:.6f} {entry.duration_ms:.0f} ms{more}"
         )
 
     @staticmethod
@@ -10466,7 +10462,6 @@ class RefusalLog:
 # --- 17. Metrics: counters for Prometheus -----------------------------------------
 
 HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
-TOKEN_CLASSES = ("input", "output", "cache_write_5m", "cache_write_1h", "cache_read")
 STATES = ("ok", "cooling", "half_open")
 
 
@@ -10477,17 +10472,12 @@ class Spent:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.tokens = [0] * len(TOKEN_CLASSES)
+        self.tokens = token_counts(Tokens())
         self.cost_usd = 0.0
 
     def add(self, entry: Entry | Discarded) -> None:
         """Add the tokens and the cost of a ledger entry."""
-        tokens = self.tokens  # as in TOKEN_CLASSES
-        tokens[0] += entry.input_tokens
-        tokens[1] += entry.output_tokens
-        tokens[2] += entry.cache_write_5m_tokens
-        tokens[3] += entry.cache_write_1h_tokens
-        tokens[4] += entry.cache_read_tokens
+        self.tokens = tuple(map(operator.add, self.tokens, token_counts(entry)))
         self.cost_usd += entry.cost_usd
 
 
@@ -10620,9 +10610,9 @@ class Scrape(NamedTuple):
             "Tokens of calls, and of attempts that were billed in vain.",
             ("upstream", "class"),
             [
-                ((upstream, name), sum(each.tokens[i] for each in found))
+                ((upstream, name.removesuffix("_tokens")), sum(each.tokens[i] for each in found))
                 for upstream, found in by_upstream.items()
-                for i, name in enumerate(TOKEN_CLASSES)
+                for i, name in enumerate(Tokens.__struct_fields__)
             ],
         )
         yield Series(
@@ -14192,13 +14182,12 @@ EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the f
     "output_tokens": ("usage_output_tokens", "output_tokens"),
     "cost_usd": ("cost_usd",),
 }
-MEASURES = {  # what is compared: the columns that add up to it
-    "input": ("input_tokens",),
-    "cache write": ("cache_write_5m_tokens", "cache_write_1h_tokens"),
-    "cache read": ("cache_read_tokens",),
-    "output": ("output_tokens",),
-    "USD": ("cost_usd",),
-}
+MEASURES = {  # what is compared, kinds of tokens and money: the columns that add up to it
+    kind.replace("_", " "): tuple(
+        name for name, its_kind in zip(Tokens.__struct_fields__, TOKEN_KINDS, strict=True) if its_kind == kind
+    )
+    for kind in ("input", "cache_write", "cache_read", "output")
+} | {"USD": ("cost_usd",)}
 MAX_EXPORT_LINE = 1 << 20  # characters
 Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
 
