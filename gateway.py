@@ -10490,11 +10490,6 @@ class Histogram:
         self.counts = [0] * (len(HISTOGRAM_S) + 1)  # each without those below it: a call adds to one of them
         self.sum_s = 0.0
 
-    def observe(self, seconds: float) -> None:
-        """Count one wait."""
-        self.counts[bisect.bisect_left(HISTOGRAM_S, seconds)] += 1
-        self.sum_s += seconds
-
     def buckets(self) -> list[tuple[str, float]]:
         """Upper bounds and how many were not longer, as Prometheus counts them."""
         names = [*map(str, HISTOGRAM_S), "+Inf"]
@@ -10532,9 +10527,10 @@ class Metrics:
         for attempt in event.attempts:
             if attempt.outcome:
                 self.attempts[attempt.upstream, attempt.outcome] += 1
-        self.call_seconds.observe(entry.duration_ms / 1e3)
-        if entry.first_byte_ms is not None:
-            self.first_byte_seconds.observe(entry.first_byte_ms / 1e3)
+        for histogram, ms in ((self.call_seconds, entry.duration_ms), (self.first_byte_seconds, entry.first_byte_ms)):
+            if ms is not None:
+                histogram.counts[bisect.bisect_left(HISTOGRAM_S, ms / 1e3)] += 1
+                histogram.sum_s += ms / 1e3
 
     def attempt_discarded(self, event: AttemptDiscarded) -> None:
         """Count what an attempt has spent of which the client saw nothing: it is no call."""
@@ -11933,21 +11929,88 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 # --- 23. Front door: clients' connections, no policy ------------------------------
 
 
-class State(enum.Enum):
-    """What a client's connection is doing."""
+# A client's connection reads one request after the other and sends one answer to each. A request is a call, whose
+# answer the relay writes (`ClientSink`), or one for a page of the gateway's own, answered by a handler in Tornado
+# (`Bridge`). Of Tornado's server nothing is used: it costs 100 µs a request and 20 KB a connection, its parser would be
+# a second opinion on what a client has sent, and its connection a second place that frames answers and times them.
+#
+#     state        the connection                 moves to     when
+#     IDLE         waits for a request            HEAD         a request begins (`on_message_begin`)
+#     HEAD         reads a head                   BODY         it is whole and good (`on_headers_complete`)
+#     BODY         reads a body                   ANSWERING    a call is whole (`on_message_complete`)
+#                                                 PAGE         another request is whole, or its body is not wanted
+#     PAGE         has read a request             ANSWERING    all bytes of this read are parsed (`data_received`)
+#     ANSWERING    waits for an answer's end      IDLE         the answer is out, and another request may follow
+#     each of them                                LEAVING      a refusal, or the last answer, is out (`_leave`)
+#     LEAVING      throws away what still comes   GONE         (below)
+#     each of them                                GONE         the connection is lost (`connection_lost`)
+#
+# LEAVING is there because closing while a client still sends resets the connection, and a reset throws away what the
+# client has not read yet (RFC 9112, 9.6). Example: a call with 100 KB of body has a wrong key. At the end of its head
+# `Door.accept` raises KeyRefused, the answer with 401 goes out, and our side of the connection is shut down. The client
+# sends its 100 KB to the end, which nobody parses, reads the 401, and closes. If it sends for 10 s, it is cut off.
+#
+# No client of ours sends a request before it has the answer to the one before. What comes behind a request is not
+# answered, and the connection closes after the answer: so no body is ever taken for a request.
 
-    IDLE = enum.auto()  # between two requests
+
+class State(enum.Enum):
+    """What a client's connection is doing; the table above has the moves."""
+
+    IDLE = enum.auto()
     HEAD = enum.auto()
     BODY = enum.auto()
+    PAGE = enum.auto()
     ANSWERING = enum.auto()
-    PAGE = enum.auto()  # a request that is no call: answered when all that came with it has been read
-    LEAVING = enum.auto()  # answered for good; what still comes is read and thrown away
+    LEAVING = enum.auto()
     GONE = enum.auto()
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Request(msgspec.Struct):
+    """What has been read of a request."""
+
+    method: bytes = b""
+    target: bytes = b""
+    path: str = ""  # of a target that is whole, as `normalize_target` writes it
+    query: bytes = b""
+    version: str = "1.1"
+    headers: Headers = []
+    named: dict[bytes, bytes] = {}  # their first values, once the head is whole
+    body: bytes | bytearray = b""
+    body_size: int = 0  # also of a body that is thrown away
+    is_whole: bool = False
+
+    def add_to_body(self, piece: bytes) -> None:
+        """Keep a piece of the body. The first stays what it is, and is mostly all; more of them grow one buffer."""
+        if not self.body:
+            self.body = piece
+            return
+        if not isinstance(self.body, bytearray):
+            self.body = bytearray(self.body)
+        self.body += piece
 
 
 def too_large(limit: int) -> TooLarge:
     """The error for a body over the limit, in bytes."""
     return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
+
+
+class Client(Protocol):
+    """A client's connection, as `Door` and the pages know it: one class for each protocol of the front door."""
+
+    peer: str  # its address
+    key_name: str  # of the first good key that it has shown
+    keeps_alive: bool  # it is not closed after the present answer
+
+    @property
+    def is_answering(self) -> bool: ...
+    def check(self, now: float, pace: Pace) -> None: ...
+    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Hangups:
@@ -11999,39 +12062,35 @@ class Hangups:
 
 
 class Bridge(tornado.httputil.HTTPConnection):
-    """What a handler in Tornado takes for its connection: its answer goes out through the client's own.
-
-    Of Tornado's server nothing is used. Its parser would be a second opinion on what a client has sent, and its
-    connection a second place to frame, time and end answers.
-    """
+    """What a handler in Tornado takes for its connection: its answer goes out through the client's own."""
 
     protocol = "http"
 
-    def __init__(self, client: ClientConnection, path: str, origin: tuple[Headers, Mapping[bytes, bytes], str]) -> None:
-        self._client = client
-        self.path = path  # as `normalize_target` writes it
-        self.origin = origin  # the headers, their first values, and the peer's address: what tells who asks
-        self.context = self  # where Tornado looks for the next two
-        self.remote_ip = origin[2]
+    def __init__(self, door: Door, client: Client, request: Request) -> None:
+        self._door, self._client, self._request = door, client, request
+        self.path = request.path
+        self.origin = (request.headers, request.named, client.peer)  # what tells who asks
+        self.context = self  # where Tornado looks for the next one
+        self.remote_ip = client.peer
         self._left: Callable[[], None] | None = None
         self._status, self._headers, self._body = 0, tornado.httputil.HTTPHeaders(), b""
 
-    def ask(self, application: tornado.web.Application, method: bytes, query: bytes) -> None:
-        """Have a request handled. Raises HTTPInputError where Tornado cannot read it."""
-        headers = tornado.httputil.HTTPHeaders()
-        for name, value in self.origin[0]:
+    def start(self) -> None:
+        """Have the request handled. Raises HTTPInputError where Tornado cannot read it."""
+        request, headers = self._request, tornado.httputil.HTTPHeaders()
+        for name, value in request.headers:
             if not name.lower().startswith(b"content-"):  # the body has been thrown away
                 headers.add(name.decode("latin-1"), value.decode("latin-1"))
         headers.setdefault("Host", "")  # HTTP/1.0
         target = urllib.parse.quote(self.path)
-        if query:
-            target += "?" + query.decode("latin-1")
-        line = tornado.httputil.RequestStartLine(method.decode(), target, "HTTP/1.1")
-        application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
+        if request.query:
+            target += "?" + request.query.decode("latin-1")
+        line = tornado.httputil.RequestStartLine(request.method.decode(), target, "HTTP/1.1")
+        self._door.application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
 
     def recognize(self, key: Key) -> None:
         """The request has shown a good key."""
-        self._client.recognize(key)
+        self._door.recognize(self._client, key)
 
     def leave(self) -> None:
         """The client has gone before it had its answer."""
@@ -12062,59 +12121,114 @@ class Bridge(tornado.httputil.HTTPConnection):
         return done
 
     def finish(self) -> None:
-        """The answer is whole."""
+        """Send the answer; that to a HEAD has a length without a body."""
         length = int(self._headers.get("Content-Length", len(self._body)))
         fields = [pair for pair in self._headers.get_all() if pair[0] not in ("Content-Length", "Date")]
-        self._client.finish_page(self._status, fields, self._body, length)
+        self._client.send(self._status, fields, self._body, length)
+
+
+class ClientSink:
+    """Writes the answers of calls to a client's connection, in its own framing: what the relay knows of the client."""
+
+    def __init__(self, connection: ClientConnection, now: Callable[[], float]) -> None:
+        self._connection = connection
+        self._now = now
+        self.exchange: Exchange | None = None
+        self.is_gone = False
+        self.is_slow = False  # the transport says so once, perhaps at the end of the answer before
+        self.pending = b""  # the head of an answer, until the first bytes of its body
+        self._is_chunked = False
+
+    def head(self, status: int, headers: Headers, streaming: bool) -> None:
+        """Begin an answer. Its head leaves together with the first bytes of its body."""
+        connection = self._connection
+        lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
+        lines += [b"%b: %b" % header for header in downstream_headers(headers)]
+        length, has_date = None, False
+        for name, value in headers:
+            if len(name) == 14 and name.lower() == b"content-length":
+                length = value
+            elif len(name) == 4 and name.lower() == b"date":
+                has_date = True
+        if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
+            length = None
+        has_body = status not in (204, 304)
+        self._is_chunked = length is None and has_body and connection.request.version == "1.1"
+        if self._is_chunked:
+            lines.append(b"transfer-encoding: chunked")
+        elif length is not None and has_body:
+            lines.append(b"content-length: " + length)
+        elif has_body:
+            connection.keeps_alive = False  # HTTP/1.0: the end of the connection is the end of the body
+        if not has_date:
+            lines.append(b"date: " + http_date(int(self._now())).encode())
+        if streaming:
+            lines.append(b"x-accel-buffering: no")
+        if connection.is_last_answer():
+            lines.append(b"connection: close")
+        self.pending = b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def write(self, data: bytes, last: bool) -> None:
+        """Send bytes of the answer."""
+        if self._is_chunked:
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            if last:
+                data += b"0\r\n\r\n"
+        if self.pending:
+            data, self.pending = self.pending + data, b""
+        if data:
+            self._connection.transport.write(data)
+        if last:
+            self._connection.end_answer()
+        elif self.is_slow and self.exchange:
+            self.exchange.client_slow()
+
+    def cut(self) -> None:
+        """End the answer so that it looks cut: never with a proper end."""
+        self.exchange = None
+        if self._is_chunked or self.is_gone:
+            return self._connection.close()
+        # Without chunks a plain end could pass for the answer's own: reset the connection.
+        sock = self._connection.transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._connection.transport.abort()
+
+    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
+        """Answer with an error of our own."""
+        if not self.is_gone:
+            body = error_body(error, api, request_id)
+            self._connection.respond(error.status, error_headers(error, request_id), body, len(body))
 
 
 class ClientConnection(asyncio.Protocol):
-    """One client's connection: reads requests, and is the sink of their answers.
-
-    It stands on asyncio's own transport and httptools: Tornado's server costs 100 µs a request and 20 KB a connection
-    before the gateway has done anything. Requests that are no calls have handlers in Tornado, which get them through
-    a `Bridge`. So one parser reads what clients send, and one place frames what they get.
-    """
+    """One client's connection with HTTP/1: reads requests, and has each answered."""
 
     MAX_HEAD = 64 << 10  # bytes of a head; and in a row that are no body: chunk extensions, trailers
     MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
     MAX_TARGET = 2 << 10  # bytes of a refused request's target that are looked at
-    MAX_LOCAL_BODY = 1 << 20
+    MAX_PAGE_BODY = 1 << 20  # of a request that is no call
     MOST_HELD = 80 << 10  # bytes of memory before any key was looked at, as was measured
 
     def __init__(self, door: Door) -> None:
         self._door = door
-        self.exchange: Exchange | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._state = State.IDLE
-        self._may_begin = False  # whether a request that begins in this read is the first one in it
-        self._is_whole = True  # whether the request has come to its end
-        self._method = b""
-        self._bridge: Bridge | None = None  # to the handler in Tornado that answers the request
-        self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
+        self.request = Request()
+        self._call: Call | None = None  # whose body is being read
+        self._owes_continue = False  # the client sends no body until it is asked for it
+        self._is_ahead = False  # something came behind a request: it is thrown away
         self._bodiless = 0  # bytes since the last piece of a body
         self._wire_size = 0  # bytes since the head, its own read left out
         self._tail = b""  # the end of a part of a head, in which the head's end may begin
         self._is_too_large = False  # the head
-        self._target = b""
-        self._path, self._query = "", b""  # of a target that is whole
-        self._headers: Headers = []
-        self._named: dict[bytes, bytes] = {}  # their first values
-        self._version = "1.1"
-        self._body: bytes | bytearray = b""
-        self._body_size = 0
-        self._is_measured = False  # its length was in its head
-        self._call: Call | None = None  # whose body is being read
-        self._owes_continue = False  # the client sends no body until it is asked for it
-        self._keep_alive = True
-        self._pipelined = False  # a request came ahead of the answer before it
-        self._pending = b""  # the head of an answer, until the first bytes of its body
-        self._chunked = False
-        self._is_slow = False  # the transport says so once, perhaps at the end of the answer before
+        self.sink = ClientSink(self, door.gateway.clock.wall)  # of the calls' answers
+        self._bridge: Bridge | None = None  # to the handler in Tornado that answers the request
+        self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
         self._active_at = self._entered_at = door.now()  # when it last sent something, and when the state began
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self.peer = ""
-        self.key_name = ""  # of the first good key that it has shown
+        self.peer = self.key_name = ""
+        self.keeps_alive = True
 
     # What asyncio says
 
@@ -12127,10 +12241,10 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._active_at = self._door.now()
-        if self._state is State.LEAVING or self._pipelined:
+        if self._state is State.LEAVING or self._is_ahead:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
         if self._state is State.IDLE:
-            self._bodiless, self._may_begin, self._tail, self._is_too_large = 0, True, b"", False
+            self._bodiless, self._tail, self._is_too_large = 0, b"", False
         self._bodiless += len(data)
         self._wire_size += len(data)
         try:
@@ -12143,172 +12257,93 @@ class ClientConnection(asyncio.Protocol):
         except httptools.HttpParserUpgrade as stop:
             if self._state is State.HEAD:
                 return self._ignore_upgrade(data[stop.args[0] :])
-            self._pipelined, self._keep_alive = True, False  # CONNECT: the parser reads no further here
+            self._is_ahead, self.keeps_alive = True, False  # CONNECT: the parser reads no further here
         except httptools.HttpParserError as error:
-            self._unreadable(error)
+            if isinstance(error, httptools.HttpParserCallbackError):
+                log.error("a bug in reading a request", exc_info=error.__context__ or error)
+            self.keeps_alive = False
+            if self._state in (State.IDLE, State.HEAD, State.BODY):
+                self._reject(BadRequest(f"This request cannot be read: {error}"))
         except HeadTooLarge as error:
             self._reject(error)
         if self._state is State.PAGE:
             self._answer_page()
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
-        elif self._state is State.BODY and self._wire_size > self._body_size + self._body_size // 8 + self.MAX_HEAD:
-            # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
+        elif self._state is State.BODY and self._wire_size > self._most_wire():
             self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
-
-    def _ignore_upgrade(self, rest: bytes) -> None:
-        """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
-
-        The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
-        """
-        lines = [b"%b %b HTTP/%b" % (self._method, self._target, self._version.encode())]
-        lines += [
-            b"%b:%b" % field for field in self._headers if field[0].lower() not in (b"upgrade", b"http2-settings")
-        ]
-        self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
-        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
-
-    def _answer_page(self) -> None:
-        """Answer a request that is no call. Its body has been thrown away: no handler reads one."""
-        if self.transport.get_write_buffer_size():
-            return self._close()  # the client does not read its last answer
-        self._state = State.ANSWERING
-        self._bridge = Bridge(self, self._path, (self._headers, self._named, self.peer))
-        try:
-            self._bridge.ask(self._door.application, self._method, self._query)
-        except tornado.httputil.HTTPInputError:
-            self._reject(BadRequest("The query or a header cannot be read: expected at most 1,000 fields, in UTF-8."))
-        return None
-
-    def finish_page(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
-        """The answer of a handler; a HEAD has a length without a body."""
-        if self._state is State.ANSWERING:
-            self._respond(status, headers, body, length)
-
-    def recognize(self, key: Key) -> None:
-        """The request that is answered has shown a good key."""
-        if not self.key_name:
-            self._keep_alive = self._door.recognize(self, key) and self._keep_alive
-
-    def _head_size(self, data: bytes) -> int:
-        """The bytes of a head, as far as it has come; `data` is the last read, with perhaps much of the body in it."""
-        text = self._tail + data if self._state is State.HEAD else data.lstrip(b"\r\n")  # empty lines before it
-        end = text.find(b"\r\n\r\n")
-        return self._bodiless if end < 0 else self._bodiless - (len(text) - end - len(b"\r\n\r\n"))
-
-    def _check_head(self) -> None:
-        """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
-        if len(self._headers) > self.MAX_HEADERS:
-            raise HeadTooLarge(f"The request has more than {self.MAX_HEADERS} headers.")
-        if self._is_too_large:
-            raise HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes.")
-
-    def _check_http(self) -> None:
-        """Raise what is wrong with the version or the host of a request (RFC 9110, 2.5 and 7.2)."""
-        named = self._named
-        if self._version not in ("1.1", "1.0"):
-            raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
-        host = named.get(b"host")
-        if host is None:
-            if self._version == "1.1":
-                raise BadRequest("Host: missing; HTTP/1.1 asks for it.")
-        elif len(named) < len(self._headers) and sum(name.lower() == b"host" for name, _ in self._headers) > 1:
-            raise BadRequest("Host: stands more than once.")
-        elif not HOST.fullmatch(host.strip(b" \t")):
-            raise BadRequest("Host: expected a name or an address, and perhaps a port.")
-
-    def _unreadable(self, error: httptools.HttpParserError) -> None:
-        if isinstance(error, httptools.HttpParserCallbackError):
-            log.error("a bug in reading a request", exc_info=error.__context__ or error)
-        self._keep_alive = False
-        if self._state in (State.IDLE, State.HEAD, State.BODY):
-            self._reject(BadRequest(f"This request cannot be read: {error}"))
 
     def eof_received(self) -> bool:
         """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
-        if self._state is not State.ANSWERING or self._version != "1.1":
+        if self._state is not State.ANSWERING or self.request.version != "1.1":
             return False
         if not self._door.hangups.watch(self.transport):
             return False
-        self._keep_alive = False
+        self.keeps_alive = False
         self._ask()
         return True
 
-    def _ask(self) -> None:
-        """Ask a client that sends no more whether it is there: if not, its host resets the connection."""
-        now = self._asked_at = self._door.now()
-        if self.exchange and self.exchange.status and not self._pending:
-            self.exchange.ping(now)  # between two events, else what comes next is the question
-        else:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # Python's http.client takes 102 for the answer
-
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
+        self.sink.is_gone = True
         self._door.leave(self)
         self._door.hangups.forget(self.transport)
-        self._forget_call()
+        self._drop_call()
         if self._bridge:
             self._bridge.leave()
-        if self.exchange:
-            self.exchange.client_gone()
+        if self.sink.exchange:
+            self.sink.exchange.client_gone()
 
     def pause_writing(self) -> None:
-        self._is_slow = True
-        if self.exchange:
-            self.exchange.client_slow()
+        self.sink.is_slow = True
+        if self.sink.exchange:
+            self.sink.exchange.client_slow()
 
     def resume_writing(self) -> None:
-        self._is_slow = False
-        if self.exchange:
-            self.exchange.client_ready()
+        self.sink.is_slow = False
+        if self.sink.exchange:
+            self.sink.exchange.client_ready()
 
     # What the parser says
 
     def on_message_begin(self) -> None:
-        # No client sends ahead: a request behind another one in the same read is not answered.
-        if self._state is State.IDLE and self._may_begin and not self._pipelined:
-            self._state, self._may_begin, self._is_whole = State.HEAD, False, False
-            self._entered_at = self._active_at
-            self._target, self._headers, self._body, self._body_size = b"", [], b"", 0
-            self._path = ""
-            self._named = {}
+        if self._state is State.IDLE and not self._is_ahead:
+            self._state, self._entered_at = State.HEAD, self._active_at
+            self.request = Request()
         else:
-            self._pipelined, self._keep_alive = True, False
+            self._is_ahead, self.keeps_alive = True, False
 
     def on_url(self, url: bytes) -> None:
         if self._state is State.HEAD:
-            self._target += url
+            self.request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._state is State.HEAD:  # else a trailer
-            self._headers.append((name, value))
+            self.request.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         if self._state is not State.HEAD:
             return None
-        self._method = method = self._parser.get_method()
-        self._version, self._named = self._parser.get_http_version(), first_values(self._headers)
-        self._keep_alive = True
+        request = self.request
+        request.method = method = self._parser.get_method()
+        request.version, request.named = self._parser.get_http_version(), first_values(request.headers)
+        self.keeps_alive = True
         try:
             self._check_head()
             if self._parser.should_upgrade() and method != b"CONNECT":
                 return None  # `_ignore_upgrade` follows
             self._check_http()
-        except GatewayError as error:
-            return self._reject(error)
-        self._bodiless = self._wire_size = 0
-        self._path, self._query = normalize_target(self._target)
-        route = ROUTES.get(self._path) if method == b"POST" else None
-        self._state = State.BODY
-        self._entered_at = self._active_at
-        expects = self._version == "1.1" and self._named.get(b"expect", b"").lower() == b"100-continue"
-        try:
+            request.path, request.query = normalize_target(request.target)
+            self._bodiless = self._wire_size = 0
+            self._state, self._entered_at = State.BODY, self._active_at
+            expects = request.version == "1.1" and request.named.get(b"expect", b"").lower() == b"100-continue"
+            route = ROUTES.get(request.path) if method == b"POST" else None
             if route:
-                self._call = self._accept(route, expects)
-            elif int(self._named.get(b"content-length", 0)) > self.MAX_LOCAL_BODY:
-                raise too_large(self.MAX_LOCAL_BODY)
-            elif expects:  # no handler wants a body, so none is asked for
-                self._state, self._keep_alive = State.PAGE, False
+                self._begin_call(route, expects)
+            elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
+                raise too_large(self.MAX_PAGE_BODY)
+            elif expects:  # no page wants a body, so none is asked for
+                self._state, self.keeps_alive = State.PAGE, False
         except GatewayError as error:
             self._reject(error)
         return None
@@ -12317,29 +12352,18 @@ class ClientConnection(asyncio.Protocol):
         if self._state is not State.BODY:
             return
         self._bodiless = 0
-        self._body_size += len(piece)
-        call = self._call
-        limit = call.config.server.max_body if call else self.MAX_LOCAL_BODY
-        if self._body_size > limit:
-            self._reject(too_large(limit))
-        elif call:
-            self._keep(call, piece)
-
-    def _keep(self, call: Call, piece: bytes) -> None:
-        """Add a piece to the body. The first stays what it is, and is mostly all; more of them grow one buffer."""
-        if not self._is_measured:
-            try:
-                call.reservation.hold_body(len(piece))
-            except GatewayError as error:
-                return self._reject(error)
-        if not self._body:
-            self._body = piece
-        elif isinstance(self._body, bytearray):
-            self._body += piece
-        else:
-            self._body = bytearray(self._body)
-            self._body += piece
-        return None
+        request, call = self.request, self._call
+        request.body_size += len(piece)
+        limit = call.config.server.max_body if call else self.MAX_PAGE_BODY
+        try:
+            if request.body_size > limit:
+                raise too_large(limit)
+            if call:
+                if b"content-length" not in request.named:  # else it was held at once
+                    call.reservation.hold_body(len(piece))
+                request.add_to_body(piece)
+        except GatewayError as error:
+            self._reject(error)
 
     def on_message_complete(self) -> None:
         self._owes_continue = False  # the body came unasked
@@ -12347,49 +12371,73 @@ class ClientConnection(asyncio.Protocol):
             self.transport.close()
         if self._state is not State.BODY:
             return
-        self._is_whole = True
+        self.request.is_whole = True
         if not self._parser.should_keep_alive():  # a trailer may say so
-            self._keep_alive = False
+            self.keeps_alive = False
         call, self._call = self._call, None
         if call is None:
             self._state = State.PAGE
             return
         self._state = State.ANSWERING
-        call.body = cast(bytes, self._body)  # nobody who reads it minds a bytearray
-        self._body, self._headers = b"", []
-        self._door.gateway.start(call, self)
+        call.body = cast(bytes, self.request.body)  # nobody who reads it minds a bytearray
+        self.request.headers, self.request.named, self.request.body = [], {}, b""  # the call has them
+        self._door.gateway.start(call, self.sink)
 
-    # Steps of a request
+    # A request's head and framing
 
-    def _accept(self, route: Route, expects: bool) -> Call:
-        """Check what the head suffices for; only then is the body wanted (`expects`: and asked for)."""
-        gateway, named = self._door.gateway, self._named
-        key, address = gateway.authenticate(self._headers, named, self.peer)
-        if not self.key_name:
-            self._keep_alive = self._door.recognize(self, key) and self._keep_alive
-            if self._door.has_too_many(key):
-                raise Unavailable(
-                    f"The key {key} has more than half of the connections that this gateway can have "
-                    f"({self._door.most:,}; see `ulimit -n`): the others are for everybody else.",
-                    retry_after_s=5,
-                )
-        gateway.check_open()
-        config = gateway.config
-        if b"content-encoding" in named and named[b"content-encoding"].strip().lower() not in (b"", b"identity"):
-            raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
-        self._is_measured = b"content-length" in named
-        length = int(named.get(b"content-length", 0))
-        if length > config.server.max_body:
-            raise too_large(config.server.max_body)
-        call = Call(config, key, route, self._query, self._headers, address, named)
-        gateway.enter(call, length, expects)
+    def _head_size(self, data: bytes) -> int:
+        """The bytes of a head, as far as it has come; `data` is the last read, with perhaps much of the body in it."""
+        text = self._tail + data if self._state is State.HEAD else data.lstrip(b"\r\n")  # empty lines before it
+        end = text.find(b"\r\n\r\n")
+        return self._bodiless if end < 0 else self._bodiless - (len(text) - end - len(b"\r\n\r\n"))
+
+    def _most_wire(self) -> int:
+        """How many bytes a body may take: 8 connections with chunks of 7 bytes each kept others waiting for 9 s."""
+        return self.request.body_size + self.request.body_size // 8 + self.MAX_HEAD
+
+    def _check_head(self) -> None:
+        """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
+        if len(self.request.headers) > self.MAX_HEADERS:
+            raise HeadTooLarge(f"The request has more than {self.MAX_HEADERS} headers.")
+        if self._is_too_large:
+            raise HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes.")
+
+    def _check_http(self) -> None:
+        """Raise what is wrong with the version or the host of a request (RFC 9110, 2.5 and 7.2)."""
+        version, named, headers = self.request.version, self.request.named, self.request.headers
+        if version not in ("1.1", "1.0"):
+            raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
+        host = named.get(b"host")
+        if host is None:
+            if version == "1.1":
+                raise BadRequest("Host: missing; HTTP/1.1 asks for it.")
+        elif len(named) < len(headers) and sum(name.lower() == b"host" for name, _ in headers) > 1:
+            raise BadRequest("Host: stands more than once.")
+        elif not HOST.fullmatch(host.strip(b" \t")):
+            raise BadRequest("Host: expected a name or an address, and perhaps a port.")
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
+
+        The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
+        """
+        request, dropped = self.request, (b"upgrade", b"http2-settings")
+        lines = [b"%b %b HTTP/%b" % (request.method, request.target, request.version.encode())]
+        lines += [b"%b:%b" % field for field in request.headers if field[0].lower() not in dropped]
+        self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
+        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+
+    # A call whose body is being read, and a page
+
+    def _begin_call(self, route: Route, expects: bool) -> None:
+        """Begin a call by its head, and have its body sent. Raises GatewayError."""
+        self._call = call = self._door.accept(self, self.request, route, expects)
         self._owes_continue = expects
         if call.reservation.waiter:
             # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
             call.reservation.waiter.turn.add_done_callback(self._end_wait)
         elif expects:
-            self._continue()
-        return call
+            self._ask_for_body()
 
     def _end_wait(self, turn: asyncio.Future[bool | GatewayError]) -> None:
         """A call has its slot, or will have none, while its body is still on its way."""
@@ -12399,64 +12447,88 @@ class ClientConnection(asyncio.Protocol):
             if isinstance(refusal, GatewayError):
                 self._reject(refusal)
             elif self._owes_continue:
-                self._continue()
+                self._ask_for_body()
 
-    def _continue(self) -> None:
-        """Ask for the body."""
+    def _ask_for_body(self) -> None:
         self._owes_continue = False
         self._active_at = self._entered_at = self._door.now()
-        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.transport.write(CONTINUE)
 
-    def _forget_call(self) -> None:
+    def _drop_call(self) -> None:
         """Give back what a call holds whose body will not come."""
         call, self._call = self._call, None
         if call:
             call.reservation.release()
 
+    def _answer_page(self) -> None:
+        """Have a request that is no call answered. Its body has been thrown away: no page reads one."""
+        if self.transport.get_write_buffer_size():
+            return self.close()  # the client does not read its last answer
+        self._state = State.ANSWERING
+        self._bridge = Bridge(self._door, self, self.request)
+        try:
+            self._bridge.start()
+        except tornado.httputil.HTTPInputError:
+            self._reject(BadRequest("The query or a header cannot be read: expected at most 1,000 fields, in UTF-8."))
+        return None
+
+    def _ask(self) -> None:
+        """Ask a client that sends no more whether it is there: if not, its host resets the connection."""
+        now = self._asked_at = self._door.now()
+        exchange = self.sink.exchange
+        if exchange and exchange.status and not self.sink.pending:
+            exchange.ping(now)  # between two events, else what comes next is the question
+        else:
+            self.transport.write(CONTINUE)  # Python's http.client takes 102 for the answer
+
+    # The answer
+
     def _reject(self, error: GatewayError) -> None:
         """Refuse without reading on: answer at once in the format of the path, then leave."""
-        api = api_of(self._path or normalize_target(self._target[: self.MAX_TARGET])[0])  # the head may not be whole
-        self._forget_call()
-        request_id = "req_" + secrets.token_hex(12)
-        gateway = self._door.gateway
-        named = self._named or first_values(self._headers)  # where the head is not whole
-        address, key = gateway.client_address(self._headers, named, self.peer), ""
-        with contextlib.suppress(GatewayError):
-            key = gateway.config.keys.find(credentials(self._headers, named)).name
-        gateway.emit(RequestRefused(request_id, address, key, error))
-        self._keep_alive = False
-        self.refuse(error, api, request_id)
+        self._drop_call()
+        request = self.request
+        path = request.path or normalize_target(request.target[: self.MAX_TARGET])[0]  # its head may not be whole
+        request_id = self._door.refuse(self, request, error)
+        self.keeps_alive = False
+        self.sink.refuse(error, api_of(path), request_id)
 
-    def _respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int | None = None) -> None:
-        """A whole answer of our own; a `length` other than the body's is what a HEAD asks for."""
-        length = len(body) if length is None else length
+    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
+        """Send the answer of a page; `length` is the body's, also where the answer is to a HEAD."""
+        if self._state is State.ANSWERING:
+            self.respond(status, headers, body, length)
+
+    def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
+        """Send a whole answer of our own."""
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {length}"]
         lines.append(f"date: {http_date(int(self._door.gateway.clock.wall()))}")
         lines += [f"{name}: {value}" for name, value in headers]
-        if not self._keeps_alive():
+        if self.is_last_answer():
             lines.append("connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        is_head = (self._method or self._parser.get_method()) == b"HEAD"
+        is_head = (self.request.method or self._parser.get_method()) == b"HEAD"
         self.transport.write(head if is_head else head + body)
-        if self._is_whole:
-            self._answered()
-        else:
-            self._linger()
+        if self.request.is_whole:
+            return self.end_answer()
+        self._leave()
+        if self.transport.can_write_eof():  # TLS cannot
+            self.transport.write_eof()
+        return None
 
-    def _keeps_alive(self) -> bool:
-        """Whether the connection is kept after the answer that begins now; not while the gateway stops."""
-        self._keep_alive = self._keep_alive and not self._door.gateway.stopping
-        return self._keep_alive
+    def is_last_answer(self) -> bool:
+        """Whether the connection is closed after the answer that begins now, as it is while the gateway stops."""
+        if self._door.gateway.stopping:
+            self.keeps_alive = False
+        return not self.keeps_alive
 
-    def _answered(self) -> None:
+    def end_answer(self) -> None:
         """The answer is out: on to the next request, or close."""
-        self._state = State.IDLE
-        self.exchange = self._bridge = None
-        self._entered_at = self._door.now()
-        if not self._keep_alive:
-            self._close()
+        self._state, self._entered_at = State.IDLE, self._door.now()
+        self.sink.exchange = self._bridge = None
+        if not self.keeps_alive:
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End the connection once the last answer is out."""
         self._leave()
         self.transport.close()
 
@@ -12464,81 +12536,11 @@ class ClientConnection(asyncio.Protocol):
         """Keep nothing of a request: what still comes is thrown away."""
         self._state = State.LEAVING
         self._entered_at = self._active_at = self._door.now()
-        self._headers, self._body = [], b""
+        self.request = Request()
 
-    def _linger(self) -> None:
-        """End our side and read on for a moment (RFC 9112, 9.6).
-
-        Closing while the client still sends would reset the connection before it has read the answer.
-        """
-        self._leave()
-        self.transport.write_eof()
-
-    # What the exchange says: the sink
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether the client has gone away."""
-        return self._state is State.GONE
-
-    def head(self, status: int, headers: Headers, streaming: bool) -> None:
-        """Begin an answer. Its head leaves together with the first bytes of its body."""
-        lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
-        lines += [b"%b: %b" % header for header in downstream_headers(headers)]
-        length, has_date = None, False
-        for name, value in headers:
-            if len(name) == 14 and name.lower() == b"content-length":
-                length = value
-            elif len(name) == 4 and name.lower() == b"date":
-                has_date = True
-        if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
-            length = None
-        bodiless = status in (204, 304)
-        self._chunked = length is None and not bodiless and self._version == "1.1"
-        if self._chunked:
-            lines.append(b"transfer-encoding: chunked")
-        elif length is not None and not bodiless:
-            lines.append(b"content-length: " + length)
-        elif not bodiless:
-            self._keep_alive = False  # HTTP/1.0: the end of the connection is the end of the body
-        if not has_date:
-            lines.append(b"date: " + http_date(int(self._door.gateway.clock.wall())).encode())
-        if streaming:
-            lines.append(b"x-accel-buffering: no")
-        if not self._keeps_alive():
-            lines.append(b"connection: close")
-        self._pending = b"\r\n".join(lines) + b"\r\n\r\n"
-
-    def write(self, data: bytes, last: bool) -> None:
-        """Bytes of the answer, in this hop's own framing."""
-        if self._chunked:
-            if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            if last:
-                data += b"0\r\n\r\n"
-        if self._pending:
-            data, self._pending = self._pending + data, b""
-        if data:
-            self.transport.write(data)
-        if last:
-            self._answered()
-        elif self._is_slow and self.exchange:
-            self.exchange.client_slow()
-
-    def cut(self) -> None:
-        """End the answer so that it looks cut: never with a proper end."""
-        self.exchange = None
-        if self._chunked or self._state is State.GONE:
-            return self._close()
-        # Without chunks a plain end could pass for the answer's own: reset the connection.
-        sock = self.transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def abort(self) -> None:
+        """End the connection at once."""
         self.transport.abort()
-
-    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
-        """An answer that is an error of our own."""
-        if self._state is not State.GONE:
-            self._respond(error.status, error_headers(error, request_id), error_body(error, api, request_id))
 
     # What the clock says
 
@@ -12548,19 +12550,19 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING:
             unsent = self.transport.get_write_buffer_size() > 0
             if age > (pace.body_s if unsent else pace.leave_s) or (not unsent and silence > pace.linger_s):
-                self.transport.abort()
+                self.abort()
         elif self._state is State.IDLE:
             if age > (pace.keep_alive_s if self.key_name else pace.head_s):
-                self._close()
+                self.close()
             elif age > pace.page_s and self.transport.get_write_buffer_size():  # a page of logs that is not read
-                self.transport.abort()
+                self.abort()
         elif self._bridge and age > pace.page_s:
-            self.transport.abort()
+            self.abort()
         elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
             self._ask()
         elif self._owes_continue:
             return  # it is silent because it waits for a slot; that has a deadline of its own
-        elif self._state is State.BODY and age > pace.body_s + self._body_size / pace.body_bytes_s:
+        elif self._state is State.BODY and age > pace.body_s + self.request.body_size / pace.body_bytes_s:
             self._reject(RequestTimeout("The request's body came too slowly."))
         elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
             self._reject(RequestTimeout("The request did not come in time."))
@@ -12569,12 +12571,8 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def is_answering(self) -> bool:
-        """Whether a call of it runs."""
+        """Whether it is being answered."""
         return self._state is State.ANSWERING
-
-    def give_up(self) -> None:
-        """End at once, for want of room."""
-        self.transport.abort()
 
 
 MOST_DESCRIPTORS = 1 << 16
@@ -12618,17 +12616,17 @@ class Door:
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
         self.gateway, self.application, self.most = gateway, application, most
         self.now = gateway.clock.monotonic
-        self.connections: set[ClientConnection] = set()
+        self.connections: set[Client] = set()
         # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
-        self._strangers: OrderedDict[ClientConnection, str] = OrderedDict()  # with their network
-        self._by_network: dict[str, OrderedDict[ClientConnection, None]] = {}  # strangers
-        self._of_key: dict[str, OrderedDict[ClientConnection, None]] = {}  # by its name, the oldest first
+        self._strangers: OrderedDict[Client, str] = OrderedDict()  # with their network
+        self._by_network: dict[str, OrderedDict[Client, None]] = {}  # strangers
+        self._of_key: dict[str, OrderedDict[Client, None]] = {}  # by its name, the oldest first
         self._told_at = -math.inf
         self._told = 0
         self._server: asyncio.Server | None = None
         self.hangups = Hangups()
 
-    def enter(self, connection: ClientConnection) -> bool:
+    def enter(self, connection: Client) -> bool:
         """Count a new connection in; False where there is no place for it."""
         network = network_of(connection.peer)
         peers = self._by_network.get(network, ())
@@ -12646,7 +12644,7 @@ class Door:
         self._count(connection, network)
         return True
 
-    def _surplus(self) -> ClientConnection | None:
+    def _surplus(self) -> Client | None:
         """The newest connection of the key that has most of them, of those that are not being answered.
 
         290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
@@ -12654,36 +12652,64 @@ class Door:
         most = max(self._of_key.values(), key=len, default=OrderedDict())
         return next((each for each in reversed(most) if not each.is_answering), None)
 
-    def _give_up(self, stranger: ClientConnection, why: str) -> None:
+    def _give_up(self, stranger: Client, why: str) -> None:
         """Close a connection to make room for another one."""
         self.gateway.emit(ConnectionRefused(why))
         self.leave(stranger)
-        stranger.give_up()
+        stranger.abort()
 
-    def _count(self, connection: ClientConnection, network: str) -> None:
+    def _count(self, connection: Client, network: str) -> None:
         self.connections.add(connection)
         self._strangers[connection] = network
         self._by_network.setdefault(network, OrderedDict())[connection] = None
         self.gateway.metrics.connections = len(self.connections)
 
-    def recognize(self, connection: ClientConnection, key: Key) -> bool:
-        """A connection has shown a good key; whether it may be kept alive between requests."""
-        if connection not in self.connections:  # it has just been given up
-            return False
+    def accept(self, connection: Client, request: Request, route: Route, expects: bool) -> Call:
+        """Begin a call by its head, before its body is read, or asked for (`expects`). Raises GatewayError."""
+        gateway, named = self.gateway, request.named
+        key, address = gateway.authenticate(request.headers, named, connection.peer)
+        if not connection.key_name:
+            self.recognize(connection, key)
+            # 480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
+            if len(self._of_key.get(key.name, ())) > max(1, self.most // 2):
+                raise Unavailable(
+                    f"The key {key} has more than half of the connections that this gateway can have "
+                    f"({self.most:,}; see `ulimit -n`): the others are for everybody else.",
+                    retry_after_s=5,
+                )
+        gateway.check_open()
+        config = gateway.config
+        if b"content-encoding" in named and named[b"content-encoding"].strip().lower() not in (b"", b"identity"):
+            raise EncodingRefused("Compressed request bodies are not accepted: send it as it is.")
+        length = int(named.get(b"content-length", 0))
+        if length > config.server.max_body:
+            raise too_large(config.server.max_body)
+        call = Call(config, key, route, request.query, request.headers, address, named)
+        gateway.enter(call, length, expects)
+        return call
+
+    def refuse(self, connection: Client, request: Request, error: GatewayError) -> str:
+        """Announce that a request is refused before it is read; the id for its answer."""
+        gateway, request_id, key = self.gateway, "req_" + secrets.token_hex(12), ""
+        named = request.named or first_values(request.headers)  # where the head is not whole
+        address = gateway.client_address(request.headers, named, connection.peer)
+        with contextlib.suppress(GatewayError):
+            key = gateway.config.keys.find(credentials(request.headers, named)).name
+        gateway.emit(RequestRefused(request_id, address, key, error))
+        return request_id
+
+    def recognize(self, connection: Client, key: Key) -> None:
+        """A connection has shown a good key. Where the key has many, it is closed after its answer."""
+        if connection.key_name or connection not in self.connections:  # or it has just been given up
+            return
         self._forget_stranger(connection)
         connection.key_name = key.name
         own = self._of_key.setdefault(key.name, OrderedDict())
         own[connection] = None
-        return len(own) <= self.most - len(self.connections)
+        if len(own) > self.most - len(self.connections):
+            connection.keeps_alive = False
 
-    def has_too_many(self, key: Key) -> bool:
-        """Whether a key has more than half of all places, so that its calls would leave none for others.
-
-        480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
-        """
-        return len(self._of_key.get(key.name, ())) > max(1, self.most // 2)
-
-    def leave(self, connection: ClientConnection) -> None:
+    def leave(self, connection: Client) -> None:
         """Count a connection out; once is enough."""
         self.connections.discard(connection)
         self._forget_stranger(connection)
@@ -12695,7 +12721,7 @@ class Door:
             connection.key_name = ""
         self.gateway.metrics.connections = len(self.connections)
 
-    def _forget_stranger(self, connection: ClientConnection) -> None:
+    def _forget_stranger(self, connection: Client) -> None:
         network = self._strangers.pop(connection, None)
         if network is not None:
             peers = self._by_network[network]
@@ -12714,7 +12740,7 @@ class Door:
         now = self.now()
         for connection in tuple(self.connections):
             if not self.gateway.guard.run(connection.check, now, self.gateway.pace):
-                connection.give_up()
+                connection.abort()
         refused = self.gateway.metrics.connections_refused
         if refused.total() > self._told and now - self._told_at >= self.TELL_S:
             counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
@@ -12733,7 +12759,7 @@ class Door:
         self.stop_listening()
         clients = set(self.connections)
         for connection in clients:
-            connection.transport.close()
+            connection.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.gateway.pace.linger_s):
                 while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event

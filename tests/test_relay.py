@@ -1077,7 +1077,7 @@ async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gat
     """
     config = gateway.gateway.config
     call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
-    sink = g.ClientConnection(gateway.door)
+    sink = g.ClientConnection(gateway.door).sink
     exchange = sink.exchange = g.Exchange(call, sink, gateway.gateway.relay)
 
     attempt_over = exchange.done

@@ -335,7 +335,7 @@ async def test_an_unfinished_body_that_nobody_reads_is_not_kept(gateway):
     try:
         for _ in range(90):
             await connection.send(piece)
-        await until(lambda: ours._body_size == 900_000)
+        await until(lambda: ours.request.body_size == 900_000)
         held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -770,7 +770,7 @@ async def test_a_body_that_drips_in_has_a_deadline(gateway):
         piece = b"x" * (1 if sent else 300_000)
         sent += len(piece)
         await client.send(piece)
-        await until(lambda sent=sent: ours._body_size == sent)
+        await until(lambda sent=sent: ours.request.body_size == sent)
         gateway.tick(20)
         if ours._state is not g.State.BODY:
             break
@@ -796,7 +796,7 @@ async def test_a_body_is_kept_once(gateway):
     try:
         for sent in range(0, size, len(half)):
             await client.send(half)
-            await until(lambda sent=sent: ours._body_size == sent + len(half))
+            await until(lambda sent=sent: ours.request.body_size == sent + len(half))
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
