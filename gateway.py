@@ -5387,7 +5387,7 @@ class Limits:
     def _waiters(self) -> list[Waiter[bool]]:
         return [waiter for queue in self._queues.values() for waiter in queue]
 
-    def reload(self, config: Config) -> None:
+    def take_config(self, config: Config) -> None:
         """Let those who wait see a new config's limits; who may not use its key any more is told so."""
         if not self._queues:
             return
@@ -10545,13 +10545,54 @@ class Metrics:
         self.connections_refused[event.reason] += 1
 
 
-class Series(NamedTuple):
-    """One metric without its prefix: a counter where its name ends in _total, else a gauge."""
-
-    name: str
-    text: str
-    labels: tuple[str, ...]
-    samples: Iterable[tuple[Sequence[str], float]]  # the labels' values, and the number
+# What /metrics has: names without their prefix, labels, and what it is. A counter's name ends in _total, the others are
+# gauges. The label `key` of an upstream counts its API keys from 1, and is empty for the upstream as a whole.
+METRICS = {
+    "calls_total": (
+        "upstream outcome",
+        "Calls that have ended, by the upstream asked last (none where nobody was) and the outcome in the ledger.",
+    ),
+    "tokens_total": ("upstream class", "Tokens of calls, and of attempts that were billed in vain."),
+    "cost_usd_total": ("upstream", "What these tokens cost, by the prices in the config, in USD."),
+    "refused_total": ("status", "Requests refused before an upstream was asked, by the status of the answer."),
+    "connections_refused_total": (
+        "why",
+        "Connections closed for want of room: the oldest without a good key, of all (oldest) or of an address with "
+        "too many (address); else one of the key that has most (key); else, where all are being answered, the new "
+        "one (full).",
+    ),
+    "attempts_total": (
+        "upstream outcome",
+        "Attempts of ended calls; the outcome is that of the call, or the failure's row in the table of verdicts.",
+    ),
+    "upstream_state": (
+        "upstream key state",
+        "1 for the state that an upstream (key empty) or one of its API keys is in, 0 for the others.",
+    ),
+    "upstream_cooldown_seconds": (
+        "upstream key",
+        "For how long it is still left alone; also where that is for one user only, and its state is ok.",
+    ),
+    "upstream_failures": ("upstream key", "Failures in a row."),
+    "upstream_running": ("upstream key", "Attempts that run."),
+    "calls_running": ("", "Admitted calls that have not ended."),
+    "connections": ("", "Connections of clients that are open."),
+    "body_bytes": ("", "Bytes of request bodies that are held."),
+    "body_bytes_limit": ("", "How many these may be: server.memory."),
+    "ledger_waiting_entries": ("", "Entries of the ledger that are not in its file yet."),
+    "ledger_failing": ("", "Whether the disk refuses the ledger's entries."),
+    "config_reload_failing": ("", "Whether config.yaml has a mistake and an older one holds."),
+    "config_loaded_timestamp_seconds": ("", "When the configuration that holds was loaded."),
+    "start_time_seconds": ("", "When the gateway started; counters begin there."),
+    "log_lines_lost_total": ("", "Lines of the log that are lost, because stderr was not read or refused them."),
+    "integrity_problems": ("", "Files that at the start were not as in the image's own list; 0 where there is none."),
+    "bugs_total": (
+        "where",
+        "Exceptions that nothing expects, by where they were caught; the log has their tracebacks.",
+    ),
+    "info": ("version", "The version."),
+}
+Samples = Iterable[tuple[Sequence[str], float]]  # the labels' values, and the number
 
 
 class Scrape(NamedTuple):
@@ -10564,7 +10605,7 @@ class Scrape(NamedTuple):
     ledger: Ledger
     config: Config
     loaded_at: float  # wall time
-    reload_failed_at: float | None
+    is_reload_failing: bool
 
     def text(self) -> bytes:
         """The state in Prometheus' text format (0.0.4)."""
@@ -10577,11 +10618,12 @@ class Scrape(NamedTuple):
         """What `prometheus_client.registry.Collector` promises."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        for series in itertools.chain(self._calls(), self._upstreams(), self._gateway()):
-            family = CounterMetricFamily if series.name.endswith("_total") else GaugeMetricFamily
-            made = family(f"claude_gateway_{series.name}", series.text, labels=series.labels)
-            for labels, number in series.samples:
-                made.add_metric(labels, number)
+        found = self._numbers() | self._sums() | self._upstreams()
+        for name, (labels, text) in METRICS.items():
+            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            made = family(f"claude_gateway_{name}", text, labels=labels.split())
+            for values, number in found[name]:
+                made.add_metric(values, number)
             yield made
         calls, first_bytes = self.metrics.call_seconds, self.metrics.first_byte_seconds
         text = "Seconds from the beginning of a call to its end."
@@ -10589,122 +10631,66 @@ class Scrape(NamedTuple):
         text = "Seconds from the beginning of a call to the first byte of its answer."
         yield HistogramMetricFamily("claude_gateway_first_byte_seconds", text, first_bytes.buckets(), first_bytes.sum_s)
 
-    def _calls(self) -> Iterator[Series]:
-        sums = self.metrics.sums
-        # Each configured upstream from the start, with 0: what appears with its first call has no rate for it.
-        by_upstream: dict[str, list[Spent]] = {upstream.name: [] for upstream in self.config.upstreams}
-        for (upstream, _), each in sums.items():
-            by_upstream.setdefault(upstream, []).append(each)
-        yield Series(
-            "calls_total",
-            "Calls that have ended, by the upstream asked last (none where nobody was) and the outcome in the ledger.",
-            ("upstream", "outcome"),
-            [(place, each.calls) for place, each in sums.items() if each.calls],
-        )
-        yield Series(
-            "tokens_total",
-            "Tokens of calls, and of attempts that were billed in vain.",
-            ("upstream", "class"),
-            [
-                ((upstream, name.removesuffix("_tokens")), sum(each.tokens[i] for each in found))
-                for upstream, found in by_upstream.items()
-                for i, name in enumerate(Tokens.__struct_fields__)
-            ],
-        )
-        yield Series(
-            "cost_usd_total",
-            "What these tokens cost, by the prices in the config, in USD.",
-            ("upstream",),
-            [((upstream,), sum(each.cost_usd for each in found)) for upstream, found in by_upstream.items()],
-        )
-        yield Series(
-            "refused_total",
-            "Requests refused before an upstream was asked, by the status of the answer.",
-            ("status",),
-            [((str(status),), count) for status, count in self.metrics.refused.items()],
-        )
-        yield Series(
-            "connections_refused_total",
-            "Connections closed for want of room: the oldest without a good key, of all (oldest) or of an address with "
-            "too many (address); else one of the key that has most (key); else, where all are being answered, the new "
-            "one (full).",
-            ("why",),
-            [((why,), count) for why, count in self.metrics.connections_refused.items()],
-        )
-        yield Series(
-            "attempts_total",
-            "Attempts that have ended; the outcome is that of the call, or the failure's row in the table of verdicts.",
-            ("upstream", "outcome"),
-            self.metrics.attempts.items(),
-        )
+    def _numbers(self) -> dict[str, Samples]:
+        """What has one number, and what is counted by one label."""
+        metrics = self.metrics
+        numbers: dict[str, float] = {
+            "calls_running": len(self.relay.running),
+            "connections": metrics.connections,
+            "body_bytes": self.memory.held,
+            "body_bytes_limit": self.memory.total,
+            "ledger_waiting_entries": self.ledger.waiting,
+            "ledger_failing": bool(self.ledger.failure),
+            "config_reload_failing": self.is_reload_failing,
+            "config_loaded_timestamp_seconds": self.loaded_at,
+            "start_time_seconds": metrics.started_at,
+            "log_lines_lost_total": metrics.lost_log_lines(),
+            "integrity_problems": metrics.integrity_problems,
+        }
+        counts: dict[str, Mapping[Any, float]] = {
+            "refused_total": metrics.refused,
+            "connections_refused_total": metrics.connections_refused,
+            "bugs_total": self.guard.failures,
+            "info": {VERSION: 1},
+        }
+        found: dict[str, Samples] = {name: [((), number)] for name, number in numbers.items()}
+        for name, by_label in counts.items():
+            found[name] = [((str(label),), count) for label, count in by_label.items()]
+        return found
 
-    def _upstreams(self) -> Iterator[Series]:
-        """How upstreams and their API keys stand; `key` counts from 1, and is empty for the upstream as a whole."""
-        now, labels, healths = self.relay.clock.monotonic(), ("upstream", "key"), dict[tuple[str, str], Health]()
+    def _sums(self) -> dict[str, Samples]:
+        """What calls have spent; with 0 for each configured upstream, because what appears with a call has no rate."""
+        sums = self.metrics.sums
+        classes = [field.removesuffix("_tokens") for field in Tokens.__struct_fields__]
+        tokens = {(upstream.name, name): 0 for upstream in self.config.upstreams for name in classes}
+        cost_usd = {(upstream.name,): 0.0 for upstream in self.config.upstreams}
+        for (upstream, _), spent in sums.items():
+            cost_usd[upstream,] = cost_usd.get((upstream,), 0.0) + spent.cost_usd
+            for name, count in zip(classes, spent.tokens, strict=True):
+                tokens[upstream, name] = tokens.get((upstream, name), 0) + count
+        return {
+            "calls_total": [(place, spent.calls) for place, spent in sums.items() if spent.calls],
+            "attempts_total": self.metrics.attempts.items(),
+            "tokens_total": tokens.items(),
+            "cost_usd_total": cost_usd.items(),
+        }
+
+    def _upstreams(self) -> dict[str, Samples]:
+        """How upstreams and their API keys stand."""
+        now, healths = self.relay.clock.monotonic(), dict[tuple[str, str], Health]()
         for upstream in self.config.upstreams:
             for choice in self.relay.upstreams.choices(upstream):
                 healths[upstream.name, ""] = choice.health
                 healths[upstream.name, str(choice.number)] = choice.key_health
-        yield Series(
-            "upstream_state",
-            "1 for the state that an upstream (key empty) or one of its API keys is in, 0 for the others.",
-            (*labels, "state"),
-            [((*place, state), health.state(now) == state) for place, health in healths.items() for state in STATES],
-        )
-        yield Series(
-            "upstream_cooldown_seconds",
-            "For how long it is still left alone; also where that is for one user only, and its state is ok.",
-            labels,
-            [(place, health.cooling_s(now)) for place, health in healths.items()],
-        )
-        yield Series(
-            "upstream_failures",
-            "Failures in a row.",
-            labels,
-            [(place, health.failures) for place, health in healths.items()],
-        )
-        yield Series(
-            "upstream_running",
-            "Attempts that run.",
-            labels,
-            [(place, health.running) for place, health in healths.items()],
-        )
-
-    def _gateway(self) -> Iterator[Series]:
-        ledger = self.ledger
-        for name, text, number in (
-            ("calls_running", "Admitted calls that have not ended.", len(self.relay.running)),
-            ("connections", "Connections of clients that are open.", self.metrics.connections),
-            ("body_bytes", "Bytes of request bodies that are held.", self.memory.held),
-            ("body_bytes_limit", "How many these may be: server.memory.", self.memory.total),
-            ("ledger_waiting_entries", "Entries of the ledger that are not in its file yet.", ledger.waiting),
-            ("ledger_failing", "Whether the disk refuses the ledger's entries.", bool(ledger.failure)),
-            (
-                "config_reload_failing",
-                "Whether config.yaml has a mistake and an older one holds.",
-                self.reload_failed_at is not None,
-            ),
-            (
-                "log_lines_lost_total",
-                "Lines of the log that are lost, because stderr was not read or refused them.",
-                self.metrics.lost_log_lines(),
-            ),
-            (
-                "integrity_problems",
-                "Files that at the start were not as in the image's own list; 0 where there is none.",
-                self.metrics.integrity_problems,
-            ),
-            ("config_loaded_timestamp_seconds", "When the configuration that holds was loaded.", self.loaded_at),
-            ("start_time_seconds", "When the gateway started; counters begin there.", self.metrics.started_at),
-        ):
-            yield Series(name, text, (), [((), number)])
-        yield Series(
-            "bugs_total",
-            "Exceptions that nothing expects, by where they were caught; the log has their tracebacks.",
-            ("where",),
-            [((where,), count) for where, count in self.guard.failures.items()],
-        )
-        yield Series("info", "The version.", ("version",), [((VERSION,), 1)])
+        places = healths.items()
+        return {
+            "upstream_state": [
+                ((*place, state), health.state(now) == state) for place, health in places for state in STATES
+            ],
+            "upstream_cooldown_seconds": [(place, health.cooling_s(now)) for place, health in places],
+            "upstream_failures": [(place, health.failures) for place, health in places],
+            "upstream_running": [(place, health.running) for place, health in places],
+        }
 
 
 # --- 18. Models: lists of models, and what the keys are good for ------------------
@@ -10831,17 +10817,12 @@ class KeyChecks:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, choice: Choice) -> int:
-        """The status of the list of models, 0 where there was no answer."""
-        try:
+    async def _check_key(self, choice: Choice, health: Health) -> None:
+        status = 0  # no answer
+        with contextlib.suppress(TimeoutError, AttemptFailed):
             async with asyncio.timeout(choice.upstream.timeouts.connect):
                 status, _ = await ask_models(self._relay, choice)
-        except (TimeoutError, AttemptFailed):
-            return 0
-        return status
-
-    async def _check_key(self, choice: Choice, health: Health) -> None:
-        self._relay.upstreams.checked(choice, health, await self._ask(choice))
+        self._relay.upstreams.checked(choice, health, status)
 
     async def close(self) -> None:
         """Stop asking."""
@@ -11191,36 +11172,33 @@ class Gateway:
 
     # Reload, health, time, end
 
-    async def reload(self, is_asked: bool = False) -> bool:
+    async def reload(self, is_asked: bool = False) -> None:
         """Read config.yaml again. A bad file changes nothing: the last good snapshot stays and the error is kept.
 
         `is_asked`: somebody wants it read although its text may be what it was: the secret may be another.
         """
         async with self._reloading:
+            error = ""
             try:
                 # In a thread: ten thousand keys take two seconds, and streams go on meanwhile.
                 config = await asyncio.to_thread(self._read_config, is_asked)
-            except ConfigError as error:
-                if str(error) != self.reload_error or error.without_revoked:
-                    self.emit(ConfigRefused(error))
-                if error.without_revoked:
-                    self.config = error.without_revoked
-                    self.limits.reload(self.config)
-                    self.relay.upstreams.refuse_keys(self.config)
-                self.reload_error, self.reload_failed_at = str(error), self.clock.wall()
-                return False
+            except ConfigError as mistake:
+                error = str(mistake)
+                if error != self.reload_error or mistake.without_revoked:
+                    self.emit(ConfigRefused(mistake))
+                if mistake.without_revoked:
+                    self.config = mistake.without_revoked
+                    self._check_waiting()
             except Exception:
                 self.guard.record("Gateway.reload")
-                self.reload_error = "a bug in reading the config; the gateway's log has its traceback"
-                self.reload_failed_at = self.clock.wall()
-                return False
-            if config is None:
-                if self.reload_error:
+                error = "a bug in reading the config; the gateway's log has its traceback"
+            else:
+                if config is not None:
+                    self._take(config)
+                elif self.reload_error:
                     self.emit(ConfigRestored(self.config))
-                self.reload_error, self.reload_failed_at = "", None
-                return False
-            self._take(config)
-            return True
+            self.reload_error = error
+            self.reload_failed_at = self.clock.wall() if error else None
 
     def _read_config(self, is_asked: bool) -> Config | None:
         """A new snapshot, None where the file says what the present one does. Raises ConfigError."""
@@ -11234,14 +11212,19 @@ class Gateway:
             raise
 
     def _take(self, config: Config) -> None:
+        """Let a new snapshot take the place of the present one."""
         before, self.config = self.config, config
-        self.loaded_at, self.reload_error, self.reload_failed_at = self.clock.wall(), "", None
-        self.relay.keep_only(config.upstreams)
+        self.loaded_at = self.clock.wall()
         self.ledger.fsync_s = config.file.usage.fsync
         self.memory.total = config.body_memory
-        self.relay.upstreams.refuse_keys(config)
-        self.limits.reload(config)  # a higher limit lets those in that wait
+        self.relay.keep_only(config.upstreams)
+        self._check_waiting()
         self.emit(ConfigLoaded(before, config))
+
+    def _check_waiting(self) -> None:
+        """Refuse waiting calls whose key may not be used any more, and let those in for which a limit has room now."""
+        self.relay.upstreams.refuse_keys(self.config)
+        self.limits.take_config(self.config)
 
     def health(self) -> dict[str, Any]:
         """What /health says: no secrets, and of names only the upstreams'."""
@@ -11272,7 +11255,7 @@ class Gateway:
 
     def scrape(self) -> bytes:
         """What /metrics says."""
-        present = (self.config, self.loaded_at, self.reload_failed_at)
+        present = (self.config, self.loaded_at, bool(self.reload_error))
         return Scrape(self.metrics, self.guard, self.relay, self.memory, self.ledger, *present).text()
 
     def tick(self, stood_s: float = 0.0) -> None:
@@ -13048,7 +13031,7 @@ class ConfigWatch(FileSystemEventHandler):
         self._path = gateway.config.path
         self._loop = asyncio.get_running_loop()
         self._pending: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[bool] | None = None  # asyncio keeps no reference of its own
+        self._task: asyncio.Task[None] | None = None  # asyncio keeps no reference of its own
         self._observer = Observer()
         self._polls = 0
         self._seen = self._signature()
@@ -13076,9 +13059,9 @@ class ConfigWatch(FileSystemEventHandler):
 
     def _changed(self) -> None:
         if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
-            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.reload)
+            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.start_reload)
 
-    def reload(self, is_asked: bool = False) -> None:
+    def start_reload(self, is_asked: bool = False) -> None:
         """Have the config read now; `is_asked` as in `Gateway.reload`."""
         self._pending = None
         self._seen = self._signature()
@@ -13088,7 +13071,7 @@ class ConfigWatch(FileSystemEventHandler):
         """Compare the file's stat, and every tenth time its content, with what was loaded."""
         self._polls += 1
         if self._signature() != self._seen or self._polls % 10 == 0:
-            self.reload()
+            self.start_reload()
 
     def _signature(self) -> tuple[int, ...]:
         try:
@@ -13364,7 +13347,7 @@ class Server:
     def signalled(self, number: int) -> None:
         """SIGHUP reloads; SIGTERM and SIGINT stop, a second one at once."""
         if number == signal.SIGHUP:
-            self._watch.reload(is_asked=True)
+            self._watch.start_reload(is_asked=True)
         elif self._stop.is_set():
             self._stop_now.set()
         else:

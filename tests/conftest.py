@@ -133,7 +133,8 @@ class GatewayUnderTest:
     async def write(self, text: str) -> bool:
         """Overwrite the config and have it read; whether it was taken."""
         self.path.write_text(text)
-        return await self.gateway.reload()
+        await self.gateway.reload()
+        return not self.gateway.reload_error
 
 
 @contextlib.asynccontextmanager

@@ -342,12 +342,12 @@ async def test_a_key_that_a_bad_file_disables_is_refused_all_the_same(gateway, u
     revoked = good.replace(f"key: {KEY}}}", f"key: {KEY}, enabled: false}}")
 
     taken = await gateway.write(revoked.replace("port: 0", "prot: 0"))
-    again = await gateway.gateway.reload()
+    await gateway.gateway.reload()
     refused = await gateway.post("/v1/messages", HELLO)
     await gateway.write(good.replace("port: 0", "port: 0, contact: ann"))
     back = await gateway.post("/v1/messages", HELLO)
 
-    assert revoked != good and not taken and not again
+    assert revoked != good and not taken
     assert (refused.status, refused.error["message"]) == (
         403,
         "The key alice (…stuv) is disabled. Ask whoever runs this gateway.",
