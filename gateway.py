@@ -10240,7 +10240,7 @@ class RequestRefused(Event, frozen=True, gc=False):
 
 
 class ConnectionRefused(Event, frozen=True, gc=False):
-    """A connection was closed for want of room; the reason is one of `Door.WHY`."""
+    """A connection was closed for want of room; the reason is one of `CLOSED_CONNECTIONS`."""
 
     reason: str
 
@@ -10419,6 +10419,14 @@ class EventLog:
         log.info("config %s is there again as it was", event.config.digest)
 
 
+CLOSED_CONNECTIONS = {  # for want of room: which, by reason
+    "address": "of an address with too many without a good key",
+    "full": "because all are being answered",
+    "key": "of the key that had most, to make room for new ones",
+    "oldest": "without a good key that made room for new ones",
+}
+
+
 class RefusalLog:
     """Logs requests that are refused while they are read: the first of each address, key and status in a minute.
 
@@ -10432,9 +10440,12 @@ class RefusalLog:
 
     def __init__(self, clock: Clock, events: Events) -> None:
         events.listen(RequestRefused, self.request_refused)
+        events.listen(ConnectionRefused, self.connection_refused)
         self._now = clock.monotonic
         self._logged: Counter[tuple[str, str, int]] = Counter()  # lines of this period by address, key and status
         self._left_out: Counter[int] = Counter()  # refusals of this period without a line, by status
+        self._closed: Counter[str] = Counter()  # connections without a line, by reason
+        self._closed_again_at = -math.inf  # when the next line of them may come
         self._ends_at = self._now() + self.PERIOD_S
 
     def request_refused(self, event: RequestRefused) -> None:
@@ -10448,15 +10459,25 @@ class RefusalLog:
         else:
             self._left_out[event.error.status] += 1
 
+    def connection_refused(self, event: ConnectionRefused) -> None:
+        """Count a connection for the next line."""
+        self._closed[event.reason] += 1
+
     def check(self) -> None:
-        """End a period: log how many had no line."""
-        if self._now() < self._ends_at:
+        """End a period: log how many had no line. Closed connections have one at once, then one in a period."""
+        now = self._now()
+        if self._closed and now >= self._closed_again_at:
+            counts = ", ".join(f"{n:,} {CLOSED_CONNECTIONS[reason]}" for reason, n in sorted(self._closed.items()))
+            log.warning("connections closed for want of room: %s", counts)
+            self._closed.clear()
+            self._closed_again_at = now + self.PERIOD_S
+        if now < self._ends_at:
             return
         for status, count in self._left_out.items():
             log.info("%d more requests were refused with %d in the last minute", count, status)
         self._logged.clear()
         self._left_out.clear()
-        self._ends_at = self._now() + self.PERIOD_S
+        self._ends_at = now + self.PERIOD_S
 
 
 # --- 17. Metrics: counters for Prometheus -----------------------------------------
@@ -10467,8 +10488,6 @@ STATES = ("ok", "cooling", "half_open")
 
 class Spent:
     """What the calls with one outcome at one upstream add up to."""
-
-    __slots__ = ("calls", "cost_usd", "tokens")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -10483,8 +10502,6 @@ class Spent:
 
 class Histogram:
     """How many waits were how long."""
-
-    __slots__ = ("counts", "sum_s")
 
     def __init__(self) -> None:
         self.counts = [0] * (len(HISTOGRAM_S) + 1)  # each without those below it: a call adds to one of them
@@ -10507,7 +10524,7 @@ class Metrics:
         self.sums = defaultdict[tuple[str, str], Spent](Spent)  # by upstream and outcome; "" of a discarded attempt
         self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome
         self.refused: Counter[int] = Counter()  # by status
-        self.connections = 0  # open
+        self.connections: Callable[[], int] = lambda: 0  # that are open; the front door says more
         self.connections_refused: Counter[str] = Counter()  # by reason
         self.lost_log_lines: Callable[[], int] = lambda: 0  # whoever writes the log from a thread says more
         self.integrity_problems = 0  # that `check_in_background` found
@@ -10548,31 +10565,24 @@ class Metrics:
 # What /metrics has: names without their prefix, labels, and what it is. A counter's name ends in _total, the others are
 # gauges. The label `key` of an upstream counts its API keys from 1, and is empty for the upstream as a whole.
 METRICS = {
-    "calls_total": (
-        "upstream outcome",
-        "Calls that have ended, by the upstream asked last (none where nobody was) and the outcome in the ledger.",
-    ),
+    "calls_total": ("upstream outcome", "Calls that have ended, by the upstream asked last and the ledger's outcome."),
     "tokens_total": ("upstream class", "Tokens of calls, and of attempts that were billed in vain."),
     "cost_usd_total": ("upstream", "What these tokens cost, by the prices in the config, in USD."),
     "refused_total": ("status", "Requests refused before an upstream was asked, by the status of the answer."),
     "connections_refused_total": (
         "why",
         "Connections closed for want of room: the oldest without a good key, of all (oldest) or of an address with "
-        "too many (address); else one of the key that has most (key); else, where all are being answered, the new "
-        "one (full).",
+        "too many (address); else one of the key that has most (key), or else the new one (full).",
     ),
     "attempts_total": (
         "upstream outcome",
-        "Attempts of ended calls; the outcome is that of the call, or the failure's row in the table of verdicts.",
+        "Attempts of ended calls; a failure's row in the table of verdicts, or as calls.",
     ),
     "upstream_state": (
         "upstream key state",
-        "1 for the state that an upstream (key empty) or one of its API keys is in, 0 for the others.",
+        "1 for the state that an upstream, or one of its API keys, is in, else 0.",
     ),
-    "upstream_cooldown_seconds": (
-        "upstream key",
-        "For how long it is still left alone; also where that is for one user only, and its state is ok.",
-    ),
+    "upstream_cooldown_seconds": ("upstream key", "For how long it is not asked; with state ok: by one user only."),
     "upstream_failures": ("upstream key", "Failures in a row."),
     "upstream_running": ("upstream key", "Attempts that run."),
     "calls_running": ("", "Admitted calls that have not ended."),
@@ -10636,7 +10646,7 @@ class Scrape(NamedTuple):
         metrics = self.metrics
         numbers: dict[str, float] = {
             "calls_running": len(self.relay.running),
-            "connections": metrics.connections,
+            "connections": metrics.connections(),
             "body_bytes": self.memory.held,
             "body_bytes_limit": self.memory.total,
             "ledger_waiting_entries": self.ledger.waiting,
@@ -10777,9 +10787,6 @@ class Models:
 
     async def _listed(self, upstream: UpstreamConfig) -> list[ListedModel]:
         address = upstream.name, upstream.url
-        good_until, models = self._lists.get(address, (0.0, []))
-        if self._relay.clock.monotonic() < good_until:
-            return models
         async with self._fetching.setdefault(address, asyncio.Lock()):
             good_until, models = self._lists.get(address, (0.0, []))
             now = self._relay.clock.monotonic()
@@ -11984,6 +11991,7 @@ def too_large(limit: int) -> TooLarge:
 class Client(Protocol):
     """A client's connection, as `Door` and the pages know it: one class for each protocol of the front door."""
 
+    transport: asyncio.Transport
     peer: str  # its address
     key_name: str  # of the first good key that it has shown
     keeps_alive: bool  # it is not closed after the present answer
@@ -11991,9 +11999,7 @@ class Client(Protocol):
     @property
     def is_answering(self) -> bool: ...
     def check(self, now: float, pace: Pace) -> None: ...
-    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None: ...
-    def abort(self) -> None: ...
-    def close(self) -> None: ...
+    def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None: ...
 
 
 class Hangups:
@@ -12107,7 +12113,7 @@ class Bridge(tornado.httputil.HTTPConnection):
         """Send the answer; that to a HEAD has a length without a body."""
         length = int(self._headers.get("Content-Length", len(self._body)))
         fields = [pair for pair in self._headers.get_all() if pair[0] not in ("Content-Length", "Date")]
-        self._client.send(self._status, fields, self._body, length)
+        self._client.respond(self._status, fields, self._body, length)
 
 
 class ClientSink:
@@ -12179,9 +12185,8 @@ class ClientSink:
 
     def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
         """Answer with an error of our own."""
-        if not self.is_gone:
-            body = error_body(error, api, request_id)
-            self._connection.respond(error.status, error_headers(error, request_id), body, len(body))
+        body = error_body(error, api, request_id)
+        self._connection.respond(error.status, error_headers(error, request_id), body, len(body))
 
 
 class ClientConnection(asyncio.Protocol):
@@ -12475,13 +12480,10 @@ class ClientConnection(asyncio.Protocol):
         self.keeps_alive = False
         self.sink.refuse(error, api_of(path), request_id)
 
-    def send(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
-        """Send the answer of a page; `length` is the body's, also where the answer is to a HEAD."""
-        if self._state is State.ANSWERING:
-            self.respond(status, headers, body, length)
-
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
-        """Send a whole answer of our own."""
+        """Send a whole answer of our own; `length` is the body's, also where the answer is to a HEAD."""
+        if self._state in (State.LEAVING, State.GONE):
+            return None
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {length}"]
         lines.append(f"date: {http_date(int(self._door.gateway.clock.wall()))}")
         lines += [f"{name}: {value}" for name, value in headers]
@@ -12521,10 +12523,6 @@ class ClientConnection(asyncio.Protocol):
         self._entered_at = self._active_at = self._door.now()
         self.request = Request()
 
-    def abort(self) -> None:
-        """End the connection at once."""
-        self.transport.abort()
-
     # What the clock says
 
     def check(self, now: float, pace: Pace) -> None:
@@ -12533,14 +12531,14 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING:
             unsent = self.transport.get_write_buffer_size() > 0
             if age > (pace.body_s if unsent else pace.leave_s) or (not unsent and silence > pace.linger_s):
-                self.abort()
+                self.transport.abort()
         elif self._state is State.IDLE:
             if age > (pace.keep_alive_s if self.key_name else pace.head_s):
                 self.close()
             elif age > pace.page_s and self.transport.get_write_buffer_size():  # a page of logs that is not read
-                self.abort()
+                self.transport.abort()
         elif self._bridge and age > pace.page_s:
-            self.abort()
+            self.transport.abort()
         elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
             self._ask()
         elif self._owes_continue:
@@ -12588,14 +12586,6 @@ class Door:
     there are no strangers, the key that has most connections gives one up that is not being answered.
     """
 
-    TELL_S = 60.0  # at most one line in the log per minute
-    WHY: ClassVar[dict[str, str]] = {
-        "address": "of an address with too many without a good key",
-        "full": "because all are being answered",
-        "key": "of the key that had most, to make room for new ones",
-        "oldest": "without a good key that made room for new ones",
-    }
-
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
         self.gateway, self.application, self.most = gateway, application, most
         self.now = gateway.clock.monotonic
@@ -12604,8 +12594,7 @@ class Door:
         self._strangers: OrderedDict[Client, str] = OrderedDict()  # with their network
         self._by_network: dict[str, OrderedDict[Client, None]] = {}  # strangers
         self._of_key: dict[str, OrderedDict[Client, None]] = {}  # by its name, the oldest first
-        self._told_at = -math.inf
-        self._told = 0
+        gateway.metrics.connections = lambda: len(self.connections)
         self._server: asyncio.Server | None = None
         self.hangups = Hangups()
 
@@ -12639,13 +12628,12 @@ class Door:
         """Close a connection to make room for another one."""
         self.gateway.emit(ConnectionRefused(why))
         self.leave(stranger)
-        stranger.abort()
+        stranger.transport.abort()
 
     def _count(self, connection: Client, network: str) -> None:
         self.connections.add(connection)
         self._strangers[connection] = network
         self._by_network.setdefault(network, OrderedDict())[connection] = None
-        self.gateway.metrics.connections = len(self.connections)
 
     def accept(self, connection: Client, request: Request, route: Route, expects: bool) -> Call:
         """Begin a call by its head, before its body is read, or asked for (`expects`). Raises GatewayError."""
@@ -12702,7 +12690,6 @@ class Door:
             if not own:
                 del self._of_key[connection.key_name]
             connection.key_name = ""
-        self.gateway.metrics.connections = len(self.connections)
 
     def _forget_stranger(self, connection: Client) -> None:
         network = self._strangers.pop(connection, None)
@@ -12723,14 +12710,7 @@ class Door:
         now = self.now()
         for connection in tuple(self.connections):
             if not self.gateway.guard.run(connection.check, now, self.gateway.pace):
-                connection.abort()
-        refused = self.gateway.metrics.connections_refused
-        if refused.total() > self._told and now - self._told_at >= self.TELL_S:
-            counts = ", ".join(f"{count:,} {self.WHY[why]}" for why, count in sorted(refused.items()))
-            log.warning(
-                "connections refused since the start: %s; %d of %d are open", counts, len(self.connections), self.most
-            )
-            self._told, self._told_at = refused.total(), now
+                connection.transport.abort()
 
     def stop_listening(self) -> None:
         """Take no new connections; those that are open go on."""
@@ -12742,7 +12722,7 @@ class Door:
         self.stop_listening()
         clients = set(self.connections)
         for connection in clients:
-            connection.close()
+            connection.transport.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.gateway.pace.linger_s):
                 while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
@@ -12927,7 +12907,7 @@ class PageRequest(tornado.web.RequestHandler):
             self.set_header("Content-Type", "application/json")
             answer = msgspec.json.encode(answer)
         elif "Content-Type" not in self._headers:
-            self._set_text()
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
         self.finish(answer)
 
     def _not_found(self) -> GatewayError:
@@ -12987,13 +12967,10 @@ class PageRequest(tornado.web.RequestHandler):
         if error.status == MethodNotAllowed.status:
             self.set_header("Allow", ", ".join(self.endpoints))
         if self.is_line:
-            self._set_text()
+            self.set_header("Content-Type", "text/plain; charset=utf-8")
             self.finish(f"gateway: {error}\n")
         else:
             self.finish(error_body(error, api_of(self.path), request_id))
-
-    def _set_text(self) -> None:
-        self.set_header("Content-Type", "text/plain; charset=utf-8")
 
     def log_exception(self, typ: Any, value: Any, tb: Any) -> None:
         if not isinstance(value, (GatewayError, tornado.web.HTTPError)):

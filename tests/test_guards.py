@@ -214,4 +214,4 @@ async def test_a_bug_in_what_a_connection_calls_closes_that_connection(gateway, 
     reply = await sound.request("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode())
 
     assert closed and reply.status == 200
-    assert gateway.gateway.metrics.connections == 1
+    assert gateway.gateway.metrics.connections() == 1

@@ -572,7 +572,7 @@ async def test_the_oldest_connection_without_a_key_makes_room_for_a_new_one(star
     assert gateway.gateway.metrics.connections_refused == {"oldest": 1}
 
 
-@pytest.mark.logs("connections refused since the start: 1 because all are being answered; 2 of 2 are open")
+@pytest.mark.logs("connections closed for want of room: 1 because all are being answered")
 async def test_where_all_connections_are_in_use_a_new_one_is_closed(start_gateway, upstream):
     """
     A stream that runs is not given up for a stranger. The log says so, at most once a minute.
