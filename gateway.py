@@ -3454,7 +3454,7 @@ class Tally(Tokens):
 
     def within(self, bound: int) -> Tally:
         """The same with no sum beyond a bound, on either side."""
-        return Tally(*(max(-bound, min(bound, value)) for value in msgspec.structs.astuple(self)))
+        return Tally(*[max(-bound, min(bound, value)) for value in msgspec.structs.astuple(self)])
 
 
 Packed = int  # a Tally in one integer
@@ -3475,7 +3475,7 @@ LARGE = ALL_BIAS // FIELD_BIAS * (FIELD_BIAS * 2 - (1 << 44))  # in some field m
 def tally_of(packed: Packed) -> Tally:
     """The sums in an integer."""
     fields = TALLY_FIELDS.unpack((packed + ALL_BIAS).to_bytes(TALLY_FIELDS.size, "little"))
-    return Tally(*(field - FIELD_BIAS for field in fields))
+    return Tally(*[field - FIELD_BIAS for field in fields])
 
 
 def pack(posting: Posting) -> Packed:

@@ -359,6 +359,26 @@ async def test_what_a_running_call_holds(start_gateway, upstream, max_tokens, se
     await idle(gateway)
 
 
+async def test_a_call_that_asks_for_writes_to_a_cache_holds_their_weight(start_gateway, upstream):
+    """
+    Any of its input may be written: what was admitted fits, also where writes count more than input.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    weights = "weights: {input: 1, cache_write: 2, output: 0}"
+    gateway = await start_gateway(config(upstream.url, "tokens/day: 100k", whole=weights))
+    request = HELLO | {"system": [{"type": "text", "text": "word " * 400, "cache_control": {"type": "ephemeral"}}]}
+    running = asyncio.ensure_future(gateway.post("/v1/messages", request))
+    await upstream.request_came()
+
+    during = await standing(gateway, "tokens/day")
+    go.set()
+    await running
+
+    assert during["reserved"] == pytest.approx(2 * estimate_of(request), rel=0.05)
+    await idle(gateway)
+
+
 async def test_what_running_calls_hold_is_waited_for(start_gateway, upstream):
     """
     Nothing is spent yet: the client asks again in a moment, and is served when the other call took less.

@@ -43,6 +43,17 @@ def test_the_ledger_line_that_is_shown_is_one():
     assert re.fullmatch("[0-9a-f]{32}", entry.chain)
 
 
+@pytest.mark.parametrize("window", [name for name in g.WINDOWS if name])
+def test_every_window_of_limits_stands_in_the_docs(window):
+    """
+    In the table of both languages, and beside the example's first limit.
+    """
+    example, chinese = ((ROOT / name).read_text() for name in ("config.example.yaml", "README.zh-CN.md"))
+
+    assert f"`{window}`" in README and f"`{window}`" in chinese
+    assert window in re.findall(r"windows (.*),$", example, re.MULTILINE)[0].split(", ")
+
+
 def test_every_command_stands_in_the_readme(capsys):
     """
     The table of commands has all of them.
