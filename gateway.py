@@ -36,8 +36,9 @@ The file is read from top to bottom, in five floors; each section uses what stan
     E. Doors
     23. Front door    clients' connections, no policy
     24. API           the gateway's own pages
-    25. Server        process, signals, watcher, logging
-    26. Command line  arguments to actions to text, JSON, CSV
+    25. Local door    commands at the running gateway
+    26. Server        process, signals, watcher, logging
+    27. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
 *attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
@@ -4273,7 +4274,8 @@ def hold_folder(directory: Path) -> int:
     The lock is not the files', whose locks are for single lines; the kernel lets go when a process dies. Raises
     OSError, and BlockingIOError where another holds it.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # `open` says that it is no folder
+        directory.mkdir(parents=True)
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -9001,40 +9003,6 @@ class Upstreams:
             seeker.end(None)
 
 
-RESET = "upstream.reset"  # beside the ledger: the name of an upstream whose health is to be forgotten
-
-
-def ask_for_reset(directory: Path, name: str, within_s: float) -> bool:
-    """Leave word for the gateway whose ledger is in `directory`; whether it took it. Raises OSError."""
-    wanted, written = directory / RESET, directory / f"{RESET}.{os.getpid()}"
-    written.write_text(name, "utf-8")
-    until, is_there = time.monotonic() + within_s, False
-    try:
-        while not is_there or wanted.exists():
-            if time.monotonic() > until:
-                break
-            with contextlib.suppress(FileExistsError):  # another one's: it is taken in a moment
-                if not is_there:
-                    os.link(written, wanted)  # whole, or not at all
-                    is_there = True
-            time.sleep(0.02)
-        return is_there and not wanted.exists()
-    finally:
-        if is_there and wanted.exists():
-            wanted.unlink(missing_ok=True)
-        written.unlink()
-
-
-def take_reset(directory: Path) -> str:
-    """The upstream that somebody wants forgiven, or ""."""
-    try:
-        name = (directory / RESET).read_text("utf-8", "replace")  # whatever it holds, the gateway's clock goes on
-        os.unlink(directory / RESET)
-    except OSError:
-        return ""
-    return name
-
-
 # --- 14. Demo: an upstream that needs no API key ----------------------------------
 
 DEMO_MODEL = "claude-demo"
@@ -10277,6 +10245,14 @@ class ConfigRestored(Event, frozen=True, gc=False):
     config: Config
 
 
+class ChangeMade(Event, frozen=True, gc=False):
+    """Somebody has changed keys, limits or upstreams: who, what (the name of the command), and whom."""
+
+    who: str
+    what: str
+    whom: str
+
+
 E = TypeVar("E", bound=Event)
 
 
@@ -10343,6 +10319,7 @@ class EventLog:
         events.listen(ConfigLoaded, self.config_loaded)
         events.listen(ConfigRefused, self.config_refused)
         events.listen(ConfigRestored, self.config_restored)
+        events.listen(ChangeMade, self.change_made)
 
     def call_ended(self, event: CallEnded) -> None:
         """Write one line for the call."""
@@ -10417,6 +10394,11 @@ class EventLog:
     def config_restored(event: ConfigRestored) -> None:
         """Say that the mistake is gone."""
         log.info("config %s is there again as it was", event.config.digest)
+
+    @staticmethod
+    def change_made(event: ChangeMade) -> None:
+        """Write the audit line."""
+        log.info("audit: %s %s, by %s", event.what, event.whom, event.who)
 
 
 CLOSED_CONNECTIONS = {  # for want of room: which, by reason
@@ -11275,12 +11257,6 @@ class Gateway:
         run(self.ledger.tick)
         run(self.key_checks.check)
         run(self.refusals.check)
-        run(self._take_reset)
-
-    def _take_reset(self) -> None:
-        """Forget what spoke against upstreams, if a command asks for it."""
-        if forgiven := take_reset(self.ledger.directory):
-            self.relay.upstreams.reset(forgiven)
 
     async def drain(self, within_s: float) -> None:
         """Let running calls finish; cut those that take too long."""
@@ -11309,13 +11285,19 @@ class Gateway:
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
 # speaks against it is raised as an ActionError, whose fields are facts: whoever asked puts them into words.
 #
-#     action                          changes               gives back
+#     edit                            changes               gives back
 #     AddKey, RotateKey               config.yaml           the key, which nobody can be shown again
 #     RevokeKey                       config.yaml           somebody else's mistake in it, which keeps no key in use
 #     SealSecrets                     config.yaml           where secrets were sealed, and the secret if it was made
+#     change
+#     ResetLimits                     the ledger            nothing
+#     AdjustUsage                     the ledger            the team that it counts with
+#     ResetUpstream                   upstreams' health     nothing
 #
-# These edit the file by a ConfigEditor and need no running gateway: it reads the file a moment later. An admin endpoint
-# that edits a key is one row of the API's table and one action here.
+# An edit works on the file, by a ConfigEditor, and needs no running gateway, which reads the file a moment later. A
+# change works on a House: the running gateway or, where none runs, its config and ledger alone. Of each the running
+# gateway announces who made it (`ChangeMade`), which is a line of its log. An admin endpoint that edits a key is one
+# row of the API's table and one action here.
 
 
 ActionCode = Literal["unknown", "taken", "invalid", "failed"]
@@ -11330,7 +11312,10 @@ class ActionError(CommandError):
 
     def __init__(self, code: ActionCode, field: str, value: str, why: str) -> None:
         super().__init__(f"{field} {value}: {why}" if code == "invalid" and value else why)
-        self.code, self.field, self.value = code, field, value
+        self.code, self.field, self.value, self.why = code, field, value, why
+
+
+MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> ActionError:
@@ -11451,6 +11436,20 @@ def key_place(editor: ConfigEditor, name: str) -> int:
     return names.index(name)
 
 
+class Action(msgspec.Struct, frozen=True, tag_field="action"):
+    """What is asked for. Its tag is the command's name."""
+
+    @property
+    def what(self) -> str:
+        """What is done, in the audit line."""
+        return str(self.__struct_config__.tag)
+
+    @property
+    def whom(self) -> str:
+        """Whom it is done to, in the audit line."""
+        return ""
+
+
 class NewKey(NamedTuple):
     """A key that was just made; the config, which has its hash alone."""
 
@@ -11458,13 +11457,17 @@ class NewKey(NamedTuple):
     config: Config
 
 
-class AddKey(msgspec.Struct, frozen=True, tag="key add"):
+class AddKey(Action, frozen=True, tag="key add"):
     """Make a key. `limits` by name, such as usd/day; `expires` is the last day on which it works, or ""."""
 
     name: str
     limits: dict[str, str] = {}
     models: tuple[str, ...] = ()
     expires: str = ""
+
+    @property
+    def whom(self) -> str:
+        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Append it to `keys:`. Raises ActionError and ConfigError."""
@@ -11498,10 +11501,14 @@ class AddKey(msgspec.Struct, frozen=True, tag="key add"):
         return json.dumps(self.expires) if written[1] else self.expires
 
 
-class RotateKey(msgspec.Struct, frozen=True, tag="key rotate"):
+class RotateKey(Action, frozen=True, tag="key rotate"):
     """Give a key's holder a new key; the old one ends."""
 
     name: str
+
+    @property
+    def whom(self) -> str:
+        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Replace the hash. Raises ActionError and ConfigError."""
@@ -11511,10 +11518,14 @@ class RotateKey(msgspec.Struct, frozen=True, tag="key rotate"):
             return NewKey(key, editor.save(environ))
 
 
-class RevokeKey(msgspec.Struct, frozen=True, tag="key revoke"):
+class RevokeKey(Action, frozen=True, tag="key revoke"):
     """Disable a key; its name stays for the ledger."""
 
     name: str
+
+    @property
+    def whom(self) -> str:
+        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> str:
         """Set `enabled: false`; the mistake that the file has elsewhere, or "". Raises ActionError and ConfigError."""
@@ -11559,7 +11570,7 @@ class Sealed(NamedTuple):
     secret: Path | None
 
 
-class SealSecrets(msgspec.Struct, frozen=True, tag="seal"):
+class SealSecrets(Action, frozen=True, tag="seal"):
     """Seal every plain secret; `rotate`: encrypt what is sealed again, with the newest sealing secret."""
 
     rotate: bool = False
@@ -11582,6 +11593,96 @@ class SealSecrets(msgspec.Struct, frozen=True, tag="seal"):
                 if editor.backup:
                     editor.backup.unlink()  # it holds the secrets in clear text
         return Sealed(places, made)
+
+
+class House(NamedTuple):
+    """What changes work on: `append` writes a line of the ledger (raises OSError); `gateway`: None where none runs."""
+
+    config: Config
+    append: Callable[[LedgerLine], None]
+    gateway: Gateway | None
+
+
+class Correction(Action, frozen=True):
+    """A correction of a key's, a team's or the gateway's limits, whose `name` is "". `note` stands in the ledger."""
+
+    scope: ScopeKind
+    name: str
+    note: str = ""
+
+    @property
+    def whom(self) -> str:
+        return f"{self.scope} {self.name}".rstrip()
+
+    def check(self, config: Config) -> None:
+        """Raise ActionError for a name that is not in the config."""
+        known = {"key": [key.name for key in config.keys], "team": [team.name for team in config.file.teams]}
+        if self.scope != "gateway" and self.name not in known[self.scope]:
+            raise unknown_name(self.scope, self.name, known[self.scope])
+
+
+class ResetLimits(Correction, frozen=True, tag="usage reset"):
+    """Let limits count from zero; `limit` is such as usd/day, or "" for all. Reports stay as they are."""
+
+    limit: str = ""
+
+    def run(self, house: House) -> None:
+        """Append the line. Raises ActionError, and OSError as `append` does."""
+        self.check(house.config)
+        if self.limit == "concurrent":
+            raise ActionError("invalid", "limit", self.limit, "counts what runs, there is nothing to reset")
+        try:
+            parse_limits({self.limit: 0} if self.limit else {})
+        except ValueError as error:
+            raise ActionError("invalid", "limit", self.limit, str(error)) from None
+        now = utc_time(house.config.clock.wall())
+        house.append(Reset(time=now, scope=self.scope, name=self.name, limit=self.limit, note=self.note))
+
+
+class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
+    """Add to what was spent, or take away from it; `tokens` count as input."""
+
+    usd: Annotated[float, msgspec.Meta(ge=-MOST_USD, le=MOST_USD)] = 0.0
+    tokens: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
+    requests: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
+
+    def run(self, house: House) -> str:
+        """Append the line; the team that it counts with, or "". Raises ActionError, and OSError as `append` does."""
+        self.check(house.config)
+        team = self.name if self.scope == "team" else ""
+        if self.scope == "key":
+            team = next(key.team for key in house.config.keys if key.name == self.name)
+        line = Adjustment(
+            time=utc_time(house.config.clock.wall()),
+            key=self.name if self.scope == "key" else "",
+            team=team,
+            requests=self.requests,
+            input_tokens=self.tokens,
+            cost_usd=self.usd,
+            note=self.note,
+        )
+        house.append(line)
+        return team
+
+
+class ResetUpstream(Action, frozen=True, tag="upstream reset"):
+    """Forget what spoke against an upstream, so that it is asked again at once."""
+
+    name: str
+
+    @property
+    def whom(self) -> str:
+        return self.name
+
+    def run(self, house: House) -> None:
+        """Reset its health. Raises ActionError where no gateway runs, which would have any."""
+        known = [upstream.name for upstream in house.config.upstreams]
+        if self.name not in known:
+            raise unknown_name("upstream", self.name, known)
+        if house.gateway is None:
+            why = f"no gateway that runs on {house.config.usage_directory} took it in; a start forgets as well"
+            raise ActionError("failed", "gateway", "", why)
+        house.gateway.relay.upstreams.reset(self.name)
 
 
 # --- 21. Backup: copied at one moment, checked, put back --------------------------
@@ -12984,7 +13085,273 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 25. Server: process, signals, watcher, logging -------------------------------
+# --- 25. Local door: commands at the running gateway ------------------------------
+
+# A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
+# ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
+# folder's lock meanwhile, so that no gateway starts.
+#
+#     folder's lock   socket                command
+#     free            none, or a dead one   holds the lock, appends
+#     held            answers               asks; a gateway that still starts says so
+#     held            none, or a dead one   waits up to HELD_S: a gateway starts or ends just now, or a restore runs.
+#                                           Then it says so: the file system has no sockets, of which the gateway warns
+#
+# The socket is its owner's alone (mode 0600), and the kernel says who connects: the gateway's own user, or root. Its
+# path may be longer than an address can be (104 bytes), then it is reached through the folder's descriptor (Linux).
+
+LOCAL_SOCKET = "gateway.sock"
+MOST_ADDRESS = 104  # bytes of a Unix socket's address, as macOS and the BSDs have it; Linux takes 108
+MOST_LINE = 64 << 10  # bytes of a request
+MOST_ANSWER = 4 << 20  # bytes of an answer: the state of 10,000 upstream keys
+ASK_S = 5.0  # for an answer
+HELD_S = 3.0  # for a folder that is held by one who does not answer
+
+
+class ReadHealth(Action, frozen=True, tag="health"):
+    """What /health says."""
+
+    def run(self, house: House) -> dict[str, Any]:
+        """Change nothing."""
+        return house.gateway.health() if house.gateway else {}
+
+
+class EditMade(Action, frozen=True, tag="edit made"):
+    """A command has edited config.yaml, which is read when this is asked."""
+
+    edit: str
+    subject: str
+
+    @property
+    def what(self) -> str:
+        return self.edit
+
+    @property
+    def whom(self) -> str:
+        return self.subject
+
+    def run(self, house: House) -> None:
+        """Change nothing more."""
+
+
+Change = ResetLimits | AdjustUsage | ResetUpstream | ReadHealth | EditMade
+CHANGE_DECODER = msgspec.json.Decoder(Change)
+
+
+class Result(msgspec.Struct):
+    """What came of a change: its result, or the values of an ActionError."""
+
+    result: Any = None
+    error: tuple[ActionCode, str, str, str] | None = None
+
+
+class NoGateway(Exception):
+    """No gateway listens in a ledger's folder."""
+
+
+@contextlib.contextmanager
+def local_address(directory: Path) -> Iterator[str]:
+    """The address of the socket in a ledger's folder, good for the block. Raises OSError."""
+    path = str(directory / LOCAL_SOCKET)
+    if len(os.fsencode(path)) < MOST_ADDRESS:
+        yield path
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{fd}/{LOCAL_SOCKET}"
+    finally:
+        os.close(fd)
+
+
+def ask(directory: Path, action: Action, within_s: float = ASK_S) -> Any:
+    """Have the gateway that runs on a ledger's folder do something. Raises NoGateway, and ActionError."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client, local_address(directory) as address:
+            client.settimeout(within_s)
+            client.connect(address)
+            client.sendall(msgspec.json.encode(action) + b"\n")
+            with client.makefile("rb") as file:
+                answer = msgspec.json.decode(file.readline(MOST_ANSWER), type=Result)
+    except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+        raise NoGateway from None
+    except TimeoutError:
+        why = f"the running gateway did not answer within {within_s:g} s; it may still do what it was asked for"
+        raise ActionError("failed", "gateway", "", why) from None
+    except OSError as error:
+        why = f"cannot ask the gateway that runs on {directory}: {why_not(error)}"
+        raise ActionError("failed", "gateway", "", why) from None
+    except UNREADABLE:  # it ended meanwhile, or is another version
+        why = f"the gateway that runs on {directory} gave no answer; it may still do what it was asked for"
+        raise ActionError("failed", "gateway", "", why) from None
+    if answer.error:
+        raise ActionError(*answer.error)
+    return answer.result
+
+
+def append_alone(directory: Path, clock: Clock, line: LedgerLine) -> None:
+    """Append a line while no gateway can start. Raises OSError, of these BlockingIOError where one runs."""
+    held = hold_folder(directory)
+    try:
+        Ledger.correct(directory, line, clock)
+    finally:
+        os.close(held)
+
+
+def perform(action: ResetLimits | AdjustUsage | ResetUpstream, config: Config) -> Any:
+    """Have the running gateway make a change, or make it here where none runs. Raises ActionError and OSError."""
+    directory, until = config.usage_directory, time.monotonic() + HELD_S
+    alone = House(config, functools.partial(append_alone, directory, config.clock), None)
+    while True:
+        try:
+            return ask(directory, action)
+        except NoGateway:
+            pass
+        try:
+            return action.run(alone)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                why = f"a gateway runs on {directory}, or a restore, and no {LOCAL_SOCKET} answers there: end it first"
+                raise ActionError("failed", "gateway", "", why) from None
+            time.sleep(0.05)
+
+
+class Peer(NamedTuple):
+    """Who has connected; -1 where the system does not say, and the socket's mode has to do."""
+
+    pid: int
+    uid: int
+
+    def __str__(self) -> str:
+        return f"user {self.uid} on this host (process {self.pid})"
+
+
+def peer_of(client: socket.socket) -> Peer:
+    """Who has connected, as the kernel says."""
+    if not hasattr(socket, "SO_PEERCRED"):  # no Linux
+        return Peer(-1, os.geteuid())
+    pid, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return Peer(pid, uid)
+
+
+class LocalDoor:
+    """The running gateway's own socket. What is asked is done one after the other."""
+
+    LINE_S = 2.0  # for a whole request
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._directory = gateway.ledger.directory
+        self._socket: socket.socket | None = None
+        self._file: os.stat_result | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_warned = False
+
+    def listen(self) -> None:
+        """Listen, and replace a socket that was left by a gateway that was killed: whoever calls holds the folder."""
+        made = socket.socket(socket.AF_UNIX)
+        path = self._directory / LOCAL_SOCKET
+        try:
+            path.unlink(missing_ok=True)
+            with local_address(self._directory) as address:
+                made.bind(address)
+            path.chmod(0o600)  # nobody can connect before `listen`
+            made.listen(16)
+            made.setblocking(False)
+            self._file = path.stat()
+        except OSError as error:
+            made.close()
+            if not self._is_warned:
+                why = "commands that write to the ledger have to wait until the gateway has ended"
+                log.warning("cannot listen at %s: %s; %s", path, why_not(error), why)
+            self._is_warned = True
+            return
+        self._socket, self._is_warned = made, False
+        self._task = asyncio.get_running_loop().create_task(self._serve(made))
+
+    def check(self) -> None:
+        """Listen again where the socket is gone, as after the ledger's folder was moved."""
+        if not self._is_there():
+            self._end()
+            self.listen()
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._is_there():
+            (self._directory / LOCAL_SOCKET).unlink(missing_ok=True)
+        self._end()
+
+    def _is_there(self) -> bool:
+        try:
+            found = os.stat(self._directory / LOCAL_SOCKET)
+        except OSError:
+            return False
+        return self._file is not None and os.path.samestat(self._file, found)
+
+    def _end(self) -> None:
+        if self._task:
+            self._task.cancel()
+        if self._socket:
+            self._socket.close()
+        self._task = self._socket = self._file = None
+
+    async def _serve(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listening)
+            except OSError as error:  # too many files are open
+                log.warning("cannot take a command: %s", why_not(error))
+                await asyncio.sleep(1.0)
+                continue
+            with client:
+                client.setblocking(False)
+                try:
+                    await self._answer(client)
+                except (OSError, TimeoutError):
+                    log.debug("a command left, or asked nothing")
+                except Exception:
+                    self._gateway.guard.record("LocalDoor.answer")
+
+    async def _answer(self, client: socket.socket) -> None:
+        """Read a request, do what it asks, and send what came of it."""
+        loop, line = asyncio.get_running_loop(), b""
+        async with asyncio.timeout(self.LINE_S):
+            while not line.endswith(b"\n") and len(line) < MOST_LINE:
+                data = await loop.sock_recv(client, MOST_LINE)
+                if not data:
+                    return
+                line += data
+        try:
+            answer = Result(result=await self._do(CHANGE_DECODER.decode(line), peer_of(client)))
+        except UNREADABLE as error:
+            answer = Result(
+                error=("invalid", "request", "", f"the running gateway ({VERSION}) does not know that: {error}")
+            )
+        except ActionError as error:
+            answer = Result(error=(error.code, error.field, error.value, error.why))
+        async with asyncio.timeout(self.LINE_S):
+            await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
+
+    async def _do(self, action: Change, peer: Peer) -> Any:
+        """Do it by the config as it is in the file now. Raises ActionError."""
+        gateway = self._gateway
+        if peer.uid not in (os.geteuid(), 0):
+            raise ActionError(
+                "failed", "gateway", "", f"the gateway runs as user {os.geteuid()}: run this as that user"
+            )
+        await gateway.reload()
+        if not isinstance(action, (ReadHealth, EditMade)):
+            try:
+                gateway.check_open()
+            except Unavailable as error:
+                raise ActionError("failed", "gateway", "", str(error)) from None
+        result = action.run(House(gateway.config, gateway.ledger.append, gateway))
+        if not isinstance(action, ReadHealth):
+            gateway.emit(ChangeMade(str(peer), action.what, action.whom))
+        return result
+
+
+# --- 26. Server: process, signals, watcher, logging -------------------------------
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -13291,6 +13658,7 @@ class Server:
         self.door = Door(
             self.gateway, tornado_application(self.gateway), max(16, min(raise_descriptor_limit(), in_memory))
         )
+        self.local = LocalDoor(self.gateway)
         self._watch = ConfigWatch(self.gateway)
         self._stop = asyncio.Event()
         self._stop_now = asyncio.Event()
@@ -13311,6 +13679,7 @@ class Server:
             raise CommandError(f"cannot listen on {server.host}:{server.port}: {os_reason(error)}; {other}") from None
         try:
             self.gateway.ledger.hold()
+            self.local.listen()
             for _ in self.gateway.ledger.loading():
                 self.gateway.guard.run(self.door.check)
                 await asyncio.sleep(0)
@@ -13366,10 +13735,12 @@ class Server:
                 polled_at = self.door.now()
                 guard.run(self._watch.poll)
                 guard.run(self.gateway.ledger.reopen_if_moved)
+                guard.run(self.local.check)
 
     async def close(self) -> None:
         """Book what still runs and let go of everything."""
         self._watch.stop()
+        self.local.close()
         await self.gateway.close()
         await self.door.close()
         log.info("stopped")
@@ -13404,7 +13775,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 26. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 27. Command line: arguments to actions to text, JSON, CSV ------------------------
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -13623,6 +13994,14 @@ def command_check(options: argparse.Namespace) -> None:
             print(f"  {warning}")
 
 
+def edit(action: AddKey | RotateKey | RevokeKey | SealSecrets, path: Path) -> Any:
+    """Make an edit, and have the gateway, where one runs, read it at once and log it. Raises as `action.run` does."""
+    result = action.run(path)
+    with contextlib.suppress(ConfigError, NoGateway, ActionError):
+        ask(ledger_of(Document(read_text(path), path)), EditMade(action.what, action.whom))
+    return result
+
+
 def in_words(error: ActionError) -> str:
     """An action's error as the command line puts it, with what helps."""
     if error.code == "taken":
@@ -13634,7 +14013,8 @@ def in_words(error: ActionError) -> str:
 def command_key_add(options: argparse.Namespace) -> None:
     """Make a key, show it once, keep its hash."""
     limits = {name: amount for name, _, amount in (option.partition("=") for option in options.limit)}
-    made = AddKey(options.name, limits, tuple(options.model), options.expires).run(options.config)
+    action = AddKey(options.name, limits, tuple(options.model), options.expires)
+    made: NewKey = edit(action, options.config)
     shell = exports(made.config, made.config.server.port, made.key).removesuffix("\n")
     show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {made.key}\n\nFor Claude Code:\n\n{shell}")
 
@@ -13646,14 +14026,14 @@ def command_key_list(options: argparse.Namespace) -> None:
 
 def command_key_rotate(options: argparse.Namespace) -> None:
     """Give a key's holder a new key; the old one ends now."""
-    made = RotateKey(options.name).run(options.config)
+    made: NewKey = edit(RotateKey(options.name), options.config)
     told = f"{options.name}'s new key, shown only now; the old one is refused within a second"
     show_key(options.name, f"{told}:\n\n  {made.key}")
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
     """Disable a key; its name stays for the ledger."""
-    mistake = RevokeKey(options.name).run(options.config)
+    mistake = edit(RevokeKey(options.name), options.config)
     back = f"`enabled: true` in {options.config.name} brings it back."
     print(f"{options.name}'s key is refused within a second. {back}")
     if mistake:
@@ -13665,7 +14045,7 @@ def command_key_revoke(options: argparse.Namespace) -> None:
 
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
-    places, made = SealSecrets(options.rotate).run(options.config)
+    places, made = edit(SealSecrets(options.rotate), options.config)
     if made:
         print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
     print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
@@ -13782,23 +14162,16 @@ class UpstreamState(msgspec.Struct):
 
 
 class RunningGateway(msgspec.Struct):
-    """What of /health is read here; `config` has the digest of what runs."""
+    """What of /health is read here."""
 
-    config: dict[str, Any] = {}
     upstreams: tuple[UpstreamState, ...] = ()
 
 
 def ask_running(config: Config) -> RunningGateway:
-    """What the gateway says that listens where a config says; nothing where there is none. Waits 2 s at most."""
-    url = urllib.parse.urlsplit(local_url(config, config.server.port))
-    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=2)
-    try:
-        connection.request("GET", "/health", headers={"connection": "close"})
-        return msgspec.json.decode(connection.getresponse().read(1 << 20), type=RunningGateway)
-    except (OSError, http.client.HTTPException, *UNREADABLE):
-        return RunningGateway()
-    finally:
-        connection.close()
+    """What the running gateway says of its health; nothing where none runs."""
+    with contextlib.suppress(NoGateway, ActionError):
+        return msgspec.convert(ask(config.usage_directory, ReadHealth(), 2.0), RunningGateway)
+    return RunningGateway()
 
 
 class UpstreamTest:
@@ -13838,14 +14211,12 @@ class UpstreamTest:
     def compare(self, running: RunningGateway) -> None:
         """Report what a running gateway leaves alone, whatever was found here: it goes by its own calls."""
         now = utc_time(self._config.clock.wall())
-        other = running.config.get("digest") != self._config.digest
-        gateway = "the running gateway, with another config," if other else "the running gateway"
         for upstream in running.upstreams:
             for row in (upstream, *upstream.keys):
                 if upstream.name != self.upstream.name or row.until <= now:
                     continue
                 whose = " for one user" * row.for_one_user + " for one model" * row.for_one_model
-                detail = f"{gateway} leaves it alone{whose} until {row.until} ({row.why}): "
+                detail = f"the running gateway leaves it alone{whose} until {row.until} ({row.why}): "
                 detail += f"`{PROGRAM} upstream reset {upstream.name}` ends that"
                 facts = {"why": row.why, "until": row.until}
                 self._report(Step("gateway", row.number, "warn", None, self._clean(detail), facts))
@@ -14363,65 +14734,43 @@ def command_reconcile(options: argparse.Namespace) -> int:
     return 1 if pairs else 0
 
 
-def corrected(config: Config, options: argparse.Namespace) -> tuple[ScopeKind, str]:
+def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
     """The scope and the name of whom a correction is for. Raises CommandError."""
-    chosen: list[tuple[ScopeKind, str | None]] = [
-        ("key", options.key),
-        ("team", options.team),
-        ("gateway", "-" if options.gateway else None),
-    ]
+    chosen: list[tuple[ScopeKind, str]] = [("key", options.key), ("team", options.team)]
     named = [(scope, name) for scope, name in chosen if name]
+    if options.gateway:
+        named.append(("gateway", ""))
     if len(named) != 1:
         raise CommandError("name one: a KEY, --team TEAM, or --gateway")
-    scope, name = named[0]
-    known = {"key": [key.name for key in config.keys], "team": [team.name for team in config.file.teams]}
-    if name not in known.get(scope, [name]):
-        raise unknown_name(scope, name, known[scope])
-    return scope, "" if scope == "gateway" else name
+    return named[0]
 
 
-def append_correction(config: Config, line: LedgerLine) -> None:
-    """Append a line to the ledger. Raises CommandError."""
+def correct(action: ResetLimits | AdjustUsage, path: Path) -> Any:
+    """Make a correction; what it gives back. Raises CommandError."""
+    config = Config.load(path)
     try:
-        Ledger.correct(config.usage_directory, line, config.clock)
+        return perform(action, config)
     except OSError as error:
         raise CommandError(f"nothing was written to {config.usage_directory}: {why_not(error)}") from None
 
 
 def command_usage_reset(options: argparse.Namespace) -> None:
     """Let limits count from zero again, from now on; reports stay as they are."""
-    config = Config.load(options.config)
-    scope, name = corrected(config, options)
-    if options.limit == "concurrent":
-        raise CommandError("--limit concurrent: counts what runs, there is nothing to reset")
-    try:
-        parse_limits({options.limit: 0} if options.limit else {})
-    except ValueError as error:
-        raise CommandError(f"--limit {options.limit}: {error}") from None
-    now = utc_time(config.clock.wall())
-    append_correction(config, Reset(time=now, scope=scope, name=name, limit=options.limit, note=options.note))
-    print(f"{options.limit or 'All limits'} of {scope}{' ' if name else ''}{name}: from zero, within a second.")
+    action = ResetLimits(*corrected(options), options.note, options.limit)
+    correct(action, options.config)
+    print(f"{options.limit or 'All limits'} of {action.whom}: from zero, within a second.")
 
 
 def command_usage_adjust(options: argparse.Namespace) -> None:
     """Add to what was spent, or take away from it (negative amounts)."""
-    config = Config.load(options.config)
-    scope, name = corrected(config, options)
-    if not (options.usd or options.tokens or options.requests):
+    action = AdjustUsage(*corrected(options), options.note, options.usd, options.tokens, options.requests)
+    if not (action.usd or action.tokens or action.requests):
         raise CommandError("say what to adjust: --usd, --tokens or --requests")
-    team = name if scope == "team" else next((key.team for key in config.keys if key.name == name), "")
-    line = Adjustment(
-        time=utc_time(config.clock.wall()),
-        key=name if scope == "key" else "",
-        team=team if scope != "gateway" else "",
-        requests=options.requests,
-        input_tokens=options.tokens,
-        cost_usd=options.usd,
-        note=options.note,
-    )
-    append_correction(config, line)
-    shared = f", and with it team {team} and the gateway" if line.key and line.team else ", and with it the gateway"
-    print(f"Adjusted: {scope}{' ' if name else ''}{name}{shared if name else ''}.")
+    team = correct(action, options.config)
+    also = {"key": f", and with it team {team} and the gateway", "team": ", and with it the gateway", "gateway": ""}
+    if not team:
+        also["key"] = also["team"]
+    print(f"Adjusted: {action.whom}{also[action.scope]}.")
 
 
 def command_usage_verify(options: argparse.Namespace) -> None:
@@ -14510,7 +14859,7 @@ def command_restore(options: argparse.Namespace) -> None:
 def bounded_usd(text: str) -> float:
     """Dollars for the command line: an amount that sums and counters can take."""
     with contextlib.suppress(ValueError):
-        if abs(float(text)) * 1e9 <= LINE_MAX:
+        if abs(float(text)) <= MOST_USD:
             return float(text)
     raise argparse.ArgumentTypeError(f"expected dollars such as -3.50, got {text!r}")
 
@@ -14518,25 +14867,15 @@ def bounded_usd(text: str) -> float:
 def bounded_count(text: str) -> int:
     """A count for the command line, likewise."""
     with contextlib.suppress(ValueError):
-        if abs(int(text)) <= 10**15:
+        if abs(int(text)) <= MOST_COUNT:
             return int(text)
     raise argparse.ArgumentTypeError(f"expected a whole number such as 1000, got {text!r}")
 
 
-RESET_WAIT_S = 3.0
-
-
 def command_upstream_reset(options: argparse.Namespace) -> None:
     """Let an upstream that is left alone be asked again at once."""
-    config = Config.load(options.config)
-    (upstream,) = upstreams_named(config, options.name)
-    try:
-        is_taken = ask_for_reset(config.usage_directory, upstream.name, RESET_WAIT_S)
-    except OSError as error:
-        raise CommandError(f"cannot write to {config.usage_directory}: {why_not(error)}") from None
-    if not is_taken:
-        raise CommandError(f"no gateway that runs on {config.usage_directory} took it in; a start forgets as well")
-    print(f"{upstream.name}: what spoke against it is forgotten, it is asked again.")
+    perform(ResetUpstream(options.name), Config.load(options.config))
+    print(f"{options.name}: what spoke against it is forgotten, it is asked again.")
 
 
 def bounded_time(text: str) -> float:

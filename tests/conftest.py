@@ -79,12 +79,21 @@ class GatewayUnderTest:
         self.gateway = g.Gateway(g.Config.load(path, clock.clock), pace)
         self.door = g.Door(self.gateway, g.tornado_application(self.gateway), most)
         self.port = 0
+        self.local: g.LocalDoor | None = None
         self._connections: list[Connection] = []
 
     async def start(self) -> None:
         self.port = await self.door.listen("127.0.0.1", 0)
 
+    def listen_locally(self) -> None:
+        """Listen for commands, as the server does."""
+        self.gateway.ledger.directory.mkdir(exist_ok=True)
+        self.local = g.LocalDoor(self.gateway)
+        self.local.listen()
+
     async def stop(self) -> None:
+        if self.local:
+            self.local.close()
         for connection in self._connections:
             connection.abort()
         await self.gateway.close()

@@ -1,0 +1,131 @@
+"""Actions: values in, values out, errors as facts; no argument, no print, no HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import KEY
+
+import gateway as g
+
+CONFIG = f"""\
+upstreams: [{{name: demo, format: demo}}]
+teams: [{{name: red}}]
+keys:
+  - name: alice
+    key: {KEY}
+    team: red
+    limits: {{usd/day: 20, concurrent: 4}}
+    allow_ips: [10.0.0.0/8]
+"""
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    """A config with one key."""
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    return tmp_path / "config.yaml"
+
+
+class Books:
+    """A house without a gateway, and what was appended to its ledger."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines: list[g.LedgerLine] = []
+        self.house = g.House(g.Config.load(path), self.lines.append, None)
+
+
+def test_a_key_is_added_rotated_and_revoked(path):
+    """
+    Each gives back what whoever asked needs to know, and no more.
+    """
+    added = g.AddKey("bob", {"usd/day": "20"}, ("claude-*",), "2999-12-31").run(path)
+    rotated = g.RotateKey("bob").run(path)
+    mistake = g.RevokeKey("alice").run(path)
+
+    views = [g.KeyView.of(key, 0.0) for key in g.Config.load(path).keys]
+    assert (mistake, added.key != rotated.key, rotated.config.keys.find([rotated.key]).name) == ("", True, "bob")
+    assert views == [
+        g.KeyView(
+            "alice", "stuv", "disabled", None, ["10.0.0.0/8"], ["*"], "red", {"usd/day": 20.0, "concurrent": 4.0}
+        ),
+        g.KeyView("bob", rotated.key[-4:], "enabled", 32503680000.0, [], ["claude-*"], "", {"usd/day": 20.0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "fact"),
+    [
+        (g.AddKey("alice"), ("taken", "key", "alice")),
+        (g.AddKey("bob", {"usd/day": "lots"}), ("invalid", "limit", "usd/day=lots")),
+        (g.AddKey("bob", expires="soon"), ("invalid", "expires", "")),
+        (g.AddKey("bob\n"), ("invalid", "text", "")),
+        (g.RotateKey("bob"), ("unknown", "key", "bob")),
+        (g.RevokeKey("bob"), ("unknown", "key", "bob")),
+    ],
+)
+def test_why_an_edit_was_not_made_is_a_fact(path, action, fact):
+    """
+    A code and a field, which a command and a page put into words of their own; the file is as before.
+    """
+    with pytest.raises(g.ActionError) as raised:
+        action.run(path)
+
+    assert (raised.value.code, raised.value.field, raised.value.value) == fact
+    assert path.read_text() == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("action", "fact"),
+    [
+        (g.ResetLimits("key", "bob"), ("unknown", "key", "bob")),
+        (g.AdjustUsage("team", "blue", usd=1.0), ("unknown", "team", "blue")),
+        (g.ResetLimits("key", "alice", limit="usd/year"), ("invalid", "limit", "usd/year")),
+        (g.ResetLimits("key", "alice", limit="concurrent"), ("invalid", "limit", "concurrent")),
+        (g.ResetUpstream("demi"), ("unknown", "upstream", "demi")),
+        (g.ResetUpstream("demo"), ("failed", "gateway", "")),
+    ],
+)
+def test_why_a_change_was_not_made_is_a_fact(path, action, fact):
+    """
+    Nothing is written for what cannot be meant.
+    """
+    books = Books(path)
+
+    with pytest.raises(g.ActionError) as raised:
+        action.run(books.house)
+
+    assert (raised.value.code, raised.value.field, raised.value.value, books.lines) == (*fact, [])
+
+
+def test_a_correction_is_one_line_of_the_ledger(path):
+    """
+    A key's adjustment counts with its team.
+    """
+    books = Books(path)
+
+    teams = [g.AdjustUsage("key", "alice", "refund", -3.5).run(books.house)]
+    teams.append(g.AdjustUsage("gateway", "", tokens=5).run(books.house))
+    g.ResetLimits("team", "red", limit="usd/day").run(books.house)
+
+    assert teams == ["red", ""]
+    assert [msgspec.structs.replace(line, time="") for line in books.lines] == [
+        g.Adjustment(time="", key="alice", team="red", cost_usd=-3.5, note="refund"),
+        g.Adjustment(time="", input_tokens=5),
+        g.Reset(time="", scope="team", name="red", limit="usd/day"),
+    ]
+
+
+def test_an_action_comes_from_json_with_its_bounds():
+    """
+    As a request has it: named by its tag, no amount beyond what counters take.
+    """
+    text = b'{"action":"usage adjust","scope":"key","name":"alice","usd":-3.5}'
+
+    assert g.CHANGE_DECODER.decode(text) == g.AdjustUsage("key", "alice", usd=-3.5)
+    with pytest.raises(msgspec.ValidationError, match="usd"):
+        g.CHANGE_DECODER.decode(text.replace(b"-3.5", b"1e300"))
+    with pytest.raises(msgspec.ValidationError, match="tokens"):
+        g.CHANGE_DECODER.decode(text.replace(b'"usd":-3.5', b'"tokens":10000000000000000'))
