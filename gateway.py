@@ -10732,18 +10732,22 @@ class ModelList(msgspec.Struct):
     data: list[ListedModel]
 
 
-async def ask_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
-    """Status and body of an upstream's answer to GET /v1/models. Raises AttemptFailed."""
-    upstream = choice.upstream
+async def collect(relay: Relay, upstream: UpstreamConfig, head: bytes, body: Pieces) -> tuple[int, bytes]:
+    """Send a request to an upstream; status and body of the answer. Raises AttemptFailed."""
     line = await relay.line(upstream)
     answer = Collected()
     try:
-        target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        line.send(models_head(upstream, choice.api_key, target), (), answer)
+        line.send(head, body, answer)
         return await answer.done
     finally:
         if not answer.done.done() or answer.done.cancelled() or answer.done.exception():
             line.abort()
+
+
+async def ask_models(relay: Relay, choice: Choice) -> tuple[int, bytes]:
+    """Status and body of an upstream's answer to GET /v1/models. Raises AttemptFailed."""
+    target = UpstreamTarget.of(choice.upstream.url, choice.upstream.proxy)
+    return await collect(relay, choice.upstream, models_head(choice.upstream, choice.api_key, target), ())
 
 
 class Models:
@@ -14051,405 +14055,234 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
 
 
-class StepFailed(Exception):
-    """A step of a test went wrong; the message says how."""
+class CallFailed(Exception):
+    """A test's call was answered, but not well; the message says how."""
 
 
-class Found(msgspec.Struct):
-    """What a step of a test found out; `facts` are for --json."""
+class Tried(msgspec.Struct):
+    """What came of one small call with one API key of an upstream."""
 
-    detail: str
-    state: str = "ok"  # or warn, or FAILED
-    facts: dict[str, Any] = {}
+    key: int  # its number, from 1
+    state: Literal["ok", "warn", "FAILED"] = "FAILED"
+    ms: float = 0.0
+    detail: str = ""
+    model: str = ""
+    status: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
 
-
-class Step(msgspec.Struct):
-    """One line of a test's report. `key` is the API key's number; None: the step is the same for all of them."""
-
-    step: str
-    key: int | None
-    state: str
-    ms: float | None
-    detail: str
-    facts: dict[str, Any]
-
-    def line(self, keyless: bool) -> str:
-        """The line as the terminal shows it."""
-        whose = "" if self.key is None else "no key " if keyless else f"key {self.key} "
-        took = "" if self.ms is None else f"{self.ms:,.0f} ms"
-        return f"  {whose + self.step:13}  {self.state:6}  {took:>9}  {self.detail}"
-
-
-class Heard:
-    """A sink for an answer that is wanted whole."""
-
-    def __init__(self) -> None:
-        self.exchange: Exchange | None = None
-        self.is_gone = False
-        self.body = bytearray()
-
-    def head(self, status: int, headers: Headers, streaming: bool) -> None:
-        """The attempt remembers them."""
-
-    def write(self, data: bytes, last: bool) -> None:
-        self.body += data
-
-    def cut(self) -> None:
-        """The outcome says so."""
-
-    def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
-        """Nobody refuses a call that passes no gate."""
+    def __str__(self) -> str:
+        model = f"{self.model}: " if self.model else ""
+        return f"  key {self.key}  {self.state:6}  {self.ms:>7,.0f} ms  {model}{self.detail}"
 
 
 NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
-SOON_DAYS = 14  # a certificate that ends before that is worth a warning
 TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
 TEST_HEADERS: Headers = [
     (b"content-type", b"application/json"),
-    (b"anthropic-version", b"2023-06-01"),
     (b"user-agent", f"claude-gateway/{VERSION}".encode()),
 ]
+REFUSALS = {  # what an upstream's status most likely means, and where to look
+    401: "the key is refused: see `api_key`",
+    403: "the key may not do this: see `api_key` and `models`",
+    404: "no such address, or no such model: see `url`, `format` and `models`",
+    429: "its limit or its credit is used up",
+}
 
 
-def attempt_reason(error: AttemptFailed) -> str:
-    """How an attempt failed, with the detail where there is one."""
-    sentence = error.failure.sentence
-    return sentence if str(error) == sentence else f"{sentence}: {error}"
-
-
-def name_in(certificate: Mapping[str, Any], field: str) -> str:
-    """Whom `subject` or `issuer` of a certificate names."""
-    names = dict(pair for group in certificate.get(field, ()) for pair in group)
-    order = ("commonName", "organizationName") if field == "subject" else ("organizationName", "commonName")
-    return next((names[name] for name in order if name in names), "nobody")
+def failure_reason(error: AttemptFailed) -> str:
+    """Why an upstream gave no answer, with what helps."""
+    cause = error.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        remedy = "; if it is your own CA's, name its file in `ca_file`" if cause.verify_code in NOT_VOUCHED_FOR else ""
+        return f"certificate verify failed: {cause.verify_message}{remedy}"
+    if isinstance(cause, OSError) and not isinstance(cause, TimeoutError):
+        return f"{error.failure.sentence}: {os_reason(cause)}"
+    return error.failure.sentence
 
 
 def message_in(body: bytes) -> str:
     """What an error says for people: its message where it has the shape of one, else the whole text."""
     for data in (*EventReader().feed(body + b"\n\n"), body):
-        try:
-            value = msgspec.json.decode(data)
-        except UNREADABLE:
-            continue
-        error = value.get("error", value) if isinstance(value, dict) else None
-        message = error.get("message", error.get("detail")) if isinstance(error, dict) else error
-        if isinstance(message, str):
-            return message
+        with contextlib.suppress(*UNREADABLE):
+            error = msgspec.json.decode(data, type=dict[str, Any]).get("error")
+            if isinstance(error, dict):
+                return str(error.get("message"))
     return body.decode("utf-8", "replace")
 
 
-def secrets_in(upstream: UpstreamConfig) -> set[str]:
-    """What no report may show, in every form in which it is sent."""
-    found = {str(key) for key in upstream.api_key}
-    found |= {str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)}
-    if upstream.proxy:
-        password = urllib.parse.urlsplit(upstream.proxy).password or ""
-        proxy = UpstreamTarget.of(upstream.url, upstream.proxy).proxy
-        found |= {password, urllib.parse.unquote(password), proxy[2].removeprefix("Basic ") if proxy else ""}
-    return found - {""}
-
-
-class UpstreamState(msgspec.Struct):
-    """How an upstream, or one of its API keys, stands in a running gateway: what /health says of it."""
-
-    name: str = ""
-    number: int | None = None
-    why: str = ""
-    until: str = ""
-    for_one_user: bool = False
-    for_one_model: bool = False
-    keys: tuple[UpstreamState, ...] = ()
-
-
-class RunningGateway(msgspec.Struct):
-    """What of /health is read here."""
-
-    upstreams: tuple[UpstreamState, ...] = ()
-
-
-def ask_running(config: Config) -> RunningGateway:
-    """What the running gateway says of its health; nothing where none runs."""
-    with contextlib.suppress(NoGateway, ActionError):
-        return msgspec.convert(ask(config.usage_directory, ReadHealth(), 2.0), RunningGateway)
-    return RunningGateway()
-
-
 class UpstreamTest:
-    """One tiny real call per API key of an upstream; what each step found is told as it ends.
+    """One small real call with each API key of an upstream, by the connections and heads of real calls.
 
-    Everything goes the way of real calls (pool, heads, relay), but past limits, ledger and health.
+    It passes limits, ledger and health, which belong to users' calls.
     """
 
-    def __init__(
-        self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float, tell: Callable[[str], None]
-    ) -> None:
-        limit = Duration(timeout_s)
-        self.upstream = msgspec.structs.replace(upstream, timeouts=Timeouts(limit, limit, limit))
-        self._config, self._model_asked, self._timeout_s, self._tell = config, model, timeout_s, tell
+    def __init__(self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float) -> None:
+        self.upstream = upstream
+        self._config, self._model_asked, self._timeout_s = config, model, timeout_s
         self._relay = Relay(config.clock, Pace())
-        self._secrets = sorted(secrets_in(upstream), key=len, reverse=True)
-        self._listed: list[str] = []
-        self._connection: UpstreamConnection = cast(UpstreamConnection, None)
-        self.steps: list[Step] = []
-        self.keys, self.answered, self.cost_usd = max(1, len(upstream.api_key)), 0, 0.0
+        self._target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        secret = [str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)]
+        if self._target.proxy:
+            secret.append(self._target.proxy[2].removeprefix("Basic "))
+        self._secrets = sorted(filter(None, [*upstream.api_key, *secret]), key=len, reverse=True)
 
-    async def run(self) -> None:
-        """Go from step to step; what comes after a failed one is left out."""
-        self._tell(f"{self.upstream.name}  {self.upstream.url or 'built in'}")
+    async def run(self, tell: Callable[[str], None]) -> list[Tried]:
+        """Call with one key after the other, so that times are not each other's, and tell what comes of each."""
+        found = []
         try:
-            if self.upstream.format == "demo" or await self._connect():
-                for choice in self._relay.upstreams.choices(self.upstream):
-                    self.answered += await self._ask(choice)
+            for number, choice in enumerate(self._relay.upstreams.choices(self.upstream), 1):
+                found.append(await self._try(choice, Tried(number)))
+                tell(str(found[-1]))
         finally:
             self._relay.close()
+        return found
 
-    @property
-    def is_good(self) -> bool:
-        """Whether no step failed."""
-        return all(step.state != "FAILED" for step in self.steps)
-
-    def compare(self, running: RunningGateway) -> None:
-        """Report what a running gateway leaves alone, whatever was found here: it goes by its own calls."""
-        now = utc_time(self._config.clock.wall())
-        for upstream in running.upstreams:
-            for row in (upstream, *upstream.keys):
-                if upstream.name != self.upstream.name or row.until <= now:
-                    continue
-                whose = " for one user" * row.for_one_user + " for one model" * row.for_one_model
-                detail = f"the running gateway leaves it alone{whose} until {row.until} ({row.why}): "
-                detail += f"`{PROGRAM} upstream reset {upstream.name}` ends that"
-                facts = {"why": row.why, "until": row.until}
-                self._report(Step("gateway", row.number, "warn", None, self._clean(detail), facts))
-
-    async def _connect(self) -> bool:
-        """Make the connection that the first call then finds in the pool."""
-        pool = self._relay.pool(self.upstream)
-        good = await self._step("dns", None, self._dns) and await self._step("tcp", None, self._tcp)
-        if good and pool.target.tls:
-            good = await self._step("tls", None, self._tls)
-        if good:
-            pool.release(self._connection)
-        return good
-
-    async def _ask(self, choice: Choice) -> bool:
-        listed = await self._step("models", choice.number, functools.partial(self._models, choice))
-        return listed and await self._step("stream", choice.number, functools.partial(self._stream, choice))
-
-    async def _step(self, name: str, number: int | None, work: Callable[[], Awaitable[Found]]) -> bool:
-        """Take a step in time, and tell what it found; whether the next one can be taken."""
+    async def _try(self, choice: Choice, tried: Tried) -> Tried:
         began = self._config.clock.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s):
-                found = await work()
-        except (StepFailed, GatewayError) as error:
-            found = Found(str(error), "FAILED")
+                tried.model = await self._model(choice)
+                await self._call(choice, tried)
+        except (CallFailed, GatewayError) as error:
+            tried.detail = str(error)
         except AttemptFailed as error:
-            found = Found(attempt_reason(error), "FAILED")
-        except OSError as error:  # a TimeoutError is one
-            late = isinstance(error, TimeoutError) and not error.errno
-            found = Found(f"not done within {self._timeout_s:g} s" if late else os_reason(error), "FAILED")
-        took = (self._config.clock.monotonic() - began) * 1e3
-        self._report(Step(name, number, found.state, round(took, 1), self._clean(found.detail), found.facts))
-        if "pings" in found.facts and found.state != "FAILED":
-            self._report(Step("pings", number, "ok", None, f"{found.facts['pings']} seen", {}))
-        return found.state != "FAILED"
+            tried.detail = failure_reason(error)
+        except TimeoutError:
+            tried.detail = f"no answer within {self._timeout_s:g} s"
+        tried.ms = round((self._config.clock.monotonic() - began) * 1e3, 1)
+        tried.model, tried.detail = self._clean(tried.model), self._clean(tried.detail)
+        return tried
 
-    def _report(self, step: Step) -> None:
-        self.steps.append(step)
-        self._tell(step.line(not self.upstream.api_key))
-
-    def _clean(self, text: str) -> str:
-        """Text for a terminal, on one line and without what is secret."""
-        text = "".join(c for c in " ".join(text.split()) if c.isprintable())
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
-
-    # The way there
-
-    async def _dns(self) -> Found:
-        target = self._relay.pool(self.upstream).target
-        host = target.proxy[0] if target.proxy else target.host
-        addresses = await self._relay.names.find(host, self.upstream.allow_private)
-        if not addresses:
-            raise StepFailed(f"{host} has no address")
-        literal = ", a literal address" if parse_address(host) else ""
-        return Found(f"{'the proxy: ' if target.proxy else ''}{', '.join(addresses)}{literal}")
-
-    async def _tcp(self) -> Found:
-        pool = self._relay.pool(self.upstream)
-        self._connection = await pool.reach()
-        host, port = self._connection.transport.get_extra_info("peername")[:2]
-        peer = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        if pool.target.proxy:
-            return Found(f"{pool.target.host}:{pool.target.port} through the proxy at {peer}")
-        return Found(f"connected to {peer}")
-
-    async def _tls(self) -> Found:
-        try:
-            await self._relay.pool(self.upstream).secure(self._connection)
-        except ssl.SSLCertVerificationError as error:
-            remedy = "; if it is your own CA's, name its file in `ca_file`" * (error.verify_code in NOT_VOUCHED_FOR)
-            raise StepFailed(f"certificate verify failed: {error.verify_message}{remedy}") from None
-        tls = self._connection.transport.get_extra_info("ssl_object")
-        certificate = tls.getpeercert()
-        left_s = ssl.cert_time_to_seconds(certificate["notAfter"]) - self._config.clock.wall()
-        days = int(left_s // 86400)
-        names = f"{name_in(certificate, 'subject')} by {name_in(certificate, 'issuer')}"
-        detail = f"{tls.version()}, certificate of {names}, ends in {days} days"
-        return Found(detail, "warn" if days < SOON_DAYS else "ok", {"version": tls.version(), "days": days})
-
-    # The calls
-
-    async def _models(self, choice: Choice) -> Found:
-        self._listed = [DEMO_MODEL]
-        if self.upstream.format == "demo":
-            return Found("1 listed", facts={"models": 1})
-        self._listed = []
+    async def _model(self, choice: Choice) -> str:
+        """Which model to ask for: the one that was named, else the config's first, else the cheapest that is listed."""
+        upstream, named = self.upstream, self.upstream.named_models()
+        if self._model_asked:
+            if upstream.rename(self._model_asked) is None:
+                raise CallFailed(f"{self._model_asked} is not served here: see `models`")
+            return self._model_asked
+        if named or upstream.format == "demo":
+            return named[0] if named else DEMO_MODEL
         status, body = await ask_models(self._relay, choice)
-        if status in (403, 404):  # a restricted key may answer calls all the same
-            return Found(f"not offered ({status})")
-        if status != 200:
-            raise StepFailed(self._refusal(status, body))
-        try:
-            self._listed = [model.id for model in msgspec.json.decode(body, type=ModelList).data]
-        except UNREADABLE:
-            return Found("not offered (the answer is no list of models)")
-        return Found(f"{len(self._listed)} listed", facts={"models": len(self._listed)})
-
-    def _model(self) -> str:
-        """Which model to ask: the one that was named, else named in the config, else the cheapest that is listed."""
-        upstream = self.upstream
-        named = [self._model_asked] if self._model_asked else upstream.named_models()
-        served = [model for model in named or self._listed if upstream.rename(model) is not None]
+        if status not in (200, 403, 404):  # a restricted key may answer calls all the same
+            raise CallFailed(self._refusal(status, body))
+        served: list[str] = []
+        with contextlib.suppress(*UNREADABLE):
+            listed = msgspec.json.decode(body, type=ModelList).data
+            served = [model.id for model in listed if upstream.rename(model.id) is not None]
         if not served:
-            if self._model_asked:
-                raise StepFailed(f"{self._model_asked} is not served here: see `models`")
-            raise StepFailed("no model is named in `models` or listed: name one with --model")
-        if named:
-            return served[0]
-        tiny = Usage(input_tokens=10, output_tokens=16)
+            raise CallFailed("no model is named in `models` or listed: name one with --model")
+        small = Usage(input_tokens=10, output_tokens=16)
+        return min(served, key=lambda model: self._config.bill(upstream.rename(model) or model, "", small).cost_usd)
 
-        def cost(model: str) -> tuple[float, bool]:
-            return self._config.bill(upstream.rename(model) or model, "", tiny).cost_usd, not model.startswith(
-                "claude-haiku"
-            )
+    async def _call(self, choice: Choice, tried: Tried) -> None:
+        """Ask for 16 tokens, and fill in what came. Raises CallFailed, GatewayError and AttemptFailed."""
+        model, headers = self.upstream.rename(tried.model) or tried.model, TEST_HEADERS
+        asked = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+        if self.upstream.format == "openai":
+            route, limits = ROUTES["/v1/chat/completions"], ["max_tokens", "max_completion_tokens"]
+            asked["stream_options"] = {"include_usage": True}
+        else:
+            route, limits = ROUTES["/v1/messages"], ["max_tokens"]
+            headers = [*headers, (b"anthropic-version", b"2023-06-01")]
+        body = b""
+        for limit in limits:  # OpenAI's newer models know only the second
+            call = Call(self._config, TEST_KEY, route, b"", headers, "")
+            call.body = msgspec.json.encode({**asked, limit: 16})
+            read_request(call)
+            head = request_head(call, self.upstream, choice.api_key, self._target, len(call.body))
+            tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
+            if b"max_completion_tokens" not in body:
+                break
+        if tried.status != 200:
+            raise CallFailed(self._refusal(tried.status, body))
+        self._read(METERS[route.kind](call), model, body, tried)
 
-        return min(served, key=cost)
-
-    def _call(self, model: str, limit: str) -> Call:
-        """The call that is made; `limit` is how the API names the bound of its output."""
-        is_openai = self.upstream.format == "openai"
-        route = ROUTES["/v1/chat/completions" if is_openai else "/v1/messages"]
-        headers = [header for header in TEST_HEADERS if not (is_openai and header[0] == b"anthropic-version")]
-        call = Call(self._config, TEST_KEY, route, b"", headers, "")
-        said = [{"role": "user", "content": "Say hello."}]
-        more = {"stream_options": {"include_usage": True}} if is_openai else {}
-        call.body = msgspec.json.encode({"model": model, limit: 16, "messages": said, "stream": True, **more})
-        read_request(call)
-        call.servings = (Serving(self.upstream, self.upstream.rename(model) or model),)
-        return call
-
-    async def _stream(self, choice: Choice) -> Found:
-        model = self._model()
-        attempt, problem, body = await self._send(choice, self._call(model, "max_tokens"))
-        if attempt.status == 400 and b"max_completion_tokens" in body:  # OpenAI's newer models know only that
-            attempt, problem, body = await self._send(choice, self._call(model, "max_completion_tokens"))
-        return self._judged(attempt, self._clean(model), problem, body)
-
-    async def _send(self, choice: Choice, call: Call) -> tuple[Attempt, str, bytes]:
-        """Make one attempt: what is wrong with its answer, if anything, and the answer."""
-        heard, problem = Heard(), ""
-        exchange = heard.exchange = Exchange(call, heard, self._relay)
-        try:
-            with Ticket(self._relay.upstreams, call, choice, call.servings[0].model) as ticket:
-                outcome = await self._relay.send(exchange, ticket)
-            error_type = exchange.attempt.meter.error_type if exchange.attempt else ""
-            problem = f"answered with an error ({error_type or outcome.status})"
-            problem = {"completed": "", "upstream_cut": CUT.sentence}.get(outcome.name, problem)
-        except AttemptFailed as error:
-            problem = attempt_reason(error)
-        finally:
-            if exchange.attempt:
-                exchange.attempt.end()
-                self.cost_usd += self._cost(exchange.attempt)
-        attempt = exchange.attempt
-        if attempt is None or attempt.sent_at is None:
-            raise StepFailed(problem)
-        return attempt, problem, attempt.text() or bytes(heard.body)
-
-    def _cost(self, attempt: Attempt) -> float:
-        """What an attempt costs, as far as the upstream has said."""
-        usage = attempt.usage()
-        known = attempt.status == 200 and attempt.meter.seen_input
-        return self._config.bill(attempt.ticket.model, attempt.meter.model, usage).cost_usd if known else 0.0
-
-    def _judged(self, attempt: Attempt, model: str, problem: str, body: bytes) -> Found:
-        """The answer in a line."""
-        status, usage = attempt.status, attempt.usage()
-        first_ms = ((attempt.first_byte_at or 0.0) - (attempt.sent_at or 0.0)) * 1e3 if attempt.first_byte_at else None
-        facts = {"model": model, "status": status, "ended": not problem}
-        facts |= {"first_byte_ms": first_ms and round(first_ms, 1), "cost_usd": self._cost(attempt)}
-        facts |= {"input_tokens": usage.total_input_tokens, "output_tokens": usage.output_tokens}
-        facts["pings"] = sum(b'"ping"' in data for data in EventReader().feed(body) if len(data) < 64)
-        if status >= 400:
-            return Found(f"{model}: {self._refusal(status, body)}", "FAILED", facts)
-        came = f"{model}: {status}, first byte after {first_ms or 0:,.0f} ms" if status else f"{model}: no answer"
-        if problem:
-            said = "" if problem == CUT.sentence else self._said(body)
-            return Found(f"{came}, but it {problem}{': ' * bool(said)}{said}", "FAILED", facts)
-        tokens = f"{usage.total_input_tokens} tokens in, {usage.output_tokens} out, ${self._cost(attempt):.6f}"
-        if not attempt.is_streaming:
-            return Found(f"{came}, {tokens}; answered whole, though a stream was asked for", "warn", facts)
-        return Found(f"{came}, {tokens}, ended properly", "ok", facts)
+    def _read(self, meter: Meter, model: str, body: bytes, tried: Tried) -> None:
+        """Read an answer as real ones are. Raises CallFailed for one that is none."""
+        is_stream = body.lstrip()[:1] != b"{"
+        meter.start(is_stream)
+        meter.feed(body)
+        meter.end()
+        usage = meter.sum_up()
+        tried.input_tokens, tried.output_tokens = usage.total_input_tokens, usage.output_tokens
+        if meter.seen_input:
+            tried.cost_usd = self._config.bill(model, meter.model, usage).cost_usd
+        if meter.error_type:
+            raise CallFailed(f"answered with an error ({meter.error_type}): {self._said(body)}")
+        if not meter.has_content and not meter.seen_input:
+            raise CallFailed(f"{UNEXPECTED.sentence}: {self._said(body)}")
+        if not meter.is_finished:
+            raise CallFailed(CUT.sentence)
+        tried.state = "ok" if is_stream else "warn"
+        tried.detail = f"{tried.input_tokens} tokens in, {tried.output_tokens} out, ${tried.cost_usd:.6f}"
+        if not is_stream:
+            tried.detail += "; answered whole, though a stream was asked for"
 
     def _refusal(self, status: int, body: bytes) -> str:
-        said = self._said(body)
-        return f"{status}{': the key is refused' * (status == 401)}{': ' * bool(said)}{said}"
+        means = f" ({REFUSALS[status]})" if status in REFUSALS else ""
+        return f"{status}{means}: {self._said(body)}"
 
     def _said(self, body: bytes) -> str:
         return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
 
+    def _clean(self, text: str) -> str:
+        text = " ".join(text.split())
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
 
-def upstreams_named(config: Config, name: str) -> list[UpstreamConfig]:
-    """All upstreams, or the one of that name. Raises CommandError."""
-    found = [upstream for upstream in config.upstreams if name in ("", upstream.name)]
-    if not found:
-        raise unknown_name("upstream", name, [upstream.name for upstream in config.upstreams])
+
+def cooldowns(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """By upstream, what of it the running gateway leaves alone: rows of /health with `until` in the future."""
+    health: dict[str, Any] = {}
+    with contextlib.suppress(NoGateway, ActionError):
+        health = ask(config.usage_directory, ReadHealth(), 2.0)
+    now, found = utc_time(config.clock.wall()), {}
+    for upstream in health.get("upstreams", ()):
+        rows = [upstream, *upstream.pop("keys", ())]
+        found[upstream["name"]] = [row for row in rows if row.get("until", "") > now]
     return found
 
 
-async def run_tests(tests: Sequence[UpstreamTest], running: RunningGateway, tell: Callable[[str], None]) -> None:
-    """One after the other, so that lines come in their order and times are not each other's."""
-    for test in tests:
-        await test.run()
-        test.compare(running)
-        tell("")
-    await asyncio.sleep(0)  # closed transports let go of their sockets a turn later
+def cooldown_line(name: str, row: dict[str, Any]) -> str:
+    """What `upstream test` says of a row of /health."""
+    key = f"key {row['number']}" if row.get("number") else "all  "
+    whose = [f" for {whom.replace('_', ' ')}" for whom in ("one_user", "one_model") if row.get(f"for_{whom}")]
+    ends = f"until {row['until']} ({row['why']}): `{PROGRAM} upstream reset {name}` ends that"
+    return f"  {key}  warn                the running gateway leaves it alone{''.join(whose)} {ends}"
 
 
 def command_upstream_test(options: argparse.Namespace) -> int:
-    """Make one tiny real call per upstream and API key, and tell how each step went."""
+    """Make one small real call with each API key of each upstream, and tell how it went."""
     config = Config.load(options.config)
+    upstreams = [upstream for upstream in config.upstreams if options.name in ("", upstream.name)]
+    if not upstreams:
+        raise unknown_name("upstream", options.name, [upstream.name for upstream in config.upstreams])
     told = functools.partial(print, flush=True)
     tell: Callable[[str], None] = (lambda line: None) if options.json else told
-    tests = [
-        UpstreamTest(config, upstream, options.model, options.timeout, tell)
-        for upstream in upstreams_named(config, options.name)
-    ]
+    left_alone, reports = cooldowns(config), []
+    found: list[Tried] = []
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(run_tests(tests, ask_running(config), tell))
-    keys, answered, cost = (sum(getattr(test, name) for test in tests) for name in ("keys", "answered", "cost_usd"))
-    is_good = all(test.is_good for test in tests)
-    tell(f"{answered} of {keys} keys answered (not booked; cost about ${cost:.6f} in all)")
+        for upstream in upstreams:
+            tell(f"{upstream.name}  {upstream.url or 'built in'}")
+            tried = runner.run(UpstreamTest(config, upstream, options.model, options.timeout).run(tell))
+            rows = left_alone.get(upstream.name, [])
+            for row in rows:
+                tell(cooldown_line(upstream.name, row))
+            tell("")
+            found += tried
+            keys = msgspec.to_builtins(tried)
+            reports.append({"name": upstream.name, "url": upstream.url, "keys": keys, "cooldowns": rows})
+        runner.run(asyncio.sleep(0))  # closed transports let go of their sockets a turn later
+    answered = sum(each.state != "FAILED" for each in found)
+    cost_usd = round(sum(each.cost_usd for each in found), 9)
+    sums = {"keys": len(found), "answered": answered, "cost_usd": cost_usd, "booked": False}
+    tell(f"{answered} of {len(found)} keys answered (not booked; cost about ${cost_usd:.6f} in all)")
     if options.json:
-        upstreams = [
-            {"name": test.upstream.name, "url": test.upstream.url, "steps": msgspec.to_builtins(test.steps)}
-            for test in tests
-        ]
-        sums = {"keys": keys, "answered": answered, "cost_usd": round(cost, 9), "booked": False, "ok": is_good}
-        print(json.dumps({"upstreams": upstreams, **sums}, indent=2))
-    return 0 if is_good else 1
+        print(json.dumps({"upstreams": reports, **sums, "ok": answered == len(found)}, indent=2))
+    return 0 if answered == len(found) else 1
 
 
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
@@ -14895,7 +14728,7 @@ def upstream_arguments(upstream: argparse.ArgumentParser, add: Callable[..., arg
     test = add(commands, "test", command_upstream_test)
     test.add_argument("name", nargs="?", default="", metavar="NAME", help="only this upstream")
     test.add_argument("--model", default="", help="default: the first in `models`, else the cheapest that is listed")
-    test.add_argument("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each step; default: 30s")
+    test.add_argument("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each key; default: 30s")
     test.add_argument("--json", action="store_true")
     add(commands, "reset", command_upstream_reset).add_argument("name", metavar="NAME")
 
