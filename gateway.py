@@ -11689,6 +11689,178 @@ class ResetUpstream(Action, frozen=True, tag="upstream reset"):
         house.gateway.relay.upstreams.reset(self.name)
 
 
+class CallFailed(Exception):
+    """A test's call was answered, but not well; the message says how."""
+
+
+class Tried(msgspec.Struct):
+    """What came of one small call with one API key of an upstream."""
+
+    key: int  # its number, from 1
+    state: Literal["ok", "warn", "FAILED"] = "FAILED"
+    ms: float = 0.0
+    detail: str = ""
+    model: str = ""
+    status: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+
+
+NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
+TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
+TEST_HEADERS: Headers = [
+    (b"content-type", b"application/json"),
+    (b"user-agent", f"claude-gateway/{VERSION}".encode()),
+]
+REFUSALS = {  # what an upstream's status most likely means, and where to look
+    401: "the key is refused: see `api_key`",
+    403: "the key may not do this: see `api_key` and `models`",
+    404: "no such address, or no such model: see `url`, `format` and `models`",
+    429: "its limit or its credit is used up",
+}
+
+
+def failure_reason(error: AttemptFailed) -> str:
+    """Why an upstream gave no answer, with what helps."""
+    cause = error.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        remedy = "; if it is your own CA's, name its file in `ca_file`" if cause.verify_code in NOT_VOUCHED_FOR else ""
+        return f"certificate verify failed: {cause.verify_message}{remedy}"
+    if isinstance(cause, OSError) and not isinstance(cause, TimeoutError):
+        return f"{error.failure.sentence}: {os_reason(cause)}"
+    return error.failure.sentence
+
+
+def message_in(body: bytes) -> str:
+    """What an error says for people: its message where it has the shape of one, else the whole text."""
+    for data in (*EventReader().feed(body + b"\n\n"), body):
+        with contextlib.suppress(*UNREADABLE):
+            error = msgspec.json.decode(data, type=dict[str, Any]).get("error")
+            if isinstance(error, dict):
+                return str(error.get("message"))
+    return body.decode("utf-8", "replace")
+
+
+class UpstreamTest:
+    """One small real call with each API key of an upstream, by the connections and heads of real calls.
+
+    It passes limits, ledger and health, which belong to users' calls.
+    """
+
+    def __init__(self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float) -> None:
+        self.upstream = upstream
+        self._config, self._model_asked, self._timeout_s = config, model, timeout_s
+        self._relay = Relay(config.clock, Pace())
+        self._target = UpstreamTarget.of(upstream.url, upstream.proxy)
+        secret = [str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)]
+        if self._target.proxy:
+            secret.append(self._target.proxy[2].removeprefix("Basic "))
+        self._secrets = sorted(filter(None, [*upstream.api_key, *secret]), key=len, reverse=True)
+
+    async def run(self, tell: Callable[[Tried], None]) -> None:
+        """Call with one key after the other, so that times are not each other's, and tell what comes of each."""
+        try:
+            for number, choice in enumerate(self._relay.upstreams.choices(self.upstream), 1):
+                tell(await self._try(choice, Tried(number)))
+        finally:
+            self._relay.close()
+
+    async def _try(self, choice: Choice, tried: Tried) -> Tried:
+        began = self._config.clock.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                tried.model = await self._model(choice)
+                await self._call(choice, tried)
+        except (CallFailed, GatewayError) as error:
+            tried.detail = str(error)
+        except AttemptFailed as error:
+            tried.detail = failure_reason(error)
+        except TimeoutError:
+            tried.detail = f"no answer within {self._timeout_s:g} s"
+        tried.ms = round((self._config.clock.monotonic() - began) * 1e3, 1)
+        tried.model, tried.detail = self._clean(tried.model), self._clean(tried.detail)
+        return tried
+
+    async def _model(self, choice: Choice) -> str:
+        """Which model to ask for: the one that was named, else the config's first, else the cheapest that is listed."""
+        upstream, named = self.upstream, self.upstream.named_models()
+        if self._model_asked:
+            if upstream.rename(self._model_asked) is None:
+                raise CallFailed(f"{self._model_asked} is not served here: see `models`")
+            return self._model_asked
+        if named or upstream.format == "demo":
+            return named[0] if named else DEMO_MODEL
+        status, body = await ask_models(self._relay, choice)
+        if status not in (200, 403, 404):  # a restricted key may answer calls all the same
+            raise CallFailed(self._refusal(status, body))
+        served: list[str] = []
+        with contextlib.suppress(*UNREADABLE):
+            listed = msgspec.json.decode(body, type=ModelList).data
+            served = [model.id for model in listed if upstream.rename(model.id) is not None]
+        if not served:
+            raise CallFailed("no model is named in `models` or listed: name one with --model")
+        small = Usage(input_tokens=10, output_tokens=16)
+        return min(served, key=lambda model: self._config.bill(upstream.rename(model) or model, "", small).cost_usd)
+
+    async def _call(self, choice: Choice, tried: Tried) -> None:
+        """Ask for 16 tokens, and fill in what came. Raises CallFailed, GatewayError and AttemptFailed."""
+        model, headers = self.upstream.rename(tried.model) or tried.model, TEST_HEADERS
+        asked = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+        if self.upstream.format == "openai":
+            route, limits = ROUTES["/v1/chat/completions"], ["max_tokens", "max_completion_tokens"]
+            asked["stream_options"] = {"include_usage": True}
+        else:
+            route, limits = ROUTES["/v1/messages"], ["max_tokens"]
+            headers = [*headers, (b"anthropic-version", b"2023-06-01")]
+        body = b""
+        for limit in limits:  # OpenAI's newer models know only the second
+            call = Call(self._config, TEST_KEY, route, b"", headers, "")
+            call.body = msgspec.json.encode({**asked, limit: 16})
+            read_request(call)
+            head = request_head(call, self.upstream, choice.api_key, self._target, len(call.body))
+            tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
+            if b"max_completion_tokens" not in body:
+                break
+        if tried.status != 200:
+            raise CallFailed(self._refusal(tried.status, body))
+        self._read(METERS[route.kind](call), model, body, tried)
+
+    def _read(self, meter: Meter, model: str, body: bytes, tried: Tried) -> None:
+        """Read an answer as real ones are. Raises CallFailed for one that is none."""
+        is_stream = body.lstrip()[:1] != b"{"
+        meter.start(is_stream)
+        meter.feed(body)
+        meter.end()
+        usage = meter.sum_up()
+        tried.input_tokens, tried.output_tokens = usage.total_input_tokens, usage.output_tokens
+        if meter.seen_input:
+            tried.cost_usd = self._config.bill(model, meter.model, usage).cost_usd
+        if meter.error_type:
+            raise CallFailed(f"answered with an error ({meter.error_type}): {self._said(body)}")
+        if not meter.has_content and not meter.seen_input:
+            raise CallFailed(f"{UNEXPECTED.sentence}: {self._said(body)}")
+        if not meter.is_finished:
+            raise CallFailed(CUT.sentence)
+        tried.state = "ok" if is_stream else "warn"
+        tried.detail = f"{tried.input_tokens} tokens in, {tried.output_tokens} out, ${tried.cost_usd:.6f}"
+        if not is_stream:
+            tried.detail += "; answered whole, though a stream was asked for"
+
+    def _refusal(self, status: int, body: bytes) -> str:
+        means = f" ({REFUSALS[status]})" if status in REFUSALS else ""
+        return f"{status}{means}: {self._said(body)}"
+
+    def _said(self, body: bytes) -> str:
+        return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
+
+    def _clean(self, text: str) -> str:
+        text = " ".join(text.split())
+        for secret in self._secrets:
+            text = text.replace(secret, "[secret]")
+        return text
+
+
 # --- 21. Backup: copied at one moment, checked, put back --------------------------
 
 
@@ -13911,23 +14083,19 @@ def upstream_text(upstream: UpstreamConfig) -> str:
     models = [name_text(a) if b == "*" else f"{name_text(a)} as {name_text(b)}" for a, b in upstream.models.items()]
     texts = [f"{upstream.name}: {upstream.format} {upstream.url}".rstrip(), f"models {', '.join(models)}"]
     texts += [f"priority {upstream.priority}", f"weight {upstream.weight:g}"]
-    if not upstream.api_key and upstream.format != "demo":
-        texts.append("no API key")
-    if len(upstream.api_key) > 1:
-        texts.append(f"{len(upstream.api_key)} API keys")
-    if upstream.max_concurrent:
-        texts.append(f"at most {upstream.max_concurrent} calls a key")
-    if upstream.verdicts:
-        texts.append(f"own verdicts for {', '.join(upstream.verdicts)}")
-    if upstream.on_disconnect != "auto":
-        texts.append(f"on_disconnect {upstream.on_disconnect}")
-    if not upstream.include_usage:
-        texts.append("chat streams are not asked for their usage")
-    rules = upstream.headers
-    for verb, names in (("sets", rules.set), ("removes", rules.remove), ("passes on", rules.passes)):
-        if names:
-            texts.append(f"{verb} headers {', '.join(names)}")
-    return ", ".join(texts)
+    keys, rules = len(upstream.api_key), upstream.headers
+    others = {
+        "no API key": not keys and upstream.format != "demo",
+        f"{keys} API keys": keys > 1,
+        f"at most {upstream.max_concurrent} calls a key": upstream.max_concurrent,
+        f"own verdicts for {', '.join(upstream.verdicts)}": upstream.verdicts,
+        f"on_disconnect {upstream.on_disconnect}": upstream.on_disconnect != "auto",
+        "chat streams are not asked for their usage": not upstream.include_usage,
+        f"sets headers {', '.join(rules.set)}": rules.set,
+        f"removes headers {', '.join(rules.remove)}": rules.remove,
+        f"passes on headers {', '.join(rules.passes)}": rules.passes,
+    }
+    return ", ".join(texts + [text for text, is_so in others.items() if is_so])
 
 
 def surcharge_text(surcharges: Mapping[str, float]) -> str:
@@ -14055,185 +14223,6 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
 
 
-class CallFailed(Exception):
-    """A test's call was answered, but not well; the message says how."""
-
-
-class Tried(msgspec.Struct):
-    """What came of one small call with one API key of an upstream."""
-
-    key: int  # its number, from 1
-    state: Literal["ok", "warn", "FAILED"] = "FAILED"
-    ms: float = 0.0
-    detail: str = ""
-    model: str = ""
-    status: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cost_usd: float = 0.0
-
-    def __str__(self) -> str:
-        model = f"{self.model}: " if self.model else ""
-        return f"  key {self.key}  {self.state:6}  {self.ms:>7,.0f} ms  {model}{self.detail}"
-
-
-NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
-TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
-TEST_HEADERS: Headers = [
-    (b"content-type", b"application/json"),
-    (b"user-agent", f"claude-gateway/{VERSION}".encode()),
-]
-REFUSALS = {  # what an upstream's status most likely means, and where to look
-    401: "the key is refused: see `api_key`",
-    403: "the key may not do this: see `api_key` and `models`",
-    404: "no such address, or no such model: see `url`, `format` and `models`",
-    429: "its limit or its credit is used up",
-}
-
-
-def failure_reason(error: AttemptFailed) -> str:
-    """Why an upstream gave no answer, with what helps."""
-    cause = error.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        remedy = "; if it is your own CA's, name its file in `ca_file`" if cause.verify_code in NOT_VOUCHED_FOR else ""
-        return f"certificate verify failed: {cause.verify_message}{remedy}"
-    if isinstance(cause, OSError) and not isinstance(cause, TimeoutError):
-        return f"{error.failure.sentence}: {os_reason(cause)}"
-    return error.failure.sentence
-
-
-def message_in(body: bytes) -> str:
-    """What an error says for people: its message where it has the shape of one, else the whole text."""
-    for data in (*EventReader().feed(body + b"\n\n"), body):
-        with contextlib.suppress(*UNREADABLE):
-            error = msgspec.json.decode(data, type=dict[str, Any]).get("error")
-            if isinstance(error, dict):
-                return str(error.get("message"))
-    return body.decode("utf-8", "replace")
-
-
-class UpstreamTest:
-    """One small real call with each API key of an upstream, by the connections and heads of real calls.
-
-    It passes limits, ledger and health, which belong to users' calls.
-    """
-
-    def __init__(self, config: Config, upstream: UpstreamConfig, model: str, timeout_s: float) -> None:
-        self.upstream = upstream
-        self._config, self._model_asked, self._timeout_s = config, model, timeout_s
-        self._relay = Relay(config.clock, Pace())
-        self._target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        secret = [str(value) for name, value in upstream.headers.set.items() if SECRET_HEADER.search(name)]
-        if self._target.proxy:
-            secret.append(self._target.proxy[2].removeprefix("Basic "))
-        self._secrets = sorted(filter(None, [*upstream.api_key, *secret]), key=len, reverse=True)
-
-    async def run(self, tell: Callable[[str], None]) -> list[Tried]:
-        """Call with one key after the other, so that times are not each other's, and tell what comes of each."""
-        found = []
-        try:
-            for number, choice in enumerate(self._relay.upstreams.choices(self.upstream), 1):
-                found.append(await self._try(choice, Tried(number)))
-                tell(str(found[-1]))
-        finally:
-            self._relay.close()
-        return found
-
-    async def _try(self, choice: Choice, tried: Tried) -> Tried:
-        began = self._config.clock.monotonic()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                tried.model = await self._model(choice)
-                await self._call(choice, tried)
-        except (CallFailed, GatewayError) as error:
-            tried.detail = str(error)
-        except AttemptFailed as error:
-            tried.detail = failure_reason(error)
-        except TimeoutError:
-            tried.detail = f"no answer within {self._timeout_s:g} s"
-        tried.ms = round((self._config.clock.monotonic() - began) * 1e3, 1)
-        tried.model, tried.detail = self._clean(tried.model), self._clean(tried.detail)
-        return tried
-
-    async def _model(self, choice: Choice) -> str:
-        """Which model to ask for: the one that was named, else the config's first, else the cheapest that is listed."""
-        upstream, named = self.upstream, self.upstream.named_models()
-        if self._model_asked:
-            if upstream.rename(self._model_asked) is None:
-                raise CallFailed(f"{self._model_asked} is not served here: see `models`")
-            return self._model_asked
-        if named or upstream.format == "demo":
-            return named[0] if named else DEMO_MODEL
-        status, body = await ask_models(self._relay, choice)
-        if status not in (200, 403, 404):  # a restricted key may answer calls all the same
-            raise CallFailed(self._refusal(status, body))
-        served: list[str] = []
-        with contextlib.suppress(*UNREADABLE):
-            listed = msgspec.json.decode(body, type=ModelList).data
-            served = [model.id for model in listed if upstream.rename(model.id) is not None]
-        if not served:
-            raise CallFailed("no model is named in `models` or listed: name one with --model")
-        small = Usage(input_tokens=10, output_tokens=16)
-        return min(served, key=lambda model: self._config.bill(upstream.rename(model) or model, "", small).cost_usd)
-
-    async def _call(self, choice: Choice, tried: Tried) -> None:
-        """Ask for 16 tokens, and fill in what came. Raises CallFailed, GatewayError and AttemptFailed."""
-        model, headers = self.upstream.rename(tried.model) or tried.model, TEST_HEADERS
-        asked = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
-        if self.upstream.format == "openai":
-            route, limits = ROUTES["/v1/chat/completions"], ["max_tokens", "max_completion_tokens"]
-            asked["stream_options"] = {"include_usage": True}
-        else:
-            route, limits = ROUTES["/v1/messages"], ["max_tokens"]
-            headers = [*headers, (b"anthropic-version", b"2023-06-01")]
-        body = b""
-        for limit in limits:  # OpenAI's newer models know only the second
-            call = Call(self._config, TEST_KEY, route, b"", headers, "")
-            call.body = msgspec.json.encode({**asked, limit: 16})
-            read_request(call)
-            head = request_head(call, self.upstream, choice.api_key, self._target, len(call.body))
-            tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
-            if b"max_completion_tokens" not in body:
-                break
-        if tried.status != 200:
-            raise CallFailed(self._refusal(tried.status, body))
-        self._read(METERS[route.kind](call), model, body, tried)
-
-    def _read(self, meter: Meter, model: str, body: bytes, tried: Tried) -> None:
-        """Read an answer as real ones are. Raises CallFailed for one that is none."""
-        is_stream = body.lstrip()[:1] != b"{"
-        meter.start(is_stream)
-        meter.feed(body)
-        meter.end()
-        usage = meter.sum_up()
-        tried.input_tokens, tried.output_tokens = usage.total_input_tokens, usage.output_tokens
-        if meter.seen_input:
-            tried.cost_usd = self._config.bill(model, meter.model, usage).cost_usd
-        if meter.error_type:
-            raise CallFailed(f"answered with an error ({meter.error_type}): {self._said(body)}")
-        if not meter.has_content and not meter.seen_input:
-            raise CallFailed(f"{UNEXPECTED.sentence}: {self._said(body)}")
-        if not meter.is_finished:
-            raise CallFailed(CUT.sentence)
-        tried.state = "ok" if is_stream else "warn"
-        tried.detail = f"{tried.input_tokens} tokens in, {tried.output_tokens} out, ${tried.cost_usd:.6f}"
-        if not is_stream:
-            tried.detail += "; answered whole, though a stream was asked for"
-
-    def _refusal(self, status: int, body: bytes) -> str:
-        means = f" ({REFUSALS[status]})" if status in REFUSALS else ""
-        return f"{status}{means}: {self._said(body)}"
-
-    def _said(self, body: bytes) -> str:
-        return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
-
-    def _clean(self, text: str) -> str:
-        text = " ".join(text.split())
-        for secret in self._secrets:
-            text = text.replace(secret, "[secret]")
-        return text
-
-
 def cooldowns(config: Config) -> dict[str, list[dict[str, Any]]]:
     """By upstream, what of it the running gateway leaves alone: rows of /health with `until` in the future."""
     health: dict[str, Any] = {}
@@ -14260,20 +14249,27 @@ def command_upstream_test(options: argparse.Namespace) -> int:
     upstreams = [upstream for upstream in config.upstreams if options.name in ("", upstream.name)]
     if not upstreams:
         raise unknown_name("upstream", options.name, [upstream.name for upstream in config.upstreams])
-    told = functools.partial(print, flush=True)
-    tell: Callable[[str], None] = (lambda line: None) if options.json else told
-    left_alone, reports = cooldowns(config), []
-    found: list[Tried] = []
+    left_alone, reports, found = cooldowns(config), [], list[Tried]()
+
+    def tell(text: str) -> None:
+        if not options.json:
+            print(text, flush=True)
+
+    def tell_key(tried: Tried) -> None:
+        found.append(tried)
+        model = f"{tried.model}: " if tried.model else ""
+        tell(f"  key {tried.key}  {tried.state:6}  {tried.ms:>7,.0f} ms  {model}{tried.detail}")
+
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         for upstream in upstreams:
             tell(f"{upstream.name}  {upstream.url or 'built in'}")
-            tried = runner.run(UpstreamTest(config, upstream, options.model, options.timeout).run(tell))
+            before = len(found)
+            runner.run(UpstreamTest(config, upstream, options.model, options.timeout).run(tell_key))
             rows = left_alone.get(upstream.name, [])
             for row in rows:
                 tell(cooldown_line(upstream.name, row))
             tell("")
-            found += tried
-            keys = msgspec.to_builtins(tried)
+            keys = msgspec.to_builtins(found[before:])
             reports.append({"name": upstream.name, "url": upstream.url, "keys": keys, "cooldowns": rows})
         runner.run(asyncio.sleep(0))  # closed transports let go of their sockets a turn later
     answered = sum(each.state != "FAILED" for each in found)
@@ -14285,7 +14281,21 @@ def command_upstream_test(options: argparse.Namespace) -> int:
     return 0 if answered == len(found) else 1
 
 
+USAGE_GROUPS = {
+    *("key", "team", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"),
+}
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
+
+
+def text_table(rows: Sequence[Sequence[str]], names: int) -> str:
+    """Rows of cells for a terminal; the first `names` columns begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:names], widths, strict=False)]
+        cells += [cell.rjust(width) for cell, width in zip(row[names:], widths[names:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def csv_cell(text: str) -> str:
@@ -14317,14 +14327,7 @@ def usage_table(totals: Sequence[Total], by: Sequence[str]) -> str:
         rate = "-" if total.cache_hit_rate is None else f"{total.cache_hit_rate:.0%}"
         numbers = [f"{getattr(total, name):,}" for name in USAGE_COLUMNS]
         rows.append([*total.group.values(), *numbers, f"{total.cost_usd:,.4f}", rate])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(w) if i < len(by) else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return text_table(rows, len(by))
 
 
 def command_usage(options: argparse.Namespace) -> None:
@@ -14332,22 +14335,12 @@ def command_usage(options: argparse.Namespace) -> None:
     config = Config.load(options.config)
     files = LedgerFiles(config.usage_directory)
     by = list(dict.fromkeys(name.strip() for name in options.by.split(",")))
-    unknown = set(by) - {
-        "key",
-        "team",
-        "model",
-        "model_served",
-        "day",
-        "month",
-        "upstream",
-        "session",
-        "outcome",
-        "client",
-    }
+    unknown = sorted(set(by) - USAGE_GROUPS)
     if unknown:
-        raise CommandError(
-            f"cannot group by {', '.join(sorted(unknown))}; by key, model, day, month, upstream, session, …"
-        )
+        known = "key, model, day, month, upstream, session, …"
+        raise CommandError(f"cannot group by {', '.join(unknown)}; by {known}")
+    if options.json and options.csv:
+        raise CommandError("--json or --csv, not both")
     for name, text in (("--since", options.since), ("--until", options.until)):
         if text not in ("", "9") and not is_time(text):
             raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
@@ -14533,12 +14526,7 @@ def difference_table(pairs: Sequence[Pair]) -> str:
             numbers = (pair.ours or {}).get(measure, 0), theirs
             cells = [format(number, shape) for number in numbers]
             rows.append([pair.day, pair.model, measure, *cells, format(difference, "+" + shape), note])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return text_table(rows, 3)
 
 
 def command_reconcile(options: argparse.Namespace) -> int:
@@ -14722,112 +14710,114 @@ def bounded_time(text: str) -> float:
     return seconds
 
 
-def upstream_arguments(upstream: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
-    """`upstream`: its commands."""
-    commands = upstream.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    test = add(commands, "test", command_upstream_test)
-    test.add_argument("name", nargs="?", default="", metavar="NAME", help="only this upstream")
-    test.add_argument("--model", default="", help="default: the first in `models`, else the cheapest that is listed")
-    test.add_argument("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each key; default: 30s")
-    test.add_argument("--json", action="store_true")
-    add(commands, "reset", command_upstream_reset).add_argument("name", metavar="NAME")
+def takes(*names: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """An argument of a command, as `add_argument` has it; without a word for what it takes it is a switch."""
+    if "metavar" not in more and "action" not in more:
+        more["action"] = "store_true"
+    return names, more
 
 
-def usage_arguments(usage: argparse.ArgumentParser, add: Callable[..., argparse.ArgumentParser]) -> None:
-    """`usage`: its options, and the commands that it has besides summing up."""
-    usage.add_argument(
-        "--by",
-        default="day,key,model",
-        help="groups, of key, model, day, month, upstream, session, … (default: %(default)s)",
-    )
-    usage.add_argument("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)")
-    usage.add_argument("--until", default="9", metavar="TIME", help="first time no longer counted")
-    shape = usage.add_mutually_exclusive_group()
-    shape.add_argument("--json", action="store_true")
-    shape.add_argument("--csv", action="store_true")
-    commands = usage.add_subparsers(title="commands", metavar="COMMAND")
-    reconcile = add(commands, "reconcile", command_reconcile)
-    reconcile.add_argument("file", type=Path, metavar="FILE", help="CSV from Anthropic's Console or OpenAI's dashboard")
-    reconcile.add_argument("--upstream", default="", metavar="NAME", help="only our calls to this upstream")
-    reconcile.add_argument("--json", action="store_true", default=argparse.SUPPRESS)
-    reset = add(commands, "reset", command_usage_reset)
-    reset.add_argument("--limit", default="", metavar="UNIT/WINDOW", help="such as usd/day; default: all")
-    adjust = add(commands, "adjust", command_usage_adjust)
-    adjust.add_argument("--usd", type=bounded_usd, default=0.0, metavar="N", help="such as -3.50")
-    adjust.add_argument("--tokens", type=bounded_count, default=0, metavar="N", help="counted as input")
-    adjust.add_argument("--requests", type=bounded_count, default=0, metavar="N")
-    for made in (reset, adjust):
-        made.add_argument("key", nargs="?", metavar="KEY")
-        made.add_argument("--team", metavar="TEAM", help="the limits of a team")
-        made.add_argument("--gateway", action="store_true", help="the limits of the whole gateway")
-        made.add_argument("--note", default="", metavar="TEXT", help="why; stands in the ledger")
-    verify = add(commands, "verify", command_usage_verify)
-    verify.add_argument("--seen", default="", metavar="VALUE", help="a chain value that an earlier verify printed")
-    add(commands, "archive", command_usage_archive)
-
-
-def backup_arguments(backup: argparse.ArgumentParser, restore: argparse.ArgumentParser) -> None:
-    """`backup` and `restore`: their options."""
-    named = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
-    backup.add_argument("file", nargs="?", default="", metavar="FILE", help=named)
-    backup.add_argument("--without-secret", action="store_true", help="leave out the sealing secret, to keep it apart")
-    restore.add_argument("file", metavar="FILE", help="what `backup` wrote; - for stdin")
-    restore.add_argument("--force", action="store_true", help="replace what is there, and keep it under another name")
+ONE_NAME = takes("name", metavar="NAME")
+WHOSE = (  # limits are corrected
+    takes("key", nargs="?", metavar="KEY"),
+    takes("--team", metavar="TEAM", help="the limits of a team"),
+    takes("--gateway", help="the limits of the whole gateway"),
+    takes("--note", default="", metavar="TEXT", help="why; stands in the ledger"),
+)
+BACKUP_HELP = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
+MODEL_HELP = "default: the first in `models`, else the cheapest that is listed"
+BY_HELP = "groups, of key, model, day, month, upstream, session, … (default: %(default)s)"
+COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are only others below it; then what it takes
+    "serve": [command_serve],
+    "init": [command_init],
+    "check": [
+        command_check,
+        takes("--integrity", action="store_const", dest="run", const=command_check_integrity, help=INTEGRITY_HELP),
+    ],
+    "key": ["Add, list, rotate and revoke keys."],
+    "key add": [
+        command_key_add,
+        ONE_NAME,
+        takes("--limit", action="append", default=[], metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20"),
+        takes("--model", action="append", default=[], metavar="GLOB", help='such as "claude-*"'),
+        takes("--expires", default="", metavar="DATE", help="the last day on which it works, such as 2027-01-31"),
+    ],
+    "key list": [command_key_list],
+    "key rotate": [command_key_rotate, ONE_NAME],
+    "key revoke": [command_key_revoke, ONE_NAME],
+    "seal": [command_seal, takes("--rotate", help="encrypt what is sealed again, with the newest secret")],
+    "upstream": ["Test upstreams, and let them be asked again."],
+    "upstream test": [
+        command_upstream_test,
+        takes("name", nargs="?", default="", metavar="NAME", help="only this upstream"),
+        takes("--model", default="", metavar="MODEL", help=MODEL_HELP),
+        takes("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each key; default: 30s"),
+        takes("--json"),
+    ],
+    "upstream reset": [command_upstream_reset, ONE_NAME],
+    "usage": [
+        command_usage,
+        takes("--by", default="day,key,model", metavar="BY", help=BY_HELP),
+        takes("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)"),
+        takes("--until", default="9", metavar="TIME", help="first time no longer counted"),
+        takes("--json"),
+        takes("--csv"),
+    ],
+    "usage reconcile": [
+        command_reconcile,
+        takes("file", type=Path, metavar="FILE", help="CSV from Anthropic's Console or OpenAI's dashboard"),
+        takes("--upstream", default="", metavar="NAME", help="only our calls to this upstream"),
+        takes("--json", default=argparse.SUPPRESS),
+    ],
+    "usage reset": [
+        command_usage_reset,
+        *WHOSE,
+        takes("--limit", default="", metavar="UNIT/WINDOW", help="such as usd/day; default: all"),
+    ],
+    "usage adjust": [
+        command_usage_adjust,
+        *WHOSE,
+        takes("--usd", type=bounded_usd, default=0.0, metavar="N", help="such as -3.50"),
+        takes("--tokens", type=bounded_count, default=0, metavar="N", help="counted as input"),
+        takes("--requests", type=bounded_count, default=0, metavar="N"),
+    ],
+    "usage verify": [
+        command_usage_verify,
+        takes("--seen", default="", metavar="VALUE", help="a chain value that an earlier verify printed"),
+    ],
+    "usage archive": [command_usage_archive],
+    "backup": [
+        command_backup,
+        takes("file", nargs="?", default="", metavar="FILE", help=BACKUP_HELP),
+        takes("--without-secret", help="leave out the sealing secret, to keep it apart"),
+    ],
+    "restore": [
+        command_restore,
+        takes("file", metavar="FILE", help="what `backup` wrote; - for stdin"),
+        takes("--force", help="replace what is there, and keep it under another name"),
+    ],
+}
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command line."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--config",
-        type=Path,
-        default=argparse.SUPPRESS,
-        metavar="PATH",
-        help="default: GATEWAY_CONFIG, else config.yaml",
-    )
-    common.add_argument(
-        "--log-level", default=argparse.SUPPRESS, choices=["debug", "info", "warning", "error"], help="default: info"
-    )
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        parents=[common],
-        description="A self-hosted gateway for Claude Code. Without a command it serves.",
-    )
+    """The command line. --config and --log-level may stand anywhere in it."""
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--config", type=Path, metavar="PATH", help="default: GATEWAY_CONFIG, else config.yaml")
+    common.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="default: info")
+    about = "A self-hosted gateway for Claude Code. Without a command it serves."
+    parser = argparse.ArgumentParser(prog=PROGRAM, parents=[common], description=about)
     parser.add_argument("--version", action="version", version=f"claude-gateway {VERSION}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-
-    def add(to: Any, name: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
-        made: argparse.ArgumentParser = to.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__)
-        made.set_defaults(run=run)
-        return made
-
-    add(commands, "serve", command_serve)
-    add(commands, "init", command_init)
-    add(commands, "check", command_check).add_argument(
-        "--integrity", dest="run", action="store_const", const=command_check_integrity, help=INTEGRITY_HELP
-    )
-    key_parser = commands.add_parser("key", parents=[common], help="Add, list, rotate and revoke keys.")
-    keys = key_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    add_key = add(keys, "add", command_key_add)
-    add_key.add_argument(
-        "--limit", action="append", default=[], metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20; may be repeated"
-    )
-    add_key.add_argument(
-        "--model", action="append", default=[], metavar="GLOB", help='such as "claude-*"; may be repeated'
-    )
-    add_key.add_argument(
-        "--expires", default="", metavar="DATE", help="the last day on which it works, such as 2027-01-31"
-    )
-    add(keys, "list", command_key_list)
-    for made in (add_key, add(keys, "rotate", command_key_rotate), add(keys, "revoke", command_key_revoke)):
-        made.add_argument("name", metavar="NAME")
-    seal = add(commands, "seal", command_seal)
-    seal.add_argument("--rotate", action="store_true", help="encrypt what is sealed again, with the newest secret")
-    upstream_arguments(
-        commands.add_parser("upstream", parents=[common], help="Test upstreams, and let them be asked again."), add
-    )
-    usage_arguments(add(commands, "usage", command_usage), add)
-    backup_arguments(add(commands, "backup", command_backup), add(commands, "restore", command_restore))
+    below: dict[str, Any] = {"": parser.add_subparsers(title="commands", metavar="COMMAND")}
+    for words, (run, *taken) in COMMANDS.items():
+        above, _, name = words.rpartition(" ")
+        about = run if isinstance(run, str) else run.__doc__
+        made = below[above].add_parser(name, parents=[common], help=about, description=about)
+        if callable(run):
+            made.set_defaults(run=run)
+        for names, more in taken:
+            made.add_argument(*names, **more)
+        if any(other.startswith(f"{words} ") for other in COMMANDS):
+            below[words] = made.add_subparsers(title="commands", metavar="COMMAND", required=not callable(run))
     return parser
 
 

@@ -48,7 +48,12 @@ class Terminal:
         """Test the only upstream of a config."""
         self._path.write_text(text)
         config = g.Config.load(self._path, CLOCK)
-        return await g.UpstreamTest(config, config.upstreams[0], model, timeout_s).run(self.lines.append)
+        found: list[g.Tried] = []
+        await g.UpstreamTest(config, config.upstreams[0], model, timeout_s).run(found.append)
+        for tried in found:
+            model = f"{tried.model}: " if tried.model else ""
+            self.lines.append(f"  key {tried.key}  {tried.state:6}  {tried.ms:>7,.0f} ms  {model}{tried.detail}")
+        return found
 
 
 @pytest.fixture
