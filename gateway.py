@@ -12039,9 +12039,9 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
 
 # --- 22. Integrity: installed files against their lists ---------------------------
 
-# In March 2026 somebody with a stolen token put a release of LiteLLM on PyPI that brought `litellm_init.pth`. Python
-# runs such a file at every start, before any import; it sent away all credentials that it found. The wheel's RECORD had
-# it. What is installed is compared with one of two lists:
+# In March 2026 a release of LiteLLM on PyPI, made with a stolen token, brought a `.pth` file. Python runs such at every
+# start, before any import; it sent away all credentials that it found. The wheel's RECORD had it. What is installed is
+# compared with one of two lists:
 #
 #   gateway.sha256  beside gateway.py, in sha256sum's format: the image's own list, of every file that Python may import
 #                   in it, made when it was built. It is root's, and the gateway does not run as root.
@@ -12052,9 +12052,7 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
 # Neither proves that a release was good when it came: the hashes of requirements.txt only make it the pinned one.
 # And what has taken over this very process can let it say anything.
 INTEGRITY_LIST = Path(__file__).resolve().with_name("gateway.sha256")
-KNOWN_START_CODE = {
-    "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224",  # setuptools' distutils-precedence.pth
-}
+SETUPTOOLS_PTH = "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224"  # distutils-precedence.pth
 NOT_PINNED = ("pip", "setuptools", "wheel", "claude-gateway")  # what installs packages, and ourselves
 
 
@@ -12065,16 +12063,6 @@ class Integrity(NamedTuple):
     files: int  # that it has
     problems: list[str]
     notes: Sequence[str] = ()  # what is worth knowing, and no mistake
-
-
-def is_as_listed(path: str, digest: str) -> bool:
-    """Whether a file is there and has this sha256; any where that is empty. Raises OSError."""
-    if not os.path.isfile(path):
-        return False
-    if not digest:
-        return True
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
 def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str) -> set[str]:
@@ -12101,11 +12089,17 @@ def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: st
 def compare_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str = "") -> Iterator[str]:
     """Compare files with their sha256 by path, and with what the folders hold; a sentence for each difference."""
     for path, digest in sorted(listed.items()):
-        try:
-            if not is_as_listed(path, digest):
-                yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
-        except OSError as error:
-            yield f"{path} cannot be read: {why_not(error)}"
+        if not os.path.isfile(path):
+            yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
+        elif digest:
+            try:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                yield f"{path} cannot be read: {why_not(error)}"
+            else:
+                if found != digest:
+                    yield f"{path} was changed"
     for path in sorted(foreign_files(listed, folders, ignored)):
         yield f"{path} is in no list"
 
@@ -12117,7 +12111,7 @@ def start_code(folder: str, owners: Mapping[str, str]) -> Iterator[str]:
         lines = content.decode("utf-8-sig", "replace").splitlines()
         is_run = any(line.startswith(("import ", "import\t")) for line in lines)  # as in site.addpackage
         is_run = is_run or path.name.partition(".")[0] in ("sitecustomize", "usercustomize")
-        if is_run and hashlib.sha256(content).hexdigest() not in KNOWN_START_CODE:
+        if is_run and hashlib.sha256(content).hexdigest() != SETUPTOOLS_PTH:
             yield f"{path} of {owners.get(str(path), 'no package')} runs code at every start of Python"
 
 
@@ -12167,7 +12161,10 @@ def check_integrity(path: Sequence[str], file: Path) -> Integrity:
     if not file.exists():
         packages = [each for each in folders if Path(each).name in ("site-packages", "dist-packages")]
         return check_packages(packages, file.with_name("requirements.txt"))
-    lines = (line.partition("  ") for line in file.read_text().splitlines())
+    try:
+        lines = [line.partition("  ") for line in file.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        return Integrity(str(file), 0, [f"{file} cannot be read: {error}"])
     listed = {name: digest for digest, _, name in lines}
     return Integrity(str(file), len(listed), list(compare_files({**listed, str(file): ""}, folders)))
 
@@ -12176,10 +12173,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
     """Where there is an image's list, compare with it in a thread that nobody waits for; log and count what differs."""
 
     def run() -> None:
-        try:
-            found = check_integrity(path, file)
-        except (OSError, ValueError) as error:
-            found = Integrity(str(file), 0, [f"{file} cannot be read: {error}"])
+        found = check_integrity(path, file)
         metrics.integrity_problems = len(found.problems)
         if found.problems:
             named = "; ".join(printable(problem, 300) for problem in found.problems[:5])
@@ -13539,12 +13533,7 @@ class ConfigWatch(FileSystemEventHandler):
 
     # Not FileModifiedEvent: a log or a ledger in the same folder would wake the watcher's threads with every line, and
     # whoever writes config.yaml closes it afterwards.
-    EVENTS: ClassVar[list[type[FileSystemEvent]]] = [
-        FileCreatedEvent,
-        FileMovedEvent,
-        FileDeletedEvent,
-        FileClosedEvent,
-    ]
+    EVENTS: ClassVar = [FileCreatedEvent, FileMovedEvent, FileDeletedEvent, FileClosedEvent]
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -13599,43 +13588,6 @@ class ConfigWatch(FileSystemEventHandler):
         except OSError:
             return ()
         return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-EXPORTS = """\
-  export ANTHROPIC_BASE_URL=%s
-  export ANTHROPIC_AUTH_TOKEN=%s
-"""
-
-
-def local_url(config: Config, port: int) -> str:
-    """Where a client on this host finds the gateway."""
-    host = config.server.host
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}"
-
-
-def exports(config: Config, port: int, key: str) -> str:
-    """What a user's shell needs for Claude Code."""
-    return EXPORTS % (config.server.url.rstrip("/") or local_url(config, port), key)
-
-
-def greeting(config: Config, port: int, key: str) -> str:
-    """What the terminal shows once the gateway listens; `key` is the first one, or how a shell gets it, or ""."""
-    path = config.path.name if config.path.parent.samefile(".") else config.path
-    lines = [f"claude-gateway {VERSION} listens on {local_url(config, port)} ({path})", ""]
-    lines += ["Point Claude Code at it:", "", exports(config, port, key or "sk-proxy-...")]
-    if key.startswith("$"):
-        lines.append(
-            f"The first key is in that file, for its owner only: delete it then. Another: {PROGRAM} key add NAME"
-        )
-    elif key:
-        lines.append(f"This key is shown once; {config.path.name} keeps only its hash. Another: {PROGRAM} key add NAME")
-    else:
-        lines.append(f"Make a key: {PROGRAM} key add NAME")
-    if all(upstream.format == "demo" for upstream in config.upstreams):
-        lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {path},")
-        lines.append(f"save (it is live within a second), and run: {PROGRAM} seal")
-    return "\n".join(lines)
 
 
 MAX_LINE = 32 << 10  # characters of a line of the log with its traceback
@@ -13785,17 +13737,15 @@ class LogWriter(logging.Handler):
                     self._changed.wait()
                 lines, self._lines, self._size = self._lines, [], 0
                 lost, self._lost_here = self._lost_here, 0
+            text = "\n".join(lines) + "\n"
             if lost:
-                lines.append(self._loss(lost))
-            if not self._write("\n".join(lines) + "\n"):
+                loss = f"log: {lost} lines were lost here, because stderr was not read or refused them"
+                text += self._formatter.line(time.time(), "WARNING", loss) + "\n"
+            if not self._write(text):
                 with self._changed:
-                    self.lost += len(lines) - (lost > 0)
-                    self._lost_here += len(lines) - (lost > 0) + lost
+                    self.lost += len(lines)
+                    self._lost_here += len(lines) + lost
             time.sleep(self.PAUSE_S)
-
-    def _loss(self, lost: int) -> str:
-        text = f"log: {lost} lines were lost here, because stderr was not read or refused them"
-        return self.format(logging.LogRecord("gateway", logging.WARNING, "", 0, text, None, None))
 
     def _write(self, text: str) -> bool:
         """Write all of it, however long that takes; whether stderr took it."""
@@ -13849,10 +13799,11 @@ class Server:
         try:
             port = await self.door.listen(server.host, server.port)
         except OSError as error:
-            other = "set server.port, or GATEWAY_PORT where the config reads it"
-            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                other = f"set server.host: {OTHER_HOST}"
-            raise CommandError(f"cannot listen on {server.host}:{server.port}: {os_reason(error)}; {other}") from None
+            is_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
+            other = "port, or GATEWAY_PORT where the config reads it" if is_port else f"host: {OTHER_HOST}"
+            raise CommandError(
+                f"cannot listen on {server.host}:{server.port}: {os_reason(error)}; set server.{other}"
+            ) from None
         try:
             self.gateway.ledger.hold()
             self.local.listen()
@@ -13922,8 +13873,8 @@ class Server:
         log.info("stopped")
 
 
-async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
-    """Run the gateway until it is told to stop; `shown_key` as in `greeting`."""
+async def serve(config: Config, greet: Callable[[int], str], log_writer: LogWriter) -> None:
+    """Run the gateway until it is told to stop; `greet` gives what the terminal shows once it listens on a port."""
     gc.set_threshold(2000, 10, 10)  # calls leave no circles behind: some that others leave can wait a little
     server = Server(config)
     server.gateway.metrics.lost_log_lines = lambda: log_writer.lost
@@ -13935,7 +13886,7 @@ async def serve(config: Config, shown_key: str, log_writer: LogWriter) -> None:
         log.warning("config: %s", warning)
     try:
         # One write, so that no line of the log comes between the text and its end where both go into one file.
-        print(greeting(config, port, shown_key) + "\n", end="", flush=True)
+        print(greet(port) + "\n", end="", flush=True)
     except OSError as error:
         sys.stdout = io.StringIO()  # nothing more is said there, and the end is no error
         log.warning("the greeting cannot be written (%s); the gateway listens on port %d", why_not(error), port)
@@ -14019,6 +13970,37 @@ def first_key(path: Path, is_named: bool) -> str:
     return f"$(cat {shlex.quote(str(file))})"
 
 
+def local_url(config: Config, port: int) -> str:
+    """Where a client on this host finds the gateway."""
+    host = config.server.host
+    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}"
+
+
+def exports(config: Config, port: int, key: str) -> str:
+    """What a user's shell needs for Claude Code."""
+    url = config.server.url.rstrip("/") or local_url(config, port)
+    return f"  export ANTHROPIC_BASE_URL={url}\n  export ANTHROPIC_AUTH_TOKEN={key}\n"
+
+
+def greeting(config: Config, port: int, key: str) -> str:
+    """What the terminal shows once the gateway listens; `key` is the first one, or how a shell gets it, or ""."""
+    path = config.path.name if config.path.parent.samefile(".") else config.path
+    lines = [f"claude-gateway {VERSION} listens on {local_url(config, port)} ({path})", ""]
+    lines += ["Point Claude Code at it:", "", exports(config, port, key or "sk-proxy-...")]
+    another = f"{PROGRAM} key add NAME"
+    if not key:
+        lines.append(f"Make a key: {another}")
+    elif key.startswith("$"):
+        lines.append(f"The first key is in that file, for its owner only: delete it then. Another: {another}")
+    else:
+        lines.append(f"This key is shown once; {config.path.name} keeps only its hash. Another: {another}")
+    if all(upstream.format == "demo" for upstream in config.upstreams):
+        lines.append(f"The built-in demo answers. For a real upstream put its url and api_key into {path},")
+        lines.append(f"save (it is live within a second), and run: {PROGRAM} seal")
+    return "\n".join(lines)
+
+
 def command_serve(options: argparse.Namespace) -> None:
     """Run the gateway; where there is no config yet, make one first."""
     signal.signal(
@@ -14031,7 +14013,7 @@ def command_serve(options: argparse.Namespace) -> None:
     log_writer: LogWriter = options.log_writer
     with log_writer.in_thread(sys.stderr), asyncio.Runner(loop_factory=new_event_loop) as runner:
         try:
-            runner.run(serve(config, shown_key, log_writer))
+            runner.run(serve(config, lambda port: greeting(config, port, shown_key), log_writer))
         except CommandError:
             if shown_key:
                 print(f"{path} was made, with a key for you, which is shown once:\n\n  {shown_key}\n")
@@ -14115,10 +14097,7 @@ def prices_text(table: PriceTable) -> str:
 
 def command_check_integrity(options: argparse.Namespace) -> int:
     """Print how the installed files compare with their list; 1 where one differs."""
-    try:
-        found = check_integrity(sys.path, INTEGRITY_LIST)
-    except ValueError as error:
-        raise CommandError(f"{INTEGRITY_LIST} cannot be read: {error}") from None
+    found = check_integrity(sys.path, INTEGRITY_LIST)
     for problem in found.problems:
         print(printable(problem, 1000))
     for note in found.notes:

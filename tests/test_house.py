@@ -35,6 +35,15 @@ def test_no_name_is_used_above_its_definition():
     assert [(name, line) for name, line in uses if line < defined[name]] == []
 
 
+def test_no_name_is_defined_twice():
+    """
+    The second one would take the place of the first without a word.
+    """
+    names = [name for node in TREE.body for name in names_of(node)]
+
+    assert [name for name in set(names) if names.count(name) > 1] == []
+
+
 def names_of(node: ast.stmt) -> list[str]:
     """The names that a statement of the module defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
