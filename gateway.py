@@ -106,7 +106,7 @@ import urllib.parse
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -374,7 +374,7 @@ class Limit(NamedTuple):
 class Budget(NamedTuple):
     """The limits of a key, of a team, or of the whole gateway; `concurrent` is infinite where it has none."""
 
-    scope: ScopeKind
+    scope: ScopeKind | Literal["count_tokens"]
     name: str
     limits: tuple[Limit, ...]
     concurrent: float
@@ -382,9 +382,10 @@ class Budget(NamedTuple):
     def __str__(self) -> str:
         return f"the {self.scope} {self.name}" if self.name else "this gateway"
 
-    def is_of(self, other: Budget) -> bool:
-        """Whether both are of the same key, team or gateway; a reload may lie between them."""
-        return self[:2] == other[:2]
+    @property
+    def place(self) -> tuple[str, str]:
+        """What tells it from others, in any snapshot."""
+        return self.scope, self.name
 
 
 class Route(NamedTuple):
@@ -4820,17 +4821,50 @@ def summarize(lines: Iterable[LedgerLine], by: Sequence[str], timezone: dt.tzinf
 
 # --- 8. Limits: may this key spend now? -------------------------------------------
 
+# The problem. What a call costs is known when it ends, and many run at once: fifty calls that all see "$9.90 of $10.00
+# spent" would all go. So a call is admitted by what is spent *and held*: before it goes it holds an estimate of its
+# cost in every window of its key, its team and the gateway, in all of them or in none. Its ledger entry counts in full;
+# then what it held is given back. A limit is passed by no more than running calls cost beyond their estimates.
+#
+# The states of a call, and what moves it:
+#
+#     new      -> admitted   enter: a slot of each budget that has `concurrent`, and one request
+#     new      -> waiting    enter: a budget has no slot left; the slots that the call has so far stay its own
+#     waiting  -> waiting    a slot was returned, and the next budget has none: the call waits there
+#     waiting  -> admitted   a slot was returned, the last that was missing
+#     waiting  -> refused    `limits.queue` is over, a full queue dropped it, its client left, a reload took its key
+#     admitted -> deferred   its body is not whole after 5 s: slots and request go back, and it is new once it is whole
+#     admitted -> reserved   admit: the tokens and the money of its estimate; or refused
+#     any      -> over       release: all goes back, and whoever waits for a slot of these budgets is served
+#
+# There are two steps because a refusal must come before the body is read, and an estimate needs the body. The request
+# counts in the first: 50 calls whose bodies dripped for more than a minute passed a limit of 5 a minute.
+#
+# Slots, an example. Alice and bob may have 2 calls at once, the gateway 3. Alice sends 9 calls: 2 run, 7 wait in her
+# own queue. Bob sends 2: 1 runs, 1 has bob's slot and waits in the gateway's queue. One of alice's ends: her slot goes
+# to her next call, which joins the gateway's queue behind bob's; the gateway's slot goes to bob. So a slot is handed to
+# the first of one queue, and no other call is looked at.
+#
+# Money, an example. $20 a day, $19.50 spent, a running call holds $0.30. A call with an input of $0.15 and up to $0.40
+# of output is admitted: the input must fit, of the output $0.05 are held. One with an input of $0.25 has to come again
+# ("held by running calls"), one with $0.60 is refused until midnight.
+#
+# Given up: one queue for all budgets (a freed slot had to look at every call that waited), and numbers leased to each
+# process in advance (a limit of 5 requests cannot be shared out among 4 processes).
+
 NANO = {"tokens": 1.0, "requests": 1.0, "usd": 1e9}  # money is counted in nano-USD
 IMAGE_USD = 0.25  # of a generated image, which is billed by its tokens: the largest in high quality
 
 
 def amount_text(unit: str, *amounts: float) -> str:
-    """Amounts of a limit as people read them: `$3.20 of $20.00`, `12,000 of 50,000 tokens`."""
-    if unit == "usd":
-        return " of ".join(
-            f"${usd:,.2f}" if usd >= 0.1 or usd <= 0 else f"${usd:.4f}" for usd in (x / 1e9 for x in amounts)
-        )
-    return " of ".join(f"{amount:,.0f}" for amount in amounts) + f" {unit}"
+    """Return amounts of a limit in words: `$3.20 of $20.00`, `12,000 of 50,000 tokens`. USD are given in nano-USD."""
+    if unit != "usd":
+        return " of ".join(f"{amount:,.0f}" for amount in amounts) + f" {unit}"
+    texts = []
+    for amount in amounts:
+        digits = 4 if 0 < amount < 0.1e9 else 2
+        texts.append(f"${amount / 1e9:,.{digits}f}")
+    return " of ".join(texts)
 
 
 def reset_text(at: float | None, now: float, timezone: dt.tzinfo) -> str:
@@ -4842,19 +4876,141 @@ def reset_text(at: float | None, now: float, timezone: dt.tzinfo) -> str:
     return f"resets {day} {local:%H:%M} {local.tzname()}"
 
 
+class Standing(NamedTuple):
+    """How a limit stands, before a call that needs so much of it; amounts in the limit's unit, money in nano-USD."""
+
+    budget: Budget
+    limit: Limit
+    used: float
+    held: float
+    allowed: float
+    resets_at: float | None = None  # seconds since 1970; None where it does not reset
+    need: float = 0
+    wait_s: int = 0  # of a sliding window that is in the way: when it has room again
+
+    def text(self) -> str:
+        """Say what is in the way."""
+        unit, whose = self.limit.unit, f"The limit {self.limit.name} of {self.budget}"
+        spent = amount_text(unit, self.used, self.allowed)
+        if self.used >= self.allowed:
+            return f"{whose} is used up: {spent}"
+        if self.used + self.need > self.allowed:
+            need = amount_text(unit, self.need)
+            return f"{whose} has too little left: {spent} used, and this call needs about {need}"
+        return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
+
+    def row(self, now: float, timezone: dt.tzinfo) -> dict[str, Any]:
+        """Return it for people, money in USD."""
+        scale = NANO.get(self.limit.unit, 1)
+        used, allowed = round(self.used / scale, 9), self.allowed / scale
+        return {
+            "limit": self.limit.name,
+            "scope": self.budget.scope,
+            "used": used,
+            "reserved": round(self.held / scale, 9),
+            "allowed": allowed,
+            "remaining": round(max(0, allowed - used), 9),
+            "resets_at": self.resets_at and utc_time(self.resets_at),
+            "resets": reset_text(self.resets_at, now, timezone) or None,
+        }
+
+
+def short_number(number: float) -> str:
+    """`12.3M`, `50k`, `7`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + letter
+    return f"{number:g}"
+
+
+def limit_phrase(row: Mapping[str, Any]) -> str:
+    """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`, of a row of `Limits.standings`."""
+    unit, _, window = row["limit"].partition("/")
+    if unit == "usd":
+        amounts = f"${row['used']:,.2f} of ${row['allowed']:,.2f}"
+    else:
+        amounts = f"{short_number(row['used'])} of {short_number(row['allowed'])} {unit}"
+    scope = "" if row["scope"] == "key" else f" ({row['scope']})"
+    return f"{amounts} {WINDOWS[window].phrase}{scope}"
+
+
+class Demand(NamedTuple):
+    """What a call asks to hold, by unit: `need` must fit; of `output` tokens as many as fit beside it."""
+
+    need: Mapping[str, int]
+    output: float
+    per_token: Mapping[str, float]  # of an output token
+
+
+class Hold:
+    """What one call holds of its budgets. The store alone changes it, except for `budgets`."""
+
+    __slots__ = ("amounts", "budgets", "scopes", "slots", "step")
+
+    def __init__(self, budgets: Sequence[Budget]) -> None:
+        self.budgets = budgets
+        self.scopes: Sequence[tuple[Budget, Scope]] = ()  # the budgets' numbers, of a store that has them here
+        self.slots = 0  # so many of the budgets, from the first on, have given it a slot
+        self.step: int | None = None  # in which its request counts (`STEP_S`)
+        self.amounts: dict[str, int] = {}
+
+    def rebind(self, budgets: Sequence[Budget]) -> None:
+        """Count in other budgets from now on; its slots must have been returned."""
+        self.budgets, self.scopes = budgets, ()
+
+
+Reply = Standing | asyncio.Future[Standing | None] | None
+CONCURRENT = "concurrent"  # the unit of slots
+NOTHING_MORE = {"tokens": 0, "usd": 0}
+ONE_REQUEST = {"requests": 1}
+ANYTHING_MORE = NOTHING_MORE | ONE_REQUEST
+
+
+class CounterStore(Protocol):
+    """The numbers of all budgets: what is spent, by the ledger's counters, and what running calls hold. By unit.
+
+    Each method is one step: nothing of another call comes between its look and its change. `enter` and `reserve` return
+    the limit that is in the way, None where none is; a store that has to ask elsewhere returns a future of that. It
+    does what concerns one hold in the order in which it was asked (`settle` may come before an answer), and answers
+    `find_spent` and `standings` by what it knows at the moment.
+
+    enter         take the slots that are missing, one budget after the other: a standing of the unit CONCURRENT says
+                  which has none left. With all of them, hold a request, if `need` fits. What was taken stays held.
+    reserve       hold what `demand` asks for in all windows, or nothing
+    charge        hold more, though it may pass a limit: it is spent already
+    return_slots  give the slots back, and nothing else
+    settle        give everything back
+    find_spent    return a limit that has no room for `need`; only its units are looked at
+    standings     return how each limit of the hold's budgets stands
+    """
+
+    def enter(self, hold: Hold, need: Mapping[str, int]) -> Reply: ...
+    def reserve(self, hold: Hold, demand: Demand) -> Reply: ...
+    def charge(self, hold: Hold, amounts: Mapping[str, int]) -> None: ...
+    def return_slots(self, hold: Hold) -> None: ...
+    def settle(self, hold: Hold) -> None: ...
+    def find_spent(self, hold: Hold, need: Mapping[str, int]) -> Standing | None: ...
+    def standings(self, hold: Hold) -> list[Standing]: ...
+
+
+def slots_standing(budget: Budget, running: int) -> Standing:
+    """Return how `concurrent` of a budget stands."""
+    return Standing(budget, Limit(CONCURRENT, WINDOWS[""], budget.concurrent), running, 0, budget.concurrent)
+
+
 class Scope:
-    """What runs right now on a key, a team or the gateway. Survives reloads; what was spent is in its counters."""
+    """The numbers of a key, a team or the gateway. Survives reloads."""
 
     __slots__ = ("admitted", "counters", "reserved", "running")
 
     def __init__(self, counters: Counters) -> None:
-        self.counters = counters
+        self.counters = counters  # what is spent
         self.running = 0
         self.reserved = {"tokens": 0, "usd": 0, "requests": 0}  # usd in nano-USD
         self.admitted: dict[int, int] = {}  # running calls, by the step (`STEP_S`) in which they were admitted
 
     def held(self, limit: Limit, now: float) -> float:
-        """What running calls hold of a limit. In requests/minute a call counts when it is admitted, not as it runs."""
+        """What running calls hold of a limit. In a sliding window a request counts when it is admitted, not later."""
         if limit.unit == "requests" and limit.window.kind == "sliding":
             here, seconds = now // STEP_S, limit.window.seconds
             return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
@@ -4875,58 +5031,135 @@ class Scope:
         return seconds
 
 
-class Standing(NamedTuple):
-    """How a limit stands before a call that needs so much of it; amounts in the limit's unit."""
+class MemoryStore:
+    """The numbers in this process (`CounterStore`): what is held in scopes, what is spent in the fold of the ledger."""
 
-    budget: Budget
-    limit: Limit
-    used: float
-    held: float
-    allowed: float
-    need: float
+    def __init__(self, fold: Fold, clock: Clock) -> None:
+        self._fold, self._now = fold, clock.wall
+        self._scopes: dict[tuple[str, str], Scope] = {}  # by scope and name of the budget
 
-    def text(self) -> str:
-        """What is in the way, in words."""
-        unit, whose = self.limit.unit, f"The limit {self.limit.name} of {self.budget}"
-        spent = amount_text(unit, self.used, self.allowed)
-        if self.used >= self.allowed:
-            return f"{whose} is used up: {spent}"
-        if self.used + self.need > self.allowed:
-            return (
-                f"{whose} has too little left: {spent} used, and this call needs about {amount_text(unit, self.need)}"
-            )
-        return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
+    def _open(self, hold: Hold) -> Sequence[tuple[Budget, Scope]]:
+        pairs = []
+        for budget in hold.budgets:
+            place = budget.scope, budget.name
+            if place not in self._scopes:
+                is_free = budget.scope == "count_tokens"  # nothing is ever spent there
+                counters = Counters() if is_free else self._fold.scope(cast(ScopeKind, budget.scope), budget.name)
+                self._scopes[place] = Scope(counters)
+            pairs.append((budget, self._scopes[place]))
+        hold.scopes = pairs
+        return pairs
 
+    def _fit(
+        self,
+        hold: Hold,
+        need: Mapping[str, int],
+        now: float,
+        output: float = math.inf,
+        per_token: Mapping[str, float] = NOTHING_MORE,
+    ) -> Standing | float:
+        """Return how many of `output` tokens fit beside `need` in every limit, or a limit in which `need` does not."""
+        for budget, scope in hold.scopes or self._open(hold):
+            for limit in budget.limits:
+                unit = limit.unit
+                if unit not in need:
+                    continue
+                allowed = limit.amount * NANO[unit]
+                used = scope.counters.spent(unit, limit.window, now)
+                held = scope.held(limit, now)
+                if used >= allowed or used + held + need[unit] > allowed:
+                    return self._standing(budget, scope, limit, now, need[unit])
+                if per_token.get(unit):
+                    output = min(output, (allowed - used - held - need[unit]) / per_token[unit])
+        return output
 
-def short_number(number: float) -> str:
-    """`12.3M`, `50k`, `7`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}".removesuffix(".0") + letter
-    return f"{number:g}"
+    def _standing(self, budget: Budget, scope: Scope, limit: Limit, now: float, need: int = 0) -> Standing:
+        allowed = limit.amount * NANO[limit.unit]
+        used = scope.counters.spent(limit.unit, limit.window, now)
+        held = scope.held(limit, now)
+        resets_at = scope.counters.resets_at(limit.window, now, self._fold.calendar)
+        wait_s = 0
+        if limit.window.kind == "sliding":
+            wait_s = scope.wait_s(limit, used + held + max(need, 1) - allowed, now)
+        return Standing(budget, limit, used, held, allowed, resets_at, need, wait_s)
 
+    def enter(self, hold: Hold, need: Mapping[str, int]) -> Standing | None:
+        scopes = hold.scopes or self._open(hold)
+        for budget, scope in scopes[hold.slots :]:
+            if scope.running >= budget.concurrent:
+                return slots_standing(budget, scope.running)
+            scope.running += 1
+            hold.slots += 1
+        now = self._now()
+        fits = self._fit(hold, need, now)
+        if isinstance(fits, Standing):
+            return fits
+        step = hold.step = int(now // STEP_S)
+        for _, scope in scopes:
+            scope.reserved["requests"] += 1
+            scope.admitted[step] = scope.admitted.get(step, 0) + 1
+        return None
 
-def limit_phrase(standing: Mapping[str, Any]) -> str:
-    """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`, of a row of `Limits.standings`."""
-    unit, _, window = standing["limit"].partition("/")
-    amounts = standing["used"], standing["allowed"]
-    used, allowed = (f"${amount:,.2f}" if unit == "usd" else short_number(amount) for amount in amounts)
-    words = [used, "of", allowed, "" if unit == "usd" else unit, WINDOWS[window].phrase]
-    words.append("" if standing["scope"] == "key" else f"({standing['scope']})")
-    return " ".join(word for word in words if word)
+    def reserve(self, hold: Hold, demand: Demand) -> Standing | None:
+        output = self._fit(hold, demand.need, self._now(), demand.output, demand.per_token)
+        if isinstance(output, Standing):
+            return output
+        amounts = {}
+        for unit, amount in demand.need.items():
+            amounts[unit] = amount + math.floor(output * demand.per_token[unit])
+        self.charge(hold, amounts)
+        return None
+
+    def charge(self, hold: Hold, amounts: Mapping[str, int]) -> None:
+        for unit, amount in amounts.items():
+            hold.amounts[unit] = hold.amounts.get(unit, 0) + amount
+            for _, scope in hold.scopes:
+                scope.reserved[unit] += amount
+
+    def return_slots(self, hold: Hold) -> None:
+        for _, scope in hold.scopes[: hold.slots]:
+            scope.running -= 1
+        hold.slots = 0
+
+    def settle(self, hold: Hold) -> None:
+        self.return_slots(hold)
+        step, amounts = hold.step, hold.amounts
+        hold.step, hold.amounts = None, {}
+        for _, scope in hold.scopes:
+            for unit, amount in amounts.items():
+                scope.reserved[unit] -= amount
+            if step is not None:
+                scope.reserved["requests"] -= 1
+                scope.admitted[step] -= 1
+                if not scope.admitted[step]:
+                    del scope.admitted[step]
+
+    def find_spent(self, hold: Hold, need: Mapping[str, int]) -> Standing | None:
+        fits = self._fit(hold, need, self._now())
+        return fits if isinstance(fits, Standing) else None
+
+    def standings(self, hold: Hold) -> list[Standing]:
+        rows, now = [], self._now()
+        for budget, scope in self._open(hold):
+            rows += [self._standing(budget, scope, limit, now) for limit in budget.limits]
+            if math.isfinite(budget.concurrent):
+                rows.append(slots_standing(budget, scope.running))
+        return rows
 
 
 T = TypeVar("T")
 
 
 class Waiter(Generic[T]):
-    """A call that waits its turn. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
+    """A call that waits. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
 
-    __slots__ = ("call", "turn", "until")
+    __slots__ = ("asked", "call", "place", "turn", "until")
 
     def __init__(self, call: Call, until: float) -> None:
         self.call = call
+        self.asked: asyncio.Future[Any] | None = None  # whether it is its turn: not answered yet
         self.until = until  # monotonic
+        self.place: Hashable = None  # what it waits for: the name of its queue
         self.turn: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
 
     def end(self, result: T | GatewayError) -> None:
@@ -4960,7 +5193,7 @@ class WaitQueue(Generic[W]):
     (longest queue drop). Every step takes the same time, however many wait; only the drop looks at each key once.
     """
 
-    def __init__(self, bound: int) -> None:
+    def __init__(self, bound: float) -> None:
         self._bound = bound
         self._size = 0
         self._by_key: OrderedDict[str, OrderedDict[W, None]] = OrderedDict()  # the first key is the next to be served
@@ -4986,10 +5219,6 @@ class WaitQueue(Generic[W]):
         self.remove(dropped)
         return dropped
 
-    def first(self) -> W:
-        """Whose turn it is."""
-        return next(iter(next(iter(self._by_key.values()))))
-
     def firsts(self) -> Iterator[W]:
         """The first call of each key whose wait has not ended, in the order of their turns."""
         for waiters in self._by_key.values():
@@ -4998,41 +5227,84 @@ class WaitQueue(Generic[W]):
                     yield waiter
                     break
 
-    def pop(self) -> W:
-        """Take out whose turn it is; its key's next turn comes after those of the others."""
-        waiter = self.first()
-        self.pop_out_of_turn(waiter)
-        return waiter
-
-    def pop_out_of_turn(self, waiter: W) -> None:
-        """Take one out to serve it, though another key may be before it; its key's next turn comes last."""
-        self._by_key.move_to_end(waiter.call.key.name)
-        self.remove(waiter)
-
-    def remove(self, waiter: W) -> None:
-        """Take one out, wherever it stands, if it is still there."""
+    def remove(self, waiter: W, is_served: bool = False) -> bool:
+        """Take one out, wherever it stands; whether it was there. If it is served, its key comes last next time."""
         name = waiter.call.key.name
         waiters = self._by_key.get(name)
-        if waiters is not None and waiter in waiters:
-            del waiters[waiter]
-            self._size -= 1
-            if not waiters:
-                del self._by_key[name]
+        if waiters is None or waiter not in waiters:
+            return False
+        if is_served:
+            self._by_key.move_to_end(name)
+        del waiters[waiter]
+        self._size -= 1
+        if not waiters:
+            del self._by_key[name]
+        return True
+
+
+class WaitQueues(Generic[W]):
+    """All calls that wait for things of one kind, in a queue for each thing (its place); has the bounds and deadlines.
+
+    `give_up` makes what ends a wait that was dropped from a full queue, has lasted too long, or is left at the end. As
+    long as it is not clear what a call will have to wait for, it stands apart, in no queue.
+    """
+
+    def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
+        self._bound, self._clock, self._give_up = bound, clock, give_up
+        self.size = 0
+        self.apart = WaitQueue[W](math.inf)
+        self.queues: OrderedDict[Hashable, WaitQueue[W]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[W]:
+        return iter([*self.apart, *(waiter for queue in self.queues.values() for waiter in queue)])
+
+    def push(self, place: Hashable, waiter: W) -> None:
+        """Let a call wait in a queue, or apart (None). Where the queue is full, the wait of one call in it ends."""
+        self.remove(waiter)
+        queue = self.apart
+        if place is not None:
+            queue = self.queues.setdefault(place, WaitQueue(self._bound))
+        waiter.place = place
+        self.size += 1
+        dropped = queue.push(waiter)
+        if dropped:
+            self.size -= 1
+            dropped.end(self._give_up(dropped))
+
+    def remove(self, waiter: W, is_served: bool = False) -> None:
+        """Take one out, wherever it stands, if it still waits; `is_served`: because it was its turn."""
+        place, waiter.place = waiter.place, None
+        queue = self.queues.get(place, self.apart)
+        if queue.remove(waiter, is_served):
+            self.size -= 1
+            if not queue and place is not None:
+                del self.queues[place]
+
+    def check(self, stood_s: float = 0.0) -> None:
+        """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
+        now = self._clock.monotonic()
+        for waiter in self:
+            waiter.until += stood_s
+            if now >= waiter.until:
+                waiter.end(self._give_up(waiter))
+
+    def close(self) -> None:
+        """End every wait."""
+        for waiter in self:
+            waiter.end(self._give_up(waiter))
 
 
 class BodyMemory:
     """The bytes of request bodies that the gateway holds, of all calls together at most `total`.
 
-    What is sent of a body is no copy, though it be changed: see `spliced`. Copies that are not counted here: a body
-    whose thinking is taken out has two more while that is done, one call at a time; TLS, and asyncio before Python
-    3.12 without uvloop, copy what the upstream has not read yet.
+    A call takes its Content-Length before its body is read (in chunks: as they come), and gives it back with the first
+    content of an answer, or at its end. So that one key's calls cannot take everything, a key may hold no more than is
+    still free: the dynamic threshold of switches whose ports share a buffer (Choudhury and Hahne 1998). One busy key
+    gets half of the memory, two get a third each, and there is room for whoever comes next. An example with 256 MB: of
+    bodies of 30 MB one key has four (120 MB, 136 are free; a fifth would make it 150 and 106).
 
-    A call takes its Content-Length before its body is read (in chunks: as they come), and gives it back when the first
-    content of an answer has come or the call has ended. So that one key's calls cannot take everything, a key may hold
-    no more than is still free: the dynamic threshold of switches whose ports share a buffer (Choudhury and Hahne 1998).
-    One busy key gets half of the memory, two get a third each, and there is room for whoever comes next. An example
-    with 256 MB: of bodies of 30 MB one key has four (120 MB, 136 are free; a fifth would make it 150 and 106), and
-    the first call of another key still finds its 30.
+    Not counted: two more copies while thinking is taken out of a body, one call at a time; what TLS, and asyncio before
+    Python 3.12 without uvloop, copy of what the upstream has not read yet.
     """
 
     def __init__(self, total: int) -> None:
@@ -5070,49 +5342,21 @@ class BodyMemory:
         return Unavailable(f"{text} Try again in a moment.", retry_after_s=5)
 
 
-class Reservation:
-    """What one call holds, from its head until it is booked: bytes for its body, slots, a request, tokens and money.
+class Reservation(Hold):
+    """What one call holds, from its head until it is booked: bytes for its body, and what the store holds for it.
 
     A context manager: leaving it gives everything back, whatever happened.
     """
 
-    __slots__ = (
-        "_amounts",
-        "_limits",
-        "_memory",
-        "_step",
-        "body_bytes",
-        "call",
-        "is_deferred",
-        "scopes",
-        "slots",
-        "waiter",
-    )
+    __slots__ = ("_limits", "_memory", "body_bytes", "call", "is_deferred", "waiter")
 
     def __init__(self, limits: Limits, memory: BodyMemory, call: Call) -> None:
+        super().__init__(limits.budgets(call.key, call.route.kind))
         self._limits, self._memory = limits, memory
         self.call = call
         self.body_bytes = 0
-        self.scopes = limits.scopes(call.key, call.route.kind)  # of the key, of its team, of the gateway
-        self.slots = 0  # so many of the scopes, from the first on, have given it a slot
-        self.waiter: Waiter[bool] | None = None  # where it had to wait for one
+        self.waiter: Waiter[bool] | None = None  # where it had to wait for a slot
         self.is_deferred = False  # it enters again when its body is whole
-        self._step: int | None = None  # in which its request counts (`STEP_S`)
-        self._amounts: dict[str, int] = {}
-
-    def take_slots(self) -> bool:
-        """Take the slots that are still missing, one scope after the other; whether it has all of them now."""
-        for budget, scope in self.scopes[self.slots :]:
-            if scope.running >= budget.concurrent:
-                return False
-            scope.running += 1
-            self.slots += 1
-        return True
-
-    @property
-    def full(self) -> tuple[Budget, Scope]:
-        """The budget whose slot is the next that it needs."""
-        return self.scopes[self.slots]
 
     def hold_body(self, size: int) -> None:
         """Hold so many bytes (more) for the body. Raises TooLarge or Unavailable."""
@@ -5124,56 +5368,24 @@ class Reservation:
         if self.body_bytes:
             self._memory.give_back(self)
 
-    def hold_request(self, now: float) -> None:
-        """Count a request that is admitted at `now`, in seconds since 1970."""
-        self._step = int(now // STEP_S)
-        for _, scope in self.scopes:
-            scope.reserved["requests"] += 1
-            scope.admitted[self._step] = scope.admitted.get(self._step, 0) + 1
-
-    def hold(self, amounts: dict[str, int]) -> None:
-        """Hold tokens and money (more), by unit, of every limit."""
-        self._amounts = {unit: self._amounts.get(unit, 0) + amount for unit, amount in amounts.items()}
-        for _, scope in self.scopes:
-            for unit, amount in amounts.items():
-                scope.reserved[unit] += amount
-
     def defer(self) -> None:
         """Give slots and request back: the body is slow. `Limits.admit` asks for them again once it is whole.
 
         One key's bodies that dripped for a minute kept its whole team out, at no cost.
         """
-        if self.slots < len(self.scopes):  # it is deferred already; or it waits, which has a deadline of its own
-            return
-        self.release(keeps_body=True)
-        self.waiter = None
-        self.is_deferred = True
+        if self.slots == len(self.budgets):  # else it is deferred already; or it waits, which has its own deadline
+            self._limits.settle(self)
+            self.is_deferred = True
 
-    def release(self, keeps_body: bool = False) -> None:
+    def release(self) -> None:
         """Give everything back. A second time there is nothing left to give."""
-        step, self._step = self._step, None
-        amounts, self._amounts = self._amounts, {}
-        for _, scope in self.scopes:
-            for unit, amount in amounts.items():
-                scope.reserved[unit] -= amount
-            if step is not None:
-                scope.reserved["requests"] -= 1
-                scope.admitted[step] -= 1
-                if not scope.admitted[step]:
-                    del scope.admitted[step]
-        if self.waiter:
-            self._limits.leave_queue(self)
-        if self.slots:
-            self.return_slots()
-        if not keeps_body and (self.call.headers or self.body_bytes):  # else it has let go at the first content
+        self._limits.settle(self)
+        if self.call.headers or self.body_bytes:  # else it has let go at the first content
             self.call.let_go()
 
     def return_slots(self) -> None:
-        """Give the slots to those who wait for them."""
-        scopes, self.slots = self.scopes[: self.slots], 0
-        for _, scope in scopes:
-            scope.running -= 1
-        self._limits.wake(scopes)
+        """Give the slots to those who wait for them; what it holds of tokens and money stays."""
+        self._limits.return_slots(self)
 
     def __enter__(self) -> Reservation:
         return self
@@ -5186,9 +5398,8 @@ class InputRatios:
     """How much more input calls have than was estimated, learnt per key and model from what upstreams say.
 
     No rule by bytes holds for each script and each model's tokenizer, and a prompt may refer to what lies upstream. A
-    ratio goes half of the way up to a larger one and a fiftieth of the way down to a smaller: so it is near to the
-    largest of the last fifty. It is at least 1, so that padding does not talk it down, and at most 4. What one key
-    sends changes no other key's reservations.
+    ratio goes half of the way up to a larger one and a fiftieth of the way down to a smaller: it is near to the largest
+    of the last fifty. At least 1, so that padding does not talk it down; what one key sends changes no other key's.
     """
 
     MAX_RATIO = 4.0
@@ -5228,200 +5439,138 @@ class InputRatios:
 
 
 class Limits:
-    """Admits calls: every limit of the key, its team and the gateway is checked and reserved together or not at all.
+    """The policy of admission: which budgets a call counts in, what it may cost, who waits, what a refusal says.
 
-    How far a limit can be passed: by what the calls that run at that moment cost beyond their reservations. A
-    reservation is the estimated input (`estimate_input`, times what `InputRatios` has learnt), the output that the
-    client allows, but at most `limits.reserve_output` and what is left, and what else may be billed (`_reserve`).
-
-    A call needs a slot of each of its budgets that has `concurrent`: of its key's, its team's and the gateway's, taken
-    in this order. Where one has none left, the call keeps the slots that it has and waits in that budget's queue. So
-    a slot that becomes free is handed to the first of one queue, and nobody else is looked at. An example: alice and
-    bob may have 2 calls at once, the gateway 3. Alice sends 9 calls: 2 run, 7 wait in her own queue. Bob sends 2:
-    1 runs, 1 has bob's slot and waits in the gateway's queue. One of alice's ends: her slot goes to her next call,
-    which joins the gateway's queue behind bob's; the gateway's slot goes to bob.
-
-    A call whose body is not whole after some seconds gives its slots back, and enters again when it is (`defer`).
-
-    count_tokens is free and takes none of these slots. It has a few for each key, which are waited for likewise.
+    count_tokens is free and counts in no budget. It has a few slots for each key, which are waited for likewise.
     """
 
     SHORT_BODY = 64 << 10  # bytes
     COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28 …
     COUNT_WAIT_S = 10.0  # … of which the others wait, at most so long
+    STORE_S = 5.0  # how long the store may take to answer, beside the time in a queue
     SERVED = 1000  # models of which it is remembered who serves them
 
-    def __init__(self, fold: Fold, clock: Clock, pace: Pace) -> None:
-        self._fold, self._clock, self._pace = fold, clock, pace
-        self._scopes: dict[tuple[str, str], Scope] = {}
+    def __init__(self, store: CounterStore, clock: Clock, pace: Pace, timezone: dt.tzinfo) -> None:
+        self.store = store
+        self._clock, self._timezone = clock, timezone
         self.ratios = InputRatios()
-        self._queues: dict[Scope, WaitQueue[Waiter[bool]]] = {}  # of the scopes for whose slots somebody waits
+        self._queues = WaitQueues[Waiter[Any]](pace.queue_calls, clock, self._give_up)  # by the budget's place
         self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
 
-    def scopes(self, key: Key, kind: str = "messages") -> list[tuple[Budget, Scope]]:
-        """Each budget that a key's calls of a kind count in, with what runs on it."""
+    def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
+        """Return the budgets that a key's calls of a kind count in."""
         if kind == "count_tokens":
-            own = self._scopes.setdefault((kind, key.name), Scope(Counters()))
-            return [(Budget("key", key.name, (), self.COUNTS), own)]
-        return [(budget, self._scope(budget)) for budget in key.budgets]
-
-    def _scope(self, budget: Budget) -> Scope:
-        name = (budget.scope, budget.name)
-        found = self._scopes.get(name)
-        if found is None:
-            found = self._scopes[name] = Scope(self._fold.scope(*name))
-        return found
+            return (Budget("count_tokens", key.name, (), self.COUNTS),)
+        return key.budgets
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a slot."""
-        return sum(map(len, self._queues.values())) if self._queues else 0
+        """How many calls wait for a slot."""
+        return self._queues.size
 
-    def refuse_spent(self, config: Config, scopes: list[tuple[Budget, Scope]], units: Sequence[str]) -> None:
-        """Refuse one more call where a limit in one of these units is used up, or holds no request more.
-
-        Raises LimitSpent or LimitFull.
-        """
-        now = self._clock.wall()
-        for budget, scope in scopes:
-            for limit in budget.limits:
-                if limit.unit in units:
-                    need = 1 if limit.unit == "requests" else 0
-                    self._left(config, budget, scope, limit, need, now)
+    # The first step: slots and a request
 
     def enter(self, reservation: Reservation, length: int) -> None:
-        """The first step of an admission, before the body is read: slots and a request, or a place in a queue.
+        """Take slots and count a request before the body of `length` bytes is read, or wait: `reservation.waiter`.
 
-        The request counts in the moment in which the slots are there, however long the body then takes: 50 calls whose
-        bodies dripped for more than a minute passed a limit of 5. Raises LimitSpent or LimitFull. What is held by then,
-        the reservation gives back.
+        Raises LimitSpent or LimitFull. What is held by then, the reservation gives back.
         """
         call = reservation.call
-        if reservation.take_slots():
-            # The second step asks for tokens and money anyway: before a short body they are not asked for twice.
-            units = ("requests",) if 0 < length <= self.SHORT_BODY else LIMIT_UNITS
-            self.refuse_spent(call.config, reservation.scopes, units)
-            reservation.hold_request(self._clock.wall())
+        # The second step asks for tokens and money anyway: before a short body they are not asked for twice.
+        is_short = 0 < length <= self.SHORT_BODY
+        reply = self.store.enter(reservation, ONE_REQUEST if is_short else ANYTHING_MORE)
+        if reply is None:
             return
-        self.refuse_spent(call.config, reservation.scopes, LIMIT_UNITS)
-        wait_s: float = call.config.limits.queue
-        if call.route.kind == "count_tokens":
-            wait_s = self.COUNT_WAIT_S
-        if wait_s <= 0:
-            raise self._too_many(reservation)
-        waiter = reservation.waiter = Waiter(call, self._clock.monotonic() + wait_s)
-        self._enqueue(reservation, waiter)
+        wait_s = self.COUNT_WAIT_S if call.route.kind == "count_tokens" else call.config.limits.queue
+        waiter = reservation.waiter = Waiter[bool](call, self._clock.monotonic() + wait_s)
+        self._queues.push(None, waiter)
+        self._take_in(waiter, reply)
         if waiter.turn.done():
-            raise self._too_many(reservation)
+            raise cast(GatewayError, waiter.turn.result())
+
+    def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
+        """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
+        call, place = waiter.call, waiter.place
+        waiter.asked = None
+        if isinstance(reply, asyncio.Future):
+            waiter.asked = reply
+            waiter.until += self.STORE_S
+            return reply.add_done_callback(lambda reply: self._heard(waiter, reply))
+        if waiter.turn.done() or call.reservation.waiter is not waiter:
+            return None  # it has left, or its time is over: its slots come back in a moment
+        if reply and reply.limit.unit == CONCURRENT and place is None:
+            # Who could not go on with a slot does not wait for one.
+            reply = self.store.find_spent(call.reservation, ANYTHING_MORE) or reply
+        if reply is None or reply.limit.unit != CONCURRENT:
+            self._queues.remove(waiter, is_served=True)
+            call.admitted = self._clock.monotonic()
+            waiter.end(self._refusal(call.config, reply) if reply else True)
+        elif waiter.until <= self._clock.monotonic():
+            waiter.end(self._too_many(call.reservation))
+        elif reply.budget.place == place:
+            return None
+        else:
+            self._queues.remove(waiter, is_served=True)
+            self._queues.push(reply.budget.place, waiter)
+        return self._serve(place)
+
+    def _heard(self, waiter: Waiter[bool], reply: asyncio.Future[Standing | None]) -> None:
+        waiter.until -= self.STORE_S
+        if waiter.asked is reply:  # else a reload came between
+            self._take_in(waiter, reply.result())
+
+    def _serve(self, place: Hashable) -> None:
+        """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
+        queue = self._queues.queues.get(place)
+        waiter = next(queue.firsts(), None) if queue else None
+        if waiter and not waiter.asked:
+            self._take_in(waiter, self.store.enter(waiter.call.reservation, ANYTHING_MORE))
+
+    def _too_many(self, reservation: Reservation) -> LimitFull:
+        call, budget = reservation.call, reservation.budgets[reservation.slots]
+        what = f"{budget.concurrent:,.0f} calls at once, the limit of {budget}"
+        if budget.scope == "count_tokens":
+            what = f"{budget.concurrent} calls of count_tokens at once, which the key {budget.name} may have"
+        return LimitFull(f"More than {what}. Try again in a moment.{call.config.contact}", retry_after_s=5)
+
+    def _give_up(self, waiter: Waiter[Any]) -> GatewayError:
+        if waiter.place is None:
+            return Unavailable("The gateway's counters do not answer.", retry_after_s=5)
+        return self._too_many(waiter.call.reservation)
+
+    # The second step: tokens and money
 
     async def admit(self, call: Call, gone: asyncio.Future[Any]) -> None:
-        """The second step, once the body is read: tokens and money. `gone` is resolved when the client has left.
+        """Hold what a call may cost, once its body is read and it has its slots. `gone`: resolved if the client leaves.
 
         Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
         """
-        if call.reservation.is_deferred:
-            self.enter(call.reservation, len(call.body))
-        waiter = call.reservation.waiter
-        if waiter:
-            await waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
-        if call.route.kind != "count_tokens":
-            self._reserve(call, call.reservation)
-
-    def _too_many(self, reservation: Reservation) -> LimitFull:
-        budget, _ = reservation.full
-        what = f"{budget.concurrent:,.0f} calls at once, the limit of {budget}"
-        if reservation.call.route.kind == "count_tokens":
-            what = f"{budget.concurrent} calls of count_tokens at once, which {budget} may have"
-        contact = reservation.call.config.contact
-        return LimitFull(f"More than {what}. Try again in a moment.{contact}", retry_after_s=5)
-
-    def _enqueue(self, reservation: Reservation, waiter: Waiter[bool]) -> None:
-        """Let a call wait for the next slot that it needs. In a full queue one call's wait ends (`push`)."""
-        _, scope = reservation.full
-        queue = self._queues.get(scope)
-        if queue is None:
-            queue = self._queues[scope] = WaitQueue(self._pace.queue_calls)
-        dropped = queue.push(waiter)
-        if dropped:
-            dropped.end(self._too_many(dropped.call.reservation))
-
-    def leave_queue(self, reservation: Reservation) -> None:
-        """Wait no more."""
-        if reservation.waiter and reservation.slots < len(reservation.scopes):
-            _, scope = reservation.full
-            queue = self._queues.get(scope)
-            if queue is not None:
-                queue.remove(reservation.waiter)
-                if not queue:
-                    del self._queues[scope]
-
-    def wake(self, scopes: list[tuple[Budget, Scope]]) -> None:
-        """Hand slots that have become free to those who wait for them: the gateway's, the team's, then the key's."""
-        if not self._queues:
+        reservation = call.reservation
+        if reservation.is_deferred:
+            self.enter(reservation, len(call.body))
+        if reservation.waiter:
+            await reservation.waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
+        if call.route.kind == "count_tokens":
             return
-        for _, scope in reversed(scopes):
-            queue = self._queues.get(scope)
-            while queue:
-                budget, _ = queue.first().call.reservation.full
-                if scope.running >= budget.concurrent:
-                    break
-                self._go_on(queue.pop())
-            if queue is not None and not queue:
-                self._queues.pop(scope, None)
+        reply = self.store.reserve(reservation, self.demand(call))
+        if isinstance(reply, asyncio.Future):
+            reply = await self._answer(call, reply, gone)
+        if reply:
+            raise self._refusal(call.config, reply)
 
-    def _go_on(self, waiter: Waiter[bool]) -> None:
-        """Let a call take the slots that it still needs, as far as there are any."""
-        reservation = waiter.call.reservation
-        if waiter.turn.done():  # its client has left, or its time is over: its slots come back in a moment
-            return
-        if not reservation.take_slots():
-            self._enqueue(reservation, waiter)
-            return
+    async def _answer(
+        self, call: Call, reply: asyncio.Future[Standing | None], gone: asyncio.Future[Any]
+    ) -> Standing | None:
+        waiter = Waiter[Standing | None](call, self._clock.monotonic() + self.STORE_S)
+        self._queues.push(None, waiter)
+        reply.add_done_callback(lambda reply: waiter.end(reply.result()))
         try:
-            self.refuse_spent(waiter.call.config, reservation.scopes, LIMIT_UNITS)
-        except GatewayError as refusal:
-            waiter.end(refusal)  # and its slots come back in a moment
-        else:
-            reservation.hold_request(self._clock.wall())
-            waiter.call.admitted = self._clock.monotonic()
-            waiter.end(True)
+            return await waiter.wait(gone, ClientLeft("The client left while its call waited for the counters."))
+        finally:
+            self._queues.remove(waiter)
 
-    def _waiters(self) -> list[Waiter[bool]]:
-        return [waiter for queue in self._queues.values() for waiter in queue]
-
-    def take_config(self, config: Config) -> None:
-        """Let those who wait see a new config's limits; who may not use its key any more is told so."""
-        if not self._queues:
-            return
-        # All queues are made anew, those first who were nearest to their turn: a key may have another team now.
-        waiters = sorted(self._waiters(), key=lambda waiter: -waiter.call.reservation.slots)
-        self._queues.clear()
-        for waiter in waiters:
-            waiter.call.reservation.return_slots()
-        for waiter in waiters:
-            try:
-                key = config.check_again(waiter.call)
-                waiter.call.reservation.scopes = self.scopes(key, waiter.call.route.kind)
-            except GatewayError as refusal:
-                waiter.end(refusal)
-            else:
-                self._go_on(waiter)
-
-    def check(self, stood_s: float = 0.0) -> None:
-        """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
-        now = self._clock.monotonic()
-        for waiter in self._waiters():
-            waiter.until += stood_s
-            if now >= waiter.until:
-                waiter.end(self._too_many(waiter.call.reservation))
-
-    def close(self) -> None:
-        """End every wait."""
-        for waiter in self._waiters():
-            waiter.end(self._too_many(waiter.call.reservation))
-
-    def _reserve(self, call: Call, reservation: Reservation) -> None:
-        """Hold what a call may cost in every window at once. Raises LimitSpent, LimitFull.
+    def demand(self, call: Call) -> Demand:
+        """Return what a call may cost.
 
         The rule: (input + stored input) x price of input, or of a cache's writes if the body asks for these; the same
         and `reserve_output` for each run of another model by a tool; so many pieces of each hosted tool; all of which
@@ -5433,12 +5582,12 @@ class Limits:
         20,000 x 6.25 / 1e6 = $0.125; two runs of 0.125 + 8192 x 25 / 1e6 = $0.6596; searches 8 x 0.01 = $0.08;
         and output 4000 x 25 / 1e6 = $0.10: together $0.9646.
         """
-        config, now, besides = call.config, self._clock.wall(), call.besides
+        config, besides = call.config, call.besides
         input_tokens = call.input_estimate * self.ratios.of(call)
         if besides and besides.has_stored:
             input_tokens += self.ratios.stored(call)
         weights, price = config.limits.weights, self._expected_price(call, math.ceil(input_tokens))
-        each = {"tokens": weights.output, "usd": price.output * 1e3}  # of an output token; USD per million, in nano-USD
+        per_token = {"tokens": weights.output, "usd": price.output * 1e3}  # USD per million, in nano-USD
         input_weight = weights.input
         if besides and besides.write:
             input_weight = max(weights.input, weights.cache_write)
@@ -5448,21 +5597,12 @@ class Limits:
         }
         if besides:
             extras = config.surcharges(call.upstream_model)
-            for unit, per_token in each.items():
-                need[unit] += math.ceil(besides.runs * (need[unit] + config.limits.reserve_output * per_token))
+            for unit in need:
+                run = need[unit] + config.limits.reserve_output * per_token[unit]
+                need[unit] += math.ceil(besides.runs * run)
             pieces = sum(extras.get(name, IMAGE_USD) * count for name, count in besides.extras)
             need["usd"] += math.ceil(pieces * NANO["usd"])
-        output = call.reserved_output
-        for budget, scope in reservation.scopes:
-            for limit in budget.limits:
-                if limit.unit == "requests":
-                    continue  # held since the first step
-                left = self._left(config, budget, scope, limit, need[limit.unit], now)
-                if each[limit.unit]:
-                    output = min(output, left / each[limit.unit])
-        for unit, per_token in each.items():
-            need[unit] += math.floor(output * per_token)
-        reservation.hold(need)
+        return Demand(need, call.reserved_output, per_token)
 
     def note_served(self, config: Config, asked: str, served: str) -> None:
         """Remember that an upstream answers for a model with a dearer one: the next call is held at that price."""
@@ -5495,57 +5635,80 @@ class Limits:
             max(price.output * factor for price, factor in rates),
         )
 
-    def allows_more(self, reservation: Reservation) -> bool:
-        """Whether what is spent and held, the call's own included, is still within every limit of tokens and money."""
-        try:
-            self.refuse_spent(reservation.call.config, reservation.scopes, ("tokens", "usd"))
-        except GatewayError:
-            return False
-        return True
-
-    def _left(self, config: Config, budget: Budget, scope: Scope, limit: Limit, need: float, now: float) -> float:
-        """What a limit has left after `need`, in its unit. Raises LimitSpent where that is no question of time."""
-        allowed = limit.amount * NANO[limit.unit]
-        used = scope.counters.spent(limit.unit, limit.window, now)
-        held = scope.held(limit, now)
-        if used < allowed and used + held + need <= allowed:
-            return allowed - used - held - need
-        raise self._refusal(config, Standing(budget, limit, used, held, allowed, need), scope, now)
-
-    def _refusal(self, config: Config, standing: Standing, scope: Scope, now: float) -> GatewayError:
-        limit, contact = standing.limit, config.contact
-        if limit.window.kind == "sliding" and standing.need <= standing.allowed:
-            excess = standing.used + standing.held + max(standing.need, 1) - standing.allowed
-            wait_s = scope.wait_s(limit, excess, now)
-            return LimitFull(f"{standing.text()}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)
+    def _refusal(self, config: Config, standing: Standing) -> GatewayError:
+        """Say which limit is in the way: LimitFull where a moment may help, else LimitSpent until the window ends."""
+        text, contact, now = standing.text(), config.contact, self._clock.wall()
+        if standing.limit.window.kind == "sliding" and standing.need <= standing.allowed:
+            wait_s = standing.wait_s
+            return LimitFull(f"{text}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)
         if standing.used < standing.allowed and standing.used + standing.need <= standing.allowed:
-            return LimitFull(f"{standing.text()}. Try again in a moment.{contact}", retry_after_s=5)
-        resets_at = scope.counters.resets_at(limit.window, now, self._fold.calendar)
-        reset = reset_text(resets_at, now, self._fold.calendar.timezone)
-        return LimitSpent(
-            f"{standing.text()}{'; ' * bool(reset)}{reset}.{contact}",
-            retry_after_s=None if resets_at is None else max(1, math.ceil(resets_at - now)),
-        )
+            return LimitFull(f"{text}. Try again in a moment.{contact}", retry_after_s=5)
+        if standing.resets_at is None:
+            return LimitSpent(f"{text}.{contact}")
+        reset = reset_text(standing.resets_at, now, self._timezone)
+        return LimitSpent(f"{text}; {reset}.{contact}", retry_after_s=max(1, math.ceil(standing.resets_at - now)))
 
-    def standings(self, config: Config, key: Key) -> list[dict[str, Any]]:
-        """How each limit of a key stands; money in USD."""
-        now, calendar = self._clock.wall(), self._fold.calendar
-        found: list[dict[str, Any]] = []
+    # While it runs, and its end
 
-        def add(budget: Budget, name: str, used: float, held: float, allowed: float, resets_at: float | None) -> None:
-            row = {"limit": name, "scope": budget.scope, "used": used, "reserved": held, "allowed": allowed}
-            row |= {"remaining": round(max(0, allowed - used), 9), "resets_at": resets_at and utc_time(resets_at)}
-            found.append(row | {"resets": reset_text(resets_at, now, calendar.timezone) or None})
+    def charge(self, reservation: Reservation, amounts: Mapping[str, int]) -> bool:
+        """Hold more, by unit, that a failed attempt has cost; whether the limits still allow another attempt."""
+        self.store.charge(reservation, amounts)
+        return self.store.find_spent(reservation, NOTHING_MORE) is None
 
-        for budget, scope in self.scopes(key):
-            for limit in budget.limits:
-                scale, counters = NANO[limit.unit], scope.counters
-                used = counters.spent(limit.unit, limit.window, now) / scale
-                held, resets_at = scope.held(limit, now) / scale, counters.resets_at(limit.window, now, calendar)
-                add(budget, limit.name, round(used, 9), round(held, 9), limit.amount, resets_at)
-            if math.isfinite(budget.concurrent):
-                add(budget, "concurrent", scope.running, 0, budget.concurrent, None)
-        return found
+    def settle(self, reservation: Reservation) -> None:
+        """Give back all that the store holds for a call, and serve those who wait for its slots."""
+        if reservation.waiter:
+            self._queues.remove(reservation.waiter)
+            reservation.waiter = None
+        freed = reservation.budgets[: reservation.slots]
+        self.store.settle(reservation)
+        if self._queues.size:
+            self._wake(freed)
+
+    def return_slots(self, reservation: Reservation) -> None:
+        """Give back the slots alone, and serve those who wait for them."""
+        freed = reservation.budgets[: reservation.slots]
+        self.store.return_slots(reservation)
+        self._wake(freed)
+
+    def _wake(self, freed: Sequence[Budget]) -> None:
+        for budget in reversed(freed):  # the gateway's slot, the team's, then the key's
+            self._serve(budget.place)
+
+    def take_config(self, config: Config) -> None:
+        """Let those who wait see a new config's limits; who may not use its key any more is told so."""
+        if not self._queues.size:
+            return
+        # All queues are made anew, those first who were nearest to their turn: a key may have another team now.
+        waiters = [waiter for waiter in self._queues if waiter.call.reservation.waiter is waiter]
+        waiters.sort(key=lambda waiter: -waiter.call.reservation.slots)
+        for waiter in waiters:
+            self._queues.push(None, waiter)
+            self.store.settle(waiter.call.reservation)
+        for waiter in waiters:
+            reservation = waiter.call.reservation
+            try:
+                key = config.check_again(waiter.call)
+            except GatewayError as refusal:
+                waiter.end(refusal)
+            else:
+                reservation.rebind(self.budgets(key, waiter.call.route.kind))
+                self._take_in(waiter, self.store.enter(reservation, ANYTHING_MORE))
+
+    def check(self, stood_s: float = 0.0) -> None:
+        """End the waits that have lasted long enough, and see whether the store has slots that others gave back."""
+        self._queues.check(stood_s)
+        for place in tuple(self._queues.queues):
+            self._serve(place)
+
+    def close(self) -> None:
+        """End every wait."""
+        self._queues.close()
+
+    def standings(self, key: Key) -> list[dict[str, Any]]:
+        """Return how each limit of a key stands, as rows for people; money in USD."""
+        now, hold = self._clock.wall(), Hold(self.budgets(key))
+        return [standing.row(now, self._timezone) for standing in self.store.standings(hold)]
 
 
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
@@ -8604,8 +8767,8 @@ class Upstreams:
         self.suspects: dict[Health, Choice] = {}  # whose list of models would tell whether its API key is good
         self.on_trip: Callable[[Choice, Cooldown], None] = lambda choice, cooldown: None
         self.on_recovery: Callable[[Choice], None] = lambda choice: None
-        self._queues: OrderedDict[Wanted, WaitQueue[Seeker]] = OrderedDict()  # by whom they may be sent to
-        self._later: list[Seeker] = []  # who may not be sent anywhere yet, the first first
+        # By whom they may be sent to; who may not be sent anywhere yet stands apart.
+        self._queues = WaitQueues[Seeker](pace.waiting_calls, clock, lambda _: None)
 
     # Who is asked
 
@@ -8696,51 +8859,29 @@ class Upstreams:
         None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved). Raises what a
         reload says against the call's key.
         """
-        now = self._clock.monotonic()
-        if max(now + self.ready_in(call, tried), not_before) > until or len(self._later) >= self._pace.waiting_calls:
+        now, queues = self._clock.monotonic(), self._queues
+        if max(now + self.ready_in(call, tried), not_before) > until or len(queues.apart) >= self._pace.waiting_calls:
             return None
         seeker = Seeker(call, tried, not_before, until)
         if not_before > now:
-            bisect.insort(self._later, seeker, key=lambda seeker: seeker.not_before)
+            queues.push(None, seeker)
         else:
-            self._enqueue(seeker)
+            queues.push(seeker.wanted, seeker)
         try:
             return await seeker.wait(gone, None)
         except asyncio.CancelledError:
-            if (
-                seeker.turn.done()
-                and not seeker.turn.cancelled()
-                and isinstance(ticket := seeker.turn.result(), Ticket)
-            ):
-                ticket.__exit__()
+            if seeker.turn.done() and not seeker.turn.cancelled():
+                ticket = seeker.turn.result()
+                if isinstance(ticket, Ticket):
+                    ticket.__exit__()
             raise
         finally:
-            self._forget(seeker)
+            queues.remove(seeker)
 
     @property
     def waiting(self) -> int:
         """Calls that wait for an upstream."""
-        return len(self._later) + sum(map(len, self._queues.values()))
-
-    def _enqueue(self, seeker: Seeker) -> None:
-        queue = self._queues.get(seeker.wanted)
-        if queue is None:
-            queue = self._queues[seeker.wanted] = WaitQueue(self._pace.waiting_calls)
-        dropped = queue.push(seeker)
-        if dropped:
-            dropped.end(None)
-
-    def _forget(self, seeker: Seeker) -> None:
-        if seeker in self._later:
-            self._later.remove(seeker)
-        queue = self._queues.get(seeker.wanted)
-        if queue is not None:
-            queue.remove(seeker)
-            if not queue:
-                del self._queues[seeker.wanted]
-
-    def _seekers(self) -> list[Seeker]:
-        return [*self._later, *(seeker for queue in self._queues.values() for seeker in queue)]
+        return self._queues.size
 
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
@@ -8761,20 +8902,14 @@ class Upstreams:
 
     def wake(self) -> None:
         """Give what is free to those who wait: to one call of each queue, the queues in turn, while there is any."""
-        if not (self._queues or self._later):
-            return
-        now = self._clock.monotonic()
-        while self._later and self._later[0].not_before <= now:
-            self._enqueue(self._later.pop(0))
-        queues = deque(self._queues)
-        while queues:
-            wanted = queues.popleft()
-            queue = self._queues[wanted]
-            if self._serve_next(queue):
-                queues.append(wanted)
-                self._queues.move_to_end(wanted)
-            elif not queue:
-                del self._queues[wanted]
+        queues = self._queues.queues
+        turns = deque(queues)
+        while turns:
+            wanted = turns.popleft()
+            if wanted in queues and self._serve_next(queues[wanted]):
+                turns.append(wanted)
+                if wanted in queues:
+                    queues.move_to_end(wanted)
 
     def _serve_next(self, queue: WaitQueue[Seeker]) -> bool:
         """Give a ticket to the call of a queue whose turn it is; False where none can have one.
@@ -8789,7 +8924,7 @@ class Upstreams:
                 continue
             ticket = self.take(call, seeker.tried)
             if ticket:
-                queue.pop_out_of_turn(seeker)
+                self._queues.remove(seeker, is_served=True)
                 seeker.end(ticket)
                 return True
             covered = [cooldown.whom for choice in self.choices_of(call) for cooldown in choice.cooldowns_of(call)]
@@ -8804,16 +8939,16 @@ class Upstreams:
 
         The time `stood_s` for which the loop stood still counts for none.
         """
-        self.wake()
         now = self._clock.monotonic()
-        for seeker in self._seekers():
-            seeker.until += stood_s
-            if now >= seeker.until:
-                seeker.end(None)
+        for seeker in self._queues:
+            if seeker.place is None and seeker.not_before <= now:
+                self._queues.push(seeker.wanted, seeker)
+        self.wake()
+        self._queues.check(stood_s)
 
     def refuse_keys(self, config: Config) -> None:
         """End the waits of those who may not use their key any more."""
-        for seeker in self._seekers():
+        for seeker in self._queues:
             try:
                 config.check_again(seeker.call)
             except GatewayError as refusal:
@@ -8999,8 +9134,7 @@ class Upstreams:
 
     def close(self) -> None:
         """End every wait."""
-        for seeker in self._seekers():
-            seeker.end(None)
+        self._queues.close()
 
 
 # --- 14. Demo: an upstream that needs no API key ----------------------------------
@@ -10874,11 +11008,17 @@ class Gateway:
     LARGE_BODY = 256 << 10  # bytes; larger ones are read one after the other; between two of them others have a turn
     MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
-    def __init__(self, config: Config, pace: Pace = Pace(), environ: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self,
+        config: Config,
+        pace: Pace = Pace(),
+        environ: Mapping[str, str] = os.environ,
+        store: Callable[[Fold, Clock], CounterStore] = MemoryStore,
+    ) -> None:
         self.config, self.pace, self.clock = config, pace, config.clock
         self._environ = environ
         self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock, config.timezone)
-        self.limits = Limits(self.ledger.fold, config.clock, pace)
+        self.limits = Limits(store(self.ledger.fold, config.clock), config.clock, pace, config.timezone)
         self.memory = BodyMemory(config.body_memory)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
@@ -11027,8 +11167,8 @@ class Gateway:
         call, usage = exchange.call, attempt.usage()
         bill = call.config.bill(attempt.ticket.model, attempt.meter.model[:MAX_NAME], usage)
         usd = min(bill.cost_usd, MAX_COST_USD)
-        call.reservation.hold({"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])})
-        return self.limits.allows_more(call.reservation)
+        held = {"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])}
+        return self.limits.charge(call.reservation, held)
 
     def book(self, exchange: Exchange, outcome: Outcome) -> None:
         """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""
@@ -11116,7 +11256,7 @@ class Gateway:
             "key": key.name,
             "team": key.team,
             "timezone": config.server.timezone,
-            "limits": self.limits.standings(config, key),
+            "limits": self.limits.standings(key),
             "today": Total.of({}, fold.spent_since(key.name, spans["day"].start)),
             "month": Total.of({}, fold.spent_since(key.name, spans["month"].start)),
         }

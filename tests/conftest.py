@@ -74,9 +74,11 @@ class GatewayUnderTest:
 
     PACE = g.Pace(settle_s=0.005, demo_s=0.0)
 
-    def __init__(self, path: Path, clock: FakeClock, pace: g.Pace, most: int = 4000) -> None:
+    def __init__(
+        self, path: Path, clock: FakeClock, pace: g.Pace, most: int = 4000, store: type[g.CounterStore] = g.MemoryStore
+    ) -> None:
         self.path, self.clock = path, clock
-        self.gateway = g.Gateway(g.Config.load(path, clock.clock), pace)
+        self.gateway = g.Gateway(g.Config.load(path, clock.clock), pace, store=store)
         self.door = g.Door(self.gateway, g.tornado_application(self.gateway), most)
         self.port = 0
         self.local: g.LocalDoor | None = None
@@ -221,14 +223,20 @@ StartGateway = Callable[..., Awaitable[GatewayUnderTest]]
 
 
 @pytest.fixture
-def start_gateway(io_loop, tmp_path, clock) -> Iterator[StartGateway]:
+def store() -> type[g.CounterStore]:
+    """Where the numbers of limits are."""
+    return g.MemoryStore
+
+
+@pytest.fixture
+def start_gateway(io_loop, tmp_path, clock, store) -> Iterator[StartGateway]:
     """Start a gateway from a config's text."""
     started: list[GatewayUnderTest] = []
 
     async def start(text: str, pace: g.Pace = GatewayUnderTest.PACE, most: int = 4000) -> GatewayUnderTest:
         path = tmp_path / "config.yaml"
         path.write_text(text)
-        under_test = GatewayUnderTest(path, clock, pace, most)
+        under_test = GatewayUnderTest(path, clock, pace, most, store)
         await under_test.start()
         started.append(under_test)
         return under_test

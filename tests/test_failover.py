@@ -862,8 +862,8 @@ async def test_attempts_that_are_billed_in_vain_end_where_the_limit_does(start_g
     spent = sum(entry["cost_usd"] for entry in gateway.entries())
     assert (asked, b"overloaded_error" in reply.body) == (2, True)
     assert spent == pytest.approx(1.2001)
-    scopes = gateway.gateway.limits.scopes(gateway.gateway.config.keys.find([KEY]))
-    assert [scope.reserved["usd"] for _, scope in scopes] == [0] * len(scopes)
+    rows = (await gateway.get("/v1/usage")).json["limits"]
+    assert [row["reserved"] for row in rows] == [0] * len(rows)
     caplog.clear()
 
 
@@ -1063,7 +1063,7 @@ async def test_a_wait_for_an_upstream_is_longer_by_the_time_for_which_the_loop_s
     await upstreams["a"].request_came()
     second = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
     await until(lambda: len(gateway.gateway.relay.running) == 2)
-    await until(lambda: gateway.gateway.relay.upstreams._seekers())
+    await until(lambda: gateway.gateway.relay.upstreams.waiting)
 
     gateway.clock.advance(30)
     gateway.gateway.tick(30.0)

@@ -12,12 +12,14 @@ import re
 import struct
 import zlib
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from client import Connection, Reply, request_bytes
 from conftest import HELLO, HELLO_STREAM, KEY, START, UPSTREAM_KEY, FakeClock, GatewayUnderTest, calls_made, until
+from far_store import FarStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from upstream import (
@@ -85,12 +87,61 @@ async def standing(gateway: GatewayUnderTest, limit: str, token: str = KEY) -> d
     return next(row for row in usage["limits"] if row["limit"] == limit)
 
 
+def new_limits(snapshot: g.Config, clock: g.Clock, pace: g.Pace = g.Pace()) -> g.Limits:
+    """Limits without a gateway around them."""
+    store = g.MemoryStore(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock)
+    return g.Limits(store, clock, pace, snapshot.timezone)
+
+
+@pytest.fixture(params=[g.MemoryStore, FarStore], ids=["", "far"])
+def store(request) -> type[g.CounterStore]:
+    """Every gateway here has its numbers once in memory and once elsewhere: the seam shall hold what it promises."""
+    return request.param
+
+
+@pytest.fixture
+def start_gateway(io_loop, start_gateway, store) -> Callable[..., Awaitable[GatewayUnderTest]]:
+    """As conftest's. Where the store is elsewhere, it is asked again now and then, as a running gateway's ticks do."""
+    ticking: list[asyncio.Task[None]] = []
+
+    async def tick(limits: g.Limits) -> None:
+        while True:
+            await asyncio.sleep(0.005)
+            limits.check()
+
+    async def start(*args: object, **options: object) -> GatewayUnderTest:
+        gateway = await start_gateway(*args, **options)
+        if store is FarStore:
+            ticking.append(asyncio.ensure_future(tick(gateway.gateway.limits)))
+        return gateway
+
+    yield start
+    for task in ticking:
+        task.cancel()
+
+
+def slots_taken(gateway: GatewayUnderTest) -> dict[tuple[str, str], int]:
+    """How many slots of each budget are taken."""
+    store = gateway.gateway.limits.store
+    if isinstance(store, FarStore):
+        return dict(store.running())
+    return {place: scope.running for place, scope in store._scopes.items() if scope.running}
+
+
+def queued(gateway: GatewayUnderTest) -> int:
+    """How many calls wait for a slot, those not counted that the store has not answered yet."""
+    return gateway.gateway.limits.waiting - len(gateway.gateway.limits._queues.apart)
+
+
 async def idle(gateway: GatewayUnderTest) -> None:
     """Wait for every call's end; then nobody holds anything."""
     await gateway.settled()
     limits = gateway.gateway.limits
-    held = {name: (s.running, s.reserved, s.admitted) for name, s in limits._scopes.items()}
-    assert held and held == dict.fromkeys(held, (0, PLAIN, {}))
+    if isinstance(limits.store, FarStore):
+        await until(lambda: not limits.store.held)
+    else:
+        held = {name: (s.running, s.reserved, s.admitted) for name, s in limits.store._scopes.items()}
+        assert held and held == dict.fromkeys(held, (0, PLAIN, {}))
     assert limits.waiting == 0
     assert (gateway.gateway.memory.held, gateway.gateway.memory._by_key) == (0, {})
 
@@ -279,7 +330,7 @@ async def test_a_key_has_sixteen_count_tokens_calls_at_once(start_gateway, upstr
 
     counting = [count(gateway) for _ in range(20)]
     await upstream.request_came(16)
-    await until(lambda: gateway.gateway.limits.waiting == 4)
+    await until(lambda: queued(gateway) == 4)
     upstream.script = json_body({"input_tokens": 9})
     bob = await count(gateway, BOB)
     asked = len(upstream.requests)
@@ -306,7 +357,7 @@ async def test_a_count_tokens_call_that_waited_is_served(start_gateway, upstream
     gateway = await start_gateway(config(upstream.url))
     counting = [count(gateway) for _ in range(17)]
     await upstream.request_came(16)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     await gateway.write(config(upstream.url, "concurrent: 1"))
     still_waiting = gateway.gateway.limits.waiting
@@ -349,14 +400,13 @@ async def test_what_a_running_call_holds(start_gateway, upstream, max_tokens, se
     money = await standing(gateway, "usd/day")
     go.set()
     await running
-    await gateway.settled()
+    await idle(gateway)
     after = await standing(gateway, "tokens/day")
 
     assert (during["reserved"], during["used"], after["reserved"]) == (tokens, 0, 0)
     if "weights" not in settings:
         estimate = estimate_of(request)
         assert money["reserved"] == pytest.approx((estimate * 10 + (tokens - estimate) * 50) / 1e6)
-    await idle(gateway)
 
 
 async def test_a_call_that_asks_for_writes_to_a_cache_holds_their_weight(start_gateway, upstream):
@@ -989,12 +1039,12 @@ def test_what_may_be_billed_besides_is_reserved(case):
     """
     kind, fields, usd = BESIDES[case]
     call = read_call(kind, body_of(fields), "usd/day: 100k")
-    calendar = g.Calendar(call.config.timezone)
-    limits = g.Limits(g.Fold(calendar, 0.0), call.config.clock, g.Pace())
+    limits = new_limits(call.config, call.config.clock)
 
-    with g.Reservation(limits, g.BodyMemory(0), call) as held:
-        limits._reserve(call, held)
-        reserved = held.scopes[0][1].reserved["usd"] / 1e9
+    with g.Reservation(limits, g.BodyMemory(0), call) as call.reservation:
+        asyncio.run(limits.admit(call, None))
+        (row,) = limits.standings(call.key)
+        reserved = row["reserved"]
 
     plain = 0.01 + call.input_estimate * 100e-6  # USD: the least text and answer, or the same once more for each run
     assert usd <= reserved <= usd + plain
@@ -1121,7 +1171,7 @@ async def test_the_oldest_waits_shortest(start_gateway, upstream):
     for i in range(4):
         calls.append(post(gateway))
         calls[-1].add_done_callback(lambda _, i=i: order.append(i))
-        await until(lambda i=i: gateway.gateway.limits.waiting == i and len(upstream.requests) == 1)
+        await until(lambda i=i: queued(gateway) == i and len(upstream.requests) == 1)
 
     for signal in signals:
         signal.set()
@@ -1141,10 +1191,10 @@ async def test_a_wait_ends_after_queue(start_gateway, upstream):
     running = post(gateway)
     await upstream.request_came()
     waiting = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     gateway.tick(9.9)
-    still = gateway.gateway.limits.waiting
+    still = queued(gateway)
     gateway.tick(0.1)
     reply = await waiting
 
@@ -1153,7 +1203,7 @@ async def test_a_wait_ends_after_queue(start_gateway, upstream):
     assert reply.error["message"] == (
         "More than 1 calls at once, the limit of the key alice. Try again in a moment. Ask Eve."
     )
-    assert gateway.gateway.limits.waiting == 0 and len(upstream.requests) == 1
+    assert queued(gateway) == 0 and len(upstream.requests) == 1
     running.cancel()
 
 
@@ -1166,11 +1216,11 @@ async def test_a_wait_is_longer_by_the_time_for_which_the_loop_stood_still(start
     running = post(gateway)
     await upstream.request_came()
     waiting = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     gateway.clock.advance(30)
     gateway.gateway.tick(30.0)
-    (waiter,) = gateway.gateway.limits._waiters()
+    (waiter,) = gateway.gateway.limits._queues
     has_ended = waiter.turn.done()
     gateway.tick(10)
 
@@ -1184,8 +1234,7 @@ async def send_slowly(gateway: GatewayUnderTest, calls: int) -> list[Connection]
     slow = [await gateway.connect() for _ in range(calls)]
     for client in slow:
         await client.send(SLOW[:-1])
-    scopes = gateway.gateway.limits._scopes
-    await until(lambda: ("team", "crew") in scopes and scopes["team", "crew"].running == calls)
+    await until(lambda: slots_taken(gateway).get(("team", "crew")) == calls)
     return slow
 
 
@@ -1200,7 +1249,7 @@ async def test_a_slow_body_keeps_no_other_key_of_its_team_out(start_gateway, ups
     gateway = await start_gateway(config(upstream.url, "requests/minute: 2", team="concurrent: 2"))
     slow = await send_slowly(gateway, 2)
     waiting = post(gateway, BOB)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     gateway.tick(6)
     bob = [await waiting, await post(gateway, BOB)]
@@ -1211,7 +1260,7 @@ async def test_a_slow_body_keeps_no_other_key_of_its_team_out(start_gateway, ups
     assert [reply.status for reply in bob + alice] == [200] * 4
     assert (await post(gateway)).status == 429  # the third request of her minute
     await gateway.settled()
-    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+    await idle(gateway)
 
 
 async def test_a_slow_body_that_is_whole_waits_in_turn(start_gateway, upstream):
@@ -1223,12 +1272,12 @@ async def test_a_slow_body_that_is_whole_waits_in_turn(start_gateway, upstream):
     gateway = await start_gateway(config(upstream.url, team="concurrent: 1"))
     (slow,) = await send_slowly(gateway, 1)
     bob = post(gateway, BOB)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     gateway.tick(6)
     await upstream.request_came()
     await slow.send(SLOW[-1:])
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     go_on.set()
 
     assert [(await bob).status, (await slow.answer()).status] == [200, 200]
@@ -1301,11 +1350,11 @@ async def test_a_wait_can_end_while_the_body_is_still_on_its_way(start_gateway, 
     running = post(gateway)
     await upstream.request_came()
     client = await begin(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     if how == "its client leaves":
         client.abort()
-        await until(lambda: gateway.gateway.limits.waiting == 0)
+        await until(lambda: queued(gateway) == 0)
     else:
         if how == "its time is over":
             gateway.tick(10)
@@ -1330,10 +1379,10 @@ async def test_a_body_is_asked_for_once_there_is_a_slot(start_gateway, upstream)
     client = await gateway.connect()
     fields = {"x-api-key": KEY, "content-length": str(len(data)), "expect": "100-continue"}
     await client.send(request_bytes("POST", "/v1/messages", fields))
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     gateway.tick(200)
-    waited = gateway.gateway.limits.waiting
+    waited = queued(gateway)
     go.set()
     await running
     asked = await client.read_until(b"\r\n\r\n")
@@ -1374,7 +1423,7 @@ async def test_a_request_that_waited_counts_from_its_slot_on_also_after_a_restar
     running = post(gateway)
     await upstream.request_came()
     waiting = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     gateway.tick(50)
     go.set()
     assert [(await call).status for call in (running, waiting)] == [200, 200]
@@ -1399,11 +1448,11 @@ async def test_a_queue_has_a_length(start_gateway, upstream):
     pace = GatewayUnderTest.PACE._replace(queue_calls=3)
     gateway = await start_gateway(config(upstream.url, "concurrent: 1", bob="concurrent: 1"), pace)
     calls = [post(gateway), *(post(gateway) for _ in range(3))]
-    await until(lambda: gateway.gateway.limits.waiting == 3)
+    await until(lambda: queued(gateway) == 3)
 
     reply = await gateway.post("/v1/messages", HELLO)
     calls += [post(gateway, BOB), post(gateway, BOB)]
-    await until(lambda: gateway.gateway.limits.waiting == 4)
+    await until(lambda: queued(gateway) == 4)
 
     assert refusal(reply) == (429, "rate_limit_error", None, "5")
     await stop(gateway)
@@ -1428,7 +1477,7 @@ async def test_keys_that_wait_have_their_turns_one_after_the_other(start_gateway
     for i, (name, token) in enumerate([("alice", KEY)] * 4 + [("bob", BOB)]):
         request = HELLO | {"messages": [{"role": "user", "content": f"{name} {i}"}]}
         calls.append(asyncio.ensure_future(gateway.post("/v1/messages", request, token)))
-        await until(lambda i=i: gateway.gateway.limits.waiting == i and len(served) == 1)
+        await until(lambda i=i: queued(gateway) == i and len(served) == 1)
 
     for i, signal in enumerate(go):
         signal.set()
@@ -1451,7 +1500,7 @@ async def test_one_key_cannot_fill_a_queue_that_others_share(start_gateway, upst
     alice = []
     for count in (1, 2, 3):
         alice.append(post(gateway))
-        await until(lambda count=count: gateway.gateway.limits.waiting == count)
+        await until(lambda count=count: queued(gateway) == count)
 
     refused = await post(gateway)
     bob = [post(gateway, BOB)]
@@ -1480,13 +1529,13 @@ async def test_a_slot_of_the_key_is_kept_while_the_gateways_is_waited_for(start_
     await upstream.request_came()
     first = await gateway.connect()
     await first.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     second = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 2)
-    taken = {scope[0]: s.running for scope, s in gateway.gateway.limits._scopes.items() if scope[1] != "bob"}
+    await until(lambda: queued(gateway) == 2)
+    taken = {scope: count for (scope, name), count in slots_taken(gateway).items() if name != "bob"}
 
     first.abort()
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     go.set()
 
     assert taken == {"key": 1, "team": 2, "gateway": 1}
@@ -1549,7 +1598,7 @@ async def test_a_key_that_is_given_another_team_waits_in_its_queue(start_gateway
     running = post(gateway, BOB)
     await upstream.request_came()
     waiting = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
 
     await gateway.write(text_of("spare"))
     await upstream.request_came(2)
@@ -1579,7 +1628,7 @@ async def test_a_freed_slot_costs_the_same_however_many_wait(clock):
     snapshot = g.Config.parse(text, Path("config.yaml"), clock.clock, {})
     found = []
     for count in (10, 2000):
-        limits = g.Limits(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock.clock, g.Pace(queue_calls=5000))
+        limits = new_limits(snapshot, clock.clock, g.Pace(queue_calls=5000))
         held = await waiters_in(limits, snapshot, count)
         assert limits.waiting == count
         found.append(calls_made(held[0].release))
@@ -1635,7 +1684,9 @@ def test_a_wait_queue_does_what_a_plain_list_would(bound, steps):
                     queue.remove(waiters[step])
             elif step == "pop":
                 if plain.waiting:
-                    assert queue.pop() is waiters[plain.pop()]
+                    first = next(queue.firsts())
+                    queue.remove(first, is_served=True)
+                    assert first is waiters[plain.pop()]
             else:
                 call = SimpleNamespace(key=SimpleNamespace(name=step))
                 waiters[number] = g.Waiter(call, 0.0)
@@ -1669,7 +1720,7 @@ keys:
     snapshot = g.Config.parse(text, Path("config.yaml"), clock.clock, {})
 
     async def run() -> None:
-        limits = g.Limits(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock.clock, g.Pace(queue_calls=4))
+        limits = new_limits(snapshot, clock.clock, g.Pace(queue_calls=4))
         keys, held = list(snapshot.keys), []
         for which, at in steps:
             if which < 3:
@@ -1682,17 +1733,17 @@ keys:
                     call.reservation.release()
             elif held:
                 held.pop(at % len(held)).release()
-            while left := [r for r in held if r.waiter and r.waiter.turn.done() and r.slots < len(r.scopes)]:
+            while left := [r for r in held if r.waiter and r.waiter.turn.done() and r.slots < len(r.budgets)]:
                 held.remove(left[0])
                 left[0].release()  # it had to make room
             for reservation in held:
                 assert all(scope.running <= budget.concurrent for budget, scope in reservation.scopes)
-                if reservation.slots < len(reservation.scopes):
-                    budget, scope = reservation.full
+                if reservation.slots < len(reservation.budgets):
+                    budget, scope = reservation.scopes[reservation.slots]
                     assert scope.running == budget.concurrent and not reservation.waiter.turn.done()
         for reservation in held:
             reservation.release()
-        assert limits.waiting == 0 and {s.running for s in limits._scopes.values()} <= {0}
+        assert limits.waiting == 0 and {s.running for s in limits.store._scopes.values()} <= {0}
 
     asyncio.run(run())
 
@@ -1708,12 +1759,12 @@ async def test_who_leaves_the_queue_leaves_no_gap(start_gateway, upstream):
     await upstream.request_came()
     gone = await gateway.connect()
     await gone.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     behind = post(gateway)
-    await until(lambda: gateway.gateway.limits.waiting == 2)
+    await until(lambda: queued(gateway) == 2)
 
     gone.abort()
-    await until(lambda: gateway.gateway.limits.waiting == 1)
+    await until(lambda: queued(gateway) == 1)
     go.set()
 
     assert [(await call).status for call in (running, behind)] == [200, 200]
@@ -1735,12 +1786,12 @@ async def test_a_higher_limit_lets_those_in_who_wait(start_gateway, upstream, sc
     upstream.script = [stall()]
     gateway = await start_gateway(with_slots(1))
     calls = [post(gateway) for _ in range(4)]
-    await until(lambda: gateway.gateway.limits.waiting == 3)
+    await until(lambda: queued(gateway) == 3)
 
     await gateway.write(with_slots(3))
     await upstream.request_came(3)
 
-    assert gateway.gateway.limits.waiting == 1
+    assert queued(gateway) == 1
     await stop(gateway)
     await asyncio.gather(*calls)
     await idle(gateway)
@@ -1755,7 +1806,7 @@ async def test_a_stop_ends_every_wait(start_gateway, upstream):
     running = post(gateway)
     await upstream.request_came()
     waiting = [post(gateway) for _ in range(3)]
-    await until(lambda: gateway.gateway.limits.waiting == 3)
+    await until(lambda: queued(gateway) == 3)
 
     await stop(gateway)
 

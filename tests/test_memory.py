@@ -220,7 +220,7 @@ class Memory(RuleBasedStateMachine):
         self.loop.run_until_complete(finish())
         self.furthest = max(self.furthest, self.clock.now)
         self.running.clear()
-        for scope in gateway.limits._scopes.values():
+        for scope in gateway.limits.store._scopes.values():
             assert (scope.running, scope.reserved, scope.admitted) == (0, {"tokens": 0, "usd": 0, "requests": 0}, {})
         assert gateway.limits.waiting == gateway.memory.held == 0
 

@@ -652,7 +652,7 @@ async def test_whoever_left_an_answer_may_ask_again_while_it_is_heard_out(start_
 
     assert again.texts == ["Hello", " world"]
     assert [entry["output_tokens"] for entry in gateway.entries()] == [5, 77]
-    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+    assert all(scope.running == 0 for scope in gateway.gateway.limits.store._scopes.values())
 
 
 def drained(gateway) -> int:
@@ -798,7 +798,7 @@ async def test_a_keys_third_drain_counts_as_a_running_call(start_gateway, upstre
     gateway.tick(seconds=301)
     await gateway.settled()
     assert not relay.drains
-    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+    assert all(scope.running == 0 for scope in gateway.gateway.limits.store._scopes.values())
 
 
 async def test_when_a_drain_ends_another_one_of_its_key_counts_no_longer(start_gateway, upstream):
@@ -826,7 +826,7 @@ async def test_when_a_drain_ends_another_one_of_its_key_counts_no_longer(start_g
 
     assert again.texts == ["Hello", " world"]
     assert not gateway.gateway.relay.drains
-    assert all(scope.running == 0 for scope in gateway.gateway.limits._scopes.values())
+    assert all(scope.running == 0 for scope in gateway.gateway.limits.store._scopes.values())
 
 
 async def test_a_count_that_costs_nothing_is_not_heard_out(start_gateway, upstream):
