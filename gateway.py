@@ -8,7 +8,7 @@ the request up and the answer back byte for byte, and appends what it cost to a 
 The file is read from top to bottom, in five floors; each section uses what stands above it:
 
     A. Values
-     1. Words         Call, Usage, Limit, the errors
+     1. Words         Call, Spend, Limit, WINDOWS, the errors
      2. Secrets       sealed and hashed, user keys, networks
      3. Prices        what a call costs
      4. Settings      every setting as a typed field
@@ -40,12 +40,13 @@ The file is read from top to bottom, in five floors; each section uses what stan
     26. Server        process, signals, watcher, logging
     27. Command line  arguments to actions to text, JSON, CSV
 
-Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an
-*attempt*; the bytes in between are the *relay*; the token counts are the *usage*, kept as *entries*
-of the *ledger*. A *limit* is a number per window. A *session* is one conversation of Claude Code; the
-upstream where its prompt cache lives is its *home*. The *gate* holds an attempt's bytes back until its
-first content; a *verdict* says what a failure before it means. An upstream that fails has a *cooldown*.
-To *seal* is to encrypt or hash a secret in config.yaml. A *snapshot* is one loaded configuration.
+Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an *attempt*;
+the bytes in between are the *relay*; the token counts are the *usage*, with their cost the *spend*,
+kept as *entries* of the *ledger*. A *limit* is a number per *window*, which is a row of WINDOWS. A
+*session* is one conversation of Claude Code; the upstream where its prompt cache lives is its *home*.
+The *gate* holds an attempt's bytes back until its first content; a *verdict* says what a failure before
+it means. An upstream that fails has a *cooldown*. To *seal* is to encrypt or hash a secret in
+config.yaml. A *snapshot* is one loaded configuration.
 
 Run `gateway.py --help` for the commands; README.md tells the rest.
 """
@@ -159,7 +160,7 @@ log = logging.getLogger("gateway")
 
 # === Floor A. Values: plain data and pure functions =================================
 
-# --- 1. Words: Call, Usage, Limit, the errors -------------------------------------
+# --- 1. Words: Call, Spend, Limit, WINDOWS, the errors ----------------------------
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -227,34 +228,31 @@ class Pace(NamedTuple):
 S = TypeVar("S", bound=msgspec.Struct)
 
 
-def inherited_after(after: str) -> Callable[[type[S]], type[S]]:
-    """Make a struct anew whose inherited fields follow its own field `after` in JSON; msgspec has them in front.
+def inherited_after(after: str, **config: Any) -> Callable[[type[S]], type[S]]:
+    """Make a struct anew whose inherited fields follow its own field `after`; msgspec puts them in front.
 
-    For the ledger's lines, whose order stays. Methods come along; at run time it is no subclass of its base.
+    For the ledger's lines, whose order stays. `config` are options of the struct. Its properties come along; at run
+    time it is no subclass of its base.
     """
 
     def reorder(made: type[S]) -> type[S]:
         fields = {field.name: field for field in msgspec.structs.fields(made)}
-        inherited = cast(type[msgspec.Struct], made.__base__).__struct_fields__
-        own = [name for name in fields if name not in inherited]
-        place = own.index(after) + 1
-        defaults = cast(Any, msgspec.field)  # either of the two is NODEFAULT, which its types do not know
-        methods: dict[str, Any] = {"__doc__": made.__doc__}
-        for base in made.__mro__[:-3]:  # without msgspec's own
-            methods |= {name: found for name, found in vars(base).items() if isinstance(found, property)}
+        base = cast(type[msgspec.Struct], made.__base__)
+        inherited = [fields.pop(name) for name in base.__struct_fields__]
+        place = list(fields).index(after) + 1
+        ordered = list(fields.values())
+        ordered[place:place] = inherited
+        default = cast(Any, msgspec.field)  # one of its two arguments is NODEFAULT, which its types do not allow
+        namespace: dict[str, Any] = {"__doc__": made.__doc__}
+        for parent in made.__mro__:
+            namespace |= {name: found for name, found in vars(parent).items() if isinstance(found, property)}
         remade = msgspec.defstruct(
             made.__name__,
-            [
-                (name, found.type, defaults(default=found.default, default_factory=found.default_factory))
-                for name in (*own[:place], *inherited, *own[place:])
-                for found in [fields[name]]
-            ],
-            namespace=methods,
+            [(f.name, f.type, default(default=f.default, default_factory=f.default_factory)) for f in ordered],
+            namespace=namespace,
             module=__name__,
-            tag=made.__struct_config__.tag,
-            tag_field=made.__struct_config__.tag_field,
-            omit_defaults=made.__struct_config__.omit_defaults,
             kw_only=True,
+            **config,
         )
         return cast(type[S], remade)
 
@@ -1280,8 +1278,8 @@ BUILT_IN_PRICES = {
 }
 
 
-@inherited_after("factor")
-class Charge(Tokens, omit_defaults=True, kw_only=True):
+@inherited_after("factor", omit_defaults=True)
+class Charge(Tokens, kw_only=True):
     """A line of a call's bill beside its own tokens: tokens with a price of their own, or things billed by the piece.
 
     `usd` is `price` x tokens x `factor`, or what `count` pieces cost; tokens stand in the entry's counts as well.
@@ -3336,8 +3334,8 @@ class AttemptEntry(msgspec.Struct):
     ms: float = 0.0
 
 
-@inherited_after("attempts")
-class Entry(Bill, kw_only=True, tag_field="type", tag="call"):
+@inherited_after("attempts", tag_field="type", tag="call")
+class Entry(Bill, kw_only=True):
     """One call as the ledger keeps it: one line of JSON. Times are UTC.
 
     `time` is when the call ended. `chain` is a hash over this line and the `chain` of the line before. A new field has
@@ -3394,8 +3392,8 @@ class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
     chain: str = ""
 
 
-@inherited_after("outcome")
-class Discarded(Bill, kw_only=True, tag_field="type", tag="discarded"):
+@inherited_after("outcome", tag_field="type", tag="discarded")
+class Discarded(Bill, kw_only=True):
     """What an upstream charges for an attempt of whose content the client saw nothing: it failed, another one followed.
 
     Counts as tokens and cost, not as a request; `request_id` is that of the call.
