@@ -513,6 +513,19 @@ def test_tokens_weigh_what_the_config_says(tokens, weighted):
     assert weights.weigh(g.Tokens(**tokens)) == weighted
 
 
+@pytest.mark.parametrize("name", g.Tokens.__struct_fields__)
+def test_each_class_of_tokens_has_a_price_a_weight_and_a_place_in_reports(name):
+    """
+    What is added to the counts is forgotten nowhere: all but the output is input.
+    """
+    tokens, line = g.Tokens(**{name: 1_000_000}), posting(0, **{name: 1_000_000})
+    total = g.Total.of({}, g.pack(line))
+
+    assert tokens.total_input_tokens == (0 if name == "output_tokens" else 1_000_000)
+    assert g.Price(3, 15).cost_usd(tokens) > 0 and g.Weights().weigh(tokens) > 0
+    assert total.input_tokens + total.output_tokens + total.cache_write_tokens + total.cache_read_tokens == 1_000_000
+
+
 def test_limits_count_the_tokens_as_they_were_weighted():
     """
     Lines from before the weighted tokens were kept count by the weights that are the default.
