@@ -3533,8 +3533,8 @@ class Calendar:
 
     @property
     def fingerprint(self) -> str:
-        """Of the time zone and the table of windows: counters that were made with others are of no use."""
-        table = msgspec.json.encode([str(self.timezone), *self.windows.values()])
+        """Of the time zone, the table of windows and the sums in a tally: counters made with others are of no use."""
+        table = msgspec.json.encode([str(self.timezone), *self.windows.values(), Tally.__struct_fields__])
         return hashlib.blake2b(table, digest_size=8).hexdigest()
 
     def spans(self, at: float) -> dict[str, Span]:
@@ -4315,7 +4315,7 @@ class Checkpoint(msgspec.Struct):
                 raise ValueError("it is damaged")
             found = msgspec.json.decode(raw[64:], type=cls)
             if (found.version, found.fingerprint) != (cls.VERSION, fingerprint):
-                raise ValueError("it was made by another version, in another time zone or with other windows")
+                raise ValueError("it was made by another version, in another time zone, or with other windows or sums")
             found._check(files)
         except (FileNotFoundError, NotADirectoryError):
             return None
