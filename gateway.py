@@ -4421,6 +4421,7 @@ class Ledger:
         self._syncing: ThreadFuture[None] | None = None
         self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
         self.failure = ""  # why the disk refused, "" while it does not
+        self.on_change: Callable[[str], None] = lambda failure: None  # called when it begins to refuse, and ends
 
     @classmethod
     def correct(cls, directory: Path, line: LedgerLine, clock: Clock) -> None:
@@ -4617,18 +4618,20 @@ class Ledger:
             log.error("ledger: %d entries could not be written: %s", len(self._waiting), self.failure)
 
     def _write(self) -> None:
+        failure = ""
         try:
             self._write_waiting()
         except BlockingIOError:
             return  # a command writes a line of its own; `tick` comes again
         except OSError as error:
-            if not self.failure:
-                log.error("ledger: cannot write to %s: %s; entries wait", self.directory, error.strerror)
-            self.failure = error.strerror or str(error)
-        else:
-            if self.failure:
-                log.warning("ledger: %s can be written again", self.directory)
-            self.failure = ""
+            failure = error.strerror or str(error)
+        before, self.failure = self.failure, failure
+        if failure and not before:
+            log.error("ledger: cannot write to %s: %s; entries wait", self.directory, failure)
+            self.on_change(failure)
+        elif before and not failure:
+            log.warning("ledger: %s can be written again", self.directory)
+            self.on_change("")
 
     def _write_waiting(self) -> None:
         """Write what waits. Raises OSError, and of these BlockingIOError while another process writes."""
@@ -10358,6 +10361,12 @@ class UpstreamRecovered(Event, frozen=True, gc=False):
     choice: Choice
 
 
+class LedgerChanged(Event, frozen=True, gc=False):
+    """The disk refuses the ledger's entries from now on, or takes them again: then `failure` is empty."""
+
+    failure: str
+
+
 class ConfigLoaded(Event, frozen=True, gc=False):
     """A new snapshot has taken the place of the one before."""
 
@@ -10683,11 +10692,7 @@ METRICS = {
     "tokens_total": ("upstream class", "Tokens of calls, and of attempts that were billed in vain."),
     "cost_usd_total": ("upstream", "What these tokens cost, by the prices in the config, in USD."),
     "refused_total": ("status", "Requests refused before an upstream was asked, by the status of the answer."),
-    "connections_refused_total": (
-        "why",
-        "Connections closed for want of room: the oldest without a good key, of all (oldest) or of an address with "
-        "too many (address); else one of the key that has most (key), or else the new one (full).",
-    ),
+    "connections_refused_total": ("why", "Connections closed for want of room: address, oldest, key or full."),
     "attempts_total": (
         "upstream outcome",
         "Attempts of ended calls; a failure's row in the table of verdicts, or as calls.",
@@ -10823,8 +10828,6 @@ class Scrape(NamedTuple):
 class Collected:
     """An answer that is wanted whole: `done` gives status and body, or raises AttemptFailed."""
 
-    MAX_BODY = 4 << 20
-
     def __init__(self) -> None:
         self.done: asyncio.Future[tuple[int, bytes]] = asyncio.get_running_loop().create_future()
         self._status = 0
@@ -10835,14 +10838,13 @@ class Collected:
 
     def received(self, body: bytes, last: bool) -> None:
         self._body += body
-        if len(self._body) > self.MAX_BODY:
+        if len(self._body) > 4 << 20:
             self.lost(NOT_HTTP)
         elif last and not self.done.done():
             self.done.set_result((self._status, bytes(self._body)))
 
     def lost(self, failure: Failure) -> None:
-        if not self.done.done():
-            self.done.set_exception(AttemptFailed(failure))
+        self.crashed(AttemptFailed(failure))
 
     def crashed(self, error: Exception) -> None:
         if not self.done.done():
@@ -10893,8 +10895,7 @@ class Models:
     async def of(self, config: Config, key: Key) -> list[ListedModel]:
         """The models that `key` may use, in the order of the upstreams."""
         lists = await asyncio.gather(*(self._of_upstream(upstream) for upstream in config.upstreams))
-        found = {model.id: model for models in lists for model in models if key.allows_model(model.id)}
-        return list(found.values())
+        return list({model.id: model for models in lists for model in models if key.allows_model(model.id)}.values())
 
     async def _of_upstream(self, upstream: UpstreamConfig) -> list[ListedModel]:
         named = [ListedModel(name, name) for name in upstream.named_models()]
@@ -11027,6 +11028,7 @@ class Gateway:
         self.metrics = Metrics(config.clock.wall(), self.events)
         self.log = EventLog(self.events)
         self.refusals = RefusalLog(config.clock, self.events)
+        self.ledger.on_change = lambda failure: self.emit(LedgerChanged(failure))
         self.relay.upstreams.on_trip = lambda *facts: self.emit(UpstreamTripped(*facts))
         self.relay.upstreams.on_recovery = lambda choice: self.emit(UpstreamRecovered(choice))
         self.loaded_at = config.clock.wall()
@@ -12428,7 +12430,7 @@ class Hangups:
 
     def watch(self, transport: asyncio.Transport) -> bool:
         """Abort a client's transport when the client is gone; False where that cannot be found out."""
-        if not hasattr(select, "epoll"):
+        if not hasattr(select, "epoll") or not transport.can_write_eof():  # TLS has no half that is open
             return False
         if self._poll is None:
             self._poll = select.epoll()
@@ -12965,25 +12967,6 @@ class ClientConnection(asyncio.Protocol):
         return self._state is State.ANSWERING
 
 
-MOST_DESCRIPTORS = 1 << 16
-KEPT_DESCRIPTORS = 64  # for files, pipes, lookups
-
-
-def raise_descriptor_limit() -> int:
-    """Let this process open as many files as it may, at most MOST_DESCRIPTORS; how many clients may then connect.
-
-    Half of them, because each call needs a connection to an upstream as well.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    allowed = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    return max(16, (allowed - KEPT_DESCRIPTORS) // 2)
-
-
 class Door:
     """Where clients come in: listens, and serves each connection itself or through Tornado.
 
@@ -13220,7 +13203,6 @@ async def show_usage(request: PageRequest) -> object:
     return request.gateway.usage_of(request.key)
 
 
-STATS_GROUPS = ("hour", "day", "month", "model")
 LOGS_FILTERS = ("model", "outcome", "session", "upstream", "path")
 MAX_LOGS = 1000  # entries of a page
 
@@ -13228,8 +13210,8 @@ MAX_LOGS = 1000  # entries of a page
 async def show_stats(request: PageRequest) -> object:
     """`?by=day,model&since=2026-11&until=…`: what the key spent, in groups."""
     by = list(dict.fromkeys(request.get_query_argument("by", "day").split(",")))
-    if not set(by) <= set(STATS_GROUPS):
-        raise BadRequest(f"by: expected some of {', '.join(STATS_GROUPS)}, separated by commas")
+    if not set(by) <= {"hour", "day", "month", "model"}:
+        raise BadRequest("by: expected some of hour, day, month, model, separated by commas")
     since, until = request.read_time("since", ""), request.read_time("until", "9")
     async with request.gateway.turns.take(request.key.name):
         if request.has_left:
@@ -13300,7 +13282,6 @@ class PageRequest(tornado.web.RequestHandler):
         self.bridge = cast(Bridge, self.request.connection)  # the way to the client's connection
         self.path = self.bridge.path
         self.endpoints = find_endpoints(self.path)
-        self.principal = Principal("anyone", self.bridge.remote_ip)
         self.has_left = False  # the client has gone before it had its answer
 
     async def prepare(self) -> None:
@@ -13315,8 +13296,6 @@ class PageRequest(tornado.web.RequestHandler):
         if not isinstance(answer, (str, bytes)):
             self.set_header("Content-Type", "application/json")
             answer = msgspec.json.encode(answer)
-        elif "Content-Type" not in self._headers:
-            self.set_header("Content-Type", "text/plain; charset=utf-8")
         self.finish(answer)
 
     def _not_found(self) -> GatewayError:
@@ -13355,8 +13334,8 @@ class PageRequest(tornado.web.RequestHandler):
         self.has_left = True
 
     def set_default_headers(self) -> None:
-        for name in ("Server", "Content-Type"):
-            self.clear_header(name)
+        self.clear_header("Server")
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
 
     def compute_etag(self) -> None:
         """No etags: what is asked for here changes."""
@@ -13908,6 +13887,25 @@ def start_logging(level: str) -> LogWriter:
     logging.getLogger("watchdog").setLevel(logging.WARNING)
     logging.getLogger("tornado.general").setLevel(logging.WARNING)  # else a line for each malformed request
     return writer
+
+
+MOST_DESCRIPTORS = 1 << 16
+KEPT_DESCRIPTORS = 64  # for files, pipes, lookups
+
+
+def raise_descriptor_limit() -> int:
+    """Let this process open as many files as it may, at most MOST_DESCRIPTORS; how many clients may then connect.
+
+    Half of them, because each call needs a connection to an upstream as well.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # some systems have a lower limit of their own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+    allowed = MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    return max(16, (allowed - KEPT_DESCRIPTORS) // 2)
 
 
 OTHER_HOST = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too; a proxy's name belongs into server.url"

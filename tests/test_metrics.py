@@ -247,9 +247,11 @@ async def test_a_config_with_a_mistake_is_seen(gateway, upstream, clock):
 @pytest.mark.logs("ledger: cannot write to", "could not be written")
 async def test_a_ledger_that_cannot_be_written_is_seen(gateway, upstream):
     """
-    A disk that refuses is known before the queue is full.
+    A disk that refuses is known before the queue is full, and announced once.
     """
     upstream.script = hello_json()
+    heard: list[g.LedgerChanged] = []
+    gateway.gateway.events.listen(g.LedgerChanged, heard.append)
     healthy = await gateway.get("/metrics")
     gateway.gateway.ledger.directory = gateway.path / "no-folder"
 
@@ -259,6 +261,7 @@ async def test_a_ledger_that_cannot_be_written_is_seen(gateway, upstream):
     names = ("ledger_failing", "ledger_waiting_entries")
     assert [number(healthy, name) for name in names] == [0, 0]
     assert [number(reply, name) for name in names] == [1, 1]
+    assert [event.failure for event in heard] == ["Not a directory"]
     await gateway.gateway.close()
 
 
