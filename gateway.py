@@ -12669,7 +12669,8 @@ class ClientConnection(asyncio.Protocol):
             self._answer_page()
         elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
             self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
-        elif self._state is State.BODY and self._wire_size > self._most_wire():
+        elif self._state is State.BODY and self._wire_size > self.MAX_HEAD + self.request.body_size * 9 // 8:
+            # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
             self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
 
     def eof_received(self) -> bool:
@@ -12789,10 +12790,6 @@ class ClientConnection(asyncio.Protocol):
         text = self._tail + data if self._state is State.HEAD else data.lstrip(b"\r\n")  # empty lines before it
         end = text.find(b"\r\n\r\n")
         return self._bodiless if end < 0 else self._bodiless - (len(text) - end - len(b"\r\n\r\n"))
-
-    def _most_wire(self) -> int:
-        """How many bytes a body may take: 8 connections with chunks of 7 bytes each kept others waiting for 9 s."""
-        return self.request.body_size + self.request.body_size // 8 + self.MAX_HEAD
 
     def _check_head(self) -> None:
         """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
@@ -13005,7 +13002,9 @@ class Door:
             else:
                 self.gateway.emit(ConnectionRefused("full"))
                 return False
-        self._count(connection, network)
+        self.connections.add(connection)
+        self._strangers[connection] = network
+        self._by_network.setdefault(network, OrderedDict())[connection] = None
         return True
 
     def _surplus(self) -> Client | None:
@@ -13021,11 +13020,6 @@ class Door:
         self.gateway.emit(ConnectionRefused(why))
         self.leave(stranger)
         stranger.transport.abort()
-
-    def _count(self, connection: Client, network: str) -> None:
-        self.connections.add(connection)
-        self._strangers[connection] = network
-        self._by_network.setdefault(network, OrderedDict())[connection] = None
 
     def accept(self, connection: Client, request: Request, route: Route, expects: bool) -> Call:
         """Begin a call by its head, before its body is read, or asked for (`expects`). Raises GatewayError."""
