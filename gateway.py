@@ -12229,30 +12229,28 @@ def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: st
 def compare_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str = "") -> Iterator[str]:
     """Compare files with their sha256 by path, and with what the folders hold; a sentence for each difference."""
     for path, digest in sorted(listed.items()):
-        if not os.path.isfile(path):
-            yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
-        elif digest:
-            try:
+        try:
+            if not os.path.isfile(path):
+                yield f"{path} was changed" if os.path.lexists(path) else f"{path} is missing"
+            elif digest:
                 with open(path, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                yield f"{path} cannot be read: {why_not(error)}"
-            else:
-                if found != digest:
-                    yield f"{path} was changed"
+                    if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                        yield f"{path} was changed"
+        except OSError as error:
+            yield f"{path} cannot be read: {why_not(error)}"
     for path in sorted(foreign_files(listed, folders, ignored)):
         yield f"{path} is in no list"
 
 
-def start_code(folder: str, owners: Mapping[str, str]) -> Iterator[str]:
-    """A sentence for each file of a folder of packages that Python runs code of at every start: which, and whose."""
+def start_code(folder: str) -> Iterator[str]:
+    """A sentence for each file of a folder of packages that Python runs code of at every start."""
     for path in sorted(Path(folder).glob("*")):
         content = path.read_bytes() if path.suffix == ".pth" and path.is_file() else b""
         lines = content.decode("utf-8-sig", "replace").splitlines()
         is_run = any(line.startswith(("import ", "import\t")) for line in lines)  # as in site.addpackage
         is_run = is_run or path.name.partition(".")[0] in ("sitecustomize", "usercustomize")
         if is_run and hashlib.sha256(content).hexdigest() != SETUPTOOLS_PTH:
-            yield f"{path} of {owners.get(str(path), 'no package')} runs code at every start of Python"
+            yield f"{path} runs code at every start of Python"
 
 
 def recorded_files(package: importlib.metadata.Distribution) -> Iterator[tuple[str, str]]:
@@ -12268,30 +12266,24 @@ def check_packages(folders: Sequence[str], requirements: Path) -> Integrity:
     """Compare packages with their RECORD and their versions with requirements.txt; name what runs at Python's start."""
     import importlib.metadata  # here: it takes 10 ms, and only this needs it
 
-    problems, notes, further = list[str](), list[str](), list[str]()
-    listed, owners, pinned = dict[str, str](), dict[str, str](), dict[str, str]()
-    if requirements.is_file():
-        pinned.update(re.findall(r"^([\w.-]+)==([^\s;]+)", requirements.read_text(), re.MULTILINE))
-    else:
-        notes.append(f"versions were not compared: there is no {requirements}")
+    problems, further, listed = list[str](), list[str](), dict[str, str]()
+    required = requirements.read_text() if requirements.is_file() else ""
+    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", required, re.MULTILINE))
     for package in importlib.metadata.distributions(path=list(folders)):
         about = email.message_from_string(package.read_text("METADATA") or "")
         name, version = re.sub(r"[-_.]+", "-", about.get("Name", "")).lower(), about.get("Version", "")
-        try:
-            files = dict(recorded_files(package))
-        except (ValueError, csv.Error):
-            files = {}  # so all of its files are in no list
-        listed |= files
-        owners |= dict.fromkeys(files, name)
+        with contextlib.suppress(ValueError, csv.Error):  # else all of its files are in no list
+            listed |= dict(recorded_files(package))
         if version != pinned.get(name, version):
             problems.append(f"{name} is {version}; requirements.txt has {pinned[name]}")
         elif pinned and name not in (*pinned, *NOT_PINNED):
             further.append(f"{name} {version}")
     problems += compare_files(listed, folders, ignored="__pycache__")
     for folder in folders:
-        problems += start_code(folder, owners)
-    if further:
-        notes.append(f"not in requirements.txt: {', '.join(sorted(further))}")
+        problems += start_code(folder)
+    notes = [f"not in requirements.txt: {', '.join(sorted(further))}"] if further else []
+    if not pinned:
+        notes.append(f"versions were not compared: there is no {requirements}")
     return Integrity("the RECORD of each package", len(listed), problems, notes)
 
 
@@ -13543,7 +13535,7 @@ class LocalDoor:
             made.close()
             if not self._is_warned:
                 why = "commands that write to the ledger have to wait until the gateway has ended"
-                log.warning("cannot listen at %s: %s; %s", path, why_not(error), why)
+                log.warning("cannot listen at %s: %s; %s", path, os_reason(error), why)
             self._is_warned = True
             return
         self._socket, self._is_warned = made, False
