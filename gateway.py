@@ -31,14 +31,15 @@ The file is read from top to bottom, in five floors; each section uses what stan
     18. Models        lists of models, and what the keys are good for
     19. Gateway       owns all state, tells the story
     20. Actions       what a command, a request or the page changes
-    21. Backup        copied at one moment, checked, put back
-    22. Integrity     installed files against their lists
+    21. Reconcile     the ledger against a provider's export
+    22. Backup        copied at one moment, checked, put back
+    23. Integrity     installed files against their lists
     E. Doors
-    23. Front door    clients' connections, no policy
-    24. API           the gateway's own pages
-    25. Local door    commands at the running gateway
-    26. Server        process, signals, watcher, logging
-    27. Command line  arguments to actions to text, JSON, CSV
+    24. Front door    clients' connections, no policy
+    25. API           the gateway's own pages
+    26. Local door    commands at the running gateway
+    27. Server        process, signals, watcher, logging
+    28. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an *attempt*;
 the bytes in between are the *relay*; the token counts are the *usage*, with their cost the *spend*,
@@ -12001,7 +12002,201 @@ class UpstreamTest:
         return text
 
 
-# --- 21. Backup: copied at one moment, checked, put back --------------------------
+# --- 21. Reconcile: the ledger against a provider's export ------------------------
+
+# A provider's console exports what it has billed, as a CSV: a row per day and model (Anthropic: usage or cost; OpenAI:
+# usage). Its sums per UTC day and model are compared with the ledger's. Three things stand in the way:
+#
+#     they say                                we say                        so
+#     other columns in each export            one name a field              EXPORT_COLUMNS
+#     Claude Haiku 4.5 (cost exports)         claude-haiku-4-5-20251001     names are compared by their words, undated
+#     all input (OpenAI)                      what came from no cache       what came from the cache is taken off
+#
+# What another model did in a call (an advisor) stands in the export under that model, so there in our sums as well.
+
+EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
+    "day": ("usage_date_utc", "start_time_iso", "start_time", "date"),
+    "model": ("model_version", "model"),
+    "input_tokens": ("usage_input_tokens_no_cache", "input_uncached_tokens", "input_tokens"),
+    "cache_write_5m_tokens": ("usage_input_tokens_cache_write_5m", "usage_input_tokens_cache_write"),
+    "cache_write_1h_tokens": ("usage_input_tokens_cache_write_1h",),
+    "cache_read_tokens": ("usage_input_tokens_cache_read", "input_cached_tokens"),
+    "output_tokens": ("usage_output_tokens", "output_tokens"),
+    "cost_usd": ("cost_usd",),
+}
+MEASURES = {  # what is compared, kinds of tokens and money: the columns that add up to it
+    kind.replace("_", " "): tuple(
+        name for name, its_kind in zip(Tokens.__struct_fields__, TOKEN_KINDS, strict=True) if its_kind == kind
+    )
+    for kind in ("input", "cache_write", "cache_read", "output")
+} | {"USD": ("cost_usd",)}
+MAX_EXPORT_LINE = 1 << 20  # characters
+Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
+
+
+class Pair(msgspec.Struct):
+    """A day and model on which ledger and export differ; a side that has nothing is None."""
+
+    day: str
+    model: str
+    ours: dict[str, float] | None
+    theirs: dict[str, float] | None
+    difference: dict[str, float]
+
+
+def export_columns(path: Path, found: Sequence[str]) -> dict[str, str]:
+    """Our fields and the columns that they stand in. Raises CommandError."""
+    columns = {ours: next((name for name in names if name in found), "") for ours, names in EXPORT_COLUMNS.items()}
+    there = {ours: name for ours, name in columns.items() if name}
+    if {"day", "model"} <= there.keys() and (there.keys() >= {"input_tokens", "output_tokens"} or "cost_usd" in there):
+        return there
+    needed = "; ".join(f"{ours}: {' or '.join(names)}" for ours, names in EXPORT_COLUMNS.items())
+    raise CommandError(
+        f"{path} is no export that is known. Its columns: {', '.join(found) or 'none'}. Needed are day and model, and "
+        f"input_tokens and output_tokens or cost_usd, under these names: {needed}"
+    )
+
+
+def export_day(cell: str) -> str:
+    """The UTC day of a date, a time (UTC where it names no zone) or seconds since 1970. Raises ValueError."""
+    if re.fullmatch(r"\d{9,10}", cell):
+        return utc_time(int(cell))[:10]
+    try:
+        when = dt.datetime.fromisoformat(cell)
+    except ValueError:
+        raise ValueError(f"expected a date such as 2026-11-21, got {cell!r}") from None
+    return (when.astimezone(dt.UTC) if when.tzinfo else when).date().isoformat()
+
+
+def export_number(column: str, cell: str) -> float:
+    """`1,234` as 1234; an empty cell is 0. Raises ValueError."""
+    if not re.fullmatch(r"(-?\$?[\d,]*\.?\d+(e-?\d+)?)?", cell, re.IGNORECASE | re.ASCII):
+        raise ValueError(f"{column}: expected a number, got {cell!r}")
+    return float(cell.replace(",", "").replace("$", "") or 0)
+
+
+def plain_model(name: str) -> tuple[str, ...]:
+    """The same for `Claude Haiku 4.5`, as cost exports say, and `claude-haiku-4-5-20251001`, as calls do."""
+    undated = re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", name.lower())
+    return tuple(sorted(re.findall(r"[a-z0-9]+", undated)))
+
+
+def add_sums(sums: Sums, pair: tuple[str, str], numbers: Mapping[str, float], measures: Sequence[str]) -> None:
+    """Count numbers per column into the measures of a day and model; nothing where all are 0."""
+    if any(numbers.values()):
+        measured = sums.setdefault(pair, dict.fromkeys(measures, 0))
+        for measure in measures:
+            measured[measure] = round(measured[measure] + sum(numbers.get(f, 0) for f in MEASURES[measure]), 9)
+
+
+def bounded_lines(file: IO[str]) -> Iterator[str]:
+    """The lines of a file. Raises csv.Error for one that does not end, as in /dev/zero."""
+    while line := file.readline(MAX_EXPORT_LINE):
+        if len(line) == MAX_EXPORT_LINE:
+            raise csv.Error(f"it has a line of more than {MAX_EXPORT_LINE:,} characters")
+        yield line
+
+
+class Export:
+    """A provider's usage or cost export, summed: a CSV of Anthropic's Console or OpenAI's dashboard.
+
+    It covers the days from `first` to `last`; `measures` are those of MEASURES that it has. Raises CommandError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.sums: Sums = {}
+        days = set[str]()
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(bounded_lines(file))
+                reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+                self._columns = export_columns(path, reader.fieldnames)
+                self.measures = [m for m, fields in MEASURES.items() if any(f in self._columns for f in fields)]
+                for row in reader:
+                    try:
+                        days.add(self._add(row))
+                    except (ValueError, OverflowError, OSError) as error:
+                        raise CommandError(f"{path}:{reader.line_num}: {error}") from None
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise CommandError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        days.discard("")
+        if not days:
+            raise CommandError(f"{path} has no row with a date")
+        self.first, self.last = min(days), max(days)
+        self._names = {plain_model(model): model for _, model in sorted(self.sums)}
+
+    def _add(self, row: Mapping[str, str | None]) -> str:
+        """Count a row in; its day, "" for rows of totals. Raises ValueError."""
+        cells = {ours: (row.get(theirs) or "").strip() for ours, theirs in self._columns.items()}
+        if not cells["day"] or "total" in cells["day"].lower():
+            return ""
+        day = export_day(cells.pop("day"))
+        model = cells.pop("model") or "(no model)"
+        numbers = {ours: export_number(self._columns[ours], cell) for ours, cell in cells.items()}
+        if self._columns.get("input_tokens") == "input_tokens":  # OpenAI's, which include what came from the cache
+            numbers["input_tokens"] -= numbers.get("cache_read_tokens", 0)
+        add_sums(self.sums, (day, model), numbers, self.measures)
+        return day
+
+    def name_of(self, model: str) -> str:
+        """The export's name for a model of ours; our own where it has none."""
+        exact = any(model == name for _, name in self.sums)
+        return model if exact else self._names.get(plain_model(model), model)
+
+
+def ledger_sums(entries: Iterable[Entry | Discarded], export: Export) -> Sums:
+    """What the ledger has of the export's measures, under the export's names of models."""
+    sums: Sums = {}
+    fields = [field for measure in export.measures for field in MEASURES[measure]]
+    for entry in entries:
+        if entry.path.endswith("/count_tokens"):  # they are free, and in no export
+            continue
+        day, numbers = entry.time[:10], {field: getattr(entry, field) for field in fields}
+        for charge in entry.charges:  # what another model did stands under that one's name there
+            if charge.model:
+                theirs = {field: charge.usd if field == "cost_usd" else getattr(charge, field) for field in fields}
+                numbers = {field: numbers[field] - theirs[field] for field in fields}
+                add_sums(sums, (day, export.name_of(charge.model)), theirs, export.measures)
+        add_sums(sums, (day, export.name_of(entry.model_served or entry.model)), numbers, export.measures)
+    return sums
+
+
+def differing(ours: Sums, theirs: Sums) -> list[Pair]:
+    """The days and models on which the two differ: by a token, or by half a cent."""
+    pairs = []
+    for day, model in sorted(ours.keys() | theirs.keys()):
+        mine, yours = ours.get((day, model)), theirs.get((day, model))
+        difference = {m: round((mine or {}).get(m, 0) - (yours or {}).get(m, 0), 9) for m in mine or yours or {}}
+        difference = {m: d for m, d in difference.items() if abs(d) >= (0.005 if m == "USD" else 0.5)}
+        if difference:
+            pairs.append(Pair(day, model, mine, yours, difference))
+    return pairs
+
+
+class Comparison(msgspec.Struct):
+    """The ledger beside an export: how many pairs of UTC day and model agree, and those that do not."""
+
+    first_day: str
+    last_day: str
+    agree: int
+    differ: int
+    only_ours: int
+    only_theirs: int
+    pairs: list[Pair]
+
+
+def reconcile(files: LedgerFiles, export: Export, upstream: str) -> Comparison:
+    """Compare what the ledger has of an upstream ("": of all) on the days of an export."""
+    entries = files.billed(export.first, export.last + "T9")  # the last day's times all begin with T0, T1 or T2
+    ours = ledger_sums((entry for entry in entries if upstream in ("", entry.upstream)), export)
+    pairs = differing(ours, export.sums)
+    only_ours = sum(pair.theirs is None for pair in pairs)
+    only_theirs = sum(pair.ours is None for pair in pairs)
+    agree, differ = len(ours.keys() | export.sums.keys()) - len(pairs), len(pairs) - only_ours - only_theirs
+    return Comparison(export.first, export.last, agree, differ, only_ours, only_theirs, pairs)
+
+
+# --- 22. Backup: copied at one moment, checked, put back --------------------------
 
 
 class Manifest(msgspec.Struct):
@@ -12177,7 +12372,7 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
-# --- 22. Integrity: installed files against their lists ---------------------------
+# --- 23. Integrity: installed files against their lists ---------------------------
 
 # In March 2026 a release of LiteLLM on PyPI, made with a stolen token, brought a `.pth` file. Python runs such at every
 # start, before any import; it sent away all credentials that it found. The wheel's RECORD had it. What is installed is
@@ -12319,7 +12514,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 
 # === Floor E. Doors: how the outside gets in ========================================
 
-# --- 23. Front door: clients' connections, no policy ------------------------------
+# --- 24. Front door: clients' connections, no policy ------------------------------
 
 
 # A client's connection reads one request after the other and sends one answer to each. A request is a call, whose
@@ -13108,7 +13303,7 @@ class Door:
         self.hangups.close()
 
 
-# --- 24. API: the gateway's own pages ---------------------------------------------
+# --- 25. API: the gateway's own pages ---------------------------------------------
 
 
 # What is served, and to whom, is one table: ENDPOINTS. `PageRequest.prepare` finds the row of a request by its path and
@@ -13358,7 +13553,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 25. Local door: commands at the running gateway ------------------------------
+# --- 26. Local door: commands at the running gateway ------------------------------
 
 # A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
 # ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
@@ -13624,7 +13819,7 @@ class LocalDoor:
         return result
 
 
-# --- 26. Server: process, signals, watcher, logging -------------------------------
+# --- 27. Server: process, signals, watcher, logging -------------------------------
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -14024,7 +14219,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 27. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 28. Command line: arguments to actions to text, JSON, CSV ------------------------
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -14456,165 +14651,6 @@ def command_usage(options: argparse.Namespace) -> None:
         print(files.unreadable, file=sys.stderr)
 
 
-EXPORT_COLUMNS = {  # ours: what the providers' exports call it; of these, the first that is there counts
-    "day": ("usage_date_utc", "start_time_iso", "start_time", "date"),
-    "model": ("model_version", "model"),
-    "input_tokens": ("usage_input_tokens_no_cache", "input_uncached_tokens", "input_tokens"),
-    "cache_write_5m_tokens": ("usage_input_tokens_cache_write_5m", "usage_input_tokens_cache_write"),
-    "cache_write_1h_tokens": ("usage_input_tokens_cache_write_1h",),
-    "cache_read_tokens": ("usage_input_tokens_cache_read", "input_cached_tokens"),
-    "output_tokens": ("usage_output_tokens", "output_tokens"),
-    "cost_usd": ("cost_usd",),
-}
-MEASURES = {  # what is compared, kinds of tokens and money: the columns that add up to it
-    kind.replace("_", " "): tuple(
-        name for name, its_kind in zip(Tokens.__struct_fields__, TOKEN_KINDS, strict=True) if its_kind == kind
-    )
-    for kind in ("input", "cache_write", "cache_read", "output")
-} | {"USD": ("cost_usd",)}
-MAX_EXPORT_LINE = 1 << 20  # characters
-Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
-
-
-class Pair(msgspec.Struct):
-    """A day and model on which ledger and export differ; a side that has nothing is None."""
-
-    day: str
-    model: str
-    ours: dict[str, float] | None
-    theirs: dict[str, float] | None
-    difference: dict[str, float]
-
-
-def export_columns(path: Path, found: Sequence[str]) -> dict[str, str]:
-    """Our fields and the columns that they stand in. Raises CommandError."""
-    columns = {ours: next((name for name in names if name in found), "") for ours, names in EXPORT_COLUMNS.items()}
-    there = {ours: name for ours, name in columns.items() if name}
-    if {"day", "model"} <= there.keys() and (there.keys() >= {"input_tokens", "output_tokens"} or "cost_usd" in there):
-        return there
-    needed = "; ".join(f"{ours}: {' or '.join(names)}" for ours, names in EXPORT_COLUMNS.items())
-    raise CommandError(
-        f"{path} is no export that is known. Its columns: {', '.join(found) or 'none'}. Needed are day and model, and "
-        f"input_tokens and output_tokens or cost_usd, under these names: {needed}"
-    )
-
-
-def export_day(cell: str) -> str:
-    """The UTC day of a date, a time (UTC where it names no zone) or seconds since 1970. Raises ValueError."""
-    if re.fullmatch(r"\d{9,10}", cell):
-        return utc_time(int(cell))[:10]
-    try:
-        when = dt.datetime.fromisoformat(cell)
-    except ValueError:
-        raise ValueError(f"expected a date such as 2026-11-21, got {cell!r}") from None
-    return (when.astimezone(dt.UTC) if when.tzinfo else when).date().isoformat()
-
-
-def export_number(column: str, cell: str) -> float:
-    """`1,234` as 1234; an empty cell is 0. Raises ValueError."""
-    if not re.fullmatch(r"(-?\$?[\d,]*\.?\d+(e-?\d+)?)?", cell, re.IGNORECASE | re.ASCII):
-        raise ValueError(f"{column}: expected a number, got {cell!r}")
-    return float(cell.replace(",", "").replace("$", "") or 0)
-
-
-def plain_model(name: str) -> tuple[str, ...]:
-    """The same for `Claude Haiku 4.5`, as cost exports say, and `claude-haiku-4-5-20251001`, as calls do."""
-    undated = re.sub(r"-(\d{8}|\d{4}-\d\d-\d\d)$", "", name.lower())
-    return tuple(sorted(re.findall(r"[a-z0-9]+", undated)))
-
-
-def add_sums(sums: Sums, pair: tuple[str, str], numbers: Mapping[str, float], measures: Sequence[str]) -> None:
-    """Count numbers per column into the measures of a day and model; nothing where all are 0."""
-    if any(numbers.values()):
-        measured = sums.setdefault(pair, dict.fromkeys(measures, 0))
-        for measure in measures:
-            measured[measure] = round(measured[measure] + sum(numbers.get(f, 0) for f in MEASURES[measure]), 9)
-
-
-def bounded_lines(file: IO[str]) -> Iterator[str]:
-    """The lines of a file. Raises csv.Error for one that does not end, as in /dev/zero."""
-    while line := file.readline(MAX_EXPORT_LINE):
-        if len(line) == MAX_EXPORT_LINE:
-            raise csv.Error(f"it has a line of more than {MAX_EXPORT_LINE:,} characters")
-        yield line
-
-
-class Export:
-    """A provider's usage or cost export, summed: a CSV of Anthropic's Console or OpenAI's dashboard.
-
-    It covers the days from `first` to `last`; `measures` are those of MEASURES that it has. Raises CommandError.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.sums = path, cast(Sums, {})
-        days = set()
-        try:
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(bounded_lines(file))
-                reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-                self._columns = export_columns(path, reader.fieldnames)
-                self.measures = [m for m, fields in MEASURES.items() if any(f in self._columns for f in fields)]
-                for row in reader:
-                    try:
-                        days.add(self._add(row))
-                    except (ValueError, OverflowError, OSError) as error:
-                        raise CommandError(f"{path}:{reader.line_num}: {error}") from None
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise CommandError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-        days.discard("")
-        if not days:
-            raise CommandError(f"{path} has no row with a date")
-        self.first, self.last = min(days), max(days)
-        self._names = {plain_model(model): model for _, model in sorted(self.sums)}
-
-    def _add(self, row: Mapping[str, str | None]) -> str:
-        """Count a row in; its day, "" for rows of totals. Raises ValueError."""
-        cells = {ours: (row.get(theirs) or "").strip() for ours, theirs in self._columns.items()}
-        if not cells["day"] or "total" in cells["day"].lower():
-            return ""
-        day = export_day(cells.pop("day"))
-        model = cells.pop("model") or "(no model)"
-        numbers = {ours: export_number(self._columns[ours], cell) for ours, cell in cells.items()}
-        if self._columns.get("input_tokens") == "input_tokens":  # OpenAI's, which include what came from the cache
-            numbers["input_tokens"] -= numbers.get("cache_read_tokens", 0)
-        add_sums(self.sums, (day, model), numbers, self.measures)
-        return day
-
-    def name_of(self, model: str) -> str:
-        """The export's name for a model of ours; our own where it has none."""
-        exact = any(model == name for _, name in self.sums)
-        return model if exact else self._names.get(plain_model(model), model)
-
-
-def ledger_sums(entries: Iterable[Entry | Discarded], export: Export) -> Sums:
-    """What the ledger has of the export's measures, under the export's names of models."""
-    sums: Sums = {}
-    fields = [field for measure in export.measures for field in MEASURES[measure]]
-    for entry in entries:
-        if entry.path.endswith("/count_tokens"):  # they are free, and in no export
-            continue
-        day, numbers = entry.time[:10], {field: getattr(entry, field) for field in fields}
-        for charge in entry.charges:  # what another model did stands under that one's name there
-            if charge.model:
-                theirs = {field: charge.usd if field == "cost_usd" else getattr(charge, field) for field in fields}
-                numbers = {field: numbers[field] - theirs[field] for field in fields}
-                add_sums(sums, (day, export.name_of(charge.model)), theirs, export.measures)
-        add_sums(sums, (day, export.name_of(entry.model_served or entry.model)), numbers, export.measures)
-    return sums
-
-
-def differing(ours: Sums, theirs: Sums) -> list[Pair]:
-    """The days and models on which the two differ: by a token, or by half a cent."""
-    pairs = []
-    for day, model in sorted(ours.keys() | theirs.keys()):
-        mine, yours = ours.get((day, model)), theirs.get((day, model))
-        difference = {m: round((mine or {}).get(m, 0) - (yours or {}).get(m, 0), 9) for m in mine or yours or {}}
-        difference = {m: d for m, d in difference.items() if abs(d) >= (0.005 if m == "USD" else 0.5)}
-        if difference:
-            pairs.append(Pair(day, model, mine, yours, difference))
-    return pairs
-
-
 def difference_table(pairs: Sequence[Pair]) -> str:
     """The differences for a terminal, a line each."""
     rows = [["day", "model", "", "ours", "theirs", "difference", "%"]]
@@ -14632,28 +14668,23 @@ def difference_table(pairs: Sequence[Pair]) -> str:
 
 def command_reconcile(options: argparse.Namespace) -> int:
     """Compare the ledger with a provider's own usage or cost export (CSV); exit code 1 where they differ."""
-    config, export = Config.load(options.config), Export(options.file)
-    files = LedgerFiles(config.usage_directory)
-    entries = files.billed(export.first, export.last + "T9")  # the last day's times all begin with T0, T1 or T2
-    ours = ledger_sums((e for e in entries if options.upstream in ("", e.upstream)), export)
-    pairs = differing(ours, export.sums)
-    counts = {
-        "agree": len(ours.keys() | export.sums.keys()) - len(pairs),
-        "differ": sum(pair.ours is not None and pair.theirs is not None for pair in pairs),
-        "only_ours": sum(pair.theirs is None for pair in pairs),
-        "only_theirs": sum(pair.ours is None for pair in pairs),
-    }
+    files = LedgerFiles(Config.load(options.config).usage_directory)
+    found = reconcile(files, Export(options.file), options.upstream)
     if options.json:
-        report = {"first_day": export.first, "last_day": export.last, **counts, "pairs": msgspec.to_builtins(pairs)}
-        print(json.dumps(report, indent=2))
+        print(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
-        if pairs:
-            print(difference_table(pairs) + "\n")
-        print(f"{export.first} to {export.last} (UTC), {sum(counts.values())} pairs of day and model:", end=" ")
-        print("{agree} agree, {differ} differ, {only_ours} only ours, {only_theirs} only theirs.".format(**counts))
+        if found.pairs:
+            print(difference_table(found.pairs) + "\n")
+        print(
+            f"{found.first_day} to {found.last_day} (UTC), {found.agree + len(found.pairs)} pairs of day and model:",
+            end=" ",
+        )
+        print(
+            f"{found.agree} agree, {found.differ} differ, {found.only_ours} only ours, {found.only_theirs} only theirs."
+        )
     if files.unreadable.count:
         print(files.unreadable, file=sys.stderr)
-    return 1 if pairs else 0
+    return 1 if found.pairs else 0
 
 
 def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
