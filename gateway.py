@@ -6998,8 +6998,36 @@ def without_thinking(body: bytes) -> bytes:
 
 # --- 11. Formats: what is read of an answer ---------------------------------------
 
+# What is believed of an upstream's numbers, and when
+#
+#   format      its counts stand in                                                       its end
+#   messages    message_start (input, split of cache writes), message_delta (so far)      message_stop
+#   chat        the last chunk, where the client asked for it; of some servers in each    finish_reason or [DONE]
+#   responses   response.completed, .incomplete, .failed                                  the same
+#   no stream   `usage` beside the text                                                   the last byte
+#
+# Counts are totals: the last that is said counts, and none is added to another. A zero or null replaces no count, since
+# there are servers that count at the start and write zeros at the end. What else the answer names is booked as well:
+# iterations (compaction, advisors, fallbacks), pieces of hosted tools, and premiums, the words of what makes it dearer.
+#
+#   what came                                       input                     output
+#   the end, with its counts                        as said                   as said
+#   the end, without a count, or a zero of a text   as said                   bytes of text ÷ 4
+#   a cut stream                                    as said                   the larger of said and bytes of text ÷ 4
+#   no count of the input                           estimate of the request   as above
+#   what is too long to be read, or compressed      as said                   the larger of that and what was reserved
+#   a count that no call can have                   estimate of the request   bytes of text ÷ 4
+#
+# All but the first row are marked as estimates. An example: message_start says 10 input and 1 output, 400 bytes of text
+# pass, message_delta says 50, and the connection is lost: 10 and 100, estimated. With message_stop it is 10 and 50.
+#
+# What an upstream sends is bounded like what a client sends: events and bodies of 8 MB, names of 64 characters, lists
+# by their bytes. A value of another shape than we know hides none of those beside it (`decode_known`).
+
 Count = int | float  # as JSON has it: some servers write 12.0
 MAX_COUNT = 10**9  # tokens of one class in one call; the largest context of today is a thousandth of that
+NOT_SAID = msgspec.Raw(b"")
+FAILED = msgspec.Raw(b'"failed"')
 
 
 class AbsurdCount(ValueError):
@@ -7014,67 +7042,6 @@ def read_count(value: Count) -> int:
     if count != value or not 0 <= count <= MAX_COUNT:
         raise AbsurdCount(f"a count of {value:.6g} tokens")
     return count
-
-
-class AnthropicCacheCreation(msgspec.Struct):
-    """The split of cache writes; stands only in message_start and in non-stream answers."""
-
-    ephemeral_5m_input_tokens: Count | None = None
-    ephemeral_1h_input_tokens: Count | None = None
-
-
-NOT_SAID = msgspec.Raw(b"")
-FAILED = msgspec.Raw(b'"failed"')
-Said = TypeVar("Said")
-
-
-class AnthropicUsage(msgspec.Struct):
-    """`usage` of the Messages API, or one of its `iterations`. None: this event does not say.
-
-    What is not decoded yet may have another shape than we know, which must not hide the counts.
-    """
-
-    input_tokens: Count | None = None
-    output_tokens: Count | None = None
-    cache_creation_input_tokens: Count | None = None
-    cache_read_input_tokens: Count | None = None
-    cache_creation: AnthropicCacheCreation | None = None
-    iterations: msgspec.Raw = NOT_SAID
-    server_tool_use: msgspec.Raw = NOT_SAID
-    speed: msgspec.Raw = NOT_SAID
-    service_tier: msgspec.Raw = NOT_SAID
-    inference_geo: msgspec.Raw = NOT_SAID
-    type: str | None = None  # of an iteration
-    model: str | None = None
-
-    def read_into(self, counts: Tokens) -> None:
-        """Overwrite what is said here; counts are cumulative, never added. Raises AbsurdCount.
-
-        A zero replaces no count: there are servers that count at the start and write zeros at the end.
-        """
-        if self.input_tokens:
-            counts.input_tokens = read_count(self.input_tokens)
-        if self.output_tokens:
-            counts.output_tokens = read_count(self.output_tokens)
-        if self.cache_read_input_tokens:
-            counts.cache_read_tokens = read_count(self.cache_read_input_tokens)
-        split = self.cache_creation
-        if split and split.ephemeral_1h_input_tokens:
-            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
-        if split and split.ephemeral_5m_input_tokens:
-            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
-        if self.cache_creation_input_tokens:  # the final one has no split, and counts all the same
-            whole = read_count(self.cache_creation_input_tokens)
-            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
-            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
-
-
-def decode_lenient(raw: msgspec.Raw, kind: type[Said], otherwise: Said) -> Said:
-    """A value of an answer, or something else where it is missing or of another shape."""
-    if raw:
-        with contextlib.suppress(*UNREADABLE):
-            return msgspec.json.decode(raw, type=kind)
-    return otherwise
 
 
 MAX_ODD = 1000  # items of a list with an odd one; 600,000 of them, in an answer of 7 MB, took 43 s
@@ -7109,7 +7076,7 @@ def decode_known(raw: bytes | msgspec.Raw, kind: Any) -> Any:
         raise
 
 
-def decode_items(raw: msgspec.Raw, kind: type[Said]) -> tuple[list[Said], bool]:
+def decode_items(raw: msgspec.Raw, kind: type[Decoded]) -> tuple[list[Decoded], bool]:
     """The items of a list, and whether that is all of them: of an odd one there is what is known of it.
 
     Where other servers have null or a number, there is nothing to be missed.
@@ -7121,42 +7088,64 @@ def decode_items(raw: msgspec.Raw, kind: type[Said]) -> tuple[list[Said], bool]:
     return [], not bytes(raw).startswith((b"{", b"["))
 
 
-MAX_PIECE_NAMES = 32  # of pieces, in one answer; the API has 2 …
-MAX_PIECE_NAME = 64  # … and so many characters of each: they stand in the ledger
-
-
-def decode_pieces(raw: msgspec.Raw) -> dict[str, int]:
-    """Counts by name, at most MAX_PIECE_NAMES; what is no count counts 0. Raises AbsurdCount."""
-    said = decode_short(raw, dict[str, msgspec.Raw], {})
-    first = itertools.islice(said.items(), MAX_PIECE_NAMES)
-    return {name[:MAX_PIECE_NAME]: read_count(decode_lenient(count, float, 0.0)) for name, count in first}
-
-
-class AnthropicDelta(msgspec.Struct):
-    """What a content_block_delta brings."""
-
-    text: str | None = None
-    thinking: str | None = None
-    partial_json: str | None = None
+# The shapes of answers: only what is looked at. None: this event does not say. `Raw`: looked at by itself, since it may
+# have another shape than we know.
 
 
 class ApiError(msgspec.Struct):
-    """`error` of either API."""
+    """`error` of any API."""
 
     type: str | None = None
     code: str | int | None = None
-
-
-class RefusalError(ApiError):
-    """`error` of a refusal, with its text."""
-
     message: str = ""
 
 
 class Refusal(msgspec.Struct):
-    """The body of a refusal of either API."""
+    """The body of a refusal of any API."""
 
-    error: RefusalError
+    error: ApiError
+
+
+class AnthropicCacheCreation(msgspec.Struct):
+    """The split of cache writes; stands only in message_start and in non-stream answers."""
+
+    ephemeral_5m_input_tokens: Count | None = None
+    ephemeral_1h_input_tokens: Count | None = None
+
+
+class AnthropicUsage(msgspec.Struct):
+    """`usage` of the Messages API, or one of its `iterations`."""
+
+    input_tokens: Count | None = None
+    output_tokens: Count | None = None
+    cache_creation_input_tokens: Count | None = None
+    cache_read_input_tokens: Count | None = None
+    cache_creation: AnthropicCacheCreation | None = None
+    iterations: msgspec.Raw = NOT_SAID
+    server_tool_use: msgspec.Raw = NOT_SAID
+    speed: msgspec.Raw = NOT_SAID
+    service_tier: msgspec.Raw = NOT_SAID
+    inference_geo: msgspec.Raw = NOT_SAID
+    type: str | None = None  # of an iteration
+    model: str | None = None
+
+    def read_into(self, counts: Tokens) -> None:
+        """Overwrite what is said here. Raises AbsurdCount."""
+        if self.input_tokens:
+            counts.input_tokens = read_count(self.input_tokens)
+        if self.output_tokens:
+            counts.output_tokens = read_count(self.output_tokens)
+        if self.cache_read_input_tokens:
+            counts.cache_read_tokens = read_count(self.cache_read_input_tokens)
+        split = self.cache_creation
+        if split and split.ephemeral_1h_input_tokens:
+            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
+        if split and split.ephemeral_5m_input_tokens:
+            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
+        if self.cache_creation_input_tokens:  # the final one has no split, and counts all the same
+            whole = read_count(self.cache_creation_input_tokens)
+            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
+            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
 
 
 class AnthropicMessage(msgspec.Struct):
@@ -7166,6 +7155,14 @@ class AnthropicMessage(msgspec.Struct):
     content: msgspec.Raw = NOT_SAID
     usage: AnthropicUsage | None = None
     error: ApiError | None = None
+
+
+class AnthropicDelta(msgspec.Struct):
+    """What a content_block_delta brings."""
+
+    text: str | None = None
+    thinking: str | None = None
+    partial_json: str | None = None
 
 
 class AnthropicEvent(msgspec.Struct):
@@ -7178,23 +7175,18 @@ class AnthropicEvent(msgspec.Struct):
     error: ApiError | None = None
 
 
-class CacheWriteDetails(msgspec.Struct):
-    """How long what was written to the cache is kept."""
-
-    ttl_12h_tokens: Count | None = None
-
-
 class OpenAIDetails(msgspec.Struct):
-    """What is among the input tokens, or among those of the output."""
+    """What is among the input tokens, or among those of the output; or how long cache writes are kept."""
 
     cached_tokens: Count | None = None
     cache_write_tokens: Count | None = None
-    cache_write_tokens_details: CacheWriteDetails | None = None
+    cache_write_tokens_details: OpenAIDetails | None = None
+    ttl_12h_tokens: Count | None = None
     audio_tokens: Count | None = None
 
 
 class OpenAIUsage(msgspec.Struct):
-    """`usage` of chat completions and embeddings (prompt, completion) and of responses (input, output)."""
+    """`usage` of chat completions and embeddings (prompt, completion), and of responses and drawing tools."""
 
     prompt_tokens: Count | None = None
     completion_tokens: Count | None = None
@@ -7204,18 +7196,27 @@ class OpenAIUsage(msgspec.Struct):
     output_tokens: Count | None = None
     input_tokens_details: OpenAIDetails | None = None
     total_tokens: Any = None
+    num_requests: Count | None = None  # of searches
 
 
-class ChatFunction(msgspec.Struct):
-    """A piece of a tool's arguments."""
+class OpenAIAnswer(msgspec.Struct):
+    """A non-stream answer, or the `response` of a responses event."""
+
+    model: str | None = None
+    choices: msgspec.Raw = NOT_SAID
+    output: msgspec.Raw = NOT_SAID
+    status: msgspec.Raw = NOT_SAID  # of a response
+    service_tier: msgspec.Raw = NOT_SAID
+    tool_usage: msgspec.Raw = NOT_SAID
+    usage: OpenAIUsage | None = None
+    error: ApiError | None = None
+
+
+class ChatCall(msgspec.Struct):
+    """A piece of a call of a tool: `tool_calls` have it in their `function`, `function_call` is one."""
 
     arguments: str | None = None
-
-
-class ChatToolCall(msgspec.Struct):
-    """A piece of a call of a tool."""
-
-    function: ChatFunction | None = None
+    function: ChatCall | None = None
 
 
 class ChatDelta(msgspec.Struct):
@@ -7225,16 +7226,21 @@ class ChatDelta(msgspec.Struct):
     refusal: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ChatToolCall] | None = None
-    function_call: ChatFunction | None = None
+    tool_calls: list[ChatCall] | None = None
+    function_call: ChatCall | None = None
     audio: Any = None
 
     def text_bytes(self) -> int:
         """How much was said, as UTF-8."""
-        said = (self.content, self.refusal, self.reasoning, self.reasoning_content)
-        functions = (*(call.function for call in self.tool_calls or ()), self.function_call)
-        calls = (function.arguments for function in functions if function)
-        return sum(len(text) if text.isascii() else len(text.encode()) for text in (*said, *calls) if text)
+        texts = [self.content, self.refusal, self.reasoning, self.reasoning_content]
+        if self.tool_calls or self.function_call:
+            calls = [*(call.function for call in self.tool_calls or ()), self.function_call]
+            texts += [call.arguments for call in calls if call]
+        size = 0
+        for text in texts:
+            if text:
+                size += len(text.encode())
+        return size
 
 
 class ChatChoice(msgspec.Struct):
@@ -7242,19 +7248,6 @@ class ChatChoice(msgspec.Struct):
 
     delta: ChatDelta | None = None
     finish_reason: str | None = None
-
-
-class OpenAIAnswer(msgspec.Struct):
-    """A non-stream answer, or the `response` of a responses event."""
-
-    model: str | None = None
-    choices: msgspec.Raw = NOT_SAID
-    status: msgspec.Raw = NOT_SAID  # of a response
-    service_tier: msgspec.Raw = NOT_SAID
-    output: msgspec.Raw = NOT_SAID
-    tool_usage: msgspec.Raw = NOT_SAID
-    usage: OpenAIUsage | None = None
-    error: ApiError | None = None
 
 
 class ChatChunk(msgspec.Struct):
@@ -7276,30 +7269,11 @@ class OutputItem(msgspec.Struct):
     container_id: msgspec.Raw = NOT_SAID
 
 
-class ItemAction(msgspec.Struct):
-    """What a web_search_call did; only searches are billed."""
-
-    type: str = "search"
-
-
-class ImageUsage(msgspec.Struct):
-    """The tokens of drawing tools."""
-
-    input_tokens: Count = 0
-    output_tokens: Count = 0
-
-
-class SearchUsage(msgspec.Struct):
-    """The searches that are billed."""
-
-    num_requests: Count | None = None
-
-
 class ToolUsage(msgspec.Struct):
     """`tool_usage` of a response: what hosted tools have used, beside the model."""
 
-    image_gen: ImageUsage | None = None
-    web_search: SearchUsage | None = None
+    image_gen: OpenAIUsage | None = None
+    web_search: OpenAIUsage | None = None
 
 
 class ResponsesEvent(msgspec.Struct):
@@ -7307,28 +7281,31 @@ class ResponsesEvent(msgspec.Struct):
 
     type: str | None = None
     response: OpenAIAnswer | None = None
-    item: msgspec.Raw = NOT_SAID
+    item: OutputItem | None = None
     delta: Any = None
     code: str | None = None
     error: ApiError | None = None
 
 
+MAX_PIECE_NAMES = 32  # of pieces, in one answer; the API has 2 …
+MAX_PIECE_NAME = 64  # … and so many characters of each: they stand in the ledger
+
+
 class Meter:
     """Reads the usage out of an answer while its bytes pass. Knows nothing of I/O.
 
-    Subclasses fill in how one format's events and bodies are read. Every event is decoded, into the few typed
-    fields above: 0.2 µs with msgspec, less than looking for words that may also stand in a user's text.
+    Subclasses read one format's events and bodies. Every event is decoded, into the few typed fields above: 0.2 µs
+    with msgspec, less than looking for words that may also stand in a user's text.
     """
 
     MAX_BODY = 8 << 20  # bytes of a non-stream answer that are kept for reading
     EMPTY = 256  # bytes of the JSON around a text: an answer that has more than that has said something
     EVENT_NAME = re.compile(rb'^(?:event: ?|data: ?\{\s*"type"\s*:\s*")([\w.]+)', re.MULTILINE)
     TERMINAL: frozenset[str] = frozenset()  # the types of events that end a stream
+    TEXTS: tuple[str, ...] = ()  # the fields of a whole answer that may have its text
 
-    event_type: type[msgspec.Struct] = AnthropicEvent
-    answer_type: type[msgspec.Struct] = AnthropicMessage
-    decode_event: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicEvent).decode
-    decode_answer: Callable[[bytes], Any] = msgspec.json.Decoder(AnthropicMessage).decode
+    events: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnthropicEvent)
+    answers: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnthropicMessage)
     charged = True
     speaks = True  # an answer without counts has output all the same
 
@@ -7344,8 +7321,7 @@ class Meter:
     is_broken = False  # the whole body, or an event, is no JSON
     _body_size = 0
     _text_bytes = 0  # of content that passed, as UTF-8
-    _seen_output = False  # a count of the output stood in the usage, though it was zero …
-    _has_output = False  # … and one that was not
+    _said_output: Count | None = None  # the largest count of the output that stood in a final usage
     _is_partial = False  # a list of what is billed has an item that could not be read
 
     def __init__(self, call: Call) -> None:
@@ -7374,25 +7350,25 @@ class Meter:
             return
         for data in self._events.feed(chunk):
             try:
-                self.event(self.decode_event(data))
+                self.read_event(self.events.decode(data))
             except AbsurdCount as error:
                 self.absurd = str(error)
             except msgspec.ValidationError:
-                self.odd(data)
+                self.read_odd(data)
             except UNREADABLE:
-                self.unreadable(data, False)
+                self.read_unknown(data, is_json=False)
         if self._events.dropped:
             self._pass_over(self._events.dropped)
 
-    def odd(self, data: bytes) -> None:
-        """Take in what is known of an event that has something of another shape than we know."""
+    def read_odd(self, data: bytes) -> None:
+        """Take in what is known of an event that has something of another shape; whatever it is, it is the client's."""
         try:
-            self.event(decode_known(data, self.event_type))
-            self.has_content = self.has_content or not self.error_type  # whatever it is, it is for the client
+            self.read_event(decode_known(data, self.events.type))
+            self.has_content = self.has_content or not self.error_type
         except AbsurdCount as error:
             self.absurd = str(error)
         except UNREADABLE:
-            self.unreadable(data, True)
+            self.read_unknown(data, is_json=True)
 
     def _pass_over(self, dropped: list[bytes]) -> None:
         """Events that were too long to be read may have had the usage; and one of them may have been the last."""
@@ -7402,28 +7378,26 @@ class Meter:
             self.is_finished = self.is_finished or (name is not None and name[1].decode() in self.TERMINAL)
         dropped.clear()
 
-    def event(self, event: Any) -> None:
+    def read_event(self, event: Any) -> None:
         """Take in one event; a format without streams has none."""
 
-    def unreadable(self, data: bytes, is_json: bool) -> None:
-        """An event that is no JSON, or of another shape than we know: that is for the client to judge."""
-        self.has_content, self.is_broken = self.has_content or is_json, self.is_broken or not is_json
+    def read_unknown(self, data: bytes, is_json: bool) -> None:
+        """Take in the data of an event of which nothing is known; JSON is for the client to judge."""
+        self.has_content = self.has_content or is_json
+        self.is_broken = self.is_broken or not is_json
 
-    def answer(self, answer: Any) -> None:
-        """Take in a whole non-stream answer."""
+    def read_answer(self, answer: Any) -> None:
+        """Take in a whole answer, or the one that a terminal event has."""
         self.model = answer.model or ""
         self.read_error(answer.error)
         if answer.usage:
-            self.usage(answer.usage)
-        if self._seen_output and not self._has_output and self._events is None:
-            self._text_bytes = max(0, len(bytes(self.said(answer))) - self.EMPTY)
+            self.read_usage(answer.usage)
+        if self._said_output == 0 and self._events is None:
+            text = sum(len(getattr(answer, field)) for field in self.TEXTS)
+            self._text_bytes = max(0, text - self.EMPTY)
 
-    def said(self, answer: Any) -> msgspec.Raw:
-        """The part of a whole answer that has its text."""
-        raise NotImplementedError
-
-    def usage(self, usage: Any) -> None:
-        """Overwrite what a usage object says; counts are cumulative, never added."""
+    def read_usage(self, usage: Any) -> None:
+        """Overwrite what a usage object says. Raises AbsurdCount."""
         raise NotImplementedError
 
     def read_error(self, error: ApiError | None) -> None:
@@ -7442,9 +7416,9 @@ class Meter:
     def _read_body(self, body: bytes) -> None:
         try:
             try:
-                self.answer(self.decode_answer(body))
+                self.read_answer(self.answers.decode(body))
             except msgspec.ValidationError:
-                self.answer(decode_known(body, self.answer_type))
+                self.read_answer(decode_known(body, self.answers.type))
         except AbsurdCount as error:
             self.absurd = str(error)
         except msgspec.ValidationError:
@@ -7452,17 +7426,12 @@ class Meter:
         except UNREADABLE:
             self.is_broken = self._body_size <= self.MAX_BODY
 
-    def see_output(self, count: Count | None) -> None:
-        """Remember whether the usage has a count of the output."""
-        self._seen_output = self._seen_output or count is not None
-        self._has_output = self._has_output or bool(count)
+    def read_output(self, count: Count | None) -> None:
+        """Remember the count of the output in a usage that is not the first of several."""
+        if count is not None:
+            self._said_output = max(count, self._said_output or 0)
 
-    @property
-    def did_work(self) -> bool:
-        """Whether the upstream has begun to deliver, or counts tokens that it will charge for."""
-        return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
-
-    def premium(self, field: str, raw: msgspec.Raw) -> None:
+    def read_premium(self, field: str, raw: msgspec.Raw) -> None:
         """Take in what tier, speed or place an answer names."""
         word = premium_word(raw)
         if word:
@@ -7470,8 +7439,15 @@ class Meter:
         elif self.premiums:
             self.premiums.pop(field, None)
 
+    # What is booked
+
+    @property
+    def did_work(self) -> bool:
+        """Whether the upstream has begun to deliver, or counts tokens that it will charge for."""
+        return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
+
     def sum_up(self) -> Usage:
-        """What the upstream said, in one."""
+        """What the upstream said, in one. Raises AbsurdCount."""
         usage = Usage(*token_counts(self.counts))
         if self.extras:
             usage.extras = tuple(self.extras.items())
@@ -7480,7 +7456,7 @@ class Meter:
         return usage
 
     def spend(self, reached_upstream: bool) -> Usage:
-        """The usage to book. What the upstream did not say is estimated: bytes ÷ 4."""
+        """The usage to book, by the table above."""
         if not (self.charged and reached_upstream):
             return Usage()
         try:
@@ -7489,14 +7465,13 @@ class Meter:
             self.absurd = str(error)
         if self.absurd:
             return self.estimate()
+        usage.estimated = self._is_partial
         if not self.seen_input:
             usage.input_tokens = max(usage.input_tokens, self._call.input_estimate)  # that of iterations may be known
             usage.estimated = True
-        is_counted = self._has_output or (self._seen_output and not self._text_bytes)
+        is_counted = self._said_output or (self._said_output == 0 and not self._text_bytes)
         if self.speaks and not (is_counted and self.is_finished):
             usage.output_tokens = max(usage.output_tokens, self._estimated_output())
-            usage.estimated = True
-        if self._is_partial:
             usage.estimated = True
         return usage
 
@@ -7521,58 +7496,61 @@ class MessagesMeter(Meter):
     """Anthropic's Messages API."""
 
     MAX_SHARES = 32  # lines in a call's bill
-    TERMINAL = frozenset(("message_stop",))
     MAX_ITERATIONS = 256 << 10  # bytes of what is read of them: a thousand, in 10 ms
+    TERMINAL = frozenset(("message_stop",))
+    BEFORE_CONTENT = frozenset(("message_start", "ping", "error"))
+    TEXTS = ("content",)
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._iterations: list[AnthropicUsage] = []
 
-    def event(self, event: AnthropicEvent) -> None:
+    def read_event(self, event: AnthropicEvent) -> None:
+        if event.error:
+            self.read_error(event.error)
+        if event.type not in self.BEFORE_CONTENT:
+            self.has_content = True
         delta = event.delta
         if event.type == "content_block_delta" and delta:
             text = delta.text or delta.thinking or delta.partial_json or ""
             self._text_bytes += len(text) if text.isascii() else len(text.encode())
-            self.has_content = True
-        else:
-            self.is_finished = self.is_finished or event.type == "message_stop"
-            if event.message:
-                self.model = event.message.model or self.model
-                if event.message.usage:
-                    self.usage(event.message.usage)
-            if event.usage:
-                self.see_output(event.usage.output_tokens)
-                self.usage(event.usage)
-        self.has_content = self.has_content or event.type not in ("message_start", "ping", "error")
-        self.read_error(event.error)
+            return
+        if event.type in self.TERMINAL:
+            self.is_finished = True
+        if event.message:
+            self.model = event.message.model or self.model
+            if event.message.usage:
+                self.read_usage(event.message.usage)
+        if event.usage:
+            self.read_output(event.usage.output_tokens)
+            self.read_usage(event.usage)
 
-    def answer(self, answer: AnthropicMessage) -> None:
-        self.see_output(answer.usage.output_tokens if answer.usage else None)
-        super().answer(answer)
+    def read_answer(self, answer: AnthropicMessage) -> None:
+        if answer.usage:
+            self.read_output(answer.usage.output_tokens)
+        super().read_answer(answer)
 
-    def said(self, answer: AnthropicMessage) -> msgspec.Raw:
-        return answer.content
-
-    def usage(self, usage: AnthropicUsage) -> None:
+    def read_usage(self, usage: AnthropicUsage) -> None:
         usage.read_into(self.counts)
         self.seen_input = self.seen_input or usage.input_tokens is not None
         if usage.iterations:
+            self._iterations, is_whole = [], False
             if len(usage.iterations) <= self.MAX_ITERATIONS:
                 self._iterations, is_whole = decode_items(usage.iterations, AnthropicUsage)
-            else:
-                self._iterations, is_whole = [], False
             self._is_partial = not is_whole
         if usage.server_tool_use:
-            for name, count in decode_pieces(usage.server_tool_use).items():
-                piece = name.removesuffix("_requests")
-                if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
-                    self.extras[piece] = count
-        if usage.speed:
-            self.premium("speed", usage.speed)
-        if usage.service_tier:
-            self.premium("service_tier", usage.service_tier)
-        if usage.inference_geo:
-            self.premium("inference_geo", usage.inference_geo)
+            self._read_pieces(decode_short(usage.server_tool_use, dict[str, msgspec.Raw], {}))
+        for field in PREMIUMS:
+            said = getattr(usage, field)
+            if said:
+                self.read_premium(field, said)
+
+    def _read_pieces(self, said: dict[str, msgspec.Raw]) -> None:
+        """Take in what hosted tools were used for, such as `web_search_requests`; what is no count counts 0."""
+        for name, count in itertools.islice(said.items(), MAX_PIECE_NAMES):
+            piece = name[:MAX_PIECE_NAME].removesuffix("_requests")
+            if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
+                self.extras[piece] = read_count(decode_short(count, float, 0.0))
 
     def sum_up(self) -> Usage:
         """The counts with the iterations that are beside them.
@@ -7583,16 +7561,16 @@ class MessagesMeter(Meter):
         usage = super().sum_up()
         if not self._iterations:
             return usage
-        executor, shares, largest = Tokens(), dict[tuple[str, str], Share](), 0
-        is_fallback = any(iteration.type == "fallback_message" for iteration in self._iterations)
-        outside = Tokens()
+        executor, outside = Tokens(), Tokens()
+        shares = dict[tuple[str, str], Share]()
+        usage.is_fallback = any(iteration.type == "fallback_message" for iteration in self._iterations)
         for iteration in self._iterations:
             kind, model, tokens = iteration.type or "", iteration.model or "", Tokens()
             iteration.read_into(tokens)
             is_executor = kind in ("message", "fallback_message")
             (executor if is_executor else outside).add(tokens)
-            if is_executor and (model == self.model or not (model or is_fallback)):
-                largest = max(largest, tokens.total_input_tokens)
+            if is_executor and (model == self.model or not (model or usage.is_fallback)):
+                usage.prompt_tokens = max(usage.prompt_tokens, tokens.total_input_tokens)
                 continue
             if len(shares) >= self.MAX_SHARES and (kind, model) not in shares:
                 kind, model = "others", ""
@@ -7603,13 +7581,11 @@ class MessagesMeter(Meter):
             usage.cache_write_5m_tokens + usage.cache_write_1h_tokens,
             executor.cache_write_5m_tokens + executor.cache_write_1h_tokens,
         )
-        usage.input_tokens = max(usage.input_tokens, executor.input_tokens)
-        usage.output_tokens = max(usage.output_tokens, executor.output_tokens)
-        usage.cache_read_tokens = max(usage.cache_read_tokens, executor.cache_read_tokens)
-        usage.cache_write_1h_tokens = max(usage.cache_write_1h_tokens, executor.cache_write_1h_tokens)
+        for name in ("input_tokens", "output_tokens", "cache_read_tokens", "cache_write_1h_tokens"):
+            setattr(usage, name, max(getattr(usage, name), getattr(executor, name)))
         usage.cache_write_5m_tokens = written - usage.cache_write_1h_tokens
         usage.add(outside)
-        usage.shares, usage.is_fallback, usage.prompt_tokens = tuple(shares.values()), is_fallback, largest
+        usage.shares = tuple(shares.values())
         return usage
 
 
@@ -7622,55 +7598,56 @@ class CountTokensMeter(MessagesMeter):
 class OpenAIMeter(Meter):
     """What chat completions, embeddings and responses have in common."""
 
-    answer_type = OpenAIAnswer
-    decode_answer = msgspec.json.Decoder(OpenAIAnswer).decode
+    answers = msgspec.json.Decoder(OpenAIAnswer)
+    TEXTS = ("choices", "output")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
         self._shares: dict[str, Share] = {}
 
-    def usage(self, usage: OpenAIUsage) -> None:
+    def read_usage(self, usage: OpenAIUsage) -> None:
         """Take in counts that stand under either API's names: servers write zeros under those that are not in use."""
         counts = self.counts
         whole = max(usage.prompt_tokens or 0, usage.input_tokens or 0, key=abs)
         output = max(usage.completion_tokens or 0, usage.output_tokens or 0, key=abs)
-        details = usage.prompt_tokens_details or usage.input_tokens_details
-        if usage.input_tokens_details and not usage.prompt_tokens:
-            details = usage.input_tokens_details
         if self.speaks and whole and isinstance(usage.total_tokens, int | float):
             output = max(output, usage.total_tokens - whole)  # xAI counts reasoning in nothing else
         heard = spoken = 0
-        if whole:  # OpenAI's input includes what was read from the cache, written to it, or is sound
+        if whole:
+            self.seen_input = True
             counts.input_tokens = read_count(whole)
+            details = usage.prompt_tokens_details or usage.input_tokens_details
+            if usage.input_tokens_details and not usage.prompt_tokens:
+                details = usage.input_tokens_details
             if details:
                 heard = self._read_details(details)
-            self.seen_input = True
         if output:
             counts.output_tokens = read_count(output)
             if usage.completion_tokens_details:
                 spoken = min(read_count(usage.completion_tokens_details.audio_tokens or 0), counts.output_tokens)
-        is_said = usage.completion_tokens is not None or usage.output_tokens is not None
-        self.see_output(output if output or is_said else None)
+        if output or usage.completion_tokens is not None or usage.output_tokens is not None:
+            self.read_output(output)
         if heard or spoken:
-            self._shares["audio"] = Share(heard, spoken, kind="audio")
+            self._shares["audio"] = Share(input_tokens=heard, output_tokens=spoken, kind="audio")
 
     def _read_details(self, details: OpenAIDetails) -> int:
-        """Take apart the input; how much of it, neither cached nor written, is sound."""
+        """Take apart the input, which includes what was read from the cache, written to it, or is sound.
+
+        Returns how much of it, neither cached nor written, is sound.
+        """
         counts, whole = self.counts, self.counts.input_tokens
+        kept = details.cache_write_tokens_details or OpenAIDetails()
+        written = read_count(details.cache_write_tokens or 0)
         counts.cache_read_tokens = read_count(details.cached_tokens or 0)
-        written, ttl = read_count(details.cache_write_tokens or 0), details.cache_write_tokens_details
-        counts.cache_write_1h_tokens = min(written, read_count((ttl and ttl.ttl_12h_tokens) or 0))
+        counts.cache_write_1h_tokens = min(written, read_count(kept.ttl_12h_tokens or 0))
         counts.cache_write_5m_tokens = written - counts.cache_write_1h_tokens
         counts.input_tokens = max(0, whole - counts.cache_read_tokens - written)
         return min(read_count(details.audio_tokens or 0), counts.input_tokens)
 
-    def answer(self, answer: OpenAIAnswer) -> None:
-        super().answer(answer)
+    def read_answer(self, answer: OpenAIAnswer) -> None:
+        super().read_answer(answer)
         if answer.service_tier:
-            self.premium("service_tier", answer.service_tier)
-
-    def said(self, answer: OpenAIAnswer) -> msgspec.Raw:
-        return answer.choices or answer.output
+            self.read_premium("service_tier", answer.service_tier)
 
     def sum_up(self) -> Usage:
         usage = super().sum_up()
@@ -7686,12 +7663,12 @@ class OpenAIMeter(Meter):
 class ChatMeter(OpenAIMeter):
     """Chat completions; usage comes only if the client asked for it, in an extra last chunk."""
 
-    event_type = ChatChunk
-    decode_event = msgspec.json.Decoder(ChatChunk).decode
+    events = msgspec.json.Decoder(ChatChunk)
 
-    def event(self, event: ChatChunk) -> None:
+    def read_event(self, event: ChatChunk) -> None:
         self.model = self.model or event.model or ""
-        self.read_error(event.error)
+        if event.error:
+            self.read_error(event.error)
         for choice in event.choices or ():
             if choice.delta:
                 self._text_bytes += choice.delta.text_bytes()
@@ -7700,9 +7677,15 @@ class ChatMeter(OpenAIMeter):
                 self.is_finished = True  # some servers send no [DONE]
         self.has_content = self.has_content or self.is_finished or self._text_bytes > 0
         if event.usage:
-            self.usage(event.usage)
+            self.read_usage(event.usage)
             if event.service_tier:
-                self.premium("service_tier", event.service_tier)
+                self.read_premium("service_tier", event.service_tier)
+
+    def read_unknown(self, data: bytes, is_json: bool) -> None:
+        if data.strip() == b"[DONE]":
+            self.is_finished = self.has_content = True
+        else:
+            super().read_unknown(data, is_json)
 
     def sum_up(self) -> Usage:
         """The counts, and the search that `web_search_options` asked for, which the usage does not tell."""
@@ -7711,42 +7694,37 @@ class ChatMeter(OpenAIMeter):
             self.extras[CHAT_SEARCH] = max(1, self.extras.get(CHAT_SEARCH, 0))
         return super().sum_up()
 
-    def unreadable(self, data: bytes, is_json: bool) -> None:
-        if data.strip() == b"[DONE]":
-            self.is_finished = self.has_content = True
-        else:
-            super().unreadable(data, is_json)
-
 
 class ResponsesMeter(OpenAIMeter):
     """The Responses API."""
 
-    def __init__(self, call: Call) -> None:
-        super().__init__(call)
-        self._containers: set[bytes] = set()  # digests of their names
-
-    event_type = ResponsesEvent
-    MAX_CONTAINERS = 1000  # that are told apart; of more, each call counts
-    decode_event = msgspec.json.Decoder(ResponsesEvent).decode
+    MAX_CONTAINERS = 1000  # of Code Interpreter that are told apart; of more, each call counts
     TERMINAL = frozenset(("response.completed", "response.incomplete", "response.failed"))
     BEFORE_CONTENT = frozenset(
         ("response.created", "response.queued", "response.in_progress", "response.failed", "error")
     )
 
-    def event(self, event: ResponsesEvent) -> None:
-        self.has_content = self.has_content or event.type not in self.BEFORE_CONTENT
+    events = msgspec.json.Decoder(ResponsesEvent)
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._containers: set[bytes] = set()  # digests of their names
+
+    def read_event(self, event: ResponsesEvent) -> None:
+        if event.type not in self.BEFORE_CONTENT:
+            self.has_content = True
         if isinstance(event.delta, str) and event.response is None:
             self._text_bytes += len(event.delta) if event.delta.isascii() else len(event.delta.encode())
         elif event.type in self.TERMINAL and event.response:
             self.is_finished = True
-            self.answer(event.response)
+            self.read_answer(event.response)
         elif event.type == "response.output_item.done":
-            self._count_item(decode_lenient(event.item, OutputItem, OutputItem()))
+            self._count_item(event.item or OutputItem())
         elif event.type == "error":
             self.read_error(event.error or ApiError(code=event.code))
 
-    def answer(self, answer: OpenAIAnswer) -> None:
-        super().answer(answer)
+    def read_answer(self, answer: OpenAIAnswer) -> None:
+        super().read_answer(answer)
         if answer.status == FAILED:
             self.has_failed = True
             self.error_type = self.error_type or "response_failed"
@@ -7759,7 +7737,7 @@ class ResponsesMeter(OpenAIMeter):
             for item in items:
                 self._count_item(item)
         if answer.tool_usage:
-            self._read_tools(decode_lenient(answer.tool_usage, ToolUsage, ToolUsage()))
+            self._read_tools(decode_short(answer.tool_usage, ToolUsage, ToolUsage()))
 
     def _count_item(self, item: OutputItem) -> None:
         """Count what a hosted tool was called for: a search, or another container of Code Interpreter.
@@ -7768,7 +7746,7 @@ class ResponsesMeter(OpenAIMeter):
         """
         piece = ""
         if item.type == "web_search_call" and item.status != FAILED:
-            if decode_lenient(item.action, ItemAction, ItemAction()).type == "search":
+            if decode_short(item.action, Block, Block()).type in ("", "search"):  # opening a page is free
                 piece = "web_search"
         elif item.type == "file_search_call":
             piece = "file_search"
@@ -7783,12 +7761,13 @@ class ResponsesMeter(OpenAIMeter):
 
     def _read_tools(self, tools: ToolUsage) -> None:
         """What the upstream itself says of its tools is worth more than what was counted."""
-        if tools.web_search and tools.web_search.num_requests is not None:
-            self.extras["web_search"] = read_count(tools.web_search.num_requests)
-        drawn = tools.image_gen
+        searches, drawn = tools.web_search, tools.image_gen
+        if searches and searches.num_requests is not None:
+            self.extras["web_search"] = read_count(searches.num_requests)
         if drawn and (drawn.input_tokens or drawn.output_tokens):
-            counts = read_count(drawn.input_tokens), read_count(drawn.output_tokens)
-            self._shares["image_gen"] = Share(*counts, kind="image_gen", model="gpt-image-1")
+            share = self._shares["image_gen"] = Share(kind="image_gen", model="gpt-image-1")
+            share.input_tokens = read_count(drawn.input_tokens or 0)
+            share.output_tokens = read_count(drawn.output_tokens or 0)
 
 
 class EmbeddingsMeter(OpenAIMeter):
@@ -7850,7 +7829,7 @@ class UsageFilter:
     def _decode(data: bytes) -> ChatChunk:
         """A chunk as the meter reads it."""
         try:
-            return ChatMeter.decode_event(data)
+            return cast(ChatChunk, ChatMeter.events.decode(data))
         except msgspec.ValidationError:
             return cast("ChatChunk", decode_known(data, ChatChunk))
 

@@ -1353,10 +1353,12 @@ def test_a_time_without_a_zone_is_utc_wherever_the_gateway_runs(monkeypatch, tex
     assert seconds == 30.0
 
 
-NAMES = ["retry-after", "retry-after-ms", "anthropic-ratelimit-tokens-reset", "anthropic-ratelimit-tokens-remaining"]
-NAMES += ["x-ratelimit-reset-requests", "x-ratelimit-remaining-requests"]
+HEADER_NAMES = [
+    *(b"retry-after", b"retry-after-ms", b"anthropic-ratelimit-tokens-reset", b"anthropic-ratelimit-tokens-remaining"),
+    *(b"x-ratelimit-reset-requests", b"x-ratelimit-remaining-requests"),
+]
 VALUES = st.one_of(
-    st.binary(),
+    st.binary(max_size=20),
     st.just(b"0"),
     st.from_regex(r"-?[0-9]{1,30}(\.[0-9]+)?(ms|s|m|h|d)?", fullmatch=True).map(str.encode),
     st.from_regex(
@@ -1366,8 +1368,8 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=500)
-@given(st.lists(st.tuples(st.sampled_from(NAMES).map(str.encode), VALUES)), st.sampled_from([0.0, START, 4e9]))
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(HEADER_NAMES), VALUES), max_size=2), st.sampled_from([0.0, START, 4e9]))
 def test_no_header_makes_reading_it_fail(headers, now):
     """
     Whatever an upstream sends: nothing, or more than nothing and at most half an hour.
