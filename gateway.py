@@ -8077,31 +8077,6 @@ class UpstreamConnection(asyncio.Protocol):
 P = TypeVar("P", bound=asyncio.Protocol)
 
 
-class ConnectReply(asyncio.Protocol):
-    """The few bytes of a proxy's answer to CONNECT. `done` raises ConnectionError unless it was a 2xx."""
-
-    def __init__(self) -> None:
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reply = b""
-
-    def data_received(self, data: bytes) -> None:
-        self._reply += data
-        if self.done.done():
-            return
-        if b"\r\n\r\n" in self._reply:
-            status = self._reply.split(b"\r\n", 1)[0].decode("latin-1")
-            if re.match(r"HTTP/1\.[01] 2\d\d\b", status) and self._reply.endswith(b"\r\n\r\n"):
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(ConnectionError(f"the proxy answered {status[:80]!r}"))
-        elif len(self._reply) > 65536:
-            self.done.set_exception(ConnectionError("the proxy's answer has no end"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(ConnectionError("the proxy closed the connection"))
-
-
 # What this host lacks, and no upstream is to blame for; as getaddrinfo tells it, too.
 OWN_TROUBLE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
 OWN_TROUBLE_LOOKUPS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
@@ -8122,14 +8097,6 @@ def look_up(host: str) -> list[str]:
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
-class Looked(msgspec.Struct):
-    """What is known of a name: its last good addresses and since when, and the lookup that runs."""
-
-    addresses: list[str] = []
-    since: float = -math.inf  # monotonic
-    running: Any = None  # asyncio.Future[list[str]]
-
-
 class Names:
     """Looks up names, each once however many calls want it, and keeps the addresses.
 
@@ -8143,10 +8110,11 @@ class Names:
 
     def __init__(self, clock: Clock, resolve: Callable[[str], list[str]] = look_up) -> None:
         self._clock, self._resolve = clock, resolve
-        self._looked: dict[str, Looked] = {}
+        self._known: dict[str, tuple[float, list[str]]] = {}  # since when (monotonic), and the addresses
+        self._running: dict[str, asyncio.Future[list[str]]] = {}
 
     async def find(self, host: str, allow_private: bool) -> list[str]:
-        """Where a name leads; what must not be connected to is left out each time. Raises OSError."""
+        """Return where a name leads; what must not be connected to is left out each time. Raises OSError."""
         found = [host] if parse_address(host) is not None else await self._addresses(host)
         allowed = [address for address in found if allow_private or not is_forbidden(address)]
         if found and not allowed:
@@ -8154,20 +8122,18 @@ class Names:
         return allowed
 
     async def _addresses(self, host: str) -> list[str]:
-        looked = self._looked.setdefault(host, Looked())
-        age = self._clock.monotonic() - looked.since
+        since, addresses = self._known.get(host, (-math.inf, []))
+        age = self._clock.monotonic() - since
         if age <= self.FRESH_S:
-            return looked.addresses
-        if looked.running is None:
-            self._start(host, looked)
+            return addresses
+        running = self._running.get(host) or self._start(host)
         if age <= self.FRESH_S + self.STALE_S:
-            return looked.addresses
-        # The lookup is everybody's: who gives up waiting for it does not end it.
-        return cast(list[str], await asyncio.shield(looked.running))
+            return addresses
+        return await asyncio.shield(running)  # it is everybody's: who gives up waiting for it does not end it
 
-    def _start(self, host: str, looked: Looked) -> None:
+    def _start(self, host: str) -> asyncio.Future[list[str]]:
         loop = asyncio.get_running_loop()
-        looked.running = loop.create_future()
+        running = self._running[host] = loop.create_future()
 
         def work() -> None:
             result: list[str] | OSError
@@ -8178,31 +8144,33 @@ class Names:
             except UnicodeError as error:  # a name that cannot be one
                 result = OSError(str(error))
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(self._end, looked, result)
+                loop.call_soon_threadsafe(self._end, host, result)
 
         try:
             threading.Thread(target=work, name=f"lookup {host}", daemon=True).start()
         except RuntimeError:  # no thread can be had
-            self._end(looked, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+            self._end(host, OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+        return running
 
-    def _end(self, looked: Looked, result: list[str] | OSError) -> None:
-        running, looked.running = looked.running, None
+    def _end(self, host: str, result: list[str] | OSError) -> None:
+        running = self._running.pop(host)
         if isinstance(result, OSError):
             running.set_exception(result)
             running.exception()  # nobody may wait for it
         else:
-            looked.addresses, looked.since = result, self._clock.monotonic()
+            self._known[host] = self._clock.monotonic(), result
             running.set_result(result)
 
     def doubt(self, host: str) -> None:
-        """None of the addresses could be connected to: with the next call they are looked up anew."""
-        looked = self._looked.get(host)
-        if looked:
-            looked.since = min(looked.since, self._clock.monotonic() - self.FRESH_S - 1.0)
+        """Look a name up anew with the next call: none of its addresses could be connected to."""
+        since, addresses = self._known.get(host, (-math.inf, []))
+        self._known[host] = min(since, self._clock.monotonic() - self.FRESH_S - 1.0), addresses
 
 
 class Pool:
     """The connections to one target. Idle ones are kept, the last used first, and closed after a time."""
+
+    MAX_PROXY_HEAD = 64 << 10  # bytes of a proxy's answer to CONNECT
 
     def __init__(self, upstream: UpstreamConfig, pace: Pace, clock: Clock, names: Names) -> None:
         self.target = UpstreamTarget.of(upstream.url, upstream.proxy)
@@ -8288,15 +8256,25 @@ class Pool:
         raise (theirs or failures or [OSError(f"{host} has no address")])[-1]
 
     async def _tunnel(self, proxy: tuple[str, int, str]) -> UpstreamConnection:
-        """Through a proxy's CONNECT (RFC 9110, 9.3.6)."""
+        """Connect through a proxy's CONNECT (RFC 9110, 9.3.6). Raises OSError."""
         host, port, credential = proxy
-        transport, opening = await self._open(ConnectReply, host, port)
+        reader = asyncio.StreamReader(limit=self.MAX_PROXY_HEAD)
+        transport, _ = await self._open(lambda: asyncio.StreamReaderProtocol(reader), host, port)
         try:
             name = f"[{self.target.host}]" if ":" in self.target.host else self.target.host
             authorization = f"proxy-authorization: {credential}\r\n" if credential else ""
             at = f"{name}:{self.target.port}"
             transport.write(f"CONNECT {at} HTTP/1.1\r\nhost: {at}\r\n{authorization}\r\n".encode())
-            await opening.done
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except asyncio.IncompleteReadError:
+                raise ConnectionError("the proxy closed the connection") from None
+            except asyncio.LimitOverrunError:
+                raise ConnectionError("the proxy's answer has no end") from None
+            reader.feed_eof()
+            status = head.split(b"\r\n", 1)[0].decode("latin-1")
+            if not re.match(r"HTTP/1\.[01] 2\d\d\b", status) or await reader.read():
+                raise ConnectionError(f"the proxy answered {status[:80]!r}")
             connection = UpstreamConnection(self.release)
             connection.connection_made(transport)  # it may be lost before TLS stands
             transport.set_protocol(connection)
@@ -8343,11 +8321,44 @@ class Pool:
 
 # --- 13. Upstreams: health and choice ---------------------------------------------
 
+# The problem. A failure may be everybody's (the provider is down) or one request's own, and the answer does not say
+# which; whatever status and headers one user's requests bring about, they must not take an upstream from the others. So
+# failures are evidence, by kind (`kind_of`), and evidence leads to cooldowns, each for somebody (`Whom`): one user's
+# calls, the calls for one model, or everybody's. Which of them, the table BLAMED says. An upstream and each of its API
+# keys have a health of their own; the verdict on a failure says which of the two it counts against.
+#
+# The states of a cooldown (`Phase`; without one an upstream is open to all), and what moves it:
+#
+#     none      -> COOLING    there is enough evidence, or the list of models refuses the API key as well
+#     COOLING   -> HALF_OPEN  by itself, at `until`
+#     HALF_OPEN -> TRIAL      the next call that it covers: the trial
+#     TRIAL     -> HALF_OPEN  the trial ended without an answer or a failure: its client left
+#     TRIAL     -> none       the trial got an answer, or failed in another way
+#     TRIAL     -> COOLING    the trial failed the same way: twice as long, for the same calls or for everybody
+#     TRIAL                   after `ALONE_S` without an answer others go beside it
+#
+# There may be several at once: a call goes where all that cover it let it in. A success clears the evidence, and ends
+# what one user is held up for, unless the upstream said for how long. A user who is held up alone counts as one failure
+# for the others. Each trip and each reset begins an epoch: what an attempt of an older one brings is ignored.
+#
+# Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
+# Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of two users, and
+# everybody is held up until 22 s. Then dave's call is the trial. It is silent; at 32 s erin's goes beside it.
+#
+# Choice: the best priority that is ready; in it, by the policy, the session's home (weighted rendezvous hashing), the
+# least busy, or each in turn. A call that finds nobody ready waits with those that may be sent to the same ones.
+#
+# Given up: a probe (the trial is one), the demotion of slow upstreams (the time to the first byte follows the prompt),
+# and a breaker that counts calls and not users.
+
 MAX_RETRY_AFTER_S = 1800.0
+EVIDENCE_S = 600.0  # failures that lie further apart say nothing together
+ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds; a trial goes alone
+VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
 
 
 def read_seconds(text: str, now: float) -> float | None:
-    """Seconds from `1.5`, `6m0s`, `20ms`, an HTTP date or an RFC 3339 time; None where it is none of them."""
+    """Return the seconds in `1.5`, `6m0s`, `20ms`, an HTTP date or an RFC 3339 time; None where it is none of them."""
     text = text.strip()
     if len(text) > 64:  # longer than any of them; 16,000 digits took 10 s
         return math.inf if text.isdecimal() else None
@@ -8365,31 +8376,33 @@ def read_seconds(text: str, now: float) -> float | None:
 
 
 def read_retry_after(headers: Headers, now: float) -> float | None:
-    """When an answer says to come again, in seconds, at most half an hour; None where it does not say.
+    """Return when an answer says to come again, in seconds, at most half an hour; None where it does not say.
 
     `retry-after-ms` and `retry-after` (RFC 9110, 10.2.3), else the reset of those rate limits of which nothing remains
     (`anthropic-ratelimit-*-reset` is a time, `x-ratelimit-reset-*` mostly a duration).
     """
     named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
-    found = [read_seconds(named.get("retry-after", ""), now)]
-    if (exact := read_seconds(named.get("retry-after-ms", ""), now)) is not None:
-        found = [exact / 1000]
-    if found == [None]:
-        resets = [name for name in named if "ratelimit" in name and "reset" in name]
-        spent = [name for name in resets if named.get(name.replace("reset", "remaining"), "").strip() == "0"]
-        found = [read_seconds(named[name], now) for name in spent]
-    seconds = max((s for s in found if s is not None), default=0.0)
+    seconds = read_seconds(named.get("retry-after", ""), now)
+    milliseconds = read_seconds(named.get("retry-after-ms", ""), now)
+    if milliseconds is not None:
+        seconds = milliseconds / 1000
+    if seconds is None:
+        seconds = 0.0
+        for name, value in named.items():
+            is_reset = "ratelimit" in name and "reset" in name
+            if is_reset and named.get(name.replace("reset", "remaining"), "").strip() == "0":
+                seconds = max(seconds, read_seconds(value, now) or 0.0)
     return min(seconds, MAX_RETRY_AFTER_S) if seconds > 0 else None
 
 
-EVIDENCE_S = 600.0  # failures that lie further apart say nothing together
-ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds; a trial goes alone
-VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
-
-
 def user_of(call: Call) -> str:
-    """Whose call it is where failures are judged: all keys of a team are one user's."""
+    """Return whose call it is where failures are judged: all keys of a team are one user's."""
     return f"team {call.key.team}" if call.key.team else call.key.name
+
+
+def kind_of(case: str) -> str:
+    """Failures of one kind count together: each way to refuse an API key, too much for it, and all others."""
+    return case if case in (*REFUSED_KEY, "429") else "failed"
 
 
 class Whom(NamedTuple):
@@ -8406,30 +8419,38 @@ class Whom(NamedTuple):
 EVERYBODY = Whom()
 
 
+class Blamed(NamedTuple):
+    """For whom an upstream or an API key is left alone, by whose failures there are: a row of `BLAMED`."""
+
+    one_user: str  # one user's calls failed
+    for_long: str  # the same, for `ALONE_S` without a success of anybody
+    several: str  # calls of two users failed
+
+
+# The first row needs `breaker.failures` in a row, or a 401, 402 or 403. One of two users with 429: see `_blame`.
+BLAMED = {
+    "failed": Blamed("nobody", "user", "everybody"),
+    "said": Blamed("user", "user", "everybody"),  # a 429, or an answer with the time to come again: a single one
+    "sure": Blamed("everybody", "everybody", "everybody"),  # not reached, in a row; the config's `cooldown`, at once
+}
+
+
 class Evidence:
     """Whose calls failed in a row in one way, with which models, and since when."""
 
     __slots__ = ("count", "last", "models", "since", "users")
 
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        """Nothing has failed."""
+    def __init__(self, now: float) -> None:
         self.users: tuple[str, ...] = ()  # at most two
         self.models: tuple[str, ...] = ()  # at most two
         self.count = 0
-        self.since = self.last = 0.0  # monotonic: the first and the last failure
+        self.since = self.last = now  # monotonic: the first and the last failure
 
     def add(self, call: Call, now: float, is_counted: bool) -> None:
-        """A call failed; what failed long before no longer counts. Where it is not counted, its user is."""
-        if now - self.last > EVIDENCE_S:
-            self.clear()
-        if not self.users:
-            self.since = now
-        user = user_of(call)
+        """Take in that a call failed. Where it is not counted, its user is."""
         if is_counted or not self.users:
             self.count += 1
+        user = user_of(call)
         if user not in self.users and len(self.users) < 2:
             self.users += (user,)
         if call.model not in self.models and len(self.models) < 2:
@@ -8437,38 +8458,12 @@ class Evidence:
         self.last = now
 
 
-class Blamed(NamedTuple):
-    """For whom an upstream or an API key is left alone, by whose failures there are: a row of `BLAMED`."""
+class Phase(enum.Enum):
+    """The states of a cooldown: the table above."""
 
-    one_user: str  # one user's calls failed
-    for_long: str  # the same, for `ALONE_S` without a success of anybody
-    several: str  # calls of two users failed, `breaker.failures` in a row; of 429 calls of two users for two models
-
-
-# One user's request may fail for its own sake, whatever status and headers it gets; it takes nothing from the others.
-BLAMED = {
-    "failed": Blamed("nobody", "user", "everybody"),  # `breaker.failures` in a row; a single 401, 402 or 403
-    "said": Blamed("user", "user", "everybody"),  # a single answer with the time to come again
-    "429": Blamed(
-        "user", "user", "everybody"
-    ),  # a single one. Providers limit by model: of two users' for one, "model"
-    "sure": Blamed("everybody", "everybody", "everybody"),  # not reached, in a row; the config's `cooldown`, at once
-}
-
-
-class Load:
-    """How many calls run at an upstream, or with one of its API keys."""
-
-    __slots__ = ("counting", "running")
-
-    def __init__(self) -> None:
-        self.running = 0
-        self.counting = 0  # those of them that are count_tokens
-
-
-def kind_of(case: str) -> str:
-    """Failures of one kind count together: each way to refuse an API key, too much for it, and all others."""
-    return case if case in (*REFUSED_KEY, "429") else "failed"
+    COOLING = "cooling"
+    HALF_OPEN = "half open"
+    TRIAL = "trial"
 
 
 class Cooldown:
@@ -8483,68 +8478,63 @@ class Cooldown:
         self.until = clock.monotonic() + seconds
         self.since = clock.wall()
         self.until_time = self.since + seconds  # wall time
-        self.trial: Ticket | None = None  # half open: the call that finds out
+        self.trial: Ticket | None = None  # the call that finds out
         self.alone_until = 0.0  # monotonic: until then no other goes beside it
+
+    def phase(self, now: float) -> Phase:
+        """Return its state."""
+        if now < self.until:
+            return Phase.COOLING
+        return Phase.TRIAL if self.trial else Phase.HALF_OPEN
 
     def lets_in(self, now: float) -> bool:
         """Whether a call that it covers may go: as the trial, or beside one that takes long."""
-        return now >= self.until and (self.trial is None or now >= self.alone_until)
+        phase = self.phase(now)
+        return phase is Phase.HALF_OPEN or (phase is Phase.TRIAL and now >= self.alone_until)
 
     def close(self) -> None:
-        """It answers: let in whom this covers, unless another cooldown took its place."""
+        """Let in whom this covers, unless another cooldown took its place."""
         if self.health.cooldowns.get(self.whom) is self:
             del self.health.cooldowns[self.whom]
 
 
+class KeyCheck(enum.Enum):
+    """What the list of models, which costs nothing, has said of an API key that calls were refused with."""
+
+    NOTHING = "nothing"  # it was not asked for, or the answer has not come
+    GOOD = "good"  # it came: the key is believed for `VOUCHED_S`
+    UNCLEAR = "unclear"  # it came neither, nor was the key refused
+
+
+class Load:
+    """How many calls run at an upstream, or with one of its API keys; how many of them are count_tokens."""
+
+    __slots__ = ("counting", "running")
+
+    def __init__(self) -> None:
+        self.running = self.counting = 0
+
+
 class Health:
-    """What was seen of an upstream, or of one of its API keys. Survives reloads.
+    """What was seen of an upstream, or of one of its API keys. Survives reloads."""
 
-    The problem: a failure may be everybody's (the provider is down) or one request's own, and the answer does not say
-    which. So failures are evidence, by kind (`kind_of`), and evidence leads to cooldowns, each for one user, one model
-    or everybody (`BLAMED`). There may be several at once: a call goes where all that cover it let it in.
-
-        closed    -> cooling    there is enough evidence (`Upstreams.failed`; the attempts of a call count once)
-        cooling   -> half open  by itself, at `until`
-        half open -> closed     the first call, the trial, got an answer, or failed in another way
-        half open -> cooling    the trial failed the same way: twice as long, for the same calls or for everybody
-        half open               others go beside a trial without an answer after `ALONE_S`; one that left is replaced
-
-    A success clears the evidence, and ends what one user is held up for, unless the upstream said how long. A user
-    who is held up alone counts as one failure for the others.
-
-    Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
-    Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of two users, and
-    everybody is held up until 22 s. Then dave's call is the trial. It is silent; at 32 s erin's goes beside it.
-    """
-
-    __slots__ = (
-        "asked_at",
-        "cooldowns",
-        "era",
-        "evidence",
-        "failures",
-        "is_unclear",
-        "load",
-        "trips",
-        "turn",
-        "vouched_until",
-    )
+    __slots__ = ("checked_at", "cooldowns", "epoch", "evidence", "failures", "key_check", "load", "trips", "turn")
 
     def __init__(self, load: Load) -> None:
         self.load = load
         self.turn = 0.0  # of round robin
-        self.era = 0  # one more with each trip and reset: what began before says nothing of what is now
+        self.epoch = 0  # +1 per trip and reset
         self.reset()
 
     def reset(self) -> None:
         """Forget what spoke against it."""
-        self.era += 1
+        self.epoch += 1
         self.failures = 0  # in a row
         self.trips: Counter[Whom] = Counter()  # in a row
         self.evidence: dict[str, Evidence] = {}  # by kind
         self.cooldowns: dict[Whom, Cooldown] = {}
-        self.asked_at = self.vouched_until = -math.inf  # monotonic; when the list of models was asked for, is believed
-        self.is_unclear = False  # the list of models was asked for, and said nothing of the key
+        self.key_check = KeyCheck.NOTHING
+        self.checked_at = -math.inf  # monotonic: when the list of models was asked for, or spoke for the key
 
     @property
     def running(self) -> int:
@@ -8552,17 +8542,18 @@ class Health:
         return self.load.running
 
     def forget_refusals(self) -> None:
-        """Nothing is held against the API key."""
-        self.is_unclear = False
+        """Hold nothing against the API key."""
+        if self.key_check is KeyCheck.UNCLEAR:
+            self.key_check = KeyCheck.NOTHING
         for case in REFUSED_KEY:
             self.evidence.pop(case, None)
 
-    def note_success(self) -> None:
-        """An answer came to its end."""
+    def record_success(self) -> None:
+        """Zero the failure counters: an answer came to its end."""
         self.failures = 0
         if self.evidence:
+            self.forget_refusals()
             self.evidence.clear()
-            self.is_unclear = False
         if self.trips:
             for cooldown in tuple(self.cooldowns.values()):
                 if cooldown.whom.user and not cooldown.is_said:
@@ -8570,12 +8561,12 @@ class Health:
             self.trips = Counter({whom: count for whom, count in self.trips.items() if whom in self.cooldowns})
 
     def cooldowns_of(self, call: Call) -> list[Cooldown]:
-        """Those that cover a call, cooling or half open."""
+        """Return those that cover a call."""
         return [cooldown for whom, cooldown in self.cooldowns.items() if whom.covers(call)]
 
     def cool_down(self, cooldown: Cooldown, now: float) -> None:
         """Leave it alone for the calls that `cooldown` covers."""
-        self.era += 1
+        self.epoch += 1
         self.trips[cooldown.whom] += 1
         if cooldown.whom == EVERYBODY:
             self.forget_refusals()
@@ -8594,26 +8585,35 @@ class Health:
         return cooldown is not None and now < cooldown.until and cooldown.kind != "429"
 
     def shown(self) -> Cooldown | None:
-        """Of its cooldowns the one that people are shown: for the most calls, and the longest."""
-        return min(
-            self.cooldowns.values(),
-            key=lambda cooldown: (bool(cooldown.whom.user), bool(cooldown.whom.model), -cooldown.until),
-            default=None,
-        )
+        """Return the cooldown that people are shown: for the most calls, and the longest."""
+
+        def rank(cooldown: Cooldown) -> tuple[bool, bool, float]:
+            return cooldown.whom.user != "", cooldown.whom.model != "", -cooldown.until
+
+        return min(self.cooldowns.values(), key=rank, default=None)
 
     def state(self, now: float) -> str:
-        """In a word, for people: how it stands for all but the users for whom alone it may be left alone."""
+        """Return in a word how it stands for all but the users for whom alone it may be left alone."""
         shown = self.shown()
-        if shown and not shown.whom.user:
-            return "cooling" if now < shown.until else "half_open"
-        return "ok"
+        if shown is None or shown.whom.user:
+            return "ok"
+        return "cooling" if shown.phase(now) is Phase.COOLING else "half_open"
+
+    def row(self, now: float) -> dict[str, Any]:
+        """Return how it stands, for people: why it is left alone, since when and until when. Names no user."""
+        row: dict[str, Any] = {"state": self.state(now), "running": self.running, "failures": self.failures}
+        shown = self.shown()
+        if shown:
+            row |= {"why": shown.why, "since": utc_time(shown.since), "until": utc_time(shown.until_time)}
+            if shown.whom.user:
+                row["for_one_user"] = True
+            if shown.whom.model:
+                row["for_one_model"] = True
+        return row
 
 
 class Choice(NamedTuple):
-    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1.
-
-    `is_count`: for count_tokens.
-    """
+    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1."""
 
     upstream: UpstreamConfig
     number: int
@@ -8621,7 +8621,7 @@ class Choice(NamedTuple):
     health: Health  # of the upstream
     key_health: Health
     weight: float  # of this key: the upstream's, divided by its keys
-    is_count: bool
+    is_count: bool  # for count_tokens
 
     def __str__(self) -> str:
         return self.upstream.name + (f" (key {self.number})" if len(self.upstream.api_key) > 1 else "")
@@ -8633,34 +8633,30 @@ class Choice(NamedTuple):
 
     def is_ready(self, now: float, call: Call) -> bool:
         """Whether a call may be sent there now: neither left alone nor full."""
-        health, key = self.health, self.key_health
+        health, key, limit = self.health, self.key_health, self.upstream.max_concurrent
         is_cooling = health.cooldowns or key.cooldowns
         if is_cooling and not all(cooldown.lets_in(now) for cooldown in self.cooldowns_of(call)):
             return False
-        if self.is_count and not self.may_count():
-            return False
-        limit = self.upstream.max_concurrent
+        if self.is_count:
+            # It has half of the slots, and so leaves the others to calls that are paid for.
+            if limit is not None and key.load.counting >= max(1, limit // 2):
+                return False
+            if health.load.counting >= max(1, self.upstream.max_connections // 2):
+                return False
         return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
 
-    def may_count(self) -> bool:
-        """Whether count_tokens has less than half of the slots, and so leaves the others to calls that are paid for."""
-        limit = self.upstream.max_concurrent
-        if limit is not None and self.key_health.load.counting >= max(1, limit // 2):
-            return False
-        return self.health.load.counting < max(1, self.upstream.max_connections // 2)
-
     def cooldowns_of(self, call: Call) -> list[Cooldown]:
-        """Those of the upstream and of the API key that cover a call."""
+        """Return those of the upstream and of the API key that cover a call."""
         return self.health.cooldowns_of(call) + self.key_health.cooldowns_of(call)
 
     def ready_in(self, now: float, call: Call) -> float:
-        """In how many seconds that may be so at the earliest, as far as is known."""
+        """Return in how many seconds no cooldown covers a call, as far as is known."""
         return max([0.0, *(cooldown.until - now for cooldown in self.cooldowns_of(call))])
 
 
 @functools.lru_cache(maxsize=8192)  # a session asks again and again
 def rendezvous(affinity: str, name: str, weight: float) -> float:
-    """How much `name` is the home of `affinity`; the highest wins (weighted rendezvous hashing).
+    """Return how much `name` is the home of `affinity`; the highest wins (weighted rendezvous hashing).
 
     When one of the names goes, only what was at home there moves, and it comes home when the name does.
     """
@@ -8672,20 +8668,20 @@ def rendezvous(affinity: str, name: str, weight: float) -> float:
 class Ticket:
     """A slot on one key of one upstream, taken for one attempt. A context manager: leaving it gives the slot back."""
 
-    __slots__ = ("_eras", "_upstreams", "call", "choice", "model", "trials")
+    __slots__ = ("_epochs", "_upstreams", "call", "choice", "model", "trials")
 
     def __init__(self, upstreams: Upstreams, call: Call, choice: Choice, model: str) -> None:
         self._upstreams = upstreams
         self.call, self.choice = call, choice
         self.model = model  # as the upstream knows it
-        choice.health.load.running += 1
-        choice.key_health.load.running += 1
-        if choice.is_count:
-            choice.health.load.counting += 1
-            choice.key_health.load.counting += 1
-        self._eras = choice.health.era, choice.key_health.era
-        self.trials: list[Cooldown] = []  # half open: this call finds out
-        if choice.health.cooldowns or choice.key_health.cooldowns:
+        health, key_health = choice.health, choice.key_health
+        for load in (health.load, key_health.load):
+            load.running += 1
+            if choice.is_count:
+                load.counting += 1
+        self._epochs = {health: health.epoch, key_health: key_health.epoch}
+        self.trials: list[Cooldown] = []  # what this call finds out about
+        if health.cooldowns or key_health.cooldowns:
             self.trials = choice.cooldowns_of(call)
             for cooldown in self.trials:
                 if cooldown.trial is None:
@@ -8696,7 +8692,7 @@ class Ticket:
         return self
 
     def end_trials(self, health: Health) -> list[Cooldown]:
-        """Take back what this call was to find out about its upstream or key, and what no other has found out yet."""
+        """End the trials for one of its healths; return the cooldowns about which no other call has found out yet."""
         ended = [cooldown for cooldown in self.trials if cooldown.health is health]
         self.trials = [cooldown for cooldown in self.trials if cooldown.health is not health]
         for cooldown in ended:
@@ -8704,38 +8700,35 @@ class Ticket:
                 cooldown.trial = None
         return [cooldown for cooldown in ended if health.cooldowns.get(cooldown.whom) is cooldown]
 
-    def is_of_now(self, health: Health) -> bool:
-        """Whether this attempt began after the last trip or reset of its upstream's or key's health."""
-        return health.era == self._eras[health is self.choice.key_health]
+    def is_current(self, health: Health) -> bool:
+        """Whether this attempt began in the present epoch of its upstream's or key's health."""
+        return health.epoch == self._epochs[health]
 
     def __exit__(self, *exc: object) -> None:
-        self.choice.health.load.running -= 1
-        self.choice.key_health.load.running -= 1
-        if self.choice.is_count:
-            self.choice.health.load.counting -= 1
-            self.choice.key_health.load.counting -= 1
+        for load in (self.choice.health.load, self.choice.key_health.load):
+            load.running -= 1
+            if self.choice.is_count:
+                load.counting -= 1
         for cooldown in self.trials:  # it never came to an answer: let another one find out
             if cooldown.trial is self:
                 cooldown.trial = None
         self._upstreams.wake()
 
 
-Wanted = tuple[tuple[UpstreamConfig, ...], bool, frozenset[tuple[str, int]]]
-
-
 class Seeker(Waiter[Ticket | None]):
-    """A call that waits for an upstream: for a ticket, or for None where nobody will be ready in time."""
+    """A call that waits for an upstream: for a ticket, or for None where nobody will be ready in time.
+
+    `wanted` says whom it may be sent to. Two calls that want the same find the same ready, but for what is left alone
+    for one user or one model only (`Upstreams._serve_next`).
+    """
 
     __slots__ = ("not_before", "tried", "wanted")
 
     def __init__(self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float) -> None:
         super().__init__(call, until)
-        self.tried = tried
-        self.not_before = not_before
-        # Whom it may be sent to. Two calls that want the same find the same ready, but for what is left alone for one
-        # user or one model only (`Upstreams._serve_next`).
+        self.tried, self.not_before = tried, not_before
         upstreams = tuple(serving.upstream for serving in call.servings)
-        self.wanted: Wanted = upstreams, call.route.kind == "count_tokens", frozenset(tried)
+        self.wanted = (upstreams, call.route.kind == "count_tokens", frozenset(tried))
 
 
 class Upstreams:
@@ -8754,8 +8747,10 @@ class Upstreams:
     # Who is asked
 
     def choices(self, upstream: UpstreamConfig, kind: str = "messages") -> tuple[Choice, ...]:
-        """The keys of an upstream, with their health, which is another one for count_tokens: a key may have tokens
-        for that and none for messages, or the other way round. What runs counts together.
+        """Return the keys of an upstream, with their health.
+
+        count_tokens has another health: a key may have tokens for that and none for messages, or the other way round.
+        What runs counts together.
         """
         is_count = kind == "count_tokens"
         found = self._choices.get((upstream, is_count))
@@ -8780,7 +8775,7 @@ class Upstreams:
         return self._healths[name]
 
     def choose(self, call: Call, tried: set[tuple[str, int]]) -> tuple[str, Choice] | None:
-        """Who is to be asked now, and under which name it knows the model; None where nobody is ready."""
+        """Return who is to be asked now, and under which name it knows the model; None where nobody is ready."""
         now = self._clock.monotonic()
         servings = call.servings
         kind = call.route.kind
@@ -8802,7 +8797,8 @@ class Upstreams:
         now = self._clock.monotonic()
         return any(choice.is_ready(now, call) and choice.place not in tried for choice in self.choices_of(call))
 
-    def _best(self, call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
+    @staticmethod
+    def _best(call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
         policy = call.config.routing.policy.of(call.model)
         if policy == "round_robin":
             # Smooth: who has waited longest for its weight has its turn.
@@ -8814,28 +8810,44 @@ class Upstreams:
             return best
         affinity = find_affinity(call)
 
-        def at_home(each: tuple[str, Choice]) -> tuple[float, ...]:
-            name = each[1].upstream.name
-            home = rendezvous(affinity, name, each[1].upstream.weight)
-            return home, rendezvous(affinity, f"{name}\0{each[1].number}", 1.0)
+        def rank(each: tuple[str, Choice]) -> tuple[float, ...]:
+            choice, name = each[1], each[1].upstream.name
+            home = rendezvous(affinity, name, choice.upstream.weight)
+            homes = home, rendezvous(affinity, f"{name}\0{choice.number}", 1.0)
+            if policy == "sticky":
+                return homes
+            return choice.weight > 0, -choice.key_health.running / (choice.weight or 1.0), *homes
 
-        def at_rest(each: tuple[str, Choice]) -> tuple[float, ...]:
-            weight = each[1].weight
-            return weight > 0, -each[1].key_health.running / (weight or 1.0), *at_home(each)
-
-        if policy == "least_busy":
-            return max(ready, key=at_rest)
-        return max(ready, key=at_home)
+        return max(ready, key=rank)
 
     def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
-        """A slot to ask somebody now; None where nobody is ready."""
+        """Return a slot to ask somebody now; None where nobody is ready."""
         found = self.choose(call, tried)
         return Ticket(self, call, found[1], found[0]) if found else None
+
+    def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
+        """Return in how many seconds somebody may be ready for a call; infinite where nobody is left."""
+        now = self._clock.monotonic()
+        choices = self.choices_of(call)
+        waits = (choice.ready_in(now, call) for choice in choices if choice.place not in tried)
+        return min(waits, default=math.inf)
+
+    def refused(self, call: Call) -> tuple[str, str] | None:
+        """Return an upstream that refuses our API key, and how, where that is why nobody can be asked."""
+        first = None
+        for choice in self.choices_of(call):
+            why = [cooldown.why for cooldown in choice.key_health.cooldowns_of(call) if cooldown.kind in REFUSED_KEY]
+            if not why:
+                return None
+            first = first or (choice.upstream.name, why[0])
+        return first
+
+    # Who waits
 
     async def wait(
         self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float, gone: asyncio.Future[Any]
     ) -> Ticket | None:
-        """A slot to ask somebody, from `not_before` on; waited for, the keys in turn, at most to `until`.
+        """Wait for a slot to ask somebody, from `not_before` on, the keys in turn, at most to `until`.
 
         None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved). Raises what a
         reload says against the call's key.
@@ -8844,10 +8856,7 @@ class Upstreams:
         if max(now + self.ready_in(call, tried), not_before) > until or len(queues.apart) >= self._pace.waiting_calls:
             return None
         seeker = Seeker(call, tried, not_before, until)
-        if not_before > now:
-            queues.push(None, seeker)
-        else:
-            queues.push(seeker.wanted, seeker)
+        queues.push(None if not_before > now else seeker.wanted, seeker)
         try:
             return await seeker.wait(gone, None)
         except asyncio.CancelledError:
@@ -8863,23 +8872,6 @@ class Upstreams:
     def waiting(self) -> int:
         """Calls that wait for an upstream."""
         return self._queues.size
-
-    def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
-        """In how many seconds somebody may be ready for a call; infinite where nobody is left."""
-        now = self._clock.monotonic()
-        choices = self.choices_of(call)
-        waits = (choice.ready_in(now, call) for choice in choices if choice.place not in tried)
-        return min(waits, default=math.inf)
-
-    def refused(self, call: Call) -> tuple[str, str] | None:
-        """An upstream that refuses our API key, and how, where that is why nobody can be asked."""
-        refused: dict[str, str] = {}
-        for choice in self.choices_of(call):
-            why = [cooldown.why for cooldown in choice.key_health.cooldowns_of(call) if cooldown.kind in REFUSED_KEY]
-            if not why:
-                return None
-            refused.setdefault(choice.upstream.name, why[0])
-        return next(iter(refused.items()), None)
 
     def wake(self) -> None:
         """Give what is free to those who wait: to one call of each queue, the queues in turn, while there is any."""
@@ -8921,8 +8913,8 @@ class Upstreams:
         The time `stood_s` for which the loop stood still counts for none.
         """
         now = self._clock.monotonic()
-        for seeker in self._queues:
-            if seeker.place is None and seeker.not_before <= now:
+        for seeker in tuple(self._queues.apart):
+            if seeker.not_before <= now:
                 self._queues.push(seeker.wanted, seeker)
         self.wake()
         self._queues.check(stood_s)
@@ -8936,13 +8928,13 @@ class Upstreams:
                 seeker.end(refusal)
 
     def backoff_s(self, rounds: int) -> float:
-        """How long a call waits before it asks the same ones again."""
+        """Return how long a call waits before it asks the same ones again."""
         return min(self._pace.max_backoff_s, self._pace.backoff_s * 2.0**rounds) * (0.5 + 0.5 * self._chance())
 
     # How it went
 
-    def answered(self, ticket: Ticket) -> None:
-        """The upstream has something to say."""
+    def record_answer(self, ticket: Ticket) -> None:
+        """End the trials of an attempt: the upstream has something to say."""
         if ticket.trials:
             for cooldown in ticket.trials:
                 cooldown.close()
@@ -8950,45 +8942,52 @@ class Upstreams:
             self.on_recovery(ticket.choice)
             self.wake()
 
-    def finished(self, ticket: Ticket) -> None:
-        """An answer came to its end: what was before it began is forgiven, not what the others found out meanwhile."""
-        for health in filter(ticket.is_of_now, (ticket.choice.health, ticket.choice.key_health)):
-            health.note_success()
+    def record_success(self, ticket: Ticket) -> None:
+        """Forget what was before: an answer came to its end. But not what the others found out meanwhile."""
+        for health in (ticket.choice.health, ticket.choice.key_health):
+            if ticket.is_current(health):
+                health.record_success()
 
-    def failed(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
-        """An attempt failed: the verdict says what is left alone for it, the evidence for whom (`Health`)."""
-        choice, call, kind = ticket.choice, ticket.call, kind_of(case)
-        verdict = choice.upstream.verdict(case)
+    def record_failure(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
+        """Take in how an attempt failed: the verdict says what is left alone for it, the evidence for whom."""
+        choice, kind, verdict = ticket.choice, kind_of(case), ticket.choice.upstream.verdict(case)
         if case == OWN_TROUBLE.case:
-            return None  # it was not even asked
+            return  # it was not even asked
         if verdict.blame == "none":
-            return self.answered(ticket)
+            self.record_answer(ticket)
+            return
         health = choice.health
         if verdict.blame == "key":
             for cooldown in ticket.end_trials(choice.health):  # the upstream itself answers
                 cooldown.close()
             health = choice.key_health
-        if not ticket.is_of_now(health):
-            return None  # it began before the others found out
-        tried = set()
+        if not ticket.is_current(health):
+            return
+        tried = set()  # whom the trial was for
         for cooldown in ticket.end_trials(health):
             if cooldown.kind == kind:
                 tried.add(cooldown.whom)
             else:  # what it was left alone for is over
                 cooldown.close()
-        whom = self._whom(ticket, health, case, retry_after_s, tried)
-        if whom is not None:
-            breaker = call.config.routing.breaker
-            if retry_after_s and not whom.user and kind == "failed":  # the header is one user's answer's
+        whom = self._blame(ticket, health, case, retry_after_s, tried)
+        if whom is None:
+            return
+        breaker, trips = ticket.call.config.routing.breaker, min(health.trips[whom], 30)
+        if retry_after_s:
+            if kind == "failed" and not whom.user:  # the header is one user's answer's
                 retry_after_s = min(retry_after_s, breaker.max_cooldown)
-            seconds = self._cooldown_s(health.trips[whom], retry_after_s, verdict.cooldown_s, breaker)
-            self._cool_down(choice, health, case, seconds, whom, bool(retry_after_s))
-        return None
+            # Nobody is to come before its time, nor all at once; a little later where it was too short.
+            seconds = max(retry_after_s, min(breaker.cooldown, 2.0**trips))
+            seconds = min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
+        else:
+            base = verdict.cooldown_s or breaker.cooldown
+            seconds = min(max(breaker.max_cooldown, base), base * 2.0**trips) * (0.9 + 0.2 * self._chance())
+        self._cool_down(choice, health, case, seconds, whom, is_said=bool(retry_after_s))
 
-    def _whom(
+    def _blame(
         self, ticket: Ticket, health: Health, case: str, retry_after_s: float | None, tried: set[Whom]
     ) -> Whom | None:
-        """Whose calls a failure and those before it hold up, None for nobody's; `tried`: whom the trial was for."""
+        """Return whose calls a failure and those before it hold up, None for nobody's."""
         call, kind, now = ticket.call, kind_of(case), self._clock.monotonic()
         verdict = ticket.choice.upstream.verdict(case)
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
@@ -8997,65 +8996,62 @@ class Upstreams:
             health.failures += 1
         if kind in REFUSED_KEY and not tried and self._is_vouched_for(ticket.choice, health, case):
             return None
-        evidence = health.evidence.setdefault(kind, Evidence())
+        evidence = health.evidence.get(kind)
+        if evidence is None or now - evidence.last > EVIDENCE_S:
+            evidence = health.evidence[kind] = Evidence(now)
         evidence.add(call, now, is_counted=is_first and not any(whom.user for whom in tried))
-        row = "429" if kind == "429" else "failed"
+        row = BLAMED["failed"]
         if case in UNREACHED or (kind == "failed" and verdict.cooldown_s):
-            row = "sure"
-        elif kind == "failed" and retry_after_s:
-            row = "said"
-        blamed = BLAMED[row].one_user
+            row = BLAMED["sure"]
+        elif kind == "429" or (kind == "failed" and retry_after_s):
+            row = BLAMED["said"]
         is_often = bool(verdict.cooldown_s) or evidence.count >= call.config.routing.breaker.failures
+        blamed = row.one_user
         if len(evidence.users) > 1 and (is_often or kind == "429"):
-            blamed = "model" if kind == "429" and len(evidence.models) == 1 else BLAMED[row].several
+            blamed = "model" if kind == "429" and len(evidence.models) == 1 else row.several
         elif len(evidence.users) == 1 and evidence.last - evidence.since >= ALONE_S:
-            blamed = BLAMED[row].for_long
-        if not (is_often or retry_after_s) or (case == "403" and not health.is_unclear):
+            blamed = row.for_long
+        if not (is_often or retry_after_s) or (case == "403" and health.key_check is not KeyCheck.UNCLEAR):
             blamed = "nobody"
-        covered = {"everybody": EVERYBODY, "model": Whom(model=call.model), "user": Whom(user=user_of(call))}
-        found = [whom for name, whom in covered.items() if name == blamed or whom in tried]
-        return found[0] if found else None  # the widest
+        for name, whom in (("everybody", EVERYBODY), ("model", Whom(model=call.model)), ("user", Whom(user_of(call)))):
+            if name == blamed or whom in tried:
+                return whom  # the widest
+        return None
 
     def _is_vouched_for(self, choice: Choice, health: Health, case: str) -> bool:
         """Whether the list of models speaks for an API key that a call was refused with; it is asked for if need be.
 
-        A list costs nothing. 401 there agrees with the refusal, an answer speaks for the key (`checked`). A 403 is
-        often about a model that the project lacks: there users count only where the list says nothing.
+        401 there agrees with the refusal, an answer speaks for the key (`record_key_check`). A 403 is often about a
+        model that the project lacks: there users count only where the list says nothing.
         """
-        now = self._clock.monotonic()
         if case == "402":
             return False
-        if now >= health.vouched_until and now - health.asked_at >= VOUCHED_S:
-            health.asked_at = now
+        now = self._clock.monotonic()
+        is_recent = now - health.checked_at < VOUCHED_S
+        if not is_recent:
+            health.checked_at = now
+            if health.key_check is KeyCheck.GOOD:
+                health.key_check = KeyCheck.NOTHING
             self.suspects[health] = choice
-        return now < health.vouched_until
+        return is_recent and health.key_check is KeyCheck.GOOD
 
     def take_suspects(self) -> list[tuple[Choice, Health]]:
-        """Whose list of models is to be asked for, each once."""
-        found = [(choice, health) for health, choice in self.suspects.items()]
+        """Return whose list of models is to be asked for, each once."""
+        suspects = [(choice, health) for health, choice in self.suspects.items()]
         self.suspects.clear()
-        return found
+        return suspects
 
-    def checked(self, choice: Choice, health: Health, status: int) -> None:
-        """The list of models was asked for with an API key that a call was refused with; `status` 0: no answer."""
+    def record_key_check(self, choice: Choice, health: Health, status: int) -> None:
+        """Take in the answer to a request for the list of models, by a suspected API key; `status` 0: no answer."""
         case = next((case for case in REFUSED_KEY if case in health.evidence), "")
         if 200 <= status < 300:
             health.forget_refusals()
-            health.vouched_until = self._clock.monotonic() + VOUCHED_S
+            health.key_check, health.checked_at = KeyCheck.GOOD, self._clock.monotonic()
         elif status == 401 and case and EVERYBODY not in health.cooldowns:
             seconds = choice.upstream.verdict(case).cooldown_s or MAX_RETRY_AFTER_S
             self._cool_down(choice, health, case, seconds, EVERYBODY)
         else:
-            health.is_unclear = True
-
-    def _cooldown_s(self, trips: int, retry_after_s: float | None, verdict_s: float, breaker: BreakerConfig) -> float:
-        """What the upstream said, a little longer where that was too short; else the verdict's, doubled each time."""
-        base = verdict_s or breaker.cooldown
-        doubled = min(max(breaker.max_cooldown, base), base * 2.0 ** min(trips, 30))
-        if retry_after_s:  # nobody is to come before its time, and not all at once
-            seconds = max(retry_after_s, min(breaker.cooldown, 2.0 ** min(trips, 30)))
-            return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
-        return doubled * (0.9 + 0.2 * self._chance())
+            health.key_check = KeyCheck.UNCLEAR
 
     def _cool_down(
         self, choice: Choice, health: Health, case: str, seconds: float, whom: Whom, is_said: bool = False
@@ -9090,28 +9086,13 @@ class Upstreams:
         return not all(choice.health.is_out(now) or choice.key_health.is_out(now) for choice in choices)
 
     def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
-        """How each upstream and each of its keys stands: why it is left alone, since when and until when."""
-        return [
-            self._told(choices[0].health)
-            | {
-                "name": upstream.name,
-                "keys": [{"number": choice.number, **self._told(choice.key_health)} for choice in choices],
-            }
-            for upstream in upstreams
-            if (choices := self.choices(upstream))
-        ]
-
-    def _told(self, health: Health) -> dict[str, Any]:
-        state = health.state(self._clock.monotonic())
-        told: dict[str, Any] = {"state": state, "running": health.running, "failures": health.failures}
-        shown = health.shown()
-        if shown:
-            told |= {"why": shown.why, "since": utc_time(shown.since), "until": utc_time(shown.until_time)}
-            if shown.whom.user:  # not whose: /health names no users
-                told["for_one_user"] = True
-            if shown.whom.model:
-                told["for_one_model"] = True
-        return told
+        """Return how each upstream and each of its keys stands."""
+        now, rows = self._clock.monotonic(), []
+        for upstream in upstreams:
+            choices = self.choices(upstream)
+            keys = [{"number": choice.number, **choice.key_health.row(now)} for choice in choices]
+            rows.append({**choices[0].health.row(now), "name": upstream.name, "keys": keys})
+        return rows
 
     def close(self) -> None:
         """End every wait."""
@@ -9729,7 +9710,7 @@ class Exchange:
         if attempt.line is None or attempt.line.is_sent:  # else the body is in memory still
             self.call.let_go()  # no attempt will follow
         if not attempt.passed:
-            self._relay.upstreams.answered(attempt.ticket)
+            self._relay.upstreams.record_answer(attempt.ticket)
         self.status = attempt.client_status
         if self.sink and not self.is_committed:
             self.sink.head(self.status, attempt.headers, attempt.is_streaming)
@@ -10128,18 +10109,18 @@ class Relay:
         """An answer that was relayed has come to its end: what does that say of its upstream?"""
         attempt, is_theirs = exchange.attempt, outcome in ("upstream_cut", "timeout")
         if attempt and attempt.passed and outcome in ("refused", "upstream_error"):
-            self.upstreams.failed(ticket, attempt.passed, attempt.retry_after_s())
+            self.upstreams.record_failure(ticket, attempt.passed, attempt.retry_after_s())
             is_fine = attempt.upstream.verdict(attempt.passed).blame == "none"
-            return self.upstreams.finished(ticket) if is_fine else None
+            return self.upstreams.record_success(ticket) if is_fine else None
         case = "mid_stream"
         if outcome == "upstream_error" and attempt:
             status = str(attempt.error_status)
             blame = attempt.upstream.verdict(status).blame
             case, is_theirs = status if blame == "key" else case, blame != "none"
         if is_theirs:
-            self.upstreams.failed(ticket, case)
+            self.upstreams.record_failure(ticket, case)
         elif outcome not in ("client_gone", "gateway_stopped"):
-            self.upstreams.finished(ticket)
+            self.upstreams.record_success(ticket)
 
     def _learn(self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, out: set[tuple[str, int]]) -> bool:
         """Take in how an attempt failed; whether another one may do better."""
@@ -10149,19 +10130,19 @@ class Relay:
         exchange.close_attempt(failure.case)
         log.info("%s: upstream %s %s", call.id, choice, error)
         if failure is THINKING_REFUSED:
-            self.upstreams.answered(ticket)
+            self.upstreams.record_answer(ticket)
             call.body = without_thinking(call.body)
             exchange.repairs += 1
             return True
         if failure is USAGE_REFUSED:
-            self.upstreams.answered(ticket)
+            self.upstreams.record_answer(ticket)
             exchange.without_usage.add(choice.upstream.name)
             exchange.repairs += 1
             return True
         verdict = choice.upstream.verdict(failure.case)
         if failure.case == UNMETERED:
             log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
-        self.upstreams.failed(ticket, failure.case, error.retry_after_s)
+        self.upstreams.record_failure(ticket, failure.case, error.retry_after_s)
         may_go_on = True
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
@@ -10928,7 +10909,7 @@ class KeyChecks:
         with contextlib.suppress(TimeoutError, AttemptFailed):
             async with asyncio.timeout(choice.upstream.timeouts.connect):
                 status, _ = await ask_models(self._relay, choice)
-        self._relay.upstreams.checked(choice, health, status)
+        self._relay.upstreams.record_key_check(choice, health, status)
 
     async def close(self) -> None:
         """Stop asking."""

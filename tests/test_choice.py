@@ -86,7 +86,7 @@ class World:
         ticket = self.upstreams.take(self.call_of(user, team, model=model), set())
         assert ticket
         with ticket:
-            self.upstreams.failed(ticket, case, retry_after_s)
+            self.upstreams.record_failure(ticket, case, retry_after_s)
 
     def is_let_in(self, user: str, model: str = MODEL, team: str = "") -> bool:
         """Whether a call of this user may be sent somewhere now."""
@@ -96,7 +96,7 @@ class World:
         """Our API key is refused to two users, and the list of models tells nothing; who it was."""
         place = self.fail(case, session=session)
         for choice, health in self.upstreams.take_suspects():
-            self.upstreams.checked(choice, health, 404)
+            self.upstreams.record_key_check(choice, health, 404)
         assert self.fail(case, session=session) == place
         return place
 
@@ -117,14 +117,14 @@ class World:
         """Calls, each of another user, that fail, one after the other; who failed the last."""
         for _ in range(times):
             with self.take(session) as ticket:
-                self.upstreams.failed(ticket, case, retry_after_s)
+                self.upstreams.record_failure(ticket, case, retry_after_s)
         return ticket.choice.place
 
     def stream(self, session: str) -> None:
         """A call that is answered."""
         with self.take(session) as ticket:
-            self.upstreams.answered(ticket)
-            self.upstreams.finished(ticket)
+            self.upstreams.record_answer(ticket)
+            self.upstreams.record_success(ticket)
 
     def session_at(self, name: str, n: int = 0) -> str:
         """A session that is at home at an upstream (the n-th of them)."""
@@ -586,10 +586,10 @@ def test_failures_in_a_row_open_the_breaker(caplog, cases, away_s):
     for case in cases:
         with world.take() as ticket:
             if case == "ok":
-                world.upstreams.answered(ticket)
-                world.upstreams.finished(ticket)
+                world.upstreams.record_answer(ticket)
+                world.upstreams.record_success(ticket)
             else:
-                world.upstreams.failed(ticket, case)
+                world.upstreams.record_failure(ticket, case)
 
     assert world.upstreams.ready_in(world.call(), set()) == away_s
     assert (world.place() is None) is (away_s > 0)
@@ -607,7 +607,7 @@ def test_half_open_lets_exactly_one_through_and_its_answer_lets_in_the_others():
 
     with world.take() as trial:
         during = world.place(), world.reported()
-        world.upstreams.answered(trial)
+        world.upstreams.record_answer(trial)
         after = world.place(), world.reported()
 
     assert during == (None, {"a": "half_open"})
@@ -647,7 +647,7 @@ def test_a_trial_without_a_word_on_the_upstream_lets_another_one_try(case):
 
     with world.take() as trial:
         if case:
-            world.upstreams.failed(trial, case)
+            world.upstreams.record_failure(trial, case)
     state = world.reported()
     with world.take() as another:
         others = world.place()
@@ -667,13 +667,13 @@ def test_failures_of_calls_that_began_before_the_trip_do_not_prolong_it(is_close
     world = breaker_world()
     tickets = [world.take() for _ in range(10)]
     for ticket in tickets[:3]:
-        world.upstreams.failed(ticket, "first_byte_timeout")
+        world.upstreams.record_failure(ticket, "first_byte_timeout")
     world.clock.advance(10)
     if is_closed:
-        world.upstreams.answered(world.take())
+        world.upstreams.record_answer(world.take())
 
     for ticket in tickets[3:]:
-        world.upstreams.failed(ticket, "first_byte_timeout")
+        world.upstreams.record_failure(ticket, "first_byte_timeout")
         ticket.__exit__()
 
     assert world.upstreams.ready_in(world.call(), set()) == 0.0
@@ -828,7 +828,7 @@ class BreakerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def answer(self, data) -> None:
         ticket = data.draw(st.sampled_from(self.tickets))
-        self.world.upstreams.answered(ticket)
+        self.world.upstreams.record_answer(ticket)
         self.upstream.answered(ticket)
         self.key.answered(ticket)
 
@@ -837,10 +837,10 @@ class BreakerMachine(RuleBasedStateMachine):
     def end(self, data, case) -> None:
         ticket = self.tickets.pop(data.draw(st.integers(0, len(self.tickets) - 1)))
         if case == "ok":
-            self.world.upstreams.answered(ticket)
-            self.world.upstreams.finished(ticket)
+            self.world.upstreams.record_answer(ticket)
+            self.world.upstreams.record_success(ticket)
         elif case != "gone":
-            self.world.upstreams.failed(ticket, case)
+            self.world.upstreams.record_failure(ticket, case)
         ticket.__exit__()
         if case in ("ok", "400"):
             self.key.answered(ticket)
@@ -905,7 +905,7 @@ def test_one_user_takes_an_upstream_from_nobody(case):
 
     for _ in range(50):
         with world.take(user="mallory") as ticket:
-            world.upstreams.failed(ticket, case)
+            world.upstreams.record_failure(ticket, case)
         world.clock.advance(0.1)
 
     assert world.reported() == {"a": "ok"} and world.place() == ("a", 1)
@@ -920,7 +920,7 @@ def test_one_users_failures_among_others_successes_say_nothing(case):
 
     for _ in range(100):
         with world.take(user="mallory") as bad:
-            world.upstreams.failed(bad, case)
+            world.upstreams.record_failure(bad, case)
         world.clock.advance(9)
         world.stream("s")
 
@@ -937,7 +937,7 @@ def test_a_single_user_has_a_breaker_too(case, away_s):
 
     for _ in range(3):
         with world.take(user="only-one") as ticket:
-            world.upstreams.failed(ticket, case)
+            world.upstreams.record_failure(ticket, case)
         world.clock.advance(5)
 
     assert world.upstreams.ready_in(world.call_of("only-one"), set()) == pytest.approx(away_s - 5)
@@ -953,7 +953,7 @@ def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case)
     world = World({"a": ""})
     for _ in range(4):
         with world.take(user="mallory") as ticket:
-            world.upstreams.failed(ticket, case)
+            world.upstreams.record_failure(ticket, case)
         if world.upstreams.take(world.call_of("mallory"), set()) is None:
             break
         world.clock.advance(5)
@@ -961,7 +961,7 @@ def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case)
     world.clock.advance(away_s)
     with world.take(user="mallory") as trial:
         during_the_trial = world.place()
-        world.upstreams.failed(trial, case)
+        world.upstreams.record_failure(trial, case)
 
     assert away_s > 0 and during_the_trial == ("a", 1)
     assert world.upstreams.take(world.call_of("mallory"), set()) is None
@@ -1088,9 +1088,9 @@ def test_a_trial_that_takes_long_keeps_nobody_out():
         alone = world.place()
         world.clock.advance(0.1)
         others = [world.take() for _ in range(3)]
-        world.upstreams.answered(others[0])
-        world.upstreams.finished(others[0])
-        world.upstreams.failed(slow, "first_byte_timeout")
+        world.upstreams.record_answer(others[0])
+        world.upstreams.record_success(others[0])
+        world.upstreams.record_failure(slow, "first_byte_timeout")
     for ticket in others:
         ticket.__exit__()
 
@@ -1136,7 +1136,7 @@ def test_what_no_request_can_bring_about_needs_no_second_user(case):
 
     for _ in range(3):
         with world.take(user="only-one") as ticket:
-            world.upstreams.failed(ticket, case)
+            world.upstreams.record_failure(ticket, case)
 
     assert world.place() is None
 
@@ -1150,7 +1150,7 @@ def test_a_call_that_tries_again_and_again_is_one_failure():
 
     for _ in range(4):
         with world.upstreams.take(call, set()) as ticket:
-            world.upstreams.failed(ticket, "unreachable")
+            world.upstreams.record_failure(ticket, "unreachable")
 
     assert world.place() == ("a", 1)
     assert world.upstreams.report(world.config.upstreams)[0]["failures"] == 1
@@ -1165,7 +1165,7 @@ def test_a_key_that_gets_its_list_of_models_is_good(case):
     world.fail(case)
 
     ((choice, health),) = world.upstreams.take_suspects()
-    world.upstreams.checked(choice, health, 200)
+    world.upstreams.record_key_check(choice, health, 200)
     world.fail(case, times=20)
 
     assert world.place() == ("a", 1) and world.upstreams.take_suspects() == []
@@ -1183,7 +1183,7 @@ def test_a_key_that_gets_no_list_of_models_is_bad():
     world.fail("401")
 
     ((choice, health),) = world.upstreams.take_suspects()
-    world.upstreams.checked(choice, health, 401)
+    world.upstreams.record_key_check(choice, health, 401)
 
     assert world.upstreams.ready_in(world.call(), set()) == 1800.0
 
@@ -1210,7 +1210,7 @@ def test_count_tokens_has_a_health_of_its_own(caplog, retry_after_s):
     ):
         world = World({"a": "max_concurrent: 2"})
         with world.upstreams.take(world.call(path=failing), set()) as ticket:
-            world.upstreams.failed(ticket, "429", retry_after_s)
+            world.upstreams.record_failure(ticket, "429", retry_after_s)
 
         assert world.upstreams.take(world.call(path=failing), set()) is None
         held = [world.upstreams.take(world.call(path=other), set()) for _ in range(3)]
@@ -1250,9 +1250,9 @@ async def test_a_waiting_count_tokens_call_holds_up_no_message(caplog):
     """
     world = World({"a": ""})
     with world.upstreams.take(world.call(path="/v1/messages/count_tokens"), set()) as ticket:
-        world.upstreams.failed(ticket, "429", 20.0)
+        world.upstreams.record_failure(ticket, "429", 20.0)
     with world.upstreams.take(world.call(), set()) as ticket:
-        world.upstreams.failed(ticket, "429", 2.0)
+        world.upstreams.record_failure(ticket, "429", 2.0)
 
     counting, _ = world.waiting(world.call(path="/v1/messages/count_tokens"))
     asking, _ = world.waiting(world.call())
@@ -1503,7 +1503,7 @@ def trip_for(world: World, user: str) -> None:
     """Calls of one user fail until the upstream is left alone for that user."""
     for _ in range(3):
         with world.take(user=user) as ticket:
-            world.upstreams.failed(ticket, "500")
+            world.upstreams.record_failure(ticket, "500")
         world.clock.advance(5)
 
 
@@ -1552,7 +1552,7 @@ def test_only_the_user_for_whom_an_api_key_is_left_alone_is_told_that_it_is_refu
     world = World({"a": ""})
     for _ in range(3):
         with world.take(user="mallory") as ticket:
-            world.upstreams.failed(ticket, "401")
+            world.upstreams.record_failure(ticket, "401")
         world.clock.advance(5)
 
     assert world.upstreams.refused(world.call_of("mallory")) == ("a", "401")
@@ -1706,7 +1706,7 @@ async def test_an_answered_trial_lets_in_those_who_wait():
     world.upstreams.check()
     trial = await tasks[0]
     alone = world.running()["a"][0]
-    world.upstreams.answered(trial)
+    world.upstreams.record_answer(trial)
     others = await asyncio.gather(*tasks[1:])
 
     assert (alone, world.running()["a"][0], all(others)) == (1, 3, True)
@@ -1799,7 +1799,7 @@ class Hours:
             self.at(now + 0.3, lambda: self.failed(ticket, trouble, tried, attempt))
         else:
             self.at_home[call.session] += name == self.home[call.session]
-            self.at(now + 1.5, lambda: upstreams.answered(ticket))
+            self.at(now + 1.5, lambda: upstreams.record_answer(ticket))
             self.at(now + 12.0, lambda: self.finished(ticket))
 
     def failed(
@@ -1807,13 +1807,13 @@ class Hours:
     ) -> None:
         """An attempt failed: another one follows at once."""
         with ticket:
-            self.world.upstreams.failed(ticket, *trouble)
+            self.world.upstreams.record_failure(ticket, *trouble)
         self.ask(ticket.call, tried | {ticket.choice.place}, attempt + 1)
 
     def finished(self, ticket: g.Ticket) -> None:
         """An answer came to its end."""
         with ticket:
-            self.world.upstreams.finished(ticket)
+            self.world.upstreams.record_success(ticket)
 
 
 def test_over_two_bad_hours_sessions_stay_at_home_and_every_call_finds_somebody(caplog):

@@ -1647,13 +1647,13 @@ async def test_addresses_are_kept_for_a_minute_and_used_while_they_are_looked_up
     resolver.addresses = ["127.0.0.2"]
     clock.advance(2)
     stale = await names.find("a.test", False)
-    await until(lambda: names._looked["a.test"].running is None)
+    await until(lambda: not names._running)
     fresh = await names.find("a.test", False), len(resolver.asked)
 
     resolver.fails = True
     clock.advance(600)
     failing = await names.find("a.test", False)
-    await until(lambda: names._looked["a.test"].running is None)
+    await until(lambda: not names._running)
     clock.advance(61)
 
     assert (first, kept) == ([["127.0.0.1"]] * 3, (["127.0.0.1"], 1))
