@@ -4904,7 +4904,7 @@ class Standing(NamedTuple):
     def row(self, now: float, timezone: dt.tzinfo) -> dict[str, Any]:
         """Return it for people, money in USD."""
         scale = NANO.get(self.limit.unit, 1)
-        used, allowed = round(self.used / scale, 9), self.allowed / scale
+        used, allowed = round(self.used / scale, 9), self.limit.amount
         return {
             "limit": self.limit.name,
             "scope": self.budget.scope,
@@ -5450,13 +5450,14 @@ class Limits:
     COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28 …
     COUNT_WAIT_S = 10.0  # … of which the others wait, at most so long
     STORE_S = 5.0  # how long the store may take to answer, beside the time in a queue
+    SILENT = "The gateway's counters do not answer."
     SERVED = 1000  # models of which it is remembered who serves them
 
     def __init__(self, store: CounterStore, clock: Clock, pace: Pace, timezone: dt.tzinfo) -> None:
         self.store = store
         self._clock, self._timezone = clock, timezone
         self.ratios = InputRatios()
-        self._queues = WaitQueues[Waiter[Any]](pace.queue_calls, clock, self._give_up)  # by the budget's place
+        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's place
         self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
 
     def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
@@ -5535,9 +5536,9 @@ class Limits:
             what = f"{budget.concurrent} calls of count_tokens at once, which the key {budget.name} may have"
         return LimitFull(f"More than {what}. Try again in a moment.{call.config.contact}", retry_after_s=5)
 
-    def _give_up(self, waiter: Waiter[Any]) -> GatewayError:
+    def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
         if waiter.place is None:
-            return Unavailable("The gateway's counters do not answer.", retry_after_s=5)
+            return Unavailable(self.SILENT, retry_after_s=5)
         return self._too_many(waiter.call.reservation)
 
     # The second step: tokens and money
@@ -5556,20 +5557,14 @@ class Limits:
             return
         reply = self.store.reserve(reservation, self.demand(call))
         if isinstance(reply, asyncio.Future):
-            reply = await self._answer(call, reply, gone)
+            await asyncio.wait((reply, gone), timeout=self.STORE_S, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                raise ClientLeft("The client left while its call waited for the counters.")
+            if not reply.done():
+                raise Unavailable(self.SILENT, retry_after_s=5)
+            reply = reply.result()
         if reply:
             raise self._refusal(call.config, reply)
-
-    async def _answer(
-        self, call: Call, reply: asyncio.Future[Standing | None], gone: asyncio.Future[Any]
-    ) -> Standing | None:
-        waiter = Waiter[Standing | None](call, self._clock.monotonic() + self.STORE_S)
-        self._queues.push(None, waiter)
-        reply.add_done_callback(lambda reply: waiter.end(reply.result()))
-        try:
-            return await waiter.wait(gone, ClientLeft("The client left while its call waited for the counters."))
-        finally:
-            self._queues.remove(waiter)
 
     def demand(self, call: Call) -> Demand:
         """Return what a call may cost.
@@ -5682,8 +5677,7 @@ class Limits:
         if not self._queues.size:
             return
         # All queues are made anew, those first who were nearest to their turn: a key may have another team now.
-        waiters = [waiter for waiter in self._queues if waiter.call.reservation.waiter is waiter]
-        waiters.sort(key=lambda waiter: -waiter.call.reservation.slots)
+        waiters = sorted(self._queues, key=lambda waiter: -waiter.call.reservation.slots)
         for waiter in waiters:
             self._queues.push(None, waiter)
             self.store.settle(waiter.call.reservation)
