@@ -4976,21 +4976,19 @@ class CounterStore(Protocol):
     does what concerns one hold in the order in which it was asked (`settle` may come before an answer), and answers
     `find_spent` and `standings` by what it knows at the moment.
 
-    enter         take the slots that are missing, one budget after the other: a standing of the unit CONCURRENT says
-                  which has none left. With all of them, hold a request, if `need` fits. What was taken stays held.
-    reserve       hold what `demand` asks for in all windows, or nothing
-    charge        hold more, though it may pass a limit: it is spent already
-    return_slots  give the slots back, and nothing else
-    settle        give everything back
-    find_spent    return a limit that has no room for `need`; only its units are looked at
-    standings     return how each limit of the hold's budgets stands
+    enter       take the slots that are missing, one budget after the other: a standing of the unit CONCURRENT says
+                which has none left. With all of them, hold a request, if `need` fits. What was taken stays held.
+    reserve     hold what `demand` asks for in all windows, or nothing
+    charge      hold more, though it may pass a limit: it is spent already
+    settle      give everything back, or the slots alone
+    find_spent  return a limit that has no room for `need`; only its units are looked at
+    standings   return how each limit of the hold's budgets stands
     """
 
     def enter(self, hold: Hold, need: Mapping[str, int]) -> Reply: ...
     def reserve(self, hold: Hold, demand: Demand) -> Reply: ...
     def charge(self, hold: Hold, amounts: Mapping[str, int]) -> None: ...
-    def return_slots(self, hold: Hold) -> None: ...
-    def settle(self, hold: Hold) -> None: ...
+    def settle(self, hold: Hold, slots_only: bool = False) -> None: ...
     def find_spent(self, hold: Hold, need: Mapping[str, int]) -> Standing | None: ...
     def standings(self, hold: Hold) -> list[Standing]: ...
 
@@ -5118,13 +5116,12 @@ class MemoryStore:
             for _, scope in hold.scopes:
                 scope.reserved[unit] += amount
 
-    def return_slots(self, hold: Hold) -> None:
+    def settle(self, hold: Hold, slots_only: bool = False) -> None:
         for _, scope in hold.scopes[: hold.slots]:
             scope.running -= 1
         hold.slots = 0
-
-    def settle(self, hold: Hold) -> None:
-        self.return_slots(hold)
+        if slots_only:
+            return
         step, amounts = hold.step, hold.amounts
         hold.step, hold.amounts = None, {}
         for _, scope in hold.scopes:
@@ -5316,16 +5313,19 @@ class BodyMemory:
 
     def take(self, reservation: Reservation, size: int) -> None:
         """Hold so many bytes (more) for the body of a call. Raises TooLarge or Unavailable."""
-        name = reservation.call.key.name
-        of_key, free = self._by_key.get(name, 0), self.total - self.held - size
-        others = of_key - reservation.body_bytes  # of other calls of this key
+        name, free, why = reservation.call.key.name, self.total - self.held - size, ""
+        of_key = self._by_key.get(name, 0)
+        has_others = of_key > reservation.body_bytes  # of this key
         if reservation.body_bytes + size > self.total:
             raise TooLarge(f"The request body is larger than {self.total:,} bytes, the limit of all: server.memory.")
         if free < 0:
-            raise self._refusal(f"the bodies of all calls would hold {self.held + size:,} bytes")
-        if others and of_key + size > free:
-            of = f"calls of the key {reservation.call.key} would hold {of_key + size:,} bytes"
-            raise self._refusal(f"{of}, and only {free:,} would be left for all others")
+            why = f"the bodies of all calls would hold {self.held + size:,} bytes"
+        elif has_others and of_key + size > free:
+            of_this = f"calls of the key {reservation.call.key} would hold {of_key + size:,} bytes"
+            why = f"{of_this}, and only {free:,} would be left for all others"
+        if why:
+            text = f"This gateway has no memory for the request's body: {why} (limit {self.total:,}: server.memory)."
+            raise Unavailable(f"{text} Try again in a moment.", retry_after_s=5)
         self.held += size
         self._by_key[name] = of_key + size
         reservation.body_bytes += size
@@ -5338,10 +5338,6 @@ class BodyMemory:
         self._by_key[name] -= size
         if not self._by_key[name]:
             del self._by_key[name]
-
-    def _refusal(self, why: str) -> GatewayError:
-        text = f"This gateway has no memory for the request's body: {why} (limit {self.total:,}: server.memory)."
-        return Unavailable(f"{text} Try again in a moment.", retry_after_s=5)
 
 
 class Reservation(Hold):
@@ -5387,7 +5383,7 @@ class Reservation(Hold):
 
     def return_slots(self) -> None:
         """Give the slots to those who wait for them; what it holds of tokens and money stays."""
-        self._limits.return_slots(self)
+        self._limits.settle(self, slots_only=True)
 
     def __enter__(self) -> Reservation:
         return self
@@ -5652,25 +5648,16 @@ class Limits:
         self.store.charge(reservation, amounts)
         return self.store.find_spent(reservation, NOTHING_MORE) is None
 
-    def settle(self, reservation: Reservation) -> None:
-        """Give back all that the store holds for a call, and serve those who wait for its slots."""
+    def settle(self, reservation: Reservation, slots_only: bool = False) -> None:
+        """Give back what the store holds for a call, or its slots alone, and serve those who wait for them."""
         if reservation.waiter:
             self._queues.remove(reservation.waiter)
             reservation.waiter = None
         freed = reservation.budgets[: reservation.slots]
-        self.store.settle(reservation)
+        self.store.settle(reservation, slots_only)
         if self._queues.size:
-            self._wake(freed)
-
-    def return_slots(self, reservation: Reservation) -> None:
-        """Give back the slots alone, and serve those who wait for them."""
-        freed = reservation.budgets[: reservation.slots]
-        self.store.return_slots(reservation)
-        self._wake(freed)
-
-    def _wake(self, freed: Sequence[Budget]) -> None:
-        for budget in reversed(freed):  # the gateway's slot, the team's, then the key's
-            self._serve(budget.place)
+            for budget in reversed(freed):  # the gateway's slot, the team's, then the key's
+                self._serve(budget.place)
 
     def take_config(self, config: Config) -> None:
         """Let those who wait see a new config's limits; who may not use its key any more is told so."""

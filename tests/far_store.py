@@ -34,11 +34,8 @@ class FarStore:
     def charge(self, hold: g.Hold, amounts: Mapping[str, int]) -> None:
         self._send(lambda: self._row(hold)["amounts"].update(amounts))
 
-    def return_slots(self, hold: g.Hold) -> None:
-        self._send(lambda: self._return_slots(hold))
-
-    def settle(self, hold: g.Hold) -> None:
-        self._send(lambda: (self._return_slots(hold), self.held.pop(hold, None)))
+    def settle(self, hold: g.Hold, slots_only: bool = False) -> None:
+        self._send(lambda: self._settle(hold, slots_only))
 
     def find_spent(self, hold: g.Hold, need: Mapping[str, int]) -> g.Standing | None:
         for budget in hold.budgets:
@@ -101,9 +98,11 @@ class FarStore:
             self._row(hold)["amounts"][unit] += need + int(output * demand.per_token[unit])
         return None
 
-    def _return_slots(self, hold: g.Hold) -> None:
+    def _settle(self, hold: g.Hold, slots_only: bool) -> None:
         self._row(hold)["slots"] = []
         hold.slots = 0
+        if not slots_only:
+            del self.held[hold]
 
     def running(self) -> Counter[Place]:
         """How many calls run, by budget."""
