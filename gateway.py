@@ -11385,7 +11385,6 @@ class Gateway:
 # gateway announces who made it (`ChangeMade`), which is a line of its log. An admin endpoint that edits a key is one
 # row of the API's table and one action here.
 
-
 ActionCode = Literal["unknown", "taken", "invalid", "failed"]
 
 
@@ -11401,7 +11400,28 @@ class ActionError(CommandError):
         self.code, self.field, self.value, self.why = code, field, value, why
 
 
-MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
+class Action(msgspec.Struct, frozen=True, tag_field="action"):
+    """What is asked for. Its tag is the command's name."""
+
+    @property
+    def what(self) -> str:
+        """What is done, in the audit line."""
+        return str(self.__struct_config__.tag)
+
+    @property
+    def whom(self) -> str:
+        """Whom it is done to, in the audit line."""
+        return ""
+
+
+class NamedAction(Action, frozen=True):
+    """What is asked for one key, or one upstream."""
+
+    name: str
+
+    @property
+    def whom(self) -> str:
+        return self.name
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> ActionError:
@@ -11522,20 +11542,6 @@ def key_place(editor: ConfigEditor, name: str) -> int:
     return names.index(name)
 
 
-class Action(msgspec.Struct, frozen=True, tag_field="action"):
-    """What is asked for. Its tag is the command's name."""
-
-    @property
-    def what(self) -> str:
-        """What is done, in the audit line."""
-        return str(self.__struct_config__.tag)
-
-    @property
-    def whom(self) -> str:
-        """Whom it is done to, in the audit line."""
-        return ""
-
-
 class NewKey(NamedTuple):
     """A key that was just made; the config, which has its hash alone."""
 
@@ -11543,17 +11549,12 @@ class NewKey(NamedTuple):
     config: Config
 
 
-class AddKey(Action, frozen=True, tag="key add"):
+class AddKey(NamedAction, frozen=True, tag="key add"):
     """Make a key. `limits` by name, such as usd/day; `expires` is the last day on which it works, or ""."""
 
-    name: str
     limits: dict[str, str] = {}
     models: tuple[str, ...] = ()
     expires: str = ""
-
-    @property
-    def whom(self) -> str:
-        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Append it to `keys:`. Raises ActionError and ConfigError."""
@@ -11587,14 +11588,8 @@ class AddKey(Action, frozen=True, tag="key add"):
         return json.dumps(self.expires) if written[1] else self.expires
 
 
-class RotateKey(Action, frozen=True, tag="key rotate"):
+class RotateKey(NamedAction, frozen=True, tag="key rotate"):
     """Give a key's holder a new key; the old one ends."""
-
-    name: str
-
-    @property
-    def whom(self) -> str:
-        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Replace the hash. Raises ActionError and ConfigError."""
@@ -11604,14 +11599,8 @@ class RotateKey(Action, frozen=True, tag="key rotate"):
             return NewKey(key, editor.save(environ))
 
 
-class RevokeKey(Action, frozen=True, tag="key revoke"):
+class RevokeKey(NamedAction, frozen=True, tag="key revoke"):
     """Disable a key; its name stays for the ledger."""
-
-    name: str
-
-    @property
-    def whom(self) -> str:
-        return self.name
 
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> str:
         """Set `enabled: false`; the mistake that the file has elsewhere, or "". Raises ActionError and ConfigError."""
@@ -11689,6 +11678,9 @@ class House(NamedTuple):
     gateway: Gateway | None
 
 
+MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
+
+
 class Correction(Action, frozen=True):
     """A correction of a key's, a team's or the gateway's limits, whose `name` is "". `note` stands in the ledger."""
 
@@ -11751,14 +11743,8 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
         return team
 
 
-class ResetUpstream(Action, frozen=True, tag="upstream reset"):
+class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
     """Forget what spoke against an upstream, so that it is asked again at once."""
-
-    name: str
-
-    @property
-    def whom(self) -> str:
-        return self.name
 
     def run(self, house: House) -> None:
         """Reset its health. Raises ActionError where no gateway runs, which would have any."""
