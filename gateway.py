@@ -11650,6 +11650,10 @@ class SealSecrets(Action, frozen=True, tag="seal"):
 
     rotate: bool = False
 
+    @property
+    def whom(self) -> str:
+        return "secrets"
+
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> Sealed:
         """Raises ActionError, ConfigError and SealError; a bad file is known before anything is changed."""
         places = []
@@ -14392,6 +14396,8 @@ def command_check(options: argparse.Namespace) -> None:
 def edit(action: AddKey | RotateKey | RevokeKey | SealSecrets, path: Path) -> Any:
     """Make an edit, and have the gateway, where one runs, read it at once and log it. Raises as `action.run` does."""
     result = action.run(path)
+    if isinstance(result, Sealed) and not result.places:
+        return result  # nothing was changed
     with contextlib.suppress(ConfigError, NoGateway, ActionError):
         ask(ledger_of(Document(read_text(path), path)), EditMade(action.what, action.whom))
     return result

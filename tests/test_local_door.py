@@ -104,14 +104,16 @@ async def test_an_edit_is_live_when_its_command_ends(listening, capsys, caplog):
         await command(listening, "key", "add", "bob"),
         await command(listening, "usage", "adjust", "bob", "--usd", "1"),
         await command(listening, "key", "revoke", "alice"),
+        *[await command(listening, "seal") for _ in range(2)],
     ]
 
-    assert codes == [0, 0, 0]
+    assert codes == [0] * 5
     assert (await listening.post("/v1/messages", HELLO)).status == 403
     assert audits(caplog) == [
         f"audit: key add bob, {BY}",
         f"audit: usage adjust key bob, {BY}",
         f"audit: key revoke alice, {BY}",
+        f"audit: seal secrets, {BY}",
     ]
 
 
