@@ -11399,6 +11399,11 @@ class ActionError(CommandError):
         super().__init__(f"{field} {value}: {why}" if code == "invalid" and value else why)
         self.code, self.field, self.value, self.why = code, field, value, why
 
+    @classmethod
+    def of_gateway(cls, why: str) -> ActionError:
+        """The error of a change that the running gateway cannot make."""
+        return cls("failed", "gateway", "", why)
+
 
 class Action(msgspec.Struct, frozen=True, tag_field="action"):
     """What is asked for. Its tag is the command's name."""
@@ -11756,8 +11761,8 @@ class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
         if self.name not in known:
             raise unknown_name("upstream", self.name, known)
         if house.gateway is None:
-            why = f"no gateway that runs on {house.config.usage_directory} took it in; a start forgets as well"
-            raise ActionError("failed", "gateway", "", why)
+            directory = house.config.usage_directory
+            raise ActionError.of_gateway(f"no gateway that runs on {directory} took it in; a start forgets as well")
         house.gateway.relay.upstreams.reset(self.name)
 
 
@@ -13574,14 +13579,14 @@ def ask(directory: Path, action: Action, within_s: float = ASK_S) -> Any:
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         raise NoGateway from None
     except TimeoutError:
-        why = f"the running gateway did not answer within {within_s:g} s; it may still do what it was asked for"
-        raise ActionError("failed", "gateway", "", why) from None
+        late = f"the running gateway did not answer within {within_s:g} s; it may still do what it was asked for"
+        raise ActionError.of_gateway(late) from None
     except OSError as error:
-        why = f"cannot ask the gateway that runs on {directory}: {why_not(error)}"
-        raise ActionError("failed", "gateway", "", why) from None
+        raise ActionError.of_gateway(f"cannot ask the gateway that runs on {directory}: {why_not(error)}") from None
     except UNREADABLE:  # it ended meanwhile, or is another version
-        why = f"the gateway that runs on {directory} gave no answer; it may still do what it was asked for"
-        raise ActionError("failed", "gateway", "", why) from None
+        raise ActionError.of_gateway(
+            "the running gateway gave no answer; it may have done what it was asked for"
+        ) from None
     if answer.error:
         raise ActionError(*answer.error)
     return answer.result
@@ -13609,8 +13614,10 @@ def perform(action: ResetLimits | AdjustUsage | ResetUpstream, config: Config) -
             return action.run(alone)
         except BlockingIOError:
             if time.monotonic() > until:
-                why = f"a gateway runs on {directory}, or a restore, and no {LOCAL_SOCKET} answers there: end it first"
-                raise ActionError("failed", "gateway", "", why) from None
+                silent = (
+                    f"a gateway runs on {directory}, or a restore, and no {LOCAL_SOCKET} answers there: end it first"
+                )
+                raise ActionError.of_gateway(silent) from None
             time.sleep(0.05)
 
 
@@ -13721,11 +13728,10 @@ class LocalDoor:
                     return
                 line += data
         try:
-            answer = Result(result=await self._do(CHANGE_DECODER.decode(line), peer_of(client)))
+            answer = Result(await self._do(CHANGE_DECODER.decode(line), peer_of(client)))
         except UNREADABLE as error:
-            answer = Result(
-                error=("invalid", "request", "", f"the running gateway ({VERSION}) does not know that: {error}")
-            )
+            why = f"the running gateway ({VERSION}) does not know that: {error}"
+            answer = Result(error=("invalid", "request", "", why))
         except ActionError as error:
             answer = Result(error=(error.code, error.field, error.value, error.why))
         async with asyncio.timeout(self.LINE_S):
@@ -13735,15 +13741,13 @@ class LocalDoor:
         """Do it by the config as it is in the file now. Raises ActionError."""
         gateway = self._gateway
         if peer.uid not in (os.geteuid(), 0):
-            raise ActionError(
-                "failed", "gateway", "", f"the gateway runs as user {os.geteuid()}: run this as that user"
-            )
+            raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
         await gateway.reload()
         if not isinstance(action, (ReadHealth, EditMade)):
             try:
                 gateway.check_open()
             except Unavailable as error:
-                raise ActionError("failed", "gateway", "", str(error)) from None
+                raise ActionError.of_gateway(str(error)) from None
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
         if not isinstance(action, ReadHealth):
             gateway.emit(ChangeMade(str(peer), action.what, action.whom))
