@@ -10407,7 +10407,9 @@ class EventLog:
     def call_ended(self, event: CallEnded) -> None:
         """Write one line for the call."""
         call, entry = event.call, event.entry
-        more = f", {len(event.attempts)} attempts" if len(event.attempts) > 1 else ""
+        more = ""
+        if len(event.attempts) > 1:
+            more = f", {len(event.attempts)} attempts"
         self.write(
             f"{entry.request_id}: {call.key} {entry.path} {entry.model} by {entry.upstream or 'nobody'}: "
             f"{entry.status} {entry.outcome} in {entry.total_input_tokens} out {entry.output_tokens} "
@@ -10458,7 +10460,8 @@ class EventLog:
             if warning not in before.warnings:
                 log.warning("config: %s", warning)
         for name, old, new in (
-            ("server.host or port", (before.server.host, before.server.port), (config.server.host, config.server.port)),
+            ("server.host", before.server.host, config.server.host),
+            ("server.port", before.server.port, config.server.port),
             ("usage.directory", before.usage_directory, config.usage_directory),
             ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
         ):
@@ -10519,7 +10522,9 @@ class RefusalLog:
         place = (event.address, event.key, event.error.status)
         if self._logged[place] < self.LINES and self._logged.total() < self.ALL_LINES:
             self._logged[place] += 1
-            client = f"{event.key} at {event.address}" if event.key else event.address
+            client = event.address
+            if event.key:
+                client = f"{event.key} at {event.address}"
             log.info("%s: %s refused: %d %s", event.id, client, event.error.status, event.error.message)
         else:
             self._left_out[event.error.status] += 1
@@ -10843,7 +10848,9 @@ class Models:
         named = [ListedModel(name, name) for name in upstream.named_models()]
         if len(named) == len(upstream.models):
             return named
-        listed = [ListedModel(DEMO_MODEL, "Demo")] if upstream.format == "demo" else await self._listed(upstream)
+        listed = [ListedModel(DEMO_MODEL, "Demo")]
+        if upstream.format != "demo":
+            listed = await self._listed(upstream)
         return named + [model for model in listed if upstream.rename(model.id) is not None]
 
     async def _listed(self, upstream: UpstreamConfig) -> list[ListedModel]:
@@ -10855,7 +10862,8 @@ class Models:
                 return models
             try:
                 async with asyncio.timeout(self._relay.pace.models_fetch_s):
-                    models, good_s = await self._fetch(upstream), self._relay.pace.models_s
+                    models = await self._fetch(upstream)
+                good_s = self._relay.pace.models_s
             except (TimeoutError, AttemptFailed, ValueError, RecursionError) as error:
                 log.warning("upstream %s does not list its models: %s", upstream.name, error or "no answer in time")
                 good_s = self._relay.pace.models_s / 10
