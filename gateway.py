@@ -8190,37 +8190,27 @@ class Pool:
             raise AttemptFailed(OWN_TROUBLE if is_own_trouble(error) else UNREACHABLE, str(error)) from None
 
     async def _connect(self) -> UpstreamConnection:
+        """Return a new connection, through a proxy and with TLS where these are wanted. Raises OSError."""
         target = self.target
-        if target.proxy:
-            connection = await self.reach()
-            if target.tls:
-                await self.secure(connection)
+        if target.proxy is None:
+            name = target.host if target.tls else None
+            _, connection = await self._open(
+                lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
+            )
             return connection
-        name = target.host if target.tls else None
-        _, connection = await self._open(
-            lambda: UpstreamConnection(self.release), target.host, target.port, ssl=self._ssl, server_hostname=name
-        )
-        return connection
-
-    async def reach(self) -> UpstreamConnection:
-        """A new connection on which TLS does not stand yet, through the proxy where there is one. Raises OSError."""
-        if self.target.proxy:
-            return await self._tunnel(self.target.proxy)
-        _, connection = await self._open(lambda: UpstreamConnection(self.release), self.target.host, self.target.port)
-        return connection
-
-    async def secure(self, connection: UpstreamConnection) -> None:
-        """TLS on a connection that was reached; it is lost where that fails. Raises OSError."""
+        connection = await self._tunnel(target.proxy)
+        if self._ssl is None:
+            return connection
         plain, loop = connection.transport, asyncio.get_running_loop()
         try:
-            context = cast(ssl.SSLContext, self._ssl)
-            secured = await loop.start_tls(plain, connection, context, server_hostname=self.target.host)
+            secured = await loop.start_tls(plain, connection, self._ssl, server_hostname=target.host)
             if secured is None:
                 raise ConnectionError("the connection was closed before TLS stood")
             connection.connection_made(secured)
         except BaseException:
             plain.abort()
             raise
+        return connection
 
     async def _open(self, make: Callable[[], P], host: str, port: int, **tls: Any) -> tuple[asyncio.Transport, P]:
         """Connect to the very addresses that were looked at. Raises OSError."""
@@ -8755,13 +8745,12 @@ class Upstreams:
             self._healths[name] = Health(self._health(upstream, key, False).load if is_count else Load())
         return self._healths[name]
 
-    def choose(self, call: Call, tried: set[tuple[str, int]]) -> tuple[str, Choice] | None:
-        """Return who is to be asked now, and under which name it knows the model; None where nobody is ready."""
-        now = self._clock.monotonic()
-        servings = call.servings
-        kind = call.route.kind
+    def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
+        """Return a slot to ask the best who is ready now; None where nobody is."""
+        now, servings, kind = self._clock.monotonic(), call.servings, call.route.kind
         if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream, kind)) == 1:
-            return (servings[0].model, choices[0]) if choices[0].is_ready(now, call) else None
+            is_ready = choices[0].is_ready(now, call)
+            return Ticket(self, call, choices[0], servings[0].model) if is_ready else None
         for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
             ready = [
                 (serving.model, choice)
@@ -8770,7 +8759,8 @@ class Upstreams:
                 if choice.is_ready(now, call) and choice.place not in tried
             ]
             if ready:
-                return self._best(call, ready) if len(ready) > 1 else ready[0]
+                model, choice = self._best(call, ready) if len(ready) > 1 else ready[0]
+                return Ticket(self, call, choice, model)
         return None
 
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
@@ -8800,11 +8790,6 @@ class Upstreams:
             return choice.weight > 0, -choice.key_health.running / (choice.weight or 1.0), *homes
 
         return max(ready, key=rank)
-
-    def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
-        """Return a slot to ask somebody now; None where nobody is ready."""
-        found = self.choose(call, tried)
-        return Ticket(self, call, found[1], found[0]) if found else None
 
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """Return in how many seconds somebody may be ready for a call; infinite where nobody is left."""

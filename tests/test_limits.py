@@ -1637,6 +1637,31 @@ async def test_a_freed_slot_costs_the_same_however_many_wait(clock):
     assert found[0] == found[1]
 
 
+async def test_two_processes_share_the_slots_of_a_store_elsewhere(clock):
+    """
+    Each has queues of its own. A slot that one gives back goes to whoever waits in the other, with its next tick.
+    """
+    snapshot = g.Config.parse(config("http://127.0.0.1:1", "concurrent: 2"), Path("config.yaml"), clock.clock, {})
+    store = FarStore(g.Fold(g.Calendar(snapshot.timezone), 0.0), clock.clock)
+    one, other = (g.Limits(store, clock.clock, g.Pace(), snapshot.timezone) for _ in range(2))
+    calls = []
+    for limits in (one, one, other):
+        call = g.Call(snapshot, next(iter(snapshot.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+        call.reservation = g.Reservation(limits, g.BodyMemory(0), call)
+        limits.enter(call.reservation, 0)
+        calls.append(call.reservation)
+    await until(lambda: not one.waiting and not len(other._queues.apart))
+    before = [reservation.waiter.turn.done() for reservation in calls]
+
+    calls[0].release()
+    await until(lambda: store.running()["key", "alice"] == 1)
+    other.check()
+    await until(lambda: not other.waiting)
+
+    assert before == [True, True, False]
+    assert calls[2].waiter.turn.result() is True and store.running()["key", "alice"] == 2
+
+
 class PlainQueue:
     """What WaitQueue does, slowly: a list of all that wait, and whose turn was when."""
 
