@@ -505,8 +505,8 @@ class Call:
         """How many output tokens are reserved for it where its limits allow that."""
         return min(self.max_output, self.config.limits.reserve_output)
 
-    def let_go(self) -> None:
-        """Keep nothing that only an attempt would need: thousands of streams may run for hours."""
+    def drop_request(self) -> None:
+        """Free body and headers once no attempt can follow: thousands of streams may run for hours."""
         self.body, self.headers, self.named = b"", [], {}
         if self.reservation:  # a call of `upstream test` has none
             self.reservation.give_back_body()
@@ -5379,7 +5379,7 @@ class Reservation(Hold):
         """Give everything back. A second time there is nothing left to give."""
         self._limits.settle(self)
         if self.call.headers or self.body_bytes:  # else it has let go at the first content
-            self.call.let_go()
+            self.call.drop_request()
 
     def return_slots(self) -> None:
         """Give the slots to those who wait for them; what it holds of tokens and money stays."""
@@ -5888,6 +5888,16 @@ def downstream_headers(headers: Headers) -> Headers:
     kept = [header for header in headers if len(header[0]) <= MAX_HEADER_NAME and comes_down(header[0])]
     dropped = connection_options(headers) - HOP_BY_HOP  # these are gone
     return [header for header in kept if header[0].lower() not in dropped] if dropped else kept
+
+
+EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
+PINGS: dict[Api, bytes] = {"anthropic": b'event: ping\ndata: {"type": "ping"}\n\n', "openai": b": ping\n\n"}
+
+
+def error_event(body: bytes, api: Api) -> bytes:
+    """Return an error's JSON body as an event, for a stream that has begun."""
+    name = b"event: error\n" if api == "anthropic" else b""
+    return name + b"".join(b"data: %b\n" % line for line in body.splitlines() or [b"{}"]) + b"\n"
 
 
 Pieces = Sequence[bytes | memoryview]  # of a request's body
@@ -7322,13 +7332,17 @@ class Meter:
         """Whether a ping fits here."""
         return self._events is not None and self._events.between_events
 
-    def feed(self, chunk: bytes) -> None:
-        """Look at bytes that pass. What cannot be read is left alone: the client gets it all the same."""
+    def read(self, chunk: bytes, last: bool) -> bytes:
+        """Read bytes of the answer and return them. What cannot be read is left alone: the client gets it as well."""
         if self._events is None:
             self._body_size += len(chunk)
             if self._body_size <= self.MAX_BODY:
                 self._body.append(chunk)
-            return
+            if last:
+                self.is_finished = True
+                self._read_body(b"".join(self._body))
+                self._body.clear()
+            return chunk
         for data in self._events.feed(chunk):
             try:
                 self.read_event(self.events.decode(data))
@@ -7340,6 +7354,7 @@ class Meter:
                 self.read_unknown(data, is_json=False)
         if self._events.dropped:
             self._pass_over(self._events.dropped)
+        return chunk
 
     def read_odd(self, data: bytes) -> None:
         """Take in what is known of an event that has something of another shape; whatever it is, it is the client's."""
@@ -7386,13 +7401,6 @@ class Meter:
         if error:
             names = [printable(str(name), MAX_PIECE_NAME) for name in (error.type, error.code) if name] or ["error"]
             self.error_type = next((name for name in names if status_of_error(name)), names[0])
-
-    def end(self) -> None:
-        """The answer is whole."""
-        if self._events is None:
-            self.is_finished = True
-            self._read_body(b"".join(self._body))
-        self._body.clear()
 
     def _read_body(self, body: bytes) -> None:
         try:
@@ -7815,12 +7823,117 @@ class UsageFilter:
             return cast("ChatChunk", decode_known(data, ChatChunk))
 
 
-METERS: dict[str, type[Meter]] = {
-    "messages": MessagesMeter,
-    "count_tokens": CountTokensMeter,
-    "chat": ChatMeter,
-    "responses": ResponsesMeter,
-    "embeddings": EmbeddingsMeter,
+class AnswerReader(Protocol):
+    """Bytes of an upstream's answer in, bytes for the client out, and what is known of the answer so far. No I/O.
+
+    Gate and ledger go by these facts alone, so that a translated answer is held back and booked as a native one.
+    A `Meter` is the reader of an answer that passes as it came: it returns the very bytes objects that it is given.
+    """
+
+    has_content: bool  # more than what only announces an answer
+    is_finished: bool  # the format's terminal event came, or the whole body did
+    error_type: str
+    has_failed: bool  # it is an answer all the same, which says of itself that it failed
+    is_broken: bool  # the whole body, or an event, is no JSON
+    is_unread: bool  # a part cannot be read: too large, or compressed
+    seen_input: bool  # the input's tokens were counted by the upstream
+    model: str  # that answers
+    absurd: str  # a count that cannot be true, or ""
+
+    @property
+    def charged(self) -> bool: ...
+    @property
+    def did_work(self) -> bool: ...
+    @property
+    def between_events(self) -> bool: ...
+    def start(self, streaming: bool) -> None: ...
+    def read(self, chunk: bytes, last: bool) -> bytes: ...
+    def spend(self, reached_upstream: bool) -> Usage: ...
+    def estimate(self) -> Usage: ...
+
+
+class HiddenUsageReader(ChatMeter):
+    """Reads a chat stream that has its usage because the gateway asked for it, and hides that from the client."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self._filter = UsageFilter()
+
+    def read(self, chunk: bytes, last: bool) -> bytes:
+        super().read(chunk, last)
+        return chunk if self._events is None else self._filter.feed(chunk, last)
+
+
+class Remedy(enum.Enum):
+    """What a request goes without when it is sent once more, by the reason for which an upstream refused it."""
+
+    THINKING = "does not know the signature of a thinking block"
+    USAGE = "does not know stream_options.include_usage"
+
+
+class Dialect:
+    """How a client's route is spoken with an upstream of one format: the request out, and who reads the answer.
+
+    This one is the identity, for an upstream that has the route itself. Any other overrides `request` and brings a
+    reader of its own; one row of DIALECTS puts it into use.
+    """
+
+    BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
+    # A 400 of Anthropic's that is no fault of the request begins so; further on it may be what the client had said.
+    NO_CREDIT = re.compile(r"(your )?credit balance is too low", re.IGNORECASE)
+
+    def __init__(self, reader: Callable[[Call], AnswerReader], with_usage: Dialect | None = None) -> None:
+        self.reader = reader
+        self.with_usage = with_usage  # the same, which asks for a stream's usage that the client did not ask for
+
+    def request(self, call: Call, model: str) -> Pieces:
+        """Return the body that asks for `model`: the call's own where that is its name. Raises BadRequest."""
+        if model == call.model:
+            return (call.body,)
+        return spliced(call.body, [splice_model(call.body, model)])
+
+    def remedy(self, call: Call, text: bytes) -> Remedy | None:
+        """Return what the request can go without, after an upstream refused it with the error `text`."""
+        return Remedy.THINKING if self.BAD_SIGNATURE.search(text) else None
+
+    def refusal_case(self, status: int, text: bytes) -> str:
+        """Return the row of the verdicts for a refusal: its status, unless the error `text` is more exact."""
+        if status in (400, 403):
+            with contextlib.suppress(*UNREADABLE):
+                error = msgspec.json.decode(text, type=Refusal).error
+                if status == 400 and self.NO_CREDIT.match(error.message):
+                    return "402"
+                if status == 403 and error.code == "model_not_found":  # OpenAI's: not for this project
+                    return "404"
+        return str(status)
+
+
+class UsageDialect(Dialect):
+    """Chat completions with `stream_options.include_usage` added, without which a stream cannot be booked."""
+
+    UNKNOWN = re.compile(rb"stream_options|include_usage")
+
+    def request(self, call: Call, model: str) -> Pieces:
+        splices = [splice_usage(call.body)]
+        if model != call.model:
+            splices.append(splice_model(call.body, model))
+        return spliced(call.body, splices)
+
+    def remedy(self, call: Call, text: bytes) -> Remedy | None:
+        if call.includes_usage is None and self.UNKNOWN.search(text):  # the client did not name the option
+            return Remedy.USAGE
+        return super().remedy(call, text)
+
+
+DIALECTS: dict[tuple[str, str], Dialect] = {
+    # the upstream's format, the kind of the client's route
+    ("anthropic", "messages"): Dialect(MessagesMeter),
+    ("anthropic", "count_tokens"): Dialect(CountTokensMeter),
+    ("openai", "chat"): Dialect(ChatMeter, with_usage=UsageDialect(HiddenUsageReader)),
+    ("openai", "responses"): Dialect(ResponsesMeter),
+    ("openai", "embeddings"): Dialect(EmbeddingsMeter),
+    ("demo", "messages"): Dialect(MessagesMeter),
+    ("demo", "count_tokens"): Dialect(CountTokensMeter),
 }
 
 
@@ -8161,6 +8274,7 @@ class Pool:
         self._pace, self._clock = pace, clock
         self._idle: deque[UpstreamConnection] = deque()
         self._closed = False
+        self.without_usage: dict[str, float] = {}  # models whose usage is not asked for, and until when
 
     @functools.cached_property
     def _ssl(self) -> ssl.SSLContext | None:
@@ -8288,6 +8402,37 @@ class Pool:
         """Close idle connections now and the others after their exchange."""
         self._closed = True
         self.forget_idle()
+
+
+class Pools:
+    """The connections to all upstreams. Those with the same address share them, also over a reload."""
+
+    def __init__(self, clock: Clock, pace: Pace) -> None:
+        self.names = Names(clock)
+        self._clock = clock
+        self._pace = pace
+        self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
+
+    def of(self, upstream: UpstreamConfig) -> Pool:
+        """Return the connections to an upstream."""
+        address = (upstream.url, upstream.ca_file, upstream.proxy, upstream.allow_private)
+        pool = self._pools.get(address)
+        if pool is None:
+            pool = self._pools[address] = Pool(upstream, self._pace, self._clock, self.names)
+        return pool
+
+    def keep_only(self, upstreams: Sequence[UpstreamConfig]) -> None:
+        """Close the connections that no upstream of a new snapshot uses."""
+        kept = {self.of(upstream) for upstream in upstreams}
+        for address, pool in tuple(self._pools.items()):
+            if pool not in kept:
+                pool.close()
+                del self._pools[address]
+
+    def check(self, stood_s: float) -> None:
+        """End what takes too long to connect, and close connections that were idle for too long."""
+        for pool in self._pools.values():
+            pool.check(stood_s)
 
 
 # --- 13. Upstreams: health and choice ---------------------------------------------
@@ -9068,11 +9213,7 @@ class Upstreams:
 # --- 14. Demo: an upstream that needs no API key ----------------------------------
 
 DEMO_MODEL = "claude-demo"
-JSON_TYPE: Headers = [(b"content-type", b"application/json")]
-SSE_TYPE: Headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-# The demo answers on the event loop, so what it looks at is bounded: 2 MB take 25 ms at most.
-MAX_DEMO_BODY = 2 << 20  # bytes
+MAX_DEMO_BODY = 2 << 20  # bytes: the demo answers on the event loop, and looking at so many takes 25 ms
 MAX_DEMO_QUOTE = 80  # characters of the user's text that are said again
 
 
@@ -9102,7 +9243,7 @@ class DemoBlock(msgspec.Struct):
 
 
 def last_user_text(request: DemoRequest) -> str:
-    """The last text of the last message of the user, "" where there is none. Raises msgspec.ValidationError."""
+    """Return the last text of the user's last message, or "". Raises msgspec.ValidationError."""
     # Claude Code appends a message of the role "system".
     for message in reversed(msgspec.json.decode(request.messages, type=list[DemoMessage])):
         if message.role == "user":
@@ -9113,20 +9254,18 @@ def last_user_text(request: DemoRequest) -> str:
     return ""
 
 
-def sse(event: str, **fields: object) -> bytes:
-    """One server-sent event."""
-    return f"event: {event}\ndata: ".encode() + msgspec.json.encode({"type": event, **fields}) + b"\n\n"
+def demo_event(kind: str, **fields: object) -> bytes:
+    """Return one event of a Messages stream."""
+    return f"event: {kind}\ndata: ".encode() + msgspec.json.encode({"type": kind, **fields}) + b"\n\n"
 
 
 def demo_message(request: DemoRequest) -> tuple[dict[str, Any], list[bytes]]:
-    """An answer, whole and as events. A word of it is a token."""
+    """Return an answer, whole and as events. A word of it is a token."""
     quote = " ".join(last_user_text(request)[:20_000].split())[:MAX_DEMO_QUOTE]
     said = f"You said: “{quote}”." if quote else "I have read that."
     sentence = f"Hello from the demo upstream. {said} Put a real upstream into config.yaml to talk to a model."
-    words = re.findall(r"\S+\s*", sentence)
-    is_cut = request.max_tokens is not None and request.max_tokens < len(words)
-    words = words[: request.max_tokens]
-    message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": request.model}
+    all_words = re.findall(r"\S+\s*", sentence)
+    words = all_words[: request.max_tokens]
     usage = {
         "input_tokens": max(1, (len(request.messages) + len(request.system) + len(request.tools)) // 4),
         "cache_creation_input_tokens": 0,
@@ -9134,43 +9273,34 @@ def demo_message(request: DemoRequest) -> tuple[dict[str, Any], list[bytes]]:
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
         "output_tokens": len(words),
     }
-    stop = {"stop_reason": "max_tokens" if is_cut else "end_turn", "stop_sequence": None}
+    stop = {"stop_reason": "max_tokens" if len(words) < len(all_words) else "end_turn", "stop_sequence": None}
+    message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": request.model}
     whole = {**message, "content": [{"type": "text", "text": "".join(words)}], **stop, "usage": usage}
-    begun: dict[str, Any] = {
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "usage": {**usage, "output_tokens": 1},
-    }
-    deltas = [{"type": "text_delta", "text": word} for word in words]
+    begun = {**whole, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
     return whole, [
-        sse("message_start", message={**message, **begun}),
-        sse("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        sse("ping"),
-        *(sse("content_block_delta", index=0, delta=delta) for delta in deltas),
-        sse("content_block_stop", index=0),
-        sse("message_delta", delta=stop, usage=usage),
-        sse("message_stop"),
+        demo_event("message_start", message=begun),
+        demo_event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
+        demo_event("ping"),
+        *(demo_event("content_block_delta", index=0, delta={"type": "text_delta", "text": word}) for word in words),
+        demo_event("content_block_stop", index=0),
+        demo_event("message_delta", delta=stop, usage=usage),
+        demo_event("message_stop"),
     ]
 
 
-def demo_error(status: int, kind: str, message: str) -> tuple[int, dict[str, Any], list[bytes]]:
-    """An answer that is an error."""
-    return status, {"type": "error", "error": {"type": kind, "message": message}}, []
-
-
 def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
-    """What the demo answers: status, a JSON body, and the events where a stream was asked for."""
-    if len(body) > MAX_DEMO_BODY:
-        return demo_error(413, "request_too_large", f"the demo upstream reads at most {MAX_DEMO_BODY} bytes")
+    """Return the demo's answer: status, a JSON body, and the events where a stream was asked for."""
+    status, kind, message = 413, "request_too_large", f"the demo upstream reads at most {MAX_DEMO_BODY} bytes"
     try:
-        request = msgspec.json.decode(body, type=DemoRequest)
-        whole, events = demo_message(request)
+        if len(body) <= MAX_DEMO_BODY:
+            request = msgspec.json.decode(body, type=DemoRequest)
+            whole, events = demo_message(request)
+            if path == "/v1/messages/count_tokens":
+                return 200, {"input_tokens": whole["usage"]["input_tokens"]}, []
+            return 200, whole, events if request.stream else []
     except UNREADABLE as error:
-        return demo_error(400, "invalid_request_error", str(error))
-    if path == "/v1/messages/count_tokens":
-        return 200, {"input_tokens": whole["usage"]["input_tokens"]}, []
-    return 200, whole, events if request.stream else []
+        status, kind, message = 400, "invalid_request_error", str(error)
+    return status, {"type": "error", "error": {"type": kind, "message": message}}, []
 
 
 class DemoLine:
@@ -9181,61 +9311,106 @@ class DemoLine:
 
     def __init__(self, word_s: float) -> None:
         self._word_s = word_s
-        self._head: tuple[int, Headers] | None = None
-        self._pieces: deque[bytes] = deque()
-        self._timer: asyncio.Handle | None = None
-        self._answer: Answer | None = None
-        self._paused = False
+        self._goes_on = asyncio.Event()
+        self._goes_on.set()
         self.heard = False
+        self.pause = self._goes_on.clear
+        self.resume = self._goes_on.set
 
     def send(self, head: bytes, body: Pieces, answer: Answer) -> None:
-        """Start an exchange."""
         path = head.split(b" ", 2)[1].partition(b"?")[0].decode()
         status, whole, events = demo_answer(path, b"".join(body))
-        self._answer = answer
-        self._head = (status, SSE_TYPE if events else JSON_TYPE)
-        self._pieces = deque(events or [msgspec.json.encode(whole)])
-        self._timer = asyncio.get_running_loop().call_soon(self._next)
+        kind = b"text/event-stream; charset=utf-8" if events else b"application/json"
+        headers = [(b"content-type", kind), (b"cache-control", b"no-cache")]
+        self._task = asyncio.create_task(self._say(status, headers, events or [msgspec.json.encode(whole)], answer))
 
-    def _next(self) -> None:
-        answer = self._answer
-        if answer and self._head:
-            head, self._head, self.heard = self._head, None, True
-            answer.head(*head)
-        if self._answer is None or answer is None or self._paused:
-            return
-        piece = self._pieces.popleft()
-        if self._pieces:
-            self._timer = asyncio.get_running_loop().call_later(self._word_s, self._next)
-        else:
-            self._answer = None
-        answer.received(piece, not self._pieces)
+    async def _say(self, status: int, headers: Headers, pieces: list[bytes], answer: Answer) -> None:
+        try:
+            await self._goes_on.wait()
+            self.heard = True
+            answer.head(status, headers)
+            *before, last = pieces
+            for piece in before:
+                await self._goes_on.wait()
+                answer.received(piece, False)
+                await asyncio.sleep(self._word_s)
+            await self._goes_on.wait()
+            answer.received(last, True)
+        except Exception as error:
+            answer.crashed(error)
 
     def abort(self) -> None:
-        """End the exchange."""
-        self._answer = None
-        self.pause()
-
-    def pause(self) -> None:
-        """Say no more until `resume`."""
-        self._paused = True
-        if self._timer:
-            self._timer.cancel()
-
-    def resume(self) -> None:
-        """Go on."""
-        if self._paused:
-            self._paused = False
-            self._next()
+        self._task.cancel()
 
 
 # --- 15. Relay: attempts, the gate, failover, bytes through -----------------------
+
+# A call on its way is an `Exchange`: its client on one side, its attempts on the other. An upstream may fail at any
+# byte, and a client may leave or stop reading at any byte. Until the client has got the first byte of an answer a
+# failed attempt is followed by another one, and the client does not notice; after it never. So there are two phases:
+# that of an attempt says how far its upstream is, that of the exchange what its client has got.
+#
+# `Attempt.done` is resolved once: it raises AttemptFailed if the attempt failed before the gate opened, and has a
+# result when the call is over. `Exchange.done` is resolved once, with the outcome. What is tried next is decided in
+# one loop, `Relay._answer`. A move that no table has is a bug, and ends the call as one.
+#
+# Example, a stream with two upstreams. 0 s: the request is sent to a (QUIET, ASKED). 15 s: a is silent, the client
+# gets 200 and a ping (PINGED). 20 s: a answers 529 (HELD, then WHOLE with the error's last byte): the gate stays shut,
+# the attempt fails, and the loop begins another one with b. 21 s: b's message_start is held back (HELD). 22 s: its
+# first content_block_start opens the gate (OPEN, ANSWERING), and the client gets both events behind its ping. 30 s: b
+# dies (LOST): nothing may follow, the client's stream is cut, and the entry says upstream_cut and two attempts.
+#
+# Given up: a timer for each deadline. It cost more than the event that moved it, so `check` looks at all every tick.
+
+
+class AttemptPhase(enum.IntEnum):
+    """How far the upstream of an attempt is."""
+
+    CONNECTING = 0  # there is no connection yet
+    ASKED = 1  # the request is sent
+    HELD = 2  # the answer's head is here; its bytes are held back
+    OPEN = 3  # its first content is here: the bytes are the client's
+    WHOLE = 4  # the last byte is here
+    LOST = 5  # cut, late, refused by the gate, or not wanted
+
+
+class Phase(enum.IntEnum):
+    """What the client of an exchange has got."""
+
+    QUIET = 0  # nothing: an error may have any status
+    PINGED = 1  # 200 and pings, into a long silence: an error is an event
+    ANSWERING = 2  # bytes of one attempt: nothing else may follow them
+    LEFT = 3  # it went away; the answer is read on for the ledger, or the call ends
+    SERVED = 4  # it went away, and had the terminal event: it missed nothing
+    ENDED = 5  # `done` has the outcome
+
+
+ATTEMPT_MOVES: dict[AttemptPhase, tuple[AttemptPhase, ...]] = {
+    AttemptPhase.CONNECTING: (AttemptPhase.ASKED, AttemptPhase.LOST),
+    AttemptPhase.ASKED: (AttemptPhase.HELD, AttemptPhase.LOST),
+    AttemptPhase.HELD: (AttemptPhase.OPEN, AttemptPhase.WHOLE, AttemptPhase.LOST),
+    AttemptPhase.OPEN: (AttemptPhase.WHOLE, AttemptPhase.LOST),
+    AttemptPhase.WHOLE: (),
+    AttemptPhase.LOST: (),
+}
+MOVES: dict[Phase, tuple[Phase, ...]] = {
+    Phase.QUIET: (Phase.PINGED, Phase.ANSWERING, Phase.LEFT, Phase.ENDED),
+    Phase.PINGED: (Phase.ANSWERING, Phase.LEFT, Phase.ENDED),
+    Phase.ANSWERING: (Phase.LEFT, Phase.SERVED, Phase.ENDED),
+    Phase.LEFT: (Phase.ENDED,),
+    Phase.SERVED: (Phase.ENDED,),
+    Phase.ENDED: (),
+}
+
+
+class IllegalMove(Exception):
+    """A bug of ours: a phase was to become another one that its table does not have."""
 
 
 class Sink(Protocol):
     """Where an answer goes: the client's side of a call. The front door implements it."""
 
-    exchange: Exchange | None  # who is told of a slow client, and of one that went away
+    exchange: Exchange | None  # is told of a slow client, and of one that went away
 
     @property
     def is_gone(self) -> bool: ...
@@ -9250,626 +9425,541 @@ class Outcome(NamedTuple):
 
     name: str
     status: int = 0
-    error: GatewayError | None = None  # to be told to the client, whose answer has not begun
-
-
-# A 400 of Anthropic's that is no fault of the request begins so; further on it may be what the client itself had said.
-NO_CREDIT = re.compile(r"(your )?credit balance is too low", re.IGNORECASE)
-USAGE_UNKNOWN = re.compile(rb"stream_options|include_usage")
-USAGE_REFUSED = Failure("refused", "does not know stream_options.include_usage", "400")
-BAD_SIGNATURE = re.compile(rb"invalid `?signature`? in `?thinking`? block", re.IGNORECASE)
-THINKING_REFUSED = Failure("refused", "does not know the signature of a thinking block", "400")
-EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
-
-
-def error_event(body: bytes, api: Api) -> bytes:
-    """An error's JSON body as an event, for a stream that has begun."""
-    name = b"event: error\n" if api == "anthropic" else b""
-    return name + b"".join(b"data: %b\n" % line for line in body.splitlines() or [b"{}"]) + b"\n"
+    error: GatewayError | None = None  # for the client, whose answer has not begun
 
 
 class Attempt:
-    """One try of one upstream. What it says is held back until its first content; from then on it is the client's.
-
-    An attempt that fails before has told the client nothing, and another one may follow (`Exchange.failed`).
-    """
+    """One try of one upstream: listens to its connection, and holds its answer back until the first content."""
 
     MAX_HELD = 256 << 10  # bytes; what is larger has content, or is no error that is worth keeping
 
-    __slots__ = (
-        "_clock",
-        "encoding",
-        "exchange",
-        "first_byte_at",
-        "first_byte_s",
-        "headers",
-        "heard_at",
-        "held",
-        "held_size",
-        "is_streaming",
-        "is_unmetered",
-        "is_whole",
-        "line",
-        "meter",
-        "passed",
-        "sent_at",
-        "status",
-        "ticket",
-        "upstream",
-        "upstream_request_id",
-        "usage_filter",
-    )
-
-    def __init__(self, exchange: Exchange, ticket: Ticket, first_byte_s: float) -> None:
-        self.exchange, self.ticket, self.upstream = exchange, ticket, ticket.choice.upstream
+    def __init__(self, exchange: Exchange, ticket: Ticket, dialect: Dialect) -> None:
+        self.exchange = exchange
+        self.ticket = ticket
+        self.upstream = ticket.choice.upstream
+        self.dialect = dialect
+        self.reader = dialect.reader(exchange.call)
         self._clock = exchange.clock
-        self.first_byte_s = first_byte_s  # how long it may be silent
-        self.meter = METERS[exchange.call.route.kind](exchange.call)
-        self.line: Line | None = None
+        self.phase = AttemptPhase.CONNECTING
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.entry = AttemptEntry(self.upstream.name, ticket.choice.number)
+        self.line: Line  # from ASKED on
+        self.failure: Failure | None = None  # why it failed; or the error that is passed on as the client's answer
+        self.remedy: Remedy | None = None  # what cures that failure
         self.status = 0
         self.headers: Headers = []
-        self.held: list[bytes] | None = []  # None: the gate is open
-        self.held_size = 0
-        self.is_streaming = self.is_whole = False
-        self.is_unmetered = False  # paid for, and in a form that cannot be read
+        self.is_streaming = False
+        self.encoding = b""  # of a compressed answer, though asked for as it is
         self.upstream_request_id = ""
-        self.encoding = b""
-        self.usage_filter: UsageFilter | None = None  # where the client did not ask for the usage that we asked for
-        self.passed = ""  # the case of an error that is the client's at once
+        self.raw: list[bytes] = []  # what the upstream has said while the gate was shut …
+        self.held: list[bytes] = []  # … and the same as it is for the client
+        self.held_size = 0
+        self.first_byte_s = 0.0  # how long the upstream may be silent before its first content
+        self.began = self.heard_at = self._clock()  # `heard_at`: when the upstream last said something
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
-        self.heard_at = 0.0  # when the upstream last spoke
 
     def begin(self, line: Line, head: bytes, body: Pieces) -> None:
-        """Send the request on a line."""
+        """Send the request on a connection."""
+        self._move(AttemptPhase.ASKED)
         self.line = line
         self.sent_at = self.heard_at = self._clock()
         line.send(head, body, self)
 
-    # What the upstream says
+    def _move(self, phase: AttemptPhase) -> None:
+        if phase not in ATTEMPT_MOVES[self.phase]:
+            raise IllegalMove(f"an attempt that is {self.phase.name} cannot become {phase.name}")
+        self.phase = phase
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its upstream is at work: the connection is its own."""
+        return AttemptPhase.ASKED <= self.phase <= AttemptPhase.OPEN
+
+    # What the connection says. What is raised here comes back as `crashed`.
 
     def head(self, status: int, headers: Headers) -> None:
-        """The answer's head has come."""
-        self.status, self.headers = status, headers
+        """Take the answer's head."""
+        self._move(AttemptPhase.HELD)
+        self.status = status
+        self.headers = headers
         self.first_byte_at = self.heard_at = self._clock()
-        try:
-            for name, value in headers:
-                lower = name.lower()
-                if lower == b"content-type":
-                    self.is_streaming = value[:17].lower() == b"text/event-stream"
-                elif lower == b"request-id" or lower == b"x-request-id":
-                    self.upstream_request_id = printable(value.decode("latin-1"))
-                elif lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-                    self.encoding = value.strip().lower()
-            self.meter.start(self.is_streaming)
-        except Exception as error:  # a bug of ours, as in `received`
-            self.drop_line()
-            self.exchange.crash(error)
+        for name, value in headers:
+            lower = name.lower()
+            if lower == b"content-type":
+                self.is_streaming = value[:17].lower() == b"text/event-stream"
+            elif lower == b"request-id" or lower == b"x-request-id":
+                self.upstream_request_id = printable(value.decode("latin-1"))
+            elif lower == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                self.encoding = value.strip().lower()
+        self.reader.start(self.is_streaming)
 
     def received(self, body: bytes, last: bool) -> None:
-        """Bytes of the answer; the last ones say so."""
+        """Take bytes of the answer: for the client at once, or held back until the gate opens."""
         self.heard_at = self._clock()
-        try:
-            if body:
-                self.meter.feed(body)
-            if last:
-                self.line, self.is_whole = None, True
-                self.meter.end()
-            if self.usage_filter and self.is_streaming and self.status == 200:
-                body = self.usage_filter.feed(body, last)
-            if self.held is not None:
-                self._hold(self.held, body, last)
-            elif last:
-                self._settle(body)
-            elif body:
-                self.exchange.relay(body, self.heard_at)
-        except Exception as error:  # a bug of ours: the call must end all the same
-            self.drop_line()
-            self.exchange.crash(error)
+        is_open = self.phase is AttemptPhase.OPEN
+        if last:
+            self._move(AttemptPhase.WHOLE)
+        data = self.reader.read(body, last) if body or last else body
+        if not is_open:
+            self.raw.append(body)
+            self.held.append(data)
+            self.held_size += len(body)
+            if last or self._is_decidable():
+                self._decide()
+        elif last:
+            self._end_answer(data)
+        elif data:
+            self.exchange.relay(data, self.heard_at)
 
     def lost(self, failure: Failure) -> None:
-        """The line is lost."""
-        self.line = None
-        try:
-            if self.held is not None:
-                self.exchange.failed(failure)
-            else:
-                self.exchange.cut(Outcome(failure.outcome, self.status))
-        except Exception as error:  # a bug of ours, as in `received`
-            self.exchange.crash(error)
+        """Take the loss of the connection: a failure while the gate is shut, else a cut answer."""
+        is_open = self.phase is AttemptPhase.OPEN
+        self._move(AttemptPhase.LOST)
+        if is_open:
+            self.exchange.cut(Outcome(failure.outcome, self.status))
+        else:
+            self._fail(failure)
 
     def crashed(self, error: Exception) -> None:
-        """A bug of ours ends the exchange on the line."""
-        self.line = None
+        """End the call for a bug of ours."""
         self.exchange.crash(error)
 
-    # The gate
+    # The gate: decides by status, headers, and the reader's facts
 
-    def _hold(self, held: list[bytes], body: bytes, last: bool) -> None:
-        held.append(body)
-        self.held_size += len(body)
-        if last or self._is_clear():
-            self._decide(last)
-
-    def _is_clear(self) -> bool:
-        """Whether it can be said already what is held back."""
-        meter = self.meter
-        if self.is_encoded and self.status < 400 and self.held_size:
-            return True  # nothing that follows could be read
-        if self.is_streaming and self.status == 200 and (meter.has_content or meter.error_type or meter.is_broken):
+    def _is_decidable(self) -> bool:
+        """Return whether what is held back shows already what it is."""
+        if self.held_size > self.MAX_HELD:
             return True
-        return self.held_size > self.MAX_HELD
+        if self.status >= 400:
+            return False
+        if self.encoding:
+            return self.held_size > 0  # nothing that follows could be read
+        reader = self.reader
+        has_said = reader.has_content or bool(reader.error_type) or reader.is_broken
+        return has_said and self.is_streaming and self.status == 200
 
-    def _decide(self, last: bool) -> None:
-        failure = self._failure(last)
+    def _decide(self) -> None:
+        """Open the gate, or fail."""
+        failure = self._find_failure()
         if failure:
-            self.drop_line()  # where it is not whole: what still comes is nobody's
-            return self.exchange.failed(failure)
-        data, self.held = b"".join(self.held or ()), None
-        self.exchange.opened(self)
-        if last:
-            self._settle(data)
+            self.drop()
+            return self._fail(failure)
+        data = b"".join(self.held)
+        self.exchange.open(self)
+        self.raw.clear()
+        self.held.clear()
+        if self.phase is AttemptPhase.WHOLE:
+            self._end_answer(data)
         else:
+            self._move(AttemptPhase.OPEN)
             self.exchange.relay(data, self.heard_at)
         return None
 
-    def _failure(self, last: bool) -> Failure | None:
-        """What is wrong with what is held back; None where it is the client's."""
-        meter, status = self.meter, self.status
-        if status >= 400:
-            return self._refusal()
-        if status != 200 or self.is_encoded:
-            return self._unmetered() or UNEXPECTED
-        if meter.has_failed and meter.did_work and (self.is_streaming or not self.exchange.is_committed):
+    def _fail(self, failure: Failure) -> None:
+        self.failure = failure
+        self.done.set_exception(AttemptFailed(failure, retry_after_s=self.retry_after_s()))
+
+    def _find_failure(self) -> Failure | None:
+        """Return what is wrong with what is held back; None if it is for the client."""
+        reader = self.reader
+        is_pinged = self.exchange.phase is Phase.PINGED
+        if self.status >= 400:
+            return self._find_refusal()
+        if self.status != 200 or self.encoding:
+            return self._find_unmetered() or UNEXPECTED
+        if reader.has_failed and reader.did_work and (self.is_streaming or not is_pinged):
             return None  # it is paid for: another try would be paid for as well
-        if meter.error_type:
-            sentence = f"answered with an error ({meter.error_type})"
-            return self._unless_it_passes(Failure("upstream_error", sentence, str(self.error_status)))
-        if self.is_streaming:
-            if last and not meter.is_finished:
-                return self._unmetered() or CUT
-            if meter.is_broken and not meter.has_content:
-                return self._unmetered() or UNEXPECTED
-            return None
-        if self.exchange.is_committed or meter.is_broken or not self.is_json:
-            return self._unmetered() or UNEXPECTED
+        if reader.error_type:
+            sentence = f"answered with an error ({reader.error_type})"
+            return self._unless_passed(Failure("upstream_error", sentence, str(self.error_status)))
+        if not self.is_streaming:
+            is_answer = self.is_json and not reader.is_broken and not is_pinged
+            return None if is_answer else UNEXPECTED
+        if self.phase is AttemptPhase.WHOLE and not reader.is_finished:
+            return CUT
+        if reader.is_broken and not reader.has_content:
+            return UNEXPECTED
         return None
 
-    def _unmetered(self) -> Failure | None:
-        """What keeps us from reading an answer for which the upstream has worked, if it is one."""
+    def _find_refusal(self) -> Failure | None:
+        """Return the failure that a status of an error is; None if it is for the client."""
+        text = b"".join(self.raw)
+        if self.status in (400, 422):
+            remedy = self.dialect.remedy(self.exchange.call, text)
+            is_allowed = self.upstream.retry_without_thinking and not self.exchange.repairs
+            if remedy is Remedy.USAGE or (remedy is Remedy.THINKING and is_allowed):
+                self.remedy = remedy
+                return Failure("refused", remedy.value, "400")
+        case = self.dialect.refusal_case(self.status, text)
+        return self._unless_passed(Failure("refused", f"answered {self.status}", case))
+
+    def _unless_passed(self, failure: Failure) -> Failure | None:
+        """Return the failure, or None if no upstream would answer better and the client can still get its status."""
+        verdict = self.upstream.verdict(failure.case)
+        if not verdict.passes or verdict.try_next or self.exchange.phase is Phase.PINGED:
+            return failure
+        self.failure = failure
+        return None
+
+    def _find_unmetered(self) -> Failure | None:
+        """Return the failure of an answer that was worked on, and that cannot be read for its form."""
         content_type = first_values(self.headers).get(b"content-type", b"").lower()
         is_answer = self.is_streaming or b"json" in content_type
-        if not (200 <= self.status < 300 and is_answer and self.text().strip()) or self.meter.error_type:
+        if not (200 <= self.status < 300 and is_answer and b"".join(self.raw).strip()) or self.reader.error_type:
             return None
-        if self.is_encoded:
-            self.meter.is_unread = True
+        if self.encoding:
+            self.reader.is_unread = True
             encoding = printable(self.encoding.decode("latin-1"), 40)
-            reason = f"sent an answer that is compressed ({encoding}), though asked for identity"
-        elif self.status != 200:
-            reason = f"answered {self.status}, where 200 is the only status of an answer"
+            sentence = f"sent an answer that is compressed ({encoding}), though asked for identity"
         else:
-            return None
-        self.is_unmetered = True
-        return Failure("upstream_error", reason, UNMETERED)
+            sentence = f"answered {self.status}, where 200 is the only status of an answer"
+        return Failure("upstream_error", sentence, UNMETERED)
 
-    def _refusal(self) -> Failure | None:
-        text = self.text() if self.status in (400, 422) else b""
-        is_ours = self.usage_filter is not None and self.exchange.call.includes_usage is None
-        if is_ours and USAGE_UNKNOWN.search(text):  # the client did not say the word
-            return USAGE_REFUSED
-        if self.upstream.retry_without_thinking and not self.exchange.repairs and BAD_SIGNATURE.search(text):
-            return THINKING_REFUSED
-        return self._unless_it_passes(Failure("refused", f"answered {self.status}", self._refusal_case()))
-
-    def _refusal_case(self) -> str:
-        """The row of a refusal in the table: its status, but for what its error says more exactly."""
-        if self.status in (400, 403):
-            with contextlib.suppress(*UNREADABLE):
-                error = msgspec.json.decode(self.text(), type=Refusal).error
-                if self.status == 400 and NO_CREDIT.match(error.message):
-                    return "402"
-                if self.status == 403 and error.code == "model_not_found":  # OpenAI's: not for this project
-                    return "404"
-        return str(self.status)
-
-    def _unless_it_passes(self, failure: Failure) -> Failure | None:
-        """An error that nobody else would answer differently is the client's, where its answer has not begun."""
-        verdict = self.upstream.verdict(failure.case)
-        if not verdict.passes or verdict.try_next or self.exchange.is_committed:
-            return failure
-        self.passed = failure.case
-        return None
-
-    def retry_after_s(self) -> float | None:
-        """When a refusal says to come again."""
-        return read_retry_after(self.headers, self.ticket.call.config.clock.wall()) if self.status >= 400 else None
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether the answer is compressed, though asked for as it is."""
-        return self.encoding not in (b"", b"identity")
-
-    def text(self) -> bytes:
-        """What is held back."""
-        return b"".join(self.held or ())
+    # What is known of the answer
 
     @property
     def is_json(self) -> bool:
         """Whether what is held back begins as every JSON answer does, and no page does."""
-        return self.text().lstrip().startswith(b"{")
+        return b"".join(self.raw).lstrip().startswith(b"{")
 
     @property
     def error_status(self) -> int:
         """The status that the answer's error stands for."""
-        return status_of_error(self.meter.error_type) or 500
+        return status_of_error(self.reader.error_type) or 500
 
     @property
     def client_status(self) -> int:
-        """The status for the client: the upstream's, but for an error under a wrong flag."""
-        meter = self.meter
-        is_misnamed = self.status == 200 and not self.is_streaming and meter.error_type and not meter.has_failed
-        return self.error_status if is_misnamed else self.status
+        """The status for the client: the upstream's, unless an error came as 200."""
+        reader = self.reader
+        if reader.error_type and self.status == 200 and not self.is_streaming and not reader.has_failed:
+            return self.error_status
+        return self.status
 
     @property
     def is_from_api(self) -> bool:
         """Whether what is held back is all that the API had to say (a stream's error needs no end), and no HTML."""
+        is_whole = self.phase is AttemptPhase.WHOLE
         if self.is_streaming and self.status == 200:
-            return self.is_whole or bool(self.meter.error_type)
-        return self.is_whole and not self.meter.is_broken and self.is_json
+            return is_whole or bool(self.reader.error_type)
+        return is_whole and not self.reader.is_broken and self.is_json
 
     @property
     def is_refusal(self) -> bool:
-        """Whether an error, or what is no answer at all, came in an answer's place: nobody charges for that."""
-        meter = self.meter
-        if self.is_unmetered:
+        """Whether the upstream refused, or sent no JSON: not billed."""
+        reader = self.reader
+        if self.failure and self.failure.case == UNMETERED:
             return False
         if self.status not in (0, 200):
             return True
-        if meter.error_type:
-            return not (meter.seen_input or meter.has_content)
-        said = b"" if self.held is None or self.is_streaming else self.text().lstrip()  # a space keeps a line alive
-        return bool(said) and not said.startswith(b"{")
+        if reader.error_type:
+            return not (reader.seen_input or reader.has_content)
+        text = b"" if self.is_streaming else b"".join(self.raw).lstrip()  # a space keeps a connection alive
+        return bool(text) and not text.startswith(b"{")
 
     @property
     def was_billed(self) -> bool:
         """Whether the upstream has said what it will charge for, or has begun to deliver it."""
-        meter = self.meter
-        if self.is_unmetered:
-            return meter.charged
-        if self.status != 200 or not meter.charged:
+        reader = self.reader
+        if self.failure and self.failure.case == UNMETERED:
+            return reader.charged
+        if self.status != 200 or not reader.charged:
             return False
-        return (meter.seen_input and meter.did_work) or (
-            not self.is_streaming and not meter.error_type and self.is_json
-        )
+        if reader.seen_input and reader.did_work:
+            return True
+        return self.is_json and not self.is_streaming and not reader.error_type
 
-    # The end
+    def retry_after_s(self) -> float | None:
+        """Return when a refusal says to come again."""
+        return read_retry_after(self.headers, self.ticket.call.config.clock.wall()) if self.status >= 400 else None
 
-    def _settle(self, body: bytes) -> None:
-        """The upstream's last bytes: is the answer whole? A cut stream must look cut."""
-        meter = self.meter
-        whole = not self.is_streaming or self.status != 200 or meter.is_finished or bool(meter.error_type)
+    def usage(self) -> Usage:
+        """Return what to book."""
+        return self.reader.spend(reached_upstream=self.sent_at is not None and not self.is_refusal)
+
+    # How it ends
+
+    def _end_answer(self, data: bytes) -> None:
+        """Hand on the upstream's last bytes, and say how the answer ended. A cut stream must look cut."""
+        reader = self.reader
+        is_whole = not self.is_streaming or self.status != 200 or reader.is_finished or bool(reader.error_type)
+        name = "upstream_error" if reader.error_type else "completed"
         if self.status >= 400:
             name = "refused"
-        elif not whole:
+        elif not is_whole:
             name = "upstream_cut"
-        else:
-            name = "upstream_error" if meter.error_type else "completed"
-        self.exchange.settle(Outcome(name, self.status), body, whole)
+        self.exchange.settle(Outcome(name, self.status), data, is_whole)
 
     def check(self, now: float) -> None:
         """Look at what the upstream must do in time."""
-        if self.line is None or self.exchange.is_draining:
+        if not self.is_running:
             return
         silence = now - self.heard_at
-        if self.held is None:
+        if self.phase is AttemptPhase.OPEN:
             if silence > self.upstream.timeouts.idle:
-                self.drop_line()
+                self.line.abort()
                 self.lost(IDLE_TIMEOUT)
         elif silence > self.first_byte_s or now > self.exchange.deadline:
-            self.drop_line()
+            self.line.abort()
             self.lost(FIRST_BYTE_TIMEOUT)
         elif self.status >= 400 and self.first_byte_at and now - self.first_byte_at > self.exchange.pace.error_body_s:
-            self._decide(last=False)
+            self._decide()
 
-    def drop_line(self) -> None:
-        """End the upstream's work."""
-        if self.line:
+    def drop(self) -> None:
+        """End what the upstream has not ended."""
+        if self.phase >= AttemptPhase.WHOLE:
+            return
+        if self.phase >= AttemptPhase.ASKED:
             self.line.abort()
-            self.line = None
+        self._move(AttemptPhase.LOST)
 
     def end(self) -> None:
-        """Let go of the line and of the exchange: in a circle they would wait for the garbage collector."""
-        self.drop_line()
+        """Drop the connection and the exchange: in a circle they would wait for the garbage collector."""
+        self.drop()
         self.exchange = cast("Exchange", None)
-
-    def usage(self) -> Usage:
-        """What to book."""
-        return self.meter.spend(reached_upstream=self.sent_at is not None and not self.is_refusal)
 
 
 class Exchange:
-    """One call on its way, from its admission to its end: its attempts on one side, the client's sink on the other.
-
-    `done` is resolved with the outcome, or raises AttemptFailed when the present attempt has failed. The deadlines are
-    looked at by `check`, called every tick: a timer per event would cost more than the event.
-    """
-
-    __slots__ = (
-        "_drain_until",
-        "_relay",
-        "_told_at",
-        "_tried_at",
-        "attempt",
-        "attempts",
-        "best",
-        "book",
-        "bytes_down",
-        "call",
-        "clock",
-        "deadline",
-        "discard",
-        "discarded",
-        "done",
-        "is_booked",
-        "is_committed",
-        "is_served",
-        "is_written",
-        "pace",
-        "paused_at",
-        "repairs",
-        "sink",
-        "stale",
-        "status",
-        "tried",
-        "without_usage",
-    )
+    """One call on its way, from its admission to its end: its attempts on one side, the client's sink on the other."""
 
     def __init__(self, call: Call, sink: Sink, relay: Relay) -> None:
         self.call = call
-        self.sink: Sink | None = sink
-        self._relay, self.clock, self.pace = relay, relay.clock.monotonic, relay.pace
+        self.sink: Sink | None = sink  # None from LEFT on
+        self._relay = relay
+        self.clock = relay.clock.monotonic
+        self.pace = relay.pace
+        self.phase = Phase.QUIET
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.book: Callable[[Exchange, Outcome], None] | None = None  # what is to be done before the answer's end
-        self.discard: Callable[[Exchange, Attempt], bool] | None = None  # hold what one has cost; may another follow?
+        self.book: Callable[[Exchange, Outcome], None] | None = None  # is called before the answer's end
+        self.discard: Callable[[Exchange, Attempt], bool] | None = None  # holds what one has cost; may another follow?
         self.is_booked = False
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
         self.attempts: list[AttemptEntry] = []
-        self.stale = 0  # of them, on a connection that had died unseen
-        self.tried: set[tuple[str, int]] = set()
-        self.best: Attempt | None = None  # of those that failed: whose answer the client gets if nobody does better
+        self.tries = 0  # attempts that an upstream had a chance to answer
+        self.tried: set[tuple[str, int]] = set()  # where, since the last pause
+        self.best: Attempt | None = None  # of those that failed: its answer is the client's if no other is better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
-        self.repairs = 0  # attempts that failed for what was changed then: each allows for one more
-        self.without_usage: set[str] = set()  # the upstreams that rejected our question for the stream's usage
-        self.is_served = False  # the client left, and had the format's terminal event by then
-        self.is_committed = False  # the client was sent 200 and a ping, before any answer
+        self.repairs = 0  # attempts that failed with a remedy: each allows for one more
+        self.without_usage: set[str] = set()  # the upstreams that refused our question for the stream's usage
         self.status = 0  # that the client was sent
         self.bytes_down = 0
-        self.deadline = call.started + call.config.routing.deadline
-        self._told_at = self._tried_at = call.started  # when the client last got something; when the attempt began
-        self.paused_at: float | None = None
-        self._drain_until: float | None = None
+        self.deadline = call.started + call.config.routing.deadline  # of the first content; from LEFT on, of the rest
+        self.last_write_at = call.started
+        self.paused_at: float | None = None  # since when the client does not read
 
-    # The attempts
-
-    def open_attempt(self, choice: Choice) -> None:
-        """Write down that an attempt begins."""
-        self._tried_at = self.clock()
-        self.attempts.append(AttemptEntry(choice.upstream.name, choice.number))
+    def _move(self, phase: Phase) -> None:
+        if phase not in MOVES[self.phase]:
+            raise IllegalMove(f"an exchange that is {self.phase.name} cannot become {phase.name}")
+        self.phase = phase
 
     def close_attempt(self, outcome: str) -> None:
-        """Write down how it went, once."""
-        if self.attempts and not self.attempts[-1].outcome:
-            last = self.attempts[-1]
-            last.outcome, last.ms = outcome, round((self.clock() - self._tried_at) * 1e3, 1)
-            self.stale += outcome == STALE_CONNECTION
-
-    @property
-    def tries(self) -> int:
-        """How many attempts an upstream has had a chance to answer."""
-        return len(self.attempts) - self.stale
+        """Write down how the present attempt went, once."""
+        attempt = self.attempt
+        if attempt is None or attempt.entry.outcome:
+            return
+        attempt.entry.outcome = outcome
+        attempt.entry.ms = round((self.clock() - attempt.began) * 1e3, 1)
 
     # What the attempt says
 
-    def opened(self, attempt: Attempt) -> None:
-        """The first content: the answer is the client's."""
-        if attempt.line is None or attempt.line.is_sent:  # else the body is in memory still
-            self.call.let_go()  # no attempt will follow
-        if not attempt.passed:
-            self._relay.upstreams.record_answer(attempt.ticket)
+    def open(self, attempt: Attempt) -> None:
+        """Begin the client's answer: the gate is open."""
+        if attempt.phase is AttemptPhase.WHOLE or attempt.line.is_sent:  # else the body is still being sent
+            self.call.drop_request()
         self.status = attempt.client_status
-        if self.sink and not self.is_committed:
-            self.sink.head(self.status, attempt.headers, attempt.is_streaming)
-        if not attempt.passed:  # else they may say when to come again
+        if self.sink:
+            if self.phase is Phase.QUIET:
+                self.sink.head(self.status, attempt.headers, attempt.is_streaming)
+            self._move(Phase.ANSWERING)
+        if attempt.failure is None:  # else they may say when to come again
+            self._relay.upstreams.record_answer(attempt.ticket)
             attempt.headers = []
 
     def relay(self, data: bytes, now: float) -> None:
-        """Bytes for the client."""
-        self._told_at = now
+        """Write bytes to the client."""
+        self.last_write_at = now
         self.bytes_down += len(data)
         if self.sink:  # without data: the head must leave all the same
             self.sink.write(data, False)
 
-    def settle(self, outcome: Outcome, body: bytes, whole: bool) -> None:
-        """The answer's last bytes. First the ledger, then the client: whoever has seen the end finds it booked."""
-        self.bytes_down += len(body)
+    def settle(self, outcome: Outcome, data: bytes, whole: bool) -> None:
+        """Write the answer's last bytes. First the ledger, then the client: who has seen the end finds it booked."""
+        self.bytes_down += len(data)
         if self.sink is None:
             outcome = self._for_ledger(outcome)
-        self._finish(outcome)
+        self.finish(outcome)
         if self.book:
             self.book(self, outcome)
         if self.sink:
-            self.sink.write(body, whole)
+            self.sink.write(data, whole)
             if not whole:
                 self.sink.cut()
 
     def cut(self, outcome: Outcome) -> None:
-        """The answer broke off: what the client has so far must look cut."""
+        """End an answer that broke off: what the client has so far must look cut."""
         if self.sink:
             self.sink.cut()
-        self._finish(self._for_ledger(outcome))
+        self.finish(self._for_ledger(outcome))
 
     def _for_ledger(self, outcome: Outcome) -> Outcome:
-        """How the call ended for its client, who may have left; who had the terminal event has missed nothing."""
-        if self.sink is not None:
-            return outcome
-        if not self.is_served:
+        """Return how the call ended for its client: who left and had the terminal event has missed nothing."""
+        if self.phase is Phase.LEFT:
             return Outcome("client_gone", outcome.status)
-        has_failed = self.attempt is not None and self.attempt.meter.error_type
-        return Outcome("upstream_error" if has_failed else "completed", outcome.status)
-
-    def failed(self, failure: Failure) -> None:
-        """The attempt failed, and the client has seen nothing of it."""
-        attempt = self.attempt
-        if not self.done.done():
-            wait = attempt.retry_after_s() if attempt else None
-            self.done.set_exception(AttemptFailed(failure, retry_after_s=wait))
+        if self.phase is Phase.SERVED:
+            has_failed = self.attempt is not None and self.attempt.reader.error_type
+            return Outcome("upstream_error" if has_failed else "completed", outcome.status)
+        return outcome
 
     def crash(self, error: Exception) -> None:
-        """A bug of ours ends the call."""
-        if not self.done.done():
-            self.done.set_exception(error)
-
-    def retry(self) -> None:
-        """Forget a failed attempt; but a call that has ended meanwhile wants no other."""
-        if self.done.done() and not self.done.exception():
+        """End the call for a bug of ours."""
+        if self.done.done():
             return
-        self.done = asyncio.get_running_loop().create_future()
-        if self.sink is None:
-            self._finish(Outcome("client_gone", self.status))
+        self.done.set_exception(error)
+        if self.attempt:
+            self.attempt.drop()
+            if not self.attempt.done.done():
+                self.attempt.done.set_result(None)
 
     # What the client says
 
     def client_slow(self) -> None:
-        """The client does not read: neither do we."""
-        if self.attempt and self.attempt.line and self.paused_at is None:
+        """Read no more from the upstream: the client does not read."""
+        if self.attempt and self.attempt.is_running and self.paused_at is None:
             self.paused_at = self.clock()
             self.attempt.line.pause()
 
     def client_ready(self) -> None:
-        """The client reads again."""
-        if self.paused_at is not None:
-            self.paused_at = None
-            if self.attempt:
-                self.attempt.heard_at = self.clock()
-                if self.attempt.line:
-                    self.attempt.line.resume()
+        """Read on: the client does."""
+        if self.paused_at is None:
+            return
+        self.paused_at = None
+        if self.attempt:
+            self.attempt.heard_at = self.clock()
+            if self.attempt.is_running:
+                self.attempt.line.resume()
 
     def client_gone(self) -> None:
-        """The client went away: end the upstream's work at once, or hear it out for the ledger."""
+        """End the upstream's work at once, or read the rest of the answer for the ledger."""
         if self.sink is None:
             return
-        attempt = self.attempt
-        if attempt and attempt.held is None and attempt.is_streaming and self.paused_at is None:
-            self.is_served = attempt.meter.is_finished
         self.sink.exchange = None
         self.sink = None
+        if self.done.done():
+            return
+        attempt = self.attempt
+        has_all = False
+        if attempt and attempt.is_streaming and self.phase is Phase.ANSWERING and self.paused_at is None:
+            has_all = attempt.reader.is_finished
         self.client_ready()
-        wants_rest = attempt is not None and (self.is_served or self._hears_out(attempt))
-        if attempt and attempt.line and wants_rest and self._relay.begin_drain(self):
-            self._drain_until = self.clock() + self._drain_limits()[0]
+        self._move(Phase.SERVED if has_all else Phase.LEFT)
+        wants_rest = attempt is not None and attempt.is_running and (has_all or self._hears_out(attempt))
+        if wants_rest and self._relay.begin_drain(self):
+            self.deadline = self.clock() + self._drain_limits()[0]
         else:
             self._leave()
 
     def _leave(self) -> None:
         """End a call whose client is gone. Where a limit holds, an end not heard counts as what was reserved."""
         attempt = self.attempt
-        if attempt and attempt.line and self.call.key.spends and self._hears_out(attempt):
-            attempt.meter.is_unread |= not attempt.meter.is_finished
+        if attempt and attempt.is_running and self.call.key.spends and self._hears_out(attempt):
+            attempt.reader.is_unread |= not attempt.reader.is_finished
         self.end(self._for_ledger(Outcome("client_gone", self.status)))
 
     def _drain_limits(self) -> tuple[float, float]:
-        """Seconds that a drain may take in all and in silence: where a limit holds, as long as for a client."""
+        """Return how many seconds a drain may take in all and in silence: where a limit holds, as for a client."""
         attempt, pace = self.attempt, self.pace
-        if attempt and self.call.key.spends and not attempt.meter.is_finished:
+        if attempt and self.call.key.spends and not attempt.reader.is_finished:
             idle = float(attempt.upstream.timeouts.idle)
             return max(pace.drain_s, idle), max(pace.drain_idle_s, idle)
         return pace.drain_s, pace.drain_idle_s
 
     def _hears_out(self, attempt: Attempt) -> bool:
-        """Whether the ledger wants the rest of an answer: by itself where a limit would be evaded by leaving early."""
+        """Return whether the ledger wants the rest: `auto` does where a limit would be evaded by leaving early."""
         how = attempt.upstream.on_disconnect
         if how == "auto":
-            return self.call.key.spends and attempt.meter.charged
+            return self.call.key.spends and attempt.reader.charged
         return how == "drain"
-
-    @property
-    def is_draining(self) -> bool:
-        """Whether nobody but the ledger listens any more."""
-        return self._drain_until is not None
 
     # What the clock says
 
     def give_time(self, seconds: float) -> None:
-        """The loop stood still for so long, in which nobody could be heard: every deadline is later by that."""
+        """Put off every deadline by the time for which the loop stood still: nothing could be heard in it."""
         self.deadline += seconds
         if self.attempt:
             self.attempt.heard_at += seconds
         if self.paused_at is not None:
             self.paused_at += seconds
-        if self._drain_until is not None:
-            self._drain_until += seconds
 
     def check(self, now: float) -> None:
-        """Look at the deadlines; say ping into a silence."""
+        """Look at the deadlines; ping into a silence."""
         if self.done.done():
             return
         attempt = self.attempt
-        if self._drain_until is not None:
-            if attempt is None or now > self._drain_until or now - attempt.heard_at > self._drain_limits()[1]:
+        if self.sink is None:
+            if attempt is None or now > self.deadline or now - attempt.heard_at > self._drain_limits()[1]:
                 self._leave()
         elif self.paused_at is not None:
             if attempt and now - self.paused_at > attempt.upstream.timeouts.idle:
                 sink = self.sink
                 self.client_gone()
-                if sink:
-                    sink.cut()
+                sink.cut()
         else:
             if attempt:
                 attempt.check(now)
-            if now - self._told_at >= self.pace.ping_s and not self.done.done():
+            if now - self.last_write_at >= self.pace.ping_s and not self.done.done():
                 self.ping(now)
 
     def ping(self, now: float) -> None:
         """Say something to the client of a stream, where its format allows that just now."""
         attempt = self.attempt
-        if not self.sink:
+        if self.sink is None:
             return
-        if attempt and attempt.held is None:
-            if attempt.meter.between_events:
-                anthropic = self.call.route.api == "anthropic"
-                self._told_at = now
-                self.sink.write(b'event: ping\ndata: {"type": "ping"}\n\n' if anthropic else b": ping\n\n", False)
+        if self.phase is Phase.ANSWERING:
+            if attempt and attempt.reader.between_events:
+                self.last_write_at = now
+                self.sink.write(PINGS[self.call.route.api], False)
         elif self.call.stream:
-            # A comment commits to nothing but the status: whoever answers in the end still begins with its first event.
-            self._told_at = now
-            if not self.is_committed:
-                self.is_committed, self.status = True, 200
+            # A comment commits to nothing but the status: any answer can still begin with its first event.
+            self.last_write_at = now
+            if self.phase is Phase.QUIET:
+                self._move(Phase.PINGED)
+                self.status = 200
                 self.sink.head(200, [*EVENT_HEADERS, (b"request-id", self.call.id.encode())], True)
             self.sink.write(b": ping\n\n", False)
 
     # How it ends
 
     def end(self, outcome: Outcome) -> None:
-        """Stop here: drop the upstream's line, cut the client off."""
+        """Stop here: drop the upstream's connection, cut the client off."""
+        if self.done.done():
+            return
         if self.attempt:
-            self.attempt.drop_line()
+            self.attempt.drop()
         if self.sink and self.status:
             self.sink.cut()
-        self._finish(outcome)
+        self.finish(outcome)
 
-    def _finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: Outcome) -> None:
+        """Resolve `done`, and wake what waits for the attempt."""
+        self._move(Phase.ENDED)
         self.paused_at = None
         self.close_attempt(outcome.name)
-        if self.done.done() and self.done.exception():  # the attempt has failed this very moment: no other follows
-            self.done = asyncio.get_running_loop().create_future()
-        if not self.done.done():
-            self.done.set_result(outcome)
+        self.done.set_result(outcome)
+        if self.attempt and not self.attempt.done.done():
+            self.attempt.done.set_result(None)
+
+    def end_if_left(self) -> bool:
+        """End the call of a client that left, after an attempt failed; return whether the call is over."""
+        if self.phase is Phase.LEFT:
+            self.finish(Outcome("client_gone", self.status))
+        return self.done.done()
 
     def hand_on(self, attempt: Attempt) -> Outcome:
-        """Give the client the answer of an attempt that failed: its own words are worth more than ours."""
-        self.attempt, data = attempt, attempt.text()
-        if not self.is_committed:
+        """Give the client the answer of an attempt that failed: the upstream's own words are worth more than ours."""
+        self.attempt = attempt
+        data = b"".join(attempt.held)
+        if self.phase is Phase.QUIET:
             self.status = attempt.client_status
             if self.sink:
                 self.sink.head(self.status, attempt.headers, attempt.is_streaming)
@@ -9879,13 +9969,13 @@ class Exchange:
         return self.done.result()
 
     def refuse(self, error: GatewayError) -> None:
-        """Tell the client, as an event where its stream has begun; where an answer has, cut it off."""
+        """Tell the client, as an event where it has got pings; where an answer has begun, cut it off."""
         if self.sink is None:
             return
-        api, is_open = self.call.route.api, self.attempt is not None and self.attempt.held is None
+        api = self.call.route.api
         if self.status == 0:
             self.sink.refuse(error, api, self.call.id)
-        elif self.is_committed and not is_open:
+        elif self.phase is Phase.PINGED:
             self.sink.write(error_event(error_body(error, api, self.call.id), api), True)
         else:
             self.sink.cut()
@@ -9895,39 +9985,23 @@ class Relay:
     """Carries calls to upstreams. Owns the connections and the running exchanges; both survive reloads."""
 
     def __init__(self, clock: Clock, pace: Pace) -> None:
-        self.clock, self.pace = clock, pace
+        self.clock = clock
+        self.pace = pace
         self.upstreams = Upstreams(clock, pace)
-        self.names = Names(clock)
+        self.pools = Pools(clock, pace)
         self.running: set[Exchange] = set()
-        self.drains: dict[str, list[Exchange]] = {}  # that are read on for nobody, by the key's name, the oldest first
-        self._without_usage: dict[tuple[tuple[str, str | None, str | None, bool], str], float] = {}  # until, by model
-        self._pools: dict[tuple[str, str | None, str | None, bool], Pool] = {}
-
-    @staticmethod
-    def _address(upstream: UpstreamConfig) -> tuple[str, str | None, str | None, bool]:
-        return upstream.url, upstream.ca_file, upstream.proxy, upstream.allow_private
-
-    def pool(self, upstream: UpstreamConfig) -> Pool:
-        """The connections for an upstream; those with the same address share them."""
-        address = self._address(upstream)
-        pool = self._pools.get(address)
-        if pool is None:
-            pool = self._pools[address] = Pool(upstream, self.pace, self.clock, self.names)
-        return pool
+        self.drains: list[Exchange] = []  # that are read on for the ledger, the oldest first
 
     def keep_only(self, upstreams: Sequence[UpstreamConfig]) -> None:
-        """Let go of what no upstream of a new snapshot uses."""
+        """Drop what no upstream of a new snapshot uses."""
         self.upstreams.keep_only(upstreams)
-        addresses = {self._address(upstream) for upstream in upstreams}
-        for address in set(self._pools) - addresses:
-            self._pools.pop(address).close()
-        self._without_usage = {kept: until for kept, until in self._without_usage.items() if kept[0] in addresses}
+        self.pools.keep_only(upstreams)
 
     async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
-        """A line to an upstream. Raises AttemptFailed."""
+        """Return a connection to an upstream. Raises AttemptFailed."""
         if upstream.format == "demo":
             return DemoLine(self.pace.demo_s)
-        return await self.pool(upstream).acquire(upstream.timeouts.connect, fresh)
+        return await self.pools.of(upstream).acquire(upstream.timeouts.connect, fresh)
 
     async def run(self, exchange: Exchange) -> Outcome:
         """Carry one call to its end. Never raises what upstreams did: the outcome says it."""
@@ -9942,49 +10016,51 @@ class Relay:
             return exchange.done.result()  # it had ended, and still waited for a connection
         finally:
             self.running.discard(exchange)
-            if exchange.sink is None and exchange.is_draining:
-                self._end_drain(exchange)
+            if exchange in self.drains:
+                self.drains.remove(exchange)
+                self._free_slots(exchange.call.key.name)
             if exchange.attempt:
                 exchange.attempt.end()
 
     async def _answer(self, exchange: Exchange) -> Outcome:
-        """Ask one after the other until one answers, or nobody is left; then what is most useful."""
-        call, failed, not_before, rounds = exchange.call, None, 0.0, 0
-        out: set[tuple[str, int]] = set()  # who need not be asked again
-        # A repair is one more try: else the last one's complaint would be lost, and its cure known.
-        while (
-            exchange.tries < call.config.routing.max_attempts + exchange.repairs
-            and self.clock.monotonic() < exchange.deadline
-        ):
-            if exchange.tried and self.upstreams.ready_in(call, exchange.tried) > 0:
-                # Everybody was asked who can be: once more, after a moment.
-                exchange.tried = set(out)
-                not_before = self.clock.monotonic() + self.upstreams.backoff_s(rounds)
-                rounds += 1
-            ticket = None if not_before else self.upstreams.take(call, exchange.tried)
-            if ticket is None:
-                until = min(self.clock.monotonic() + call.config.routing.wait, exchange.deadline)
-                ticket = await self.upstreams.wait(call, exchange.tried, not_before, until, exchange.done)
+        """Ask one upstream after the other until one answers or none is left. Return how the call ended."""
+        call, routing, upstreams = exchange.call, exchange.call.config.routing, self.upstreams
+        failed: AttemptFailed | None = None
+        exhausted: set[tuple[str, int]] = set()  # where the same would be said again
+        rounds = 0
+        # A remedy is one more try: else the last one's complaint would be lost, and its cure known.
+        while exchange.tries < routing.max_attempts + exchange.repairs and self.clock.monotonic() < exchange.deadline:
+            # Where? The best that is ready, else whichever is ready first. When all were tried: again, after a moment.
             not_before = 0.0
+            if exchange.tried and upstreams.ready_in(call, exchange.tried) > 0:
+                exchange.tried = set(exhausted)
+                not_before = self.clock.monotonic() + upstreams.backoff_s(rounds)
+                rounds += 1
+            ticket = None if not_before else upstreams.take(call, exchange.tried)
+            if ticket is None:
+                until = min(self.clock.monotonic() + routing.wait, exchange.deadline)
+                ticket = await upstreams.wait(call, exchange.tried, not_before, until, exchange.done)
             if ticket is None:
                 break
             with ticket:
-                if exchange.done.done():  # nobody waits for an answer any more
+                if exchange.done.done():  # the client left, or the gateway stops
                     break
-                exchange.open_attempt(ticket.choice)
                 try:
                     outcome = await self.send(exchange, ticket)
-                    self._judge(exchange, ticket, outcome.name)
-                    if exchange.without_usage and outcome.name == "completed":
-                        self._remember_usage(exchange, ticket.choice.upstream)
-                    return outcome
                 except AttemptFailed as error:
                     failed = error
-                    goes_on = self._learn(exchange, ticket, error, out)
-            exchange.retry()
-            if not goes_on:
+                else:
+                    self._record_answer(exchange, ticket, outcome.name)
+                    return outcome
+                may_try_next = self._record_failure(exchange, ticket, failed, exhausted)
+            if exchange.end_if_left() or not may_try_next:
                 break
-        return exchange.done.result() if exchange.done.done() else self._give_up(exchange, failed)
+        if exchange.done.done():
+            return exchange.done.result()
+        if exchange.best:
+            return exchange.hand_on(exchange.best)
+        name = failed.failure.outcome if failed else "unavailable"
+        return Outcome(name, error=self._final_error(exchange, failed))
 
     async def send(self, exchange: Exchange, ticket: Ticket) -> Outcome:
         """Make one attempt and wait for its end; once more on a new connection where a kept-alive one had died unseen.
@@ -9992,76 +10068,53 @@ class Relay:
         Unseen means: within a second of sending. What dies later has had the request (one upstream behind a proxy
         dropped it after 12 s, and was paid twice); that is a failure like any other. Raises AttemptFailed.
         """
-        upstream = ticket.choice.upstream
+        call, choice = exchange.call, ticket.choice
+        upstream = choice.upstream
         for fresh in (False, True):
-            adds_usage = not exchange.call.includes_usage and self._adds_usage(exchange, upstream)
-            request = self._request(exchange.call, ticket, adds_usage)
-            attempt = exchange.attempt = Attempt(exchange, ticket, self._first_byte_s(exchange, ticket))
-            if adds_usage:
-                attempt.usage_filter = UsageFilter()
+            dialect = self._dialect(exchange, upstream)
+            body = dialect.request(call, ticket.model)
+            target = UpstreamTarget.of(upstream.url, upstream.proxy)
+            head = request_head(call, upstream, choice.api_key, target, sum(map(len, body)))
+            attempt = exchange.attempt = Attempt(exchange, ticket, dialect)
+            exchange.attempts.append(attempt.entry)
+            exchange.tries += 1
+            attempt.first_byte_s = self._first_byte_s(exchange, ticket)
             line = await self.line(upstream, fresh)
-            if exchange.done.done():  # the client went away meanwhile
+            if exchange.done.done():  # the client left meanwhile
                 line.abort()
                 break
+            attempt.begin(line, head, body)
+            # The call drops its body when the gate opens; this frame stays for as long as the stream runs.
+            # 200 streams with bodies of 1 MB held 268 MB for it.
+            del head, body
             try:
-                attempt.begin(line, *request)
-                # The call lets go of its body at the first content; this frame stays for as long as the stream runs.
-                # 200 streams with bodies of 1 MB held 268 MB for it.
-                del request
-                return await exchange.done
+                await attempt.done
+                break
             except AttemptFailed as failed:
-                if fresh or line.heard or not line.used_before or failed.failure is not CUT:
+                is_cut_unseen = line.used_before and not line.heard and failed.failure is CUT
+                age = self.clock.monotonic() - (attempt.sent_at or 0.0)
+                if fresh or not is_cut_unseen or age > self.pace.resend_s:
                     raise
-                if self.clock.monotonic() - (attempt.sent_at or 0.0) > self.pace.resend_s:
-                    raise
-                self.pool(upstream).forget_idle()  # they are as dead
-                exchange.close_attempt(STALE_CONNECTION)
-                exchange.retry()
-                if exchange.done.done():  # the client went away meanwhile
-                    break
-                exchange.open_attempt(ticket.choice)
+            self.pools.of(upstream).forget_idle()  # they are as dead
+            exchange.close_attempt(STALE_CONNECTION)
+            exchange.tries -= 1
+            if exchange.end_if_left():
+                break
         return exchange.done.result()
 
-    @staticmethod
-    def _request(call: Call, ticket: Ticket, adds_usage: bool) -> tuple[bytes, Pieces]:
-        """Head and body, in pieces, of the request for the upstream of a ticket. Raises BadRequest."""
-        choice, upstream = ticket.choice, ticket.choice.upstream
-        body: Pieces = (call.body,)
-        size = len(call.body)
-        splices: list[Splice] = []
-        if ticket.model != call.model:
-            splices.append(splice_model(call.body, ticket.model))
-        if adds_usage:
-            splices.append(splice_usage(call.body))
-        if splices:
-            body = spliced(call.body, splices)
-            size = sum(map(len, body))
-        target = UpstreamTarget.of(upstream.url, upstream.proxy)
-        return request_head(call, upstream, choice.api_key, target, size), body
-
-    def _adds_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> bool:
-        """Whether an upstream is to be asked for the usage of a chat stream whose client did not ask for it."""
-        if not upstream.include_usage or upstream.format != "openai":
-            return False
-        rejected_until = self._without_usage.get((self._address(upstream), exchange.call.model), -math.inf)
-        return upstream.name not in exchange.without_usage and self.clock.monotonic() >= rejected_until
-
-    def _remember_usage(self, exchange: Exchange, upstream: UpstreamConfig) -> None:
-        """Do not ask an upstream for usage for a while that rejected the question and answered without it."""
-        if upstream.name in exchange.without_usage:
-            now = self.clock.monotonic()
-            if len(self._without_usage) >= 1024:  # the names are the clients'
-                self._without_usage.clear()
-            self._without_usage[self._address(upstream), exchange.call.model] = now + self.pace.without_usage_s
-            log.warning(
-                "upstream %s rejects stream_options.include_usage: chat streams of that model are booked by estimate. "
-                "It is asked again in %.0f s; `include_usage: false` ends that",
-                upstream.name,
-                self.pace.without_usage_s,
-            )
+    def _dialect(self, exchange: Exchange, upstream: UpstreamConfig) -> Dialect:
+        """Return how the call's route is spoken with an upstream: with a question for usage, where none is asked."""
+        call = exchange.call
+        dialect = DIALECTS[upstream.format, call.route.kind]
+        if call.includes_usage or dialect.with_usage is None or not upstream.include_usage:
+            return dialect
+        refused_until = self.pools.of(upstream).without_usage.get(call.model, -math.inf)
+        if upstream.name in exchange.without_usage or self.clock.monotonic() < refused_until:
+            return dialect
+        return dialect.with_usage
 
     def _first_byte_s(self, exchange: Exchange, ticket: Ticket) -> float:
-        """How long an upstream may be silent: less where another one stands ready to do better."""
+        """Return how long an upstream may be silent: less where another one is ready."""
         call, routing = exchange.call, exchange.call.config.routing
         limit = float(ticket.choice.upstream.timeouts.first_byte)
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
@@ -10071,76 +10124,88 @@ class Relay:
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
 
-    def _judge(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
-        """An answer that was relayed has come to its end: what does that say of its upstream?"""
-        attempt, is_theirs = exchange.attempt, outcome in ("upstream_cut", "timeout")
-        if attempt and attempt.passed and outcome in ("refused", "upstream_error"):
-            self.upstreams.record_failure(ticket, attempt.passed, attempt.retry_after_s())
-            is_fine = attempt.upstream.verdict(attempt.passed).blame == "none"
-            return self.upstreams.record_success(ticket) if is_fine else None
-        case = "mid_stream"
-        if outcome == "upstream_error" and attempt:
+    def _record_answer(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
+        """Record for the upstream how an answer ended that the client got."""
+        attempt, upstream = exchange.attempt, ticket.choice.upstream
+        case, is_theirs = "mid_stream", outcome in ("upstream_cut", "timeout")
+        if outcome == "completed" and upstream.name in exchange.without_usage:
+            self._remember_usage(upstream, exchange.call.model)
+        if attempt and attempt.failure and outcome in ("refused", "upstream_error"):
+            self.upstreams.record_failure(ticket, attempt.failure.case, attempt.retry_after_s())
+            if upstream.verdict(attempt.failure.case).blame == "none":
+                self.upstreams.record_success(ticket)
+            return
+        if attempt and outcome == "upstream_error":
             status = str(attempt.error_status)
-            blame = attempt.upstream.verdict(status).blame
-            case, is_theirs = status if blame == "key" else case, blame != "none"
+            blame = upstream.verdict(status).blame
+            is_theirs = blame != "none"
+            if blame == "key":
+                case = status
         if is_theirs:
             self.upstreams.record_failure(ticket, case)
         elif outcome not in ("client_gone", "gateway_stopped"):
             self.upstreams.record_success(ticket)
 
-    def _learn(self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, out: set[tuple[str, int]]) -> bool:
-        """Take in how an attempt failed; whether another one may do better."""
+    def _remember_usage(self, upstream: UpstreamConfig, model: str) -> None:
+        """Ask an upstream no more for usage for a while: it refused the question, and answered without it."""
+        refused = self.pools.of(upstream).without_usage
+        if len(refused) >= 1024:  # the names are the clients'
+            refused.clear()
+        again_s = self.pace.without_usage_s
+        refused[model] = self.clock.monotonic() + again_s
+        log.warning(
+            "upstream %s rejects stream_options.include_usage: chat streams of that model are booked by estimate. "
+            "It is asked again in %.0f s; `include_usage: false` ends that",
+            upstream.name,
+            again_s,
+        )
+
+    def _record_failure(
+        self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, exhausted: set[tuple[str, int]]
+    ) -> bool:
+        """Record how an attempt failed; return whether another one may do better. Raises BadRequest."""
         call, choice, failure, attempt = exchange.call, ticket.choice, error.failure, exchange.attempt
         assert attempt is not None
-        attempt.end()
         exchange.close_attempt(failure.case)
+        attempt.end()
         log.info("%s: upstream %s %s", call.id, choice, error)
-        if failure is THINKING_REFUSED:
+        if attempt.remedy:
             self.upstreams.record_answer(ticket)
-            call.body = without_thinking(call.body)
             exchange.repairs += 1
-            return True
-        if failure is USAGE_REFUSED:
-            self.upstreams.record_answer(ticket)
-            exchange.without_usage.add(choice.upstream.name)
-            exchange.repairs += 1
+            if attempt.remedy is Remedy.THINKING:
+                call.body = without_thinking(call.body)
+            else:
+                exchange.without_usage.add(choice.upstream.name)
             return True
         verdict = choice.upstream.verdict(failure.case)
         if failure.case == UNMETERED:
             log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
         self.upstreams.record_failure(ticket, failure.case, error.retry_after_s)
-        may_go_on = True
+        is_affordable = True
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
-            may_go_on = exchange.discard is None or exchange.discard(exchange, attempt)
+            is_affordable = exchange.discard is None or exchange.discard(exchange, attempt)
         if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream, call.route.kind)
         places = {key.place for key in keys}
-        exchange.tried = exchange.tried | places
+        exchange.tried |= places
         is_final = verdict.blame == "none" and failure is not OWN_TROUBLE
-        if is_final or failure.case in REFUSED_KEY:  # it would say the same again
-            out |= places
-        return verdict.try_next and may_go_on
+        if is_final or failure.case in REFUSED_KEY:
+            exhausted |= places
+        return verdict.try_next and is_affordable
 
-    def _give_up(self, exchange: Exchange, failed: AttemptFailed | None) -> Outcome:
-        """The most useful answer: an upstream's own words, else what went wrong and when to come again."""
-        if exchange.best:
-            return exchange.hand_on(exchange.best)
-        if failed:
-            name = exchange.attempts[-1].upstream
-            log.warning("%s: no answer, attempts %d: upstream %s %s", exchange.call.id, exchange.tries, name, failed)
-        error = self._own_words(exchange, failed)
-        return Outcome(failed.failure.outcome, error=error) if failed else Outcome("unavailable", error=error)
-
-    def _own_words(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
-        """What the client is told where no upstream has said something for it."""
+    def _final_error(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
+        """Return the gateway's own error when no upstream error can be passed on."""
         call, tries = exchange.call, exchange.tries
+        last = exchange.attempts[-1].upstream if exchange.attempts else ""
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         refused = self.upstreams.refused(call)
+        if failed:
+            log.warning("%s: no answer, attempts %d: upstream %s %s", call.id, tries, last, failed)
         if failed and failed.failure.case in REFUSED_KEY:  # though it may not be sure yet
-            refused = exchange.attempts[-1].upstream, failed.failure.case
+            refused = last, failed.failure.case
         if refused:
             name, case = refused
             contact = call.config.contact
@@ -10152,38 +10217,31 @@ class Relay:
         if failed.failure is OWN_TROUBLE:
             message = f"The gateway has no descriptors, ports or memory left to ask an upstream.{call.config.contact}"
             return Unavailable(message, retry_after_s=5)
-        name = exchange.attempts[-1].upstream
         kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
-        last = f" (the last of {tries} attempts)" if tries > 1 else ""
-        return kind(f"The upstream {name} {failed.failure.sentence}{last}.", retry_after_s=wait_s)
+        count = f" (the last of {tries} attempts)" if tries > 1 else ""
+        return kind(f"The upstream {last} {failed.failure.sentence}{count}.", retry_after_s=wait_s)
 
     def begin_drain(self, exchange: Exchange) -> bool:
-        """Take a place for an answer that is read on for nobody; False if there is none for its key.
+        """Take a place for an answer that is read on for the ledger; return False if there is none for its key.
 
         A key may have no more places than are still free (see `BodyMemory`).
         """
-        own = self.drains.get(exchange.call.key.name, [])
-        if len(own) >= self.pace.drain_calls - sum(map(len, self.drains.values())):
+        name = exchange.call.key.name
+        own = sum(drain.call.key.name == name for drain in self.drains)
+        if own >= self.pace.drain_calls - len(self.drains):
             return False
-        own.append(exchange)
-        self.drains[exchange.call.key.name] = own
-        self._free_slots(own)
+        self.drains.append(exchange)
+        self._free_slots(name)
         return True
 
-    def _end_drain(self, exchange: Exchange) -> None:
-        own = self.drains[exchange.call.key.name]
-        own.remove(exchange)
-        self._free_slots(own)
-        if not own:
-            del self.drains[exchange.call.key.name]
-
-    def _free_slots(self, own: list[Exchange]) -> None:
-        """Give back the slots of a key's two oldest drains, so that whoever asks again does not wait for what it left.
+    def _free_slots(self, name: str) -> None:
+        """Give back the slots of a key's oldest drains: a client that asks again does not wait for what it left.
 
         Any other keeps counting in `concurrent`, until one of these ends.
         """
-        for exchange in own[: self.pace.free_drains]:
-            exchange.call.reservation.return_slots()
+        own = [drain for drain in self.drains if drain.call.key.name == name]
+        for drain in own[: self.pace.free_drains]:
+            drain.call.reservation.return_slots()
 
     def check(self, stood_s: float = 0.0) -> None:
         """Look at every running call's deadlines; a bug in one ends that call.
@@ -10201,8 +10259,7 @@ class Relay:
 
     def sweep(self, stood_s: float = 0.0) -> None:
         """End what takes too long to connect, and close connections that were idle for too long."""
-        for pool in self._pools.values():
-            pool.check(stood_s)
+        self.pools.check(stood_s)
 
     def close(self) -> None:
         """Cut what still runs and close every connection."""
@@ -11100,7 +11157,7 @@ class Gateway:
     def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
         """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
         call, usage = exchange.call, attempt.usage()
-        bill = call.config.bill(attempt.ticket.model, attempt.meter.model[:MAX_NAME], usage)
+        bill = call.config.bill(attempt.ticket.model, attempt.reader.model[:MAX_NAME], usage)
         usd = min(bill.cost_usd, MAX_COST_USD)
         held = {"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])}
         return self.limits.charge(call.reservation, held)
@@ -11126,13 +11183,13 @@ class Gateway:
                 self.emit(AttemptDiscarded(exchange.call, line))
         exchange.is_written = True
         self.ledger.append(entry)
-        if exchange.attempt and exchange.attempt.meter.seen_input:
+        if exchange.attempt and exchange.attempt.reader.seen_input:
             self.limits.ratios.learn(exchange.call, entry.total_input_tokens)
         self.emit(CallEnded(exchange.call, entry, exchange.attempts))
 
     def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
         """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
-        asked, meter = attempt.ticket.model, attempt.meter
+        asked, meter = attempt.ticket.model, attempt.reader
         bill = call.config.bill(asked, served, attempt.usage())
         if bill.cost_usd > MAX_COST_USD:
             meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
@@ -11147,13 +11204,13 @@ class Gateway:
 
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
         call = exchange.call
-        served = printable(attempt.meter.model, MAX_NAME) if attempt else ""
-        error_type = (attempt and attempt.meter.error_type) or (outcome.error.type if outcome.error else "")
+        served = printable(attempt.reader.model, MAX_NAME) if attempt else ""
+        error_type = (attempt and attempt.reader.error_type) or (outcome.error.type if outcome.error else "")
         if attempt is None:
             bill = call.config.bill(call.upstream_model, "", Usage())
         else:
             bill = self._believed(call, attempt, served)
-            error_type = error_type or ("absurd_usage" if attempt.meter.absurd else "")
+            error_type = error_type or ("absurd_usage" if attempt.reader.absurd else "")
         first = attempt.first_byte_at if attempt else None
         return Entry(
             time=utc_time(self.clock.wall()),
@@ -11894,14 +11951,13 @@ class UpstreamTest:
                 break
         if tried.status != 200:
             raise CallFailed(self._refusal(tried.status, body))
-        self._read(METERS[route.kind](call), model, body, tried)
+        self._read(ChatMeter(call) if route.kind == "chat" else MessagesMeter(call), model, body, tried)
 
     def _read(self, meter: Meter, model: str, body: bytes, tried: Tried) -> None:
         """Read an answer as real ones are. Raises CallFailed for one that is none."""
         is_stream = body.lstrip()[:1] != b"{"
         meter.start(is_stream)
-        meter.feed(body)
-        meter.end()
+        meter.read(body, True)
         usage = meter.sum_up()
         tried.input_tokens, tried.output_tokens = usage.total_input_tokens, usage.output_tokens
         if meter.seen_input:

@@ -203,11 +203,10 @@ def test_the_meter_books_what_the_demo_says(tmp_path, request_, stream):
     config = g.Config.load(tmp_path / "config.yaml")
     request = request_ | {"stream": stream}
 
-    meter = g.METERS["messages"](g.Call(config, next(iter(config.keys)), g.ROUTES[MESSAGES], b"", [], ""))
+    meter = g.MessagesMeter(g.Call(config, next(iter(config.keys)), g.ROUTES[MESSAGES], b"", [], ""))
     _, answer, events = ask(MESSAGES, request)
     meter.start(stream)
-    meter.feed(b"".join(events) if stream else json.dumps(answer).encode())
-    meter.end()
+    meter.read(b"".join(events) if stream else json.dumps(answer).encode(), True)
 
     usage = ask(MESSAGES, request)[1]["usage"]
     expected = g.Usage(input_tokens=usage["input_tokens"], output_tokens=usage["output_tokens"])
@@ -317,7 +316,7 @@ async def test_a_line_of_the_demo_answers_at_once_where_no_stream_is_wanted(body
     line.send(HEAD, [body], heard)
     answer = await heard.whole()
 
-    assert heard.head_ == (status, [(b"content-type", b"application/json")])
+    assert heard.head_ == (status, [(b"content-type", b"application/json"), (b"cache-control", b"no-cache")])
     assert json.loads(answer) == ask(MESSAGES, body)[1]
 
 
@@ -337,7 +336,7 @@ async def test_a_paused_line_says_nothing_and_goes_on_from_there():
 
     events = ask(MESSAGES, STREAM)[2]
     assert heard.pieces == events
-    assert counts == list(range(1, len(events)))
+    assert counts == list(range(1, len(events) + 1))
 
 
 @pytest.mark.parametrize("body", [STREAM, WHOLE], ids=["stream", "whole"])

@@ -677,7 +677,7 @@ async def test_what_is_never_streamed_gets_no_ping(start_gateway, upstreams, pat
     await upstreams["a"].request_came()
 
     gateway.tick(16)
-    committed = [exchange.is_committed for exchange in gateway.gateway.relay.running]
+    committed = [exchange.phase is g.Phase.PINGED for exchange in gateway.gateway.relay.running]
     go_on.set()
 
     assert committed == [False]
@@ -754,7 +754,7 @@ async def test_nobody_else_is_asked_for_a_client_that_has_gone(start_gateway, up
     await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
 
     client.abort()
-    await until(lambda: any(exchange.is_draining for exchange in gateway.gateway.relay.running))
+    await until(lambda: any(exchange.sink is None for exchange in gateway.gateway.relay.running))
     go_on.set()
     await gateway.settled()
 
@@ -775,7 +775,7 @@ async def test_a_stop_in_the_moment_in_which_an_attempt_fails_ends_the_call(star
     await until(lambda: upstreams["a"].requests or upstreams["b"].requests)
     (exchange,) = gateway.gateway.relay.running
 
-    exchange.attempt.drop_line()
+    exchange.attempt.line.abort()
     exchange.attempt.lost(g.CUT)
     await gateway.gateway.close()
 
@@ -1545,7 +1545,7 @@ async def test_a_client_cannot_make_others_streams_be_booked_by_estimate(start_g
     assert (own.status, anyway.status) == (400, 400)
     asked = ["stream_options" in request.json for request in upstreams["a"].requests]
     assert asked == [True, True, False]
-    assert not gateway.gateway.relay._without_usage
+    assert not gateway.gateway.relay.pools.of(gateway.gateway.config.upstreams[0]).without_usage
 
 
 async def test_headers_and_betas_go_by_the_upstreams_rules(start_gateway, upstreams):
@@ -1619,7 +1619,7 @@ async def test_a_name_that_is_slow_to_look_up_holds_up_no_other(start_gateway, u
     urls = {"a": f"http://slow.test:{ports['a']}", "b": f"http://quick.test:{ports['b']}"}
     more = {"a": ', models: ["claude-test"]', "b": ', models: ["other"]'}
     gateway = await start_gateway(config_of(urls, more=more))
-    gateway.gateway.relay.names = g.Names(gateway.clock.clock, resolver)
+    gateway.gateway.relay.pools.names = g.Names(gateway.clock.clock, resolver)
     waiting = [asyncio.ensure_future(gateway.post("/v1/messages", ask_of(i))) for i in range(200)]
     await until(lambda: len(gateway.gateway.relay.running) == 200, within_s=20)
 
@@ -1669,7 +1669,7 @@ async def test_addresses_that_cannot_be_connected_to_are_looked_up_anew(start_ga
     resolver = Resolver()
     resolver.addresses = ["127.0.0.9"]
     gateway = await start_gateway(config_of({"a": f"http://a.test:{upstreams['a'].url.rpartition(':')[2]}"}))
-    gateway.gateway.relay.names = g.Names(gateway.clock.clock, resolver)
+    gateway.gateway.relay.pools.names = g.Names(gateway.clock.clock, resolver)
     asking = asyncio.ensure_future(gateway.post("/v1/messages", ask_of(1)))
     await until(lambda: gateway.gateway.relay.upstreams.waiting)
     resolver.addresses = ["127.0.0.1"]
@@ -1702,7 +1702,7 @@ async def test_want_of_descriptors_is_blamed_on_no_upstream(start_gateway, upstr
     gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "max_attempts: 1"))
     clients = [await gateway.connect() for _ in range(4)]
     await gateway.post("/v1/messages", ask_of(0))  # the ledger's file is open
-    gateway.gateway.relay.pool(gateway.gateway.config.upstreams[0]).forget_idle()
+    gateway.gateway.relay.pools.of(gateway.gateway.config.upstreams[0]).forget_idle()
 
     with no_descriptors():
         replies = [
@@ -1819,7 +1819,7 @@ async def test_a_name_that_leads_to_a_metadata_address_is_not_connected_to(start
     reply = await gateway.post("/v1/messages", HELLO)
 
     assert (reply.status, gateway.entries()[0]["outcome"]) == (502, "unreachable")
-    names = gateway.gateway.relay.names
+    names = gateway.gateway.relay.pools.names
     for _ in range(2):  # also where the addresses are known already
         with pytest.raises(OSError, match=r"leads to 169\.254\.169\.254, a link-local or metadata address"):
             await names.find(name, allow_private=False)

@@ -26,7 +26,7 @@ def tracebacks(caplog) -> int:
     [
         ("Ledger.tick", "ledger", "_clock"),
         ("Limits.check", "limits", "_queues"),
-        ("Relay.sweep", "relay", "_pools"),
+        ("Relay.sweep", "relay", "pools"),
         ("KeyChecks.check", "key_checks", "_relay"),
         ("RefusalLog.check", "refusals", "_ends_at"),
     ],
@@ -119,7 +119,7 @@ async def test_an_answer_that_cannot_be_booked_still_ends_and_leaves_an_entry(ga
 
     def answer(request: Request) -> list[Step]:
         (exchange,) = gateway.gateway.relay.running
-        exchange.attempt.meter.spend = None
+        exchange.attempt.reader.spend = None
         return HELLO_SCRIPT if request.json.get("stream") else hello_json()
 
     upstream.script = answer

@@ -273,14 +273,13 @@ def test_a_bill_has_only_so_many_lines():
     config = load("")
     key = g.Key("a", b"", "", ("*",), math.inf, (), True, "", ())
     call = g.Call(config, key, g.ROUTES["/v1/messages"], b"", [], "")
-    meter = g.METERS["messages"](call)
+    meter = g.MessagesMeter(call)
     made_up = [{"type": f"kind {i}", "model": f"m{i}", "input_tokens": 1, "output_tokens": 0} for i in range(1000)]
     answer = {"model": "claude-opus-5-5", "usage": {"input_tokens": 1, "output_tokens": 1, "iterations": made_up}}
     answer["usage"]["server_tool_use"] = {"fast": 5, "us": 5, "web_search_requests": 1}
 
     meter.start(False)
-    meter.feed(json.dumps(answer).encode())
-    meter.end()
+    meter.read(json.dumps(answer).encode(), True)
     usage = meter.spend(True)
     bill = config.bill("claude-opus-5-5", "", usage)
 
@@ -314,11 +313,11 @@ def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(
     """
     config = load("")
     key = g.Key("a", b"", "", ("*",), math.inf, (), True, "", ())
-    meter = g.METERS[g.ROUTES[path].kind](g.Call(config, key, g.ROUTES[path], b"", [], ""))
+    route = g.ROUTES[path]
+    meter = g.DIALECTS[route.api, route.kind].reader(g.Call(config, key, route, b"", [], ""))
 
     meter.start(False)
-    meter.feed(json.dumps(answer).encode())
-    meter.end()
+    meter.read(json.dumps(answer).encode(), True)
     usage = meter.spend(True)
     bill = config.bill("claude-haiku-4-5", meter.model, usage)
 

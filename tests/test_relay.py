@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import tracemalloc
+from typing import get_args, get_type_hints
 
 import pytest
 from client import request_bytes
@@ -657,7 +660,7 @@ async def test_whoever_left_an_answer_may_ask_again_while_it_is_heard_out(start_
 
 def drained(gateway) -> int:
     """How many answers are read on for the ledger alone."""
-    return sum(exchange.is_draining for exchange in gateway.gateway.relay.running)
+    return sum(exchange.sink is None for exchange in gateway.gateway.relay.running)
 
 
 async def gateway_sees_it_gone(gateway) -> None:
@@ -1080,12 +1083,14 @@ async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gat
     sink = g.ClientConnection(gateway.door).sink
     exchange = sink.exchange = g.Exchange(call, sink, gateway.gateway.relay)
 
-    attempt_over = exchange.done
-    exchange.failed(g.CUT)
+    (choice,) = gateway.gateway.relay.upstreams.choices(config.upstreams[0])
+    with g.Ticket(gateway.gateway.relay.upstreams, call, choice, "m") as ticket:
+        attempt = exchange.attempt = g.Attempt(exchange, ticket, g.DIALECTS["anthropic", "messages"])
+
+    attempt.lost(g.CUT)
     exchange.client_gone()
     with pytest.raises(g.AttemptFailed):
-        await attempt_over
-    exchange.retry()
+        await attempt.done
 
     assert await exchange.done == g.Outcome("client_gone", 0)
 
@@ -1315,7 +1320,7 @@ async def test_a_bug_of_ours_is_booked_and_told_without_its_details(gateway, ups
     """
     Invariant 1 holds for our own mistakes: one entry, a 500 in the client's format, the traceback in the log only.
     """
-    gateway.gateway.relay.pool = None  # calling None is a bug as good as any
+    gateway.gateway.relay.line = None  # calling None is a bug as good as any
 
     reply = await gateway.post("/v1/messages", HELLO)
 
@@ -1559,3 +1564,111 @@ async def test_a_client_that_leaves_while_spaces_come_pays_for_the_input(gateway
 
     (entry,) = gateway.entries()
     assert (entry["outcome"], entry["estimated"]) == ("client_gone", True) and entry["input_tokens"] > 0
+
+
+@pytest.mark.parametrize("moves", [g.MOVES, g.ATTEMPT_MOVES], ids=["exchange", "attempt"])
+async def test_a_phase_becomes_only_what_its_table_has(gateway, moves):
+    """
+    Any other move is a bug, and is raised as one.
+    """
+    relay, config = gateway.gateway.relay, gateway.gateway.config
+    call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+    (choice,) = relay.upstreams.choices(config.upstreams[0])
+    moving = g.Exchange(call, g.ClientConnection(gateway.door), relay)
+    if moves is g.ATTEMPT_MOVES:
+        with g.Ticket(relay.upstreams, call, choice, "m") as ticket:
+            moving = g.Attempt(moving, ticket, g.DIALECTS["anthropic", "messages"])
+
+    made = set()
+    for before, after in itertools.product(moves, repeat=2):
+        moving.phase = before
+        with contextlib.suppress(g.IllegalMove):
+            moving._move(after)
+            made.add((before, after))
+
+    assert made == {(before, after) for before in moves for after in moves[before]}
+    assert all(before < after for before, after in made)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("dialect", g.DIALECTS.values(), ids=map(str, g.DIALECTS))
+async def test_what_an_upstream_of_the_same_format_says_stays_the_same_objects(gateway, dialect, streaming):
+    """
+    Bytes are relayed as they came: not equal ones, but these.
+    """
+    config = gateway.gateway.config
+    call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b'{"model": "m"}', [], "127.0.0.1")
+    call.model = "m"
+    pieces = [b'event: ping\ndata: {"type":', b' "ping"}\n\n', b"{", b""]
+
+    reader = dialect.reader(call)
+    reader.start(streaming)
+    passed = [reader.read(piece, last=piece == b"") for piece in pieces]
+
+    assert [id(piece) for piece in passed] == [id(piece) for piece in pieces]
+    assert [id(piece) for piece in dialect.request(call, "m")] == [id(call.body)]
+
+
+def test_every_route_that_an_upstream_serves_has_a_dialect():
+    """
+    And no other.
+    """
+    formats = get_args(get_type_hints(g.UpstreamConfig)["format"])
+    served = {
+        (name, r.kind) for name in formats for r in g.ROUTES.values() if g.UpstreamConfig("u", format=name).serves(r)
+    }
+
+    assert served == set(g.DIALECTS)
+
+
+class Shout(g.MessagesMeter):
+    """Reads a stream and gives the client each event in capitals, once it is whole."""
+
+    rest = b""
+
+    def read(self, chunk: bytes, last: bool) -> bytes:
+        super().read(chunk, last)
+        *events, self.rest = (self.rest + chunk).split(b"\n\n")
+        return b"".join(event.upper() + b"\n\n" for event in events)
+
+
+class Kept:
+    """A sink that keeps what it is given."""
+
+    exchange = None
+    is_gone = False
+    sent = b""
+
+    def head(self, status: int, headers: g.Headers, streaming: bool) -> None: ...
+
+    def write(self, data: bytes, last: bool) -> None:
+        self.sent += data
+
+
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_translated_stream_is_held_back_as_a_native_one(gateway, fails):
+    """
+    Whatever a reader makes of the bytes, the gate goes by what it has read: nothing goes out before the first content.
+    """
+    relay, config = gateway.gateway.relay, gateway.gateway.config
+    call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
+    (choice,) = relay.upstreams.choices(config.upstreams[0])
+    sink = Kept()
+    exchange = sink.exchange = g.Exchange(call, sink, relay)
+    with g.Ticket(relay.upstreams, call, choice, "m") as ticket:
+        attempt = exchange.attempt = g.Attempt(exchange, ticket, g.Dialect(Shout))
+    attempt.begin(g.DemoLine(0.0), b"POST / HTTP/1.1\r\n\r\n", (b"{",))
+    attempt.line.abort()
+
+    attempt.head(200, [(b"content-type", b"text/event-stream")])
+    attempt.received(b'data: {"type": "message_start"}\n\ndata: {"type": ', False)
+    before = sink.sent
+    if fails:
+        attempt.lost(g.CUT)
+        with pytest.raises(g.AttemptFailed):
+            await attempt.done
+        return
+    attempt.received(b'"content_block_start"}\n\n', False)
+
+    assert (before, exchange.phase) == (b"", g.Phase.ANSWERING)
+    assert sink.sent == b'DATA: {"TYPE": "MESSAGE_START"}\n\nDATA: {"TYPE": "CONTENT_BLOCK_START"}\n\n'

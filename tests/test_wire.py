@@ -164,9 +164,11 @@ def test_a_long_list_of_odd_items_is_not_read_one_by_one(config):
     """
     meter = g.ResponsesMeter(call_of(config, {"model": "m"}))
     meter.start(False)
-    meter.feed(json.dumps({"output": [{"type": 5}] * 5000, "usage": {"input_tokens": 7, "output_tokens": 2}}).encode())
+    meter.read(
+        json.dumps({"output": [{"type": 5}] * 5000, "usage": {"input_tokens": 7, "output_tokens": 2}}).encode(), False
+    )
 
-    assert calls_made(meter.end) < 500
+    assert calls_made(lambda: meter.read(b"", True)) < 500
     assert (meter.counts.input_tokens, meter.counts.output_tokens, meter._is_partial) == (7, 2, True)
 
 
@@ -1142,6 +1144,9 @@ class Booked(g.msgspec.Struct):
     finished: bool
 
 
+READERS = {kind: dialect.reader for (format, kind), dialect in g.DIALECTS.items() if format != "demo"}
+
+
 @pytest.fixture(scope="module")
 def meter(config):
     """Feed an answer (a stream's bytes, or an object) to a meter: `meter("messages", data)` is what it says of it."""
@@ -1150,12 +1155,12 @@ def meter(config):
     def read(kind: str, pieces: Iterable[bytes], streaming: bool, ended: bool, reached: bool) -> Booked:
         call = call_of(config, path=bodies.get(kind, f"/v1/{kind}"))
         call.input_estimate = 1000
-        meter = g.METERS[kind](call)
+        meter = READERS[kind](call)
         meter.start(streaming)
         for piece in pieces:
-            meter.feed(piece)
+            meter.read(piece, False)
         if ended:
-            meter.end()
+            meter.read(b"", True)
         return Booked(meter.spend(reached), meter.model, meter.error_type, meter.is_finished)
 
     def metered(kind: str, answer: bytes | dict, streaming=True, ended=True, reached=True, every_cut=True) -> Booked:
@@ -1733,13 +1738,13 @@ def test_of_the_items_of_a_responses_stream_nothing_is_kept(config):
     """
     400 items of 1 MB held 400 MB, and 10,000 small ones were counted anew at each: 27 s of everybody's time.
     """
-    meter = g.METERS["responses"](call_of(config))
+    meter = READERS["responses"](call_of(config))
     meter.start(True)
     events = [sse(item_done(type="code_interpreter_call", container_id=f"{i}", code="x" * 10_000)) for i in range(2000)]
     tracemalloc.start()
 
     for event in events:
-        meter.feed(event)
+        meter.read(event, False)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
@@ -1942,7 +1947,7 @@ def test_counts_may_come_as_floats(meter):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-@pytest.mark.parametrize("kind", g.METERS)
+@pytest.mark.parametrize("kind", READERS)
 @settings(deadline=None, max_examples=40)
 @given(data=st.one_of(st.binary(max_size=60), JSON.map(lambda v: f"data: {json.dumps(v)}\n\n".encode())))
 @example(data=b'data: {"type": "message_stop"}\n\n')
@@ -2001,13 +2006,13 @@ def test_an_answer_of_twenty_megabytes_is_not_kept_for_reading(config):
     """
     Memory has a bound; the output is booked as what was reserved for it. By its bytes, an image of 9 MB cost $21.
     """
-    meter = g.METERS["messages"](call_of(config))
+    meter = READERS["messages"](call_of(config))
     meter.start(False)
 
     for _ in range(20):
-        meter.feed(b" " * (1 << 20))
-    meter.feed(json.dumps(START["message"]).encode())
-    meter.end()
+        meter.read(b" " * (1 << 20), False)
+    meter.read(json.dumps(START["message"]).encode(), False)
+    meter.read(b"", True)
 
     usage = meter.spend(True)
     assert meter.is_finished and usage.estimated and usage.output_tokens == 8192  # limits.reserve_output
@@ -2021,13 +2026,13 @@ def test_a_last_event_of_nine_megabytes_ends_its_stream(config, ended):
     """
     call = call_of(config)
     call.max_output = 500
-    meter = g.METERS["responses"](call)
+    meter = READERS["responses"](call)
     meter.start(True)
     stream = sse(response("created"), response("completed", output=[{"result": "A" * (9 << 20)}]))
 
     for i in range(0, len(stream), 256 << 10):
-        meter.feed(stream[i : i + (256 << 10)] if ended else stream[i : i + (256 << 10)].rstrip(b"\n"))
-    meter.end()
+        meter.read(stream[i : i + (256 << 10)] if ended else stream[i : i + (256 << 10)].rstrip(b"\n"), False)
+    meter.read(b"", True)
 
     usage = meter.spend(True)
     assert meter.is_finished is ended
@@ -2038,10 +2043,10 @@ def test_a_long_text_about_an_event_is_no_such_event(config):
     """
     Only a name that stands at the start of a line, or of the event's JSON, is the event's.
     """
-    meter = g.METERS["responses"](call_of(config))
+    meter = READERS["responses"](call_of(config))
     meter.start(True)
     said = 'event: response.completed\ndata: {"type": "response.completed"}' + "A" * (9 << 20)
 
-    meter.feed(sse(b'data: {"delta": %b, "type": "response.output_text.delta"}\n\n' % json.dumps(said).encode()))
+    meter.read(sse(b'data: {"delta": %b, "type": "response.output_text.delta"}\n\n' % json.dumps(said).encode()), False)
 
     assert not meter.is_finished and meter.has_content
