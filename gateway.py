@@ -9374,7 +9374,7 @@ class AttemptPhase(enum.IntEnum):
     LOST = 5  # cut, late, refused by the gate, or not wanted
 
 
-class Phase(enum.IntEnum):
+class ExchangePhase(enum.IntEnum):
     """What the client of an exchange has got."""
 
     QUIET = 0  # nothing: an error may have any status
@@ -9393,13 +9393,13 @@ ATTEMPT_MOVES: dict[AttemptPhase, tuple[AttemptPhase, ...]] = {
     AttemptPhase.WHOLE: (),
     AttemptPhase.LOST: (),
 }
-MOVES: dict[Phase, tuple[Phase, ...]] = {
-    Phase.QUIET: (Phase.PINGED, Phase.ANSWERING, Phase.LEFT, Phase.ENDED),
-    Phase.PINGED: (Phase.ANSWERING, Phase.LEFT, Phase.ENDED),
-    Phase.ANSWERING: (Phase.LEFT, Phase.SERVED, Phase.ENDED),
-    Phase.LEFT: (Phase.ENDED,),
-    Phase.SERVED: (Phase.ENDED,),
-    Phase.ENDED: (),
+EXCHANGE_MOVES: dict[ExchangePhase, tuple[ExchangePhase, ...]] = {
+    ExchangePhase.QUIET: (ExchangePhase.PINGED, ExchangePhase.ANSWERING, ExchangePhase.LEFT, ExchangePhase.ENDED),
+    ExchangePhase.PINGED: (ExchangePhase.ANSWERING, ExchangePhase.LEFT, ExchangePhase.ENDED),
+    ExchangePhase.ANSWERING: (ExchangePhase.LEFT, ExchangePhase.SERVED, ExchangePhase.ENDED),
+    ExchangePhase.LEFT: (ExchangePhase.ENDED,),
+    ExchangePhase.SERVED: (ExchangePhase.ENDED,),
+    ExchangePhase.ENDED: (),
 }
 
 
@@ -9563,7 +9563,7 @@ class Attempt:
     def _find_failure(self) -> Failure | None:
         """Return what is wrong with what is held back; None if it is for the client."""
         reader = self.reader
-        is_pinged = self.exchange.phase is Phase.PINGED
+        is_pinged = self.exchange.phase is ExchangePhase.PINGED
         if self.status >= 400:
             return self._find_refusal()
         if self.status != 200 or self.encoding:
@@ -9597,7 +9597,7 @@ class Attempt:
     def _unless_passed(self, failure: Failure) -> Failure | None:
         """Return the failure, or None if no upstream would answer better and the client can still get its status."""
         verdict = self.upstream.verdict(failure.case)
-        if not verdict.passes or verdict.try_next or self.exchange.phase is Phase.PINGED:
+        if not verdict.passes or verdict.try_next or self.exchange.phase is ExchangePhase.PINGED:
             return failure
         self.failure = failure
         return None
@@ -9728,7 +9728,7 @@ class Exchange:
         self._relay = relay
         self.clock = relay.clock.monotonic
         self.pace = relay.pace
-        self.phase = Phase.QUIET
+        self.phase = ExchangePhase.QUIET
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.book: Callable[[Exchange, Outcome], None] | None = None  # is called before the answer's end
         self.discard: Callable[[Exchange, Attempt], bool] | None = None  # holds what one has cost; may another follow?
@@ -9748,8 +9748,8 @@ class Exchange:
         self.last_write_at = call.started
         self.paused_at: float | None = None  # since when the client does not read
 
-    def _move(self, phase: Phase) -> None:
-        if phase not in MOVES[self.phase]:
+    def _move(self, phase: ExchangePhase) -> None:
+        if phase not in EXCHANGE_MOVES[self.phase]:
             raise IllegalMove(f"an exchange that is {self.phase.name} cannot become {phase.name}")
         self.phase = phase
 
@@ -9769,9 +9769,9 @@ class Exchange:
             self.call.drop_request()
         self.status = attempt.client_status
         if self.sink:
-            if self.phase is Phase.QUIET:
+            if self.phase is ExchangePhase.QUIET:
                 self.sink.head(self.status, attempt.headers, attempt.is_streaming)
-            self._move(Phase.ANSWERING)
+            self._move(ExchangePhase.ANSWERING)
         if attempt.failure is None:  # else they may say when to come again
             self._relay.upstreams.record_answer(attempt.ticket)
             attempt.headers = []
@@ -9804,9 +9804,9 @@ class Exchange:
 
     def _for_ledger(self, outcome: Outcome) -> Outcome:
         """Return how the call ended for its client: who left and had the terminal event has missed nothing."""
-        if self.phase is Phase.LEFT:
+        if self.phase is ExchangePhase.LEFT:
             return Outcome("client_gone", outcome.status)
-        if self.phase is Phase.SERVED:
+        if self.phase is ExchangePhase.SERVED:
             has_failed = self.attempt is not None and self.attempt.reader.error_type
             return Outcome("upstream_error" if has_failed else "completed", outcome.status)
         return outcome
@@ -9849,10 +9849,10 @@ class Exchange:
             return
         attempt = self.attempt
         has_all = False
-        if attempt and attempt.is_streaming and self.phase is Phase.ANSWERING and self.paused_at is None:
+        if attempt and attempt.is_streaming and self.phase is ExchangePhase.ANSWERING and self.paused_at is None:
             has_all = attempt.reader.is_finished
         self.client_ready()
-        self._move(Phase.SERVED if has_all else Phase.LEFT)
+        self._move(ExchangePhase.SERVED if has_all else ExchangePhase.LEFT)
         wants_rest = attempt is not None and attempt.is_running and (has_all or self._hears_out(attempt))
         if wants_rest and self._relay.begin_drain(self):
             self.deadline = self.clock() + self._drain_limits()[0]
@@ -9915,15 +9915,15 @@ class Exchange:
         attempt = self.attempt
         if self.sink is None:
             return
-        if self.phase is Phase.ANSWERING:
+        if self.phase is ExchangePhase.ANSWERING:
             if attempt and attempt.reader.between_events:
                 self.last_write_at = now
                 self.sink.write(PINGS[self.call.route.api], False)
         elif self.call.stream:
             # A comment commits to nothing but the status: any answer can still begin with its first event.
             self.last_write_at = now
-            if self.phase is Phase.QUIET:
-                self._move(Phase.PINGED)
+            if self.phase is ExchangePhase.QUIET:
+                self._move(ExchangePhase.PINGED)
                 self.status = 200
                 self.sink.head(200, [*EVENT_HEADERS, (b"request-id", self.call.id.encode())], True)
             self.sink.write(b": ping\n\n", False)
@@ -9942,7 +9942,7 @@ class Exchange:
 
     def finish(self, outcome: Outcome) -> None:
         """Resolve `done`, and wake what waits for the attempt."""
-        self._move(Phase.ENDED)
+        self._move(ExchangePhase.ENDED)
         self.paused_at = None
         self.close_attempt(outcome.name)
         self.done.set_result(outcome)
@@ -9951,7 +9951,7 @@ class Exchange:
 
     def end_if_left(self) -> bool:
         """End the call of a client that left, after an attempt failed; return whether the call is over."""
-        if self.phase is Phase.LEFT:
+        if self.phase is ExchangePhase.LEFT:
             self.finish(Outcome("client_gone", self.status))
         return self.done.done()
 
@@ -9959,7 +9959,7 @@ class Exchange:
         """Give the client the answer of an attempt that failed: the upstream's own words are worth more than ours."""
         self.attempt = attempt
         data = b"".join(attempt.held)
-        if self.phase is Phase.QUIET:
+        if self.phase is ExchangePhase.QUIET:
             self.status = attempt.client_status
             if self.sink:
                 self.sink.head(self.status, attempt.headers, attempt.is_streaming)
@@ -9975,7 +9975,7 @@ class Exchange:
         api = self.call.route.api
         if self.status == 0:
             self.sink.refuse(error, api, self.call.id)
-        elif self.phase is Phase.PINGED:
+        elif self.phase is ExchangePhase.PINGED:
             self.sink.write(error_event(error_body(error, api, self.call.id), api), True)
         else:
             self.sink.cut()
@@ -10050,7 +10050,7 @@ class Relay:
                 except AttemptFailed as error:
                     failed = error
                 else:
-                    self._record_answer(exchange, ticket, outcome.name)
+                    self._record_end(exchange, ticket, outcome.name)
                     return outcome
                 may_try_next = self._record_failure(exchange, ticket, failed, exhausted)
             if exchange.end_if_left() or not may_try_next:
@@ -10124,7 +10124,7 @@ class Relay:
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
 
-    def _record_answer(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
+    def _record_end(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """Record for the upstream how an answer ended that the client got."""
         attempt, upstream = exchange.attempt, ticket.choice.upstream
         case, is_theirs = "mid_stream", outcome in ("upstream_cut", "timeout")

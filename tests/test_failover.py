@@ -677,7 +677,7 @@ async def test_what_is_never_streamed_gets_no_ping(start_gateway, upstreams, pat
     await upstreams["a"].request_came()
 
     gateway.tick(16)
-    committed = [exchange.phase is g.Phase.PINGED for exchange in gateway.gateway.relay.running]
+    committed = [exchange.phase is g.ExchangePhase.PINGED for exchange in gateway.gateway.relay.running]
     go_on.set()
 
     assert committed == [False]

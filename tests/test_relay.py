@@ -1566,7 +1566,7 @@ async def test_a_client_that_leaves_while_spaces_come_pays_for_the_input(gateway
     assert (entry["outcome"], entry["estimated"]) == ("client_gone", True) and entry["input_tokens"] > 0
 
 
-@pytest.mark.parametrize("moves", [g.MOVES, g.ATTEMPT_MOVES], ids=["exchange", "attempt"])
+@pytest.mark.parametrize("moves", [g.EXCHANGE_MOVES, g.ATTEMPT_MOVES], ids=["exchange", "attempt"])
 async def test_a_phase_becomes_only_what_its_table_has(gateway, moves):
     """
     Any other move is a bug, and is raised as one.
@@ -1670,5 +1670,5 @@ async def test_a_translated_stream_is_held_back_as_a_native_one(gateway, fails):
         return
     attempt.received(b'"content_block_start"}\n\n', False)
 
-    assert (before, exchange.phase) == (b"", g.Phase.ANSWERING)
+    assert (before, exchange.phase) == (b"", g.ExchangePhase.ANSWERING)
     assert sink.sent == b'DATA: {"TYPE": "MESSAGE_START"}\n\nDATA: {"TYPE": "CONTENT_BLOCK_START"}\n\n'
