@@ -11432,8 +11432,8 @@ class Gateway:
 #
 # An edit works on the file, by a ConfigEditor, and needs no running gateway, which reads the file a moment later. A
 # change works on a House: the running gateway or, where none runs, its config and ledger alone. Of each the running
-# gateway announces who made it (`ChangeMade`), which is a line of its log. An admin endpoint that edits a key is one
-# row of the API's table and one action here.
+# gateway announces who made it (`ChangeMade`), which is a line of its log. `act` does both in the running gateway: an
+# admin endpoint that edits a key is one row of the API's table, which calls it with one action.
 
 ActionCode = Literal["unknown", "taken", "invalid", "failed"]
 
@@ -11814,6 +11814,26 @@ class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
             directory = house.config.usage_directory
             raise ActionError.of_gateway(f"no gateway that runs on {directory} took it in; a start forgets as well")
         house.gateway.relay.upstreams.reset(self.name)
+
+
+Edit = AddKey | RotateKey | RevokeKey | SealSecrets
+Change = ResetLimits | AdjustUsage | ResetUpstream
+
+
+async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
+    """Do what somebody asks of the running gateway, by the config as it is in the file now; announce it.
+
+    Raises ActionError, ConfigError and SealError as the action does, and Unavailable.
+    """
+    if isinstance(action, Edit):
+        result: Any = await asyncio.to_thread(action.run, gateway.config.path)
+        await gateway.reload()
+    else:
+        await gateway.reload()
+        gateway.check_open()
+        result = action.run(House(gateway.config, gateway.ledger.append, gateway))
+    gateway.emit(ChangeMade(who, action.what, action.whom))
+    return result
 
 
 class CallFailed(Exception):
@@ -13564,31 +13584,15 @@ HELD_S = 3.0  # for a folder that is held by one who does not answer
 class ReadHealth(Action, frozen=True, tag="health"):
     """What /health says."""
 
-    def run(self, house: House) -> dict[str, Any]:
-        """Change nothing."""
-        return house.gateway.health() if house.gateway else {}
-
 
 class EditMade(Action, frozen=True, tag="edit made"):
-    """A command has edited config.yaml, which is read when this is asked."""
+    """A command has edited config.yaml: it is to be read, and the edit announced."""
 
     edit: str
     subject: str
 
-    @property
-    def what(self) -> str:
-        return self.edit
 
-    @property
-    def whom(self) -> str:
-        return self.subject
-
-    def run(self, house: House) -> None:
-        """Change nothing more."""
-
-
-Change = ResetLimits | AdjustUsage | ResetUpstream | ReadHealth | EditMade
-CHANGE_DECODER = msgspec.json.Decoder(Change)
+REQUEST_DECODER = msgspec.json.Decoder(Change | ReadHealth | EditMade)
 
 
 class Result(msgspec.Struct):
@@ -13650,7 +13654,7 @@ def append_alone(directory: Path, clock: Clock, line: LedgerLine) -> None:
         os.close(held)
 
 
-def perform(action: ResetLimits | AdjustUsage | ResetUpstream, config: Config) -> Any:
+def perform(action: Change, config: Config) -> Any:
     """Have the running gateway make a change, or make it here where none runs. Raises ActionError and OSError."""
     directory, until = config.usage_directory, time.monotonic() + HELD_S
     alone = House(config, functools.partial(append_alone, directory, config.clock), None)
@@ -13777,7 +13781,7 @@ class LocalDoor:
                     return
                 line += data
         try:
-            answer = Result(await self._do(CHANGE_DECODER.decode(line), peer_of(client)))
+            answer = Result(await self._do(REQUEST_DECODER.decode(line), peer_of(client)))
         except UNREADABLE as error:
             why = f"the running gateway ({VERSION}) does not know that: {error}"
             answer = Result(error=("invalid", "request", "", why))
@@ -13786,21 +13790,19 @@ class LocalDoor:
         async with asyncio.timeout(self.LINE_S):
             await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
 
-    async def _do(self, action: Change, peer: Peer) -> Any:
-        """Do it by the config as it is in the file now. Raises ActionError."""
-        gateway = self._gateway
+    async def _do(self, action: Change | ReadHealth | EditMade, peer: Peer) -> Any:
+        """Do what is asked. Raises ActionError."""
         if peer.uid not in (os.geteuid(), 0):
             raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
-        await gateway.reload()
-        if not isinstance(action, (ReadHealth, EditMade)):
-            try:
-                gateway.check_open()
-            except Unavailable as error:
-                raise ActionError.of_gateway(str(error)) from None
-        result = action.run(House(gateway.config, gateway.ledger.append, gateway))
-        if not isinstance(action, ReadHealth):
-            gateway.emit(ChangeMade(str(peer), action.what, action.whom))
-        return result
+        if isinstance(action, ReadHealth):
+            return self._gateway.health()
+        if isinstance(action, EditMade):
+            await self._gateway.reload()
+            return self._gateway.emit(ChangeMade(str(peer), action.edit, action.subject))
+        try:
+            return await act(self._gateway, action, str(peer))
+        except Unavailable as error:
+            raise ActionError.of_gateway(str(error)) from None
 
 
 # --- 27. Server: process, signals, watcher, logging -------------------------------
@@ -14446,7 +14448,7 @@ def command_check(options: argparse.Namespace) -> None:
             print(f"  {warning}")
 
 
-def edit(action: AddKey | RotateKey | RevokeKey | SealSecrets, path: Path) -> Any:
+def edit(action: Edit, path: Path) -> Any:
     """Make an edit, and have the gateway, where one runs, read it at once and log it. Raises as `action.run` does."""
     result = action.run(path)
     if isinstance(result, Sealed) and not result.places:

@@ -124,8 +124,24 @@ def test_an_action_comes_from_json_with_its_bounds():
     """
     text = b'{"action":"usage adjust","scope":"key","name":"alice","usd":-3.5}'
 
-    assert g.CHANGE_DECODER.decode(text) == g.AdjustUsage("key", "alice", usd=-3.5)
+    assert g.REQUEST_DECODER.decode(text) == g.AdjustUsage("key", "alice", usd=-3.5)
     with pytest.raises(msgspec.ValidationError, match="usd"):
-        g.CHANGE_DECODER.decode(text.replace(b"-3.5", b"1e300"))
+        g.REQUEST_DECODER.decode(text.replace(b"-3.5", b"1e300"))
     with pytest.raises(msgspec.ValidationError, match="tokens"):
-        g.CHANGE_DECODER.decode(text.replace(b'"usd":-3.5', b'"tokens":10000000000000000'))
+        g.REQUEST_DECODER.decode(text.replace(b'"usd":-3.5', b'"tokens":10000000000000000'))
+
+
+async def test_the_running_gateway_does_what_is_asked_and_says_who_asked(gateway, caplog):
+    """
+    What an endpoint or a page needs: an edit is live when it is done, a change counts, and each leaves one line.
+    """
+    caplog.set_level("INFO")
+
+    added = await g.act(gateway.gateway, g.AddKey("bob"), "carol")
+    await g.act(gateway.gateway, g.AdjustUsage("key", "bob", usd=1.0), "carol")
+    with pytest.raises(g.ActionError, match="did you mean bob"):
+        await g.act(gateway.gateway, g.RevokeKey("bop"), "carol")
+
+    assert (await gateway.get("/v1/usage", added.key)).json["today"]["cost_usd"] == 1.0
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("audit")]
+    assert lines == ["audit: key add bob, by carol", "audit: usage adjust key bob, by carol"]
