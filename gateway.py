@@ -9988,6 +9988,7 @@ class Relay:
         self.clock = clock
         self.pace = pace
         self.upstreams = Upstreams(clock, pace)
+        self.on_failure: Callable[[Call, Choice, AttemptFailed], None] = lambda call, choice, error: None
         self.pools = Pools(clock, pace)
         self.running: set[Exchange] = set()
         self.drains: list[Exchange] = []  # that are read on for the ledger, the oldest first
@@ -10168,7 +10169,7 @@ class Relay:
         assert attempt is not None
         exchange.close_attempt(failure.case)
         attempt.end()
-        log.info("%s: upstream %s %s", call.id, choice, error)
+        self.on_failure(call, choice, error)
         if attempt.remedy:
             self.upstreams.record_answer(ticket)
             exchange.repairs += 1
@@ -10178,8 +10179,6 @@ class Relay:
                 exchange.without_usage.add(choice.upstream.name)
             return True
         verdict = choice.upstream.verdict(failure.case)
-        if failure.case == UNMETERED:
-            log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
         self.upstreams.record_failure(ticket, failure.case, error.retry_after_s)
         is_affordable = True
         if attempt.was_billed:
@@ -10287,6 +10286,7 @@ class Relay:
 #
 # Example: a call's first attempt failed, as those of two calls before, and its second one was answered.
 #
+#     AttemptFailure(call, choice, error)  the log: "req_…: upstream a answered 529"
 #     UpstreamTripped(choice, cooldown)    the log: "upstream a is left alone for 10.0 s: 529, 3 in a row"
 #     CallEnded(call, entry, attempts)     the metrics add up; the log: "req_…: alice (…4f2a) /v1/messages …: 200 …"
 
@@ -10301,6 +10301,14 @@ class CallEnded(Event, frozen=True, gc=False):
     call: Call
     entry: Entry
     attempts: list[AttemptEntry]  # the entry's
+
+
+class AttemptFailure(Event, frozen=True, gc=False):
+    """An attempt failed before its first content: the client has seen nothing of it."""
+
+    call: Call
+    choice: Choice
+    error: AttemptFailed
 
 
 class AttemptDiscarded(Event, frozen=True, gc=False):
@@ -10439,6 +10447,7 @@ class EventLog:
         self.write: Callable[[str], None] = functools.partial(log.info, "%s")  # the line of a call
         events.listen(CallEnded, self.call_ended)
         events.listen(CallRefused, self.call_refused)
+        events.listen(AttemptFailure, self.attempt_failed)
         events.listen(UpstreamTripped, self.upstream_tripped)
         events.listen(UpstreamRecovered, self.upstream_recovered)
         events.listen(ConfigLoaded, self.config_loaded)
@@ -10464,6 +10473,14 @@ class EventLog:
         call, error = event.call, event.error
         text = "%s: %s %s %s refused: %d %s"
         log.info(text, call.id, call.key, call.route.path, call.model, error.status, error.message)
+
+    @staticmethod
+    def attempt_failed(event: AttemptFailure) -> None:
+        """Write why it failed; as an error where it is paid for and cannot be read."""
+        call, choice, error = event.call, event.choice, event.error
+        log.info("%s: upstream %s %s", call.id, choice, error)
+        if error.failure.case == UNMETERED:
+            log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
 
     @staticmethod
     def upstream_tripped(event: UpstreamTripped) -> None:
@@ -11021,6 +11038,7 @@ class Gateway:
         self.log = EventLog(self.events)
         self.refusals = RefusalLog(config.clock, self.events)
         self.ledger.on_change = lambda failure: self.emit(LedgerChanged(failure))
+        self.relay.on_failure = lambda *facts: self.emit(AttemptFailure(*facts))
         self.relay.upstreams.on_trip = lambda *facts: self.emit(UpstreamTripped(*facts))
         self.relay.upstreams.on_recovery = lambda choice: self.emit(UpstreamRecovered(choice))
         self.loaded_at = config.clock.wall()
