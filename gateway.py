@@ -108,7 +108,17 @@ import urllib.parse
 import zlib
 import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,6 +132,7 @@ from typing import (
     Literal,
     NamedTuple,
     Protocol,
+    Self,
     TypeVar,
     cast,
     get_args,
@@ -689,8 +700,9 @@ ROUTES = {
 PLAIN_TARGETS = frozenset(path.encode() for path in ROUTES)
 
 A_DURATION, A_SIZE, A_DATE = "a duration such as 30s", "a size such as 64MB", "a date such as 2027-01-31"
+A_TEXT = "text (in quotes, where it looks like a number or a date)"
 DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
-MAX_SHOWN = 40  # characters of a name or a value in a message
+MAX_SHOWN = 13  # characters of a value in a message: what is longer may be a secret
 VALUE_WORDS: dict[type, str] = {
     list: "a list",
     dict: "a mapping",
@@ -702,8 +714,12 @@ VALUE_WORDS: dict[type, str] = {
 }
 
 
+class FromEnvironment(str):
+    """Text of config.yaml in which `${NAME}` was filled in. No message shows it."""
+
+
 def describe(value: object) -> str:
-    """What stands in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
+    """Return what is in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -711,8 +727,12 @@ def describe(value: object) -> str:
     kind = next(word for kind, word in VALUE_WORDS.items() if isinstance(value, kind))
     if isinstance(value, (list, dict)):
         return kind
-    text = repr(value) if isinstance(value, (str, int, float)) else str(value)
-    return f"{kind}: {text}" if len(text) <= MAX_SHOWN else f"{kind} of {len(text):,} characters"
+    if isinstance(value, FromEnvironment):
+        return f"{kind} from the environment"
+    text = str(value)
+    if len(text) > MAX_SHOWN:
+        return f"{kind} of {len(text):,} characters"
+    return f"{kind}: {value!r}" if isinstance(value, str) else f"{kind}: {text}"
 
 
 # Characters that look like those that mean something to YAML, and what is told of them.
@@ -723,42 +743,20 @@ ODD_CHARACTERS = {
 }
 
 
-def name_of(character: str) -> str:
-    """A character as it can be told: itself, or `U+00A0 (no-break space)`."""
-    if character.isascii() and character.isprintable():
-        return character
-    return f"U+{ord(character):04X} ({unicodedata.name(character, 'a control character').lower()})"
-
-
 def odd_character(text: str) -> str:
-    """What is told of the first odd character in a text; "" where there is none."""
+    """Return what is to be told of the first odd character in a text, behind a semicolon; "" where there is none."""
     for characters, told in ODD_CHARACTERS.items():
         found = re.search(f"[{characters}]", text)
         if found:
-            return f"{name_of(found[0])} {told}"
+            return f"; U+{ord(found[0]):04X} ({unicodedata.name(found[0]).lower()}) {told}"
     return ""
 
 
-def number_meant(value: object) -> str:
-    """A hint at the number that `$1,000.50`, `20 USD`, `20,50` or `"20"` stands for; "" where it may be none."""
-    text = re.sub(r"(?i)us\$|usd|dollars?|[\s$\"'_“”„‘’]", "", value) if isinstance(value, str) else ""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    text = re.sub(r"^(\d+),(\d+)$", r"\1.\2", text)
-    return f"; write {text}" if re.fullmatch(r"\d{1,15}(\.\d{1,15})?", text) else ""
-
-
-def parse_scaled(value: object, units: dict[str, float] | dict[str, int], expected: str) -> float:
-    """A number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        text = repr(value)
-    else:
-        text = str(value).strip().replace("_", "")
-    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", text, re.ASCII)
+def parse_scaled(value: object, units: Mapping[str, float], expected: str) -> float:
+    """Read a number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
+    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", str(value).strip().replace("_", ""), re.ASCII)
     if not found or found[2] not in units:
-        hint = number_meant(value) if "" in units else ""
-        if found and not hint:
-            hint = f" (units: {', '.join(filter(None, units))})"
+        hint = f" (units: {', '.join(filter(None, units))})" if found else ""
         raise ValueError(f"expected {expected}, got {describe(value)}{hint}")
     return float(found[1]) * units[found[2]]
 
@@ -774,6 +772,17 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 class Secret(str):
     """A string that never prints itself by accident."""
+
+    is_written = True  # it stands in config.yaml, sealed or not; else it comes from the environment
+
+    @classmethod
+    def parse(cls, value: object) -> Self:
+        """Make one of a plain value of config.yaml. Raises ValueError, which does not quote what is no text, either."""
+        if not isinstance(value, str):
+            raise ValueError(f"expected {A_TEXT}")
+        secret = cls(value)
+        secret.is_written = not isinstance(value, FromEnvironment)
+        return secret
 
     def __repr__(self) -> str:
         return "Secret(…)"
@@ -1033,8 +1042,9 @@ def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
 
 # --- 3. Prices: what a call costs -------------------------------------------------
 
-Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, description=DOLLARS)]
-Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, examples=[1.5])]
+Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, title=DOLLARS)]
+Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, title="a number from 0 to 1000 such as 1.5")]
+Premium = Annotated[float, msgspec.Meta(gt=0, le=1000, title="a factor above 0 such as 1.5 (1: no premium)")]
 
 
 # The prices of whatever has them, in the order of Tokens.
@@ -1151,7 +1161,6 @@ SURCHARGES = (
 SURCHARGE_NAMES = tuple(dict.fromkeys(name for name, _, _ in SURCHARGES))
 EXTRAS = ("web_search", "file_search", "code_execution", "code_interpreter")
 CHAT_SEARCH = "web_search"  # what a chat with `web_search_options` is billed for beside its tokens
-FREE_PREMIUM = "a premium is a factor on what a call costs: with 0 it would be free; 1 means no premium"
 # Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
 ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
@@ -1170,11 +1179,11 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     tiers: tuple[Tier, ...] = ()
     audio: AudioPrice | None = None
-    fast: Factor | None = None
-    priority: Factor | None = None
-    flex: Factor | None = None
-    batch: Factor | None = None
-    us: Factor | None = None
+    fast: Premium | None = None
+    priority: Premium | None = None
+    flex: Premium | None = None
+    batch: Premium | None = None
+    us: Premium | None = None
     web_search: Dollars | None = None
     file_search: Dollars | None = None
     code_execution: Dollars | None = None
@@ -1184,8 +1193,6 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
         super().__post_init__()
         if len({tier.above for tier in self.tiers}) < len(self.tiers):
             raise ValueError("two tiers hold above the same number of tokens")
-        if any(amount == 0 and name not in EXTRAS for name, amount in self.surcharges.items()):
-            raise ValueError(FREE_PREMIUM)
 
     @property
     def surcharges(self) -> dict[str, float]:
@@ -1304,20 +1311,229 @@ class Bill(Spend, kw_only=True):
 
 # --- 4. Settings: every setting as a typed field ----------------------------------
 
+# A setting is a field of a struct: its type says what may be written, its default what holds where nothing is written,
+# and `about` what it means, in the words that config.example.yaml has beside it (a test compares them).
+#
+# msgspec makes structs of what YAML reads. A type that it does not know has a method `parse`, which makes one of a
+# plain value or raises ValueError: `parse` of Duration makes 90.0 of "1.5m". msgspec stops at the first mistake, so
+# `find_mistakes` then walks value and types side by side and notes all of them, by their places: of
+# {"server": {"port": "http", "drain": 10}} these are ("server", "port") and ("server", "drain").
+
+MAX_TOLD = 10  # mistakes in one message
+Steps = tuple[str | int, ...]  # through a document: names and places in lists
+
+
+class Mistake(NamedTuple):
+    """What is wrong, or hardly meant, at a place of a document."""
+
+    steps: Steps
+    problem: str  # and what would be right
+    line: int = 0  # from 1; 0: the line to which `steps` lead
+
+
+class Mistakes(ValueError):
+    """All that is wrong with a value, by its places. It raises itself with the first that is one too many to tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Mistake] = []
+
+    def __str__(self) -> str:
+        return "; ".join(mistake.problem for mistake in self.found)
+
+    def note(self, steps: Steps, problem: object, line: int = 0) -> None:
+        """Keep a mistake."""
+        self.found.append(Mistake(steps, str(problem), line))
+        if len(self.found) > MAX_TOLD:
+            raise self
+
+    @contextlib.contextmanager
+    def at(self, *steps: str | int) -> Iterator[None]:
+        """For `with`: note a ValueError at a place instead of raising it."""
+        try:
+            yield
+        except Mistakes as error:
+            if error is self:
+                raise
+            for mistake in error.found:
+                self.note((*steps, *mistake.steps), mistake.problem)
+        except ValueError as error:
+            self.note(steps, error)
+
+    def check(self) -> None:
+        """Raise what was noted, if anything was."""
+        if self.found:
+            raise self
+
+
+def unknown(what: str, name: str, known: Collection[str], there_are: str = "") -> ValueError:
+    """Return the mistake that `name` is none of the `known` ones, with the one that is probably meant."""
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f", did you mean {close[0]}?" if close else ""
+    if ":" in name:
+        hint = ", is a blank missing behind the colon?"
+    return ValueError(
+        f"unknown {what}{hint}{odd_character(name)} (there are: {there_are or ', '.join(known) or 'none'})"
+    )
+
+
+TYPE_WORDS: dict[Any, str] = {
+    tuple: "a list such as [a, b]",
+    dict: "a mapping such as {name: value}",
+    str: A_TEXT,
+    int: "a whole number such as 8",
+    float: "a number such as 1.5",
+    bool: "true or false",
+}
+fields_of = functools.cache(msgspec.structs.fields)  # which compiles the annotations each time
+
+
+def bare_type(kind: Any) -> tuple[Any, str]:
+    """Return `T` of `Annotated[T | None, …]`, and what YAML must have for it, with an example that works."""
+    title = ""
+    while get_origin(kind) is Annotated or types.NoneType in get_args(kind):
+        title = title or next((meta.title for meta in getattr(kind, "__metadata__", ()) if meta.title), "")
+        kind = next(each for each in get_args(kind) if each is not types.NoneType)
+    if get_origin(kind) is Literal:
+        *others, last = get_args(kind)
+        return kind, f"{', '.join(others)} or {last}"
+    if hasattr(kind, "__struct_encode_fields__"):
+        return kind, f"a mapping such as {{{kind.__struct_encode_fields__[0]}: …}}"
+    return kind, title or TYPE_WORDS.get(get_origin(kind) or kind, "")
+
+
+def decode(kind: Any, value: object) -> Any:
+    """Make a value of a type that msgspec does not know. Raises ValueError."""
+    return kind.parse(value)
+
+
+def find_mistakes(value: object, kind: Any, mistakes: Mistakes, at: Steps) -> None:
+    """Note why a value is not of a type, part by part."""
+    try:
+        msgspec.convert(value, kind, dec_hook=decode)
+        return
+    except msgspec.ValidationError as error:
+        cause = error.__cause__  # what `parse` has raised
+    kind, expected = bare_type(kind)
+    origin, before = get_origin(kind) or kind, len(mistakes.found)
+    if isinstance(value, list) and origin is tuple:
+        for i, each in enumerate(value):
+            find_mistakes(each, get_args(kind)[0], mistakes, (*at, i))
+    elif isinstance(value, dict) and origin is dict:
+        for name, each in value.items():
+            find_mistakes(each, get_args(kind)[1], mistakes, (*at, name))
+    elif isinstance(value, dict) and hasattr(kind, "__struct_fields__"):
+        fields = {field.encode_name: field for field in fields_of(kind)}
+        for name, each in value.items():
+            if name in fields:
+                find_mistakes(each, fields[name].type, mistakes, (*at, name))
+            else:
+                mistakes.note((*at, name), unknown("setting", name, fields))
+        if value.keys() <= fields.keys():  # else one that is missing may be the one that is misspelt
+            for name, field in fields.items():
+                if field.required and name not in value:
+                    mistakes.note((*at, name), "is required, and missing")
+        if len(mistakes.found) == before:
+            mistakes.note(at, cause)  # what the settings mean together
+    elif isinstance(cause, ValueError):
+        with mistakes.at(*at):
+            raise cause
+    else:
+        got = describe(value)
+        if isinstance(value, str):
+            if expected.startswith(("a list", "a mapping")):  # not quoted: it may be `api_key:sk-ant-…`
+                got = "text (is a colon missing, or the blank behind one?)"
+            got += odd_character(value)
+        mistakes.note(at, f"expected {expected}, got {got}")
+
+
+def convert(value: object, kind: Any) -> Any:
+    """Return a plain value as a type. Raises Mistakes."""
+    try:
+        return msgspec.convert(value, kind, dec_hook=decode)
+    except msgspec.ValidationError:
+        mistakes = Mistakes()
+        find_mistakes(value, kind, mistakes, ())
+        raise mistakes from None
+
+
+# Types of settings. `parse` makes one of a plain value.
+
 SIZE_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
-FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
+LIMIT_AMOUNTS = {
+    "usd": DOLLARS,
+    "tokens": "a number of tokens such as 200k or 50M",
+    "requests": "a number of requests such as 60",
+    "concurrent": "a number of calls such as 16",
+}
+Name = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(?!(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16})\S(?:.*\S)?\Z",
+        title=f"{A_TEXT} without white space around it, and no key: a name is shown to everybody",
+    ),
+]
+Url = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"\A(?:https?://(?:\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+)(?::[0-9]{1,5})?(?:/[!-\"$->@-~]*)?)?\Z",
+        title="http:// or https:// and a host, without a user, a password, ? or #",
+    ),
+]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535, title="a whole number from 0 to 65535 such as 8000")]
+Attempts = Annotated[int, msgspec.Meta(ge=1, le=20, title="a whole number from 1 to 20 such as 4")]
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, title="a whole number from 1 to 1000000 such as 50")]
+Policy = Literal["sticky", "round_robin", "least_busy"]
 
 
 class Size(int):
     """Bytes: `32MB`."""
 
+    @classmethod
+    def parse(cls, value: object) -> Size:
+        return cls(parse_scaled(value, SIZE_UNITS, A_SIZE))
+
 
 class Duration(float):
     """Seconds: `10s`, `6m`, `500ms`."""
 
+    @classmethod
+    def parse(cls, value: object) -> Duration:
+        return cls(parse_scaled(value, TIME_UNITS, A_DURATION))
+
 
 class Fsync(float):
     """Seconds between two fsyncs of the ledger: 0 for `always`, infinity for `never`."""
+
+    @classmethod
+    def parse(cls, value: object) -> Fsync:
+        if value in ("always", "never"):
+            return cls(0.0 if value == "always" else math.inf)
+        return cls(parse_scaled(value, TIME_UNITS, "always, never or a duration such as 1s"))
+
+
+class Networks(tuple[Network, ...]):
+    """Networks and single addresses: `[10.0.0.0/8, "::1"]`."""
+
+    @classmethod
+    def parse(cls, value: object) -> Networks:
+        found, mistakes = [], Mistakes()
+        for i, text in enumerate(convert(value, tuple[str, ...])):
+            try:
+                found.append(ipaddress.ip_network(text))
+            except ValueError:
+                what = "a network such as 10.0.0.0/8 (no bits set behind its mask) or an address"
+                mistakes.note((i,), f"expected {what}, got {describe(text)}")
+        mistakes.check()
+        return cls(found)
+
+
+def read_date(text: str) -> dt.date | None:
+    """Read a date, or a date with a time; None where it is neither."""
+    for read in (dt.date.fromisoformat, dt.datetime.fromisoformat):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return None
 
 
 class Expiry:
@@ -1326,8 +1542,16 @@ class Expiry:
     def __init__(self, value: dt.date) -> None:
         self._value = value  # a datetime is a date, too
 
+    @classmethod
+    def parse(cls, value: object) -> Expiry:
+        if isinstance(value, str):  # in quotes, or without seconds: YAML has not read it
+            value = read_date(value) or value
+        if not isinstance(value, dt.date):
+            raise ValueError(f"expected {A_DATE}, got {describe(value)}")
+        return cls(value)
+
     def at(self, timezone: dt.tzinfo) -> float:
-        """Seconds since 1970; what has no time zone of its own is in `timezone`."""
+        """Return seconds since 1970; what has no time zone of its own is in `timezone`."""
         value = self._value
         if value == dt.date.max:
             return math.inf
@@ -1336,13 +1560,72 @@ class Expiry:
         return (value if value.tzinfo else value.replace(tzinfo=timezone)).timestamp()
 
 
+class Amount(int):
+    """A count of tokens: `8192`, `200k`."""
+
+    @classmethod
+    def parse(cls, value: object) -> Amount:
+        return cls(parse_scaled(value, COUNT_UNITS, LIMIT_AMOUNTS["tokens"]))
+
+
+def items_of(value: object, example: str) -> Iterable[tuple[str, Any]]:
+    """Return names and values of a mapping. Raises ValueError with an example where it is none."""
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
+    return value.items()
+
+
 class LimitSet(tuple[Limit, ...]):
-    """`{usd/day: 20, tokens/month: 50M, concurrent: 16}`."""
+    """`<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent: amount`."""
+
+    @classmethod
+    def parse(cls, value: object, windows: Windows = WINDOWS) -> LimitSet:
+        names = ["concurrent", *(f"{unit}/{window}".rstrip("/") for unit in LIMIT_UNITS for window in windows)]
+        there_are = (
+            f"{', '.join(LIMIT_UNITS)}, alone or with a window ({', '.join(filter(None, windows))}) as in usd/day"
+        )
+        limits, mistakes = [], Mistakes()
+        for name, amount in items_of(value, "{usd/day: 20, tokens/month: 50M, concurrent: 16}"):
+            with mistakes.at(name):
+                if name not in names:
+                    raise unknown("limit", name, names, f"{there_are}; concurrent")
+                unit, _, window = name.partition("/")
+                limits.append(Limit(unit, windows[window], parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
+        mistakes.check()
+        return cls(limits)
 
     def budget(self, scope: ScopeKind, name: str = "") -> Budget:
-        """These limits as those of a key, a team or the gateway."""
+        """Return these limits as those of a key, a team or the gateway."""
         concurrent = next((limit.amount for limit in self if limit.unit == "concurrent"), math.inf)
         return Budget(scope, name, tuple(limit for limit in self if limit.unit != "concurrent"), concurrent)
+
+
+class Prices(PriceTable):
+    """The price table: rows of models, surcharges for all of them, and `unknown`."""
+
+    @classmethod
+    def parse(cls, value: object) -> Prices:
+        rows, surcharges, mistakes = dict[str, ModelPrice](), dict[str, float](), Mistakes()
+        unpriced: Unknown = ""
+        for name, price in items_of(value, '{"claude-*": {input: 3, output: 15}, "*": {…}}'):
+            with mistakes.at(name):
+                if name == "unknown" and not isinstance(price, dict):
+                    unpriced = convert(price, Literal["refuse", "dearest"])
+                elif name in SURCHARGE_NAMES:
+                    surcharges[name] = convert(price, Dollars if name in EXTRAS else Premium)
+                elif isinstance(price, (int, float)):
+                    there_are = f"{', '.join(SURCHARGE_NAMES)}; a model's price is {{input: 3, output: 15}}"
+                    raise unknown("surcharge", name, SURCHARGE_NAMES, there_are)
+                else:
+                    rows[name] = convert(price, PriceConfig).flat()
+        mistakes.check()
+        if value and not rows:
+            rows = BUILT_IN_PRICES
+        if "*" not in rows and not unpriced:
+            raise ValueError('"*" must be in the table: no model is free')
+        table = cls(rows.items())
+        table.unknown, table.surcharges = unpriced, surcharges
+        return table
 
 
 class Secrets(tuple[Secret, ...]):
@@ -1350,46 +1633,93 @@ class Secrets(tuple[Secret, ...]):
 
     is_list = False  # as the file writes them
 
+    @classmethod
+    def parse(cls, value: object) -> Secrets:
+        is_list = isinstance(value, list)
+        found = convert(value, tuple[Secret, ...]) if is_list else (Secret.parse(value),)
+        secrets = cls(filter(None, found))
+        secrets.is_list = is_list
+        return secrets
 
-POLICIES = ("sticky", "round_robin", "least_busy")
+
+class UserKey(Secret):
+    """A user's key: `sha256:…` or in clear text."""
+
+    digest = b""
+    last4 = ""
+
+    @classmethod
+    def parse(cls, value: object) -> UserKey:
+        key = super().parse(value)
+        sealed = SEALED_KEY.fullmatch(key)
+        if sealed:
+            key.digest, key.last4 = bytes.fromhex(sealed[1]), sealed[2] or ""
+            return key
+        check_pasted(key)
+        if key.lower().startswith(("sha256:", "enc:")):
+            raise ValueError("expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
+        if len(key) < 20:
+            raise ValueError(f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
+        key.digest, key.last4 = hashlib.sha256(key.encode()).digest(), key[-4:]
+        return key
 
 
-class Policies(tuple[tuple[str, str], ...]):
-    """How upstreams are chosen, by glob of the model; the first match counts."""
+class ModelNames(dict[str, str]):
+    """Globs of models to the upstream's names for them; `*` is the name itself. A list renames nothing."""
 
-    def of(self, model: str) -> str:
-        """The policy for a model."""
+    @classmethod
+    def parse(cls, value: object) -> ModelNames:
+        if isinstance(value, list):
+            return cls(dict.fromkeys(convert(value, tuple[str, ...]), "*"))
+        return cls(convert(value, dict[str, str]))
+
+
+class Policies(tuple[tuple[str, Policy], ...]):
+    """How upstreams are chosen, by glob of the model; the first match counts. One policy alone is for all."""
+
+    @classmethod
+    def parse(cls, value: object) -> Policies:
+        if isinstance(value, dict):
+            return cls(convert(value, dict[str, Policy]).items())
+        return cls([("*", convert(value, Policy))])
+
+    def of(self, model: str) -> Policy:
+        """Return the policy for a model."""
         return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
 
 
-class Amount(int):
-    """A count: `8192`, `200k`."""
+# The settings
+
+LOOPBACK = Networks(ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1/128"))
+FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
-LOOPBACK = ("127.0.0.0/8", "::1/128")
+def about(text: str) -> msgspec.Meta:
+    """Return what describes a setting."""
+    return msgspec.Meta(description=text)
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the gateway listens and what it accepts."""
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, msgspec.Meta(ge=0, le=65535, examples=[8000])] = 8000
-    url: str = ""  # where clients find it, if not at host and port: a proxy's
-    timezone: str = "UTC"
-    trusted_proxies: tuple[str, ...] = ()
-    metrics_from: tuple[str, ...] = LOOPBACK
-    max_body: Size = Size(32 * 2**20)
-    memory: Size | None = None  # of all request bodies together; None: a quarter of `available_memory`
-    drain: Duration = Duration(600)
-    contact: str = ""
+    host: Annotated[str, about("0.0.0.0 to be reached from other hosts; put TLS in front then")] = "127.0.0.1"
+    port: Annotated[Port, about("0: any that is free")] = 8000
+    url: Annotated[Url, about("where clients find it, for the lines that are shown for Claude Code")] = ""
+    timezone: Annotated[str, about("days and months of reports and of `expires` turn over here")] = "UTC"
+    trusted_proxies: Annotated[Networks, about("whose X-Forwarded-For is believed")] = Networks()
+    metrics_from: Annotated[Networks, about("who may read GET /metrics")] = LOOPBACK
+    max_body: Annotated[Size, about("of a request; the Anthropic API takes 32 MB")] = Size(32 * 2**20)
+    memory: Annotated[Size | None, about("for the bodies of all requests together")] = None
+    drain: Annotated[Duration, about("how long running answers may finish after SIGTERM")] = Duration(600)
+    contact: Annotated[str, about("whom to ask, told to those whom a limit refuses")] = ""
 
 
 class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Seconds. `first_byte` bounds the silence before an answer's first content; `idle` the silence after it."""
+    """Bounds of an attempt."""
 
-    connect: Duration = Duration(10)
-    first_byte: Duration = Duration(360)
-    idle: Duration = Duration(300)
+    connect: Annotated[Duration, about("name, TCP and TLS")] = Duration(10)
+    first_byte: Annotated[Duration, about("silence before the first content of an answer")] = Duration(360)
+    idle: Annotated[Duration, about("silence within an answer")] = Duration(300)
 
 
 Blame = Literal["none", "key", "upstream"]
@@ -1475,7 +1805,7 @@ def status_of_error(name: str) -> int | None:
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one upstream has different from the table of verdicts."""
+    """What one upstream has different from a row of VERDICTS. The README's table describes the settings."""
 
     next: bool | None = None
     blame: Blame | None = None
@@ -1483,13 +1813,13 @@ class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passes: bool | None = msgspec.field(default=None, name="pass")
 
     def over(self, verdict: Verdict) -> Verdict:
-        """The verdict with what is said here in its place."""
-        said = (self.next, self.blame, self.cooldown, self.passes)
-        return Verdict(*(old if new is None else new for old, new in zip(verdict, said, strict=True)))  # type: ignore[arg-type]
-
-
-class VerdictTable(dict[str, VerdictConfig]):
-    """Overrides by case: a status, 4xx, 5xx or a name of the table."""
+        """Return `verdict` with the configured fields replaced."""
+        return Verdict(
+            verdict.try_next if self.next is None else self.next,
+            self.blame or verdict.blame,
+            verdict.cooldown_s if self.cooldown is None else self.cooldown,
+            verdict.passes if self.passes is None else self.passes,
+        )
 
 
 # What no client's header of such a name does upstream, even where `headers.pass` names it: it frames this hop, it is
@@ -1507,62 +1837,74 @@ WITHHELD_STARTS = (
 
 
 def is_withheld(name: str) -> bool:
-    """Whether a client's header, its name in lower case, must not go upstream whatever the config says."""
+    """Return whether a client's header, its name in lower case, must not go upstream whatever the config says."""
     return name in WITHHELD or name.startswith(WITHHELD_STARTS) or SECRET_HEADER.search(name) is not None
 
 
 class HeaderRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Headers of requests to an upstream: set, removed, and which of a client's go there beside the usual ones.
+    """Headers of requests to an upstream. Names in any case; those of `pass` may be globs."""
 
-    Names in any case; those of `pass` may be globs.
-    """
-
-    set: dict[str, Secret] = {}
-    remove: tuple[str, ...] = ()
-    passes: tuple[str, ...] = msgspec.field(default=(), name="pass")
+    set: Annotated[dict[str, Secret], about("a value may be ${NAME}")] = {}
+    remove: Annotated[tuple[str, ...], about("such as [x-app]")] = ()
+    passes: Annotated[tuple[str, ...], about("clients' headers that go there beside the README's list, globs")] = (
+        msgspec.field(default=(), name="pass")
+    )
 
 
 class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which values of `anthropic-beta` do not go to an upstream; globs."""
 
-    drop: tuple[str, ...] = ()
+    drop: Annotated[tuple[str, ...], about("values of `anthropic-beta` that it rejects, globs")] = ()
 
 
 NO_RULES = HeaderRules()
-AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, examples=[50])]
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq=False):
-    """One provider endpoint. `models` maps globs to the upstream's name for the model; `*` is the name itself."""
+    """One provider endpoint."""
 
-    name: str
-    url: str = ""
-    api_key: Secrets = Secrets()
-    format: Literal["anthropic", "openai", "demo"] = "anthropic"
-    models: dict[str, str] = msgspec.field(default_factory=lambda: {"*": "*"})
-    priority: int = 1
-    weight: Factor = 1.0
-    max_concurrent: AtLeastOne | None = None  # calls at once, for each API key
-    max_connections: AtLeastOne = 4096
-    timeouts: Timeouts = Timeouts()
-    on_disconnect: Literal["auto", "cancel", "drain"] = "auto"
-    verdicts: VerdictTable = VerdictTable()
-    headers: HeaderRules = NO_RULES
-    betas: BetaRules = BetaRules()
-    retry_without_thinking: bool = False
-    include_usage: bool = True  # ask for the usage of chat streams, without which they cannot be booked
-    allow_private: bool = False
-    ca_file: str | None = None
-    proxy: Secret | None = None  # may have a password in it
+    name: Annotated[Name, about("required; stands in the ledger")]
+    url: Annotated[Url, about("required for a real upstream; may have a path")] = ""
+    api_key: Annotated[Secrets, about("or the key itself, which `gateway.py seal` turns into enc:...")] = Secrets()
+    format: Annotated[
+        Literal["anthropic", "openai", "demo"],
+        about("anthropic (default) | openai | demo, which is built in and needs no url"),
+    ] = "anthropic"
+    models: Annotated[ModelNames, about('which models it serves, and as what it knows them ("*": the same name)')] = (
+        msgspec.field(default_factory=lambda: ModelNames({"*": "*"}))
+    )
+    priority: Annotated[int, about("the lowest that is ready is asked; equals share")] = 1
+    weight: Annotated[Factor, about("how many of the sessions are at home here; 0: only what no other can take")] = 1.0
+    max_concurrent: Annotated[AtLeastOne | None, about("calls at once for each API key")] = None
+    max_connections: Annotated[AtLeastOne, about("in all")] = 4096
+    timeouts: Annotated[Timeouts, about("of one attempt")] = Timeouts()
+    on_disconnect: Annotated[
+        Literal["auto", "cancel", "drain"],
+        about("when the client goes away: cancel at once, or drain the answer for the ledger"),
+    ] = "auto"
+    verdicts: Annotated[
+        dict[str, VerdictConfig], about("what failures mean, where the README's table is not right")
+    ] = {}
+    headers: Annotated[HeaderRules, about("of requests to it")] = NO_RULES
+    betas: Annotated[BetaRules, about("values of `anthropic-beta` that it rejects")] = BetaRules()
+    retry_without_thinking: Annotated[
+        bool, about("once, when it does not know the signature of another account's thinking block")
+    ] = False
+    include_usage: Annotated[bool, about("ask for the usage of chat streams (format openai) whose clients did not")] = (
+        True
+    )
+    allow_private: Annotated[bool, about("connect also to link-local and metadata addresses (169.254.169.254)")] = False
+    ca_file: Annotated[str | None, about("another certificate authority than the system's, a PEM file")] = None
+    proxy: Annotated[Secret | None, about("http://user:password@host:port, used with CONNECT")] = None
 
     def serves(self, route: Route) -> bool:
-        """Whether this upstream speaks the format of a route."""
+        """Return whether this upstream speaks the format of a route."""
         if self.format == "demo":
             return route.kind in ("messages", "count_tokens")
         return self.format == route.api
 
     def rename(self, model: str) -> str | None:
-        """The upstream's name for `model`; None where it is not served. No model at all must be named: `"": "*"`."""
+        """Return the upstream's name for `model`; None: not served. No model at all must be named: `"": "*"`."""
         if not model:
             return "" if "" in self.models else None
         for pattern, name in self.models.items():
@@ -1571,11 +1913,11 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
         return None
 
     def named_models(self) -> list[str]:
-        """Those of `models` that are names, not globs."""
+        """Return those of `models` that are names, not globs."""
         return [name for name in self.models if name and not re.search(r"[*?\[]", name)]
 
     def verdict(self, case: str) -> Verdict:
-        """What a case of the table means here; a status is looked for as itself, then as 4xx or 5xx."""
+        """Return what a case of VERDICTS means here; a status is looked for as itself, then as 4xx or 5xx."""
         row = next((name for name in (case, f"{case[0]}xx") if name in VERDICTS), "unexpected")
         verdict = VERDICTS[row]
         for name in dict.fromkeys((row, case)):
@@ -1594,27 +1936,27 @@ class Serving(NamedTuple):
 class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A user's key as the file has it."""
 
-    name: str
-    key: Secret
-    team: str = ""
-    limits: LimitSet | None = None
-    models: tuple[str, ...] = ("*",)
-    expires: Expiry | None = None
-    allow_ips: tuple[str, ...] = ()
-    enabled: bool = True
+    name: Annotated[Name, about("required; stands in the ledger and in the log")]
+    key: Annotated[UserKey, about("`gateway.py key add NAME` makes a key and keeps only its hash")]
+    team: Annotated[str, about("one of `teams`, whose limits hold as well; default: none")] = ""
+    limits: Annotated[LimitSet | None, about("units tokens, usd, requests; windows minute, hour, 5h, day")] = None
+    models: Annotated[tuple[str, ...], about("globs of the models it may ask for")] = ("*",)
+    expires: Annotated[Expiry | None, about("works to the end of this day; or a date with a time")] = None
+    allow_ips: Annotated[Networks, about("such as [10.0.0.0/8]; empty: from anywhere")] = Networks()
+    enabled: Annotated[bool, about("false: its calls are refused")] = True
 
 
 class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What keys have that do not say."""
 
-    limits: LimitSet = LimitSet()
+    limits: Annotated[LimitSet, about("for keys that do not say")] = LimitSet()
 
 
 class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Limits that several keys share."""
 
-    name: str
-    limits: LimitSet = LimitSet()
+    name: Annotated[Name, about("required; stands in the ledger")]
+    limits: Annotated[LimitSet, about("keys that share limits")] = LimitSet()
 
 
 class_weights: Callable[[Any], tuple[float, ...]] = operator.attrgetter(*TOKEN_KINDS)
@@ -1635,58 +1977,79 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Limits of the whole gateway, and how all limits work. `queue` is how long a call may wait for a slot."""
+    """Limits of the whole gateway, and how all limits work."""
 
-    gateway: LimitSet = LimitSet()
-    reserve_output: Amount = Amount(8192)
-    queue: Duration = Duration(10)
-    weights: Weights = Weights()
+    gateway: Annotated[LimitSet, about("of all keys together")] = LimitSet()
+    reserve_output: Annotated[
+        Amount, about("tokens of output held for a running call until it is known what it cost")
+    ] = Amount(8192)
+    queue: Annotated[Duration, about("how long a call may wait where as many run as `concurrent` allows")] = Duration(
+        10
+    )
+    weights: Annotated[Weights, about("how much a token of each kind counts in limits of tokens")] = Weights()
 
 
 class BreakerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """When an upstream is left alone: after so many failures in a row, twice as long each time."""
+    """When an upstream has a cooldown."""
 
-    failures: AtLeastOne = 3
-    cooldown: Duration = Duration(10)
-    max_cooldown: Duration = Duration(600)
+    failures: Annotated[AtLeastOne, about("in a row, then an upstream is left alone …")] = 3
+    cooldown: Annotated[Duration, about("… for so long, twice as long each time …")] = Duration(10)
+    max_cooldown: Annotated[Duration, about("… and at most so long")] = Duration(600)
 
 
 class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How calls find their upstream, and how long they look."""
 
-    policy: Policies = Policies()
-    max_attempts: Annotated[int, msgspec.Meta(ge=1, le=20, examples=[4])] = 4
-    deadline: Duration = Duration(600)  # for the first content, over all attempts
-    patience: Duration = Duration(120)  # with a stream's silence, while another upstream is ready
-    wait: Duration = Duration(30)  # for a cooldown or a slot, where no upstream is ready
-    breaker: BreakerConfig = BreakerConfig()
+    policy: Annotated[Policies, about("by glob of the model: sticky (a session stays, for its prompt cache)")] = (
+        Policies()
+    )
+    max_attempts: Annotated[Attempts, about("of one call, over all upstreams")] = 4
+    deadline: Annotated[Duration, about("for the first content, over all attempts")] = Duration(600)
+    patience: Annotated[Duration, about("with a stream that has not begun, while another upstream is ready")] = (
+        Duration(120)
+    )
+    wait: Annotated[Duration, about("for one to be ready again, where none is")] = Duration(30)
+    breaker: Annotated[BreakerConfig, about("when an upstream is left alone")] = BreakerConfig()
 
 
 class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the ledger lies and how soon it is on the disk."""
 
-    directory: str = "usage"
-    fsync: Fsync = Fsync(1)
+    directory: Annotated[str, about("of usage-YYYY-MM.jsonl, one line per call")] = "usage"
+    fsync: Annotated[Fsync, about("always | never | a time: how soon a line is safe from a power cut")] = Fsync(1)
 
 
 class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """config.yaml, typed. Every setting that this version serves, and no other."""
 
-    upstreams: tuple[UpstreamConfig, ...]
+    upstreams: Annotated[tuple[UpstreamConfig, ...], about("who can be asked")]
     server: ServerConfig = ServerConfig()
     keys: tuple[KeyConfig, ...] = ()
-    teams: tuple[TeamConfig, ...] = ()
-    defaults: Defaults = Defaults()
+    teams: Annotated[tuple[TeamConfig, ...], about("keys that share limits")] = ()
+    defaults: Annotated[Defaults, about("for keys that do not say")] = Defaults()
     limits: LimitsConfig = LimitsConfig()
     routing: RoutingConfig = RoutingConfig()
-    prices: PriceTable = PriceTable(BUILT_IN_PRICES.items())
+    prices: Annotated[Prices, about("USD per million tokens")] = Prices(BUILT_IN_PRICES.items())
     usage: UsageConfig = UsageConfig()
 
 
-Steps = tuple[str | int, ...]  # through a document: names and places in lists
-
-
 # --- 5. Config: YAML to a checked, frozen snapshot --------------------------------
+
+# A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
+# and what would be right; the next step begins only where there were none.
+#
+#   step        makes                    of                 and finds, for example
+#   yaml.parse  events                   the text           a tab in the indent, a quote that is not closed
+#   Reader      dicts, lists, scalars    events             a setting given twice, a variable that is not set
+#   convert     ConfigFile               dicts and so on    an unknown setting, `port: http`
+#   Builder     upstreams and keys       ConfigFile         a name taken twice, a seal that cannot be opened
+#
+# `server: {prot: 1}` in line 2 passes the first two. msgspec refuses it and names the first mistake alone, so `explain`
+# walks value and types side by side and notes a Mistake at ("server", "prot"). A plain value does not know its line:
+# Document.locate finds it in the tree of YAML's nodes, which is made for messages and edits only (it is large).
+#
+# Messages go into logs and onto screens that others see, and anything in the file may be a secret in the wrong place.
+# So they quote values of at most MAX_SHOWN characters, none that the environment gave, and mask names and quoted lines.
 
 
 class ConfigError(Exception):
@@ -1695,382 +2058,347 @@ class ConfigError(Exception):
     without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
 
 
-class Mistake(NamedTuple):
-    """A wrong value: where it stands, below what was read, and what would be right."""
-
-    steps: Steps
-    problem: str
-    line: int = 0  # 0: that of `steps`
-
-
-class Mistakes(ValueError):
-    """All that is wrong with a value and below it: noted while the rest is read, then raised together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Mistake] = []
-        self._places: set[Steps] = set()
-
-    def note(self, steps: Steps, problem: str, line: int = 0, is_read: bool = False) -> None:
-        """Keep a mistake. Where its place, or one above it, has one already, it may follow from that and is dropped.
-
-        `is_read`: what stands there is read all the same, and nothing follows from this mistake.
-        """
-        if not self.at_or_above(steps):
-            self.found.append(Mistake(steps, problem, line))
-            if not is_read:
-                self.drop(steps)
-
-    def drop(self, steps: Steps) -> None:
-        """Note nothing more at a place and below it."""
-        self._places.add(steps)
-
-    def at_or_above(self, steps: Steps) -> bool:
-        """Whether there is a mistake at this place or at one that it is part of."""
-        return any(steps[:depth] in self._places for depth in range(len(steps) + 1))
-
-    @contextlib.contextmanager
-    def at(self, *steps: str | int) -> Iterator[None]:
-        """For `with`: what is wrong at a place is noted there instead of raised."""
-        try:
-            yield
-        except Mistakes as error:
-            for below, problem, line in error.found:
-                self.note((*steps, *below), problem, line)
-        except SealError as error:
-            if str(error) not in (mistake.problem for mistake in self.found):  # one lost secret is one mistake
-                self.note(steps, str(error))
-        except ValueError as error:
-            self.note(steps, str(error))
-
-    def __str__(self) -> str:
-        return "; ".join(mistake.problem for mistake in self.found)
-
-    def check(self) -> None:
-        """Raise what was noted, if anything was."""
-        if self.found:
-            raise self
-
-
-TYPE_WORDS: dict[Any, str] = {
-    tuple: "a list such as [a, b]",
-    dict: "a mapping such as {name: value}",
-    str: "text",
-    int: "a whole number such as 8",
-    float: "a number such as 1.5",
-    bool: "true or false",
-}
-
-
-def one_of(choices: Sequence[str]) -> str:
-    """`a, b or c`."""
-    return f"{', '.join(choices[:-1])} or {choices[-1]}"
-
-
-def describe_type(kind: Any) -> str:
-    """What a value of a type is called in YAML's words, with an example that works."""
-    origin = get_origin(kind) or kind
-    if origin is Literal:
-        return one_of(get_args(kind))
-    if origin is Annotated:
-        number, meta = get_args(kind)
-        word, such_as, _ = TYPE_WORDS[number].partition(" such as ")
-        return meta.description or f"{word} from {meta.ge} to {meta.le}{such_as}{meta.examples[0]}"
-    if issubclass(origin, msgspec.Struct):
-        return f"a mapping such as {{{origin.__struct_encode_fields__[0]}: …}}"
-    return TYPE_WORDS[origin]
-
-
-def not_text(found: str) -> str:
-    """What to say of what is no text."""
-    hint = "" if found in ("nothing", "a list", "a mapping") else "; put it in quotes"
-    return f"expected text, got {found}{hint}"
-
-
-SCALARS = (str, int, float, bool, Literal, Annotated)
-NOT_QUITE_A_PAIR = re.compile(r"([\w-]+(?::|(?=\s)))\s*\S")  # `port:8000`, `port 8000`
-
-
-def mismatch(value: object, kind: Any) -> str:
-    """What to say of a value that is not of a type."""
-    if kind is str:
-        return not_text(describe(value))
-    pair = isinstance(value, str) and (get_origin(kind) or kind) not in SCALARS and NOT_QUITE_A_PAIR.match(value)
-    if pair:  # not shown: it may be `api_key:sk-ant-…`
-        hint = f", is a {'blank' if pair[1].endswith(':') else 'colon'} missing behind `{pair[1]}`?"
-        return f"expected {describe_type(kind)}, got text{f'; {odd}' if (odd := odd_character(pair[0])) else hint}"
-    hint = "" if get_origin(kind) is Literal else number_meant(value)
-    if isinstance(value, str) and not hint and odd_character(value):
-        hint = f"; {odd_character(value)}"
-    return f"expected {describe_type(kind)}, got {describe(value)}{hint}"
-
-
-def type_without_null(kind: Any) -> Any:
-    """`T` of `T | None`; any other type as it is."""
-    if types.NoneType not in get_args(kind):
-        return kind
-    return next(each for each in get_args(kind) if each is not types.NoneType)
-
-
-fields_of = functools.cache(msgspec.structs.fields)  # which compiles the annotations each time
-
-
-def empty(kind: Any) -> Any:
-    """A value of a type that stands for one that is wrong or missing."""
-    origin = get_origin(kind) or kind
-    if origin is Annotated:
-        return empty(get_args(kind)[0])
-    if not issubclass(origin, msgspec.Struct):
-        return origin()
-    fields = fields_of(origin)
-    return origin(**{field.name: empty(field.type) for field in fields if field.required})
-
-
-def default_of(field: Any) -> Any:
-    """A setting's default; of a required one what stands for it."""
-    if field.required:
-        return empty(field.type)
-    return field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
-
-
-def misspelt(name: str, settings: Sequence[str]) -> tuple[str, str]:
-    """A hint at the setting that an unknown name is probably meant to be, and that setting; ("", "") for none."""
-    before, colon, _ = name.partition(":")
-    if colon and before in settings:
-        return f", is a blank missing behind `{before}:`?", before
-    close = difflib.get_close_matches(name, settings, 1)
-    odd = odd_character(name)
-    if odd:
-        return f": {odd}", close[0] if close else ""
-    return (f", did you mean {close[0]}?", close[0]) if close else ("", "")
-
-
-class Converter:
-    """Makes typed values of plain ones, as msgspec.convert does. What is wrong is noted, and has its default instead.
-
-    `decode` makes the types that msgspec does not know, and raises ValueError.
-    """
-
-    def __init__(self, mistakes: Mistakes, decode: Callable[[type, Any], object]) -> None:
-        self._mistakes, self._decode = mistakes, decode
-
-    def convert(self, value: Any, kind: Any, steps: Steps, default: Any) -> Any:
-        """A value as a type: the whole at once, or, where something in it is wrong, each of its parts."""
-        try:
-            return msgspec.convert(value, kind, dec_hook=self._decode)
-        except msgspec.ValidationError as error:
-            cause = error.__cause__
-        kind = type_without_null(kind)
-        origin, inner = get_origin(kind) or kind, get_args(kind)
-        if isinstance(value, list) and origin is tuple:
-            return tuple(self.convert(each, inner[0], (*steps, i), empty(inner[0])) for i, each in enumerate(value))
-        if isinstance(value, dict) and origin is dict:
-            return {name: self.convert(each, inner[1], (*steps, name), empty(inner[1])) for name, each in value.items()}
-        if isinstance(value, dict) and isinstance(origin, type) and issubclass(origin, msgspec.Struct):
-            return self._struct(value, origin, steps)
-        with self._mistakes.at(*steps):
-            raise cause if isinstance(cause, ValueError) else ValueError(mismatch(value, kind))
-        return default
-
-    def _struct(self, value: dict[str, Any], kind: type[msgspec.Struct], steps: Steps) -> Any:
-        """A mapping as a struct. Of a setting that is misspelt nothing else is noted."""
-        fields = {field.encode_name: field for field in fields_of(kind)}
-        for name in value:
-            if name not in fields:
-                hint, meant = misspelt(name, list(fields))
-                self._mistakes.note((*steps, name), f"unknown setting{hint} (there are: {', '.join(fields)})")
-                self._mistakes.drop((*steps, meant))
-        settings = {}
-        for name, field in fields.items():
-            if name in value:
-                settings[field.name] = self.convert(value[name], field.type, (*steps, name), default_of(field))
-            elif field.required:
-                settings[field.name] = default_of(field)
-                self._mistakes.note((*steps, name), "is required, and missing")
-        try:
-            return kind(**settings)
-        except ValueError as error:  # what its settings mean together
-            if not any(mistake.steps[: len(steps)] == steps for mistake in self._mistakes.found):
-                self._mistakes.note(steps, str(error))
-        return empty(kind)
-
-
-LIMIT_AMOUNTS = {
-    "usd": DOLLARS,
-    "tokens": "a number of tokens such as 200k or 50M",
-    "requests": "a number of requests such as 60",
-    "concurrent": "a number of calls such as 16",
-}
-
-
-def parse_limits(value: object, windows: Windows = WINDOWS) -> LimitSet:
-    """Read the grammar of limits: `<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent`."""
-    if not isinstance(value, dict):
-        example = "{usd/day: 20, tokens/month: 50M, concurrent: 16}"
-        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
-    limits, mistakes = [], Mistakes()
-    for key, amount in value.items():
-        unit, _, window = key.partition("/")
-        with mistakes.at(key):
-            is_known = unit in LIMIT_UNITS and window in windows and not key.endswith("/")
-            if not is_known and key != "concurrent":
-                names = ", ".join(name for name in windows if name)
-                raise ValueError(
-                    f"unknown limit: expected a unit ({', '.join(LIMIT_UNITS)}), alone or with a window "
-                    f"({names}) as in usd/day; or concurrent"
-                )
-            limits.append(Limit(unit, windows[window], parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
-    mistakes.check()
-    return LimitSet(limits)
-
-
-def parse_amount(value: object) -> Amount:
-    """A count of tokens."""
-    return Amount(parse_scaled(value, COUNT_UNITS, LIMIT_AMOUNTS["tokens"]))
-
-
-def parse_surcharge(name: str, amount: object, converter: Converter) -> float:
-    """A premium or an extra for all models. Raises ValueError."""
-    if name not in SURCHARGE_NAMES:
-        if name in PriceConfig.__struct_fields__:
-            raise ValueError(f'it stands in a model\'s row: {{"claude-*": {{input: 3, output: 15, {name}: …}}}}')
-        known = ", ".join(SURCHARGE_NAMES)
-        raise ValueError(f"expected a mapping such as {{input: 3, output: 15}}; a number is for {known}")
-    if amount == 0 and name not in EXTRAS:
-        raise ValueError(FREE_PREMIUM)
-    return cast(float, converter.convert(amount, Dollars if name in EXTRAS else Factor, (name,), 1.0))
-
-
-def parse_prices(value: object) -> PriceTable:
-    """Read the price table; `"*"` must be in it, because no model is free."""
-    if not isinstance(value, dict):
-        example = '{"claude-*": {input: 3, output: 15}, "*": {…}}'
-        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
-    prices, surcharges, unknown, mistakes = [], {}, "", Mistakes()
-    converter = Converter(mistakes, lambda kind, value: parse_amount(value))
-    for pattern, price in value.items():
-        is_row = isinstance(price, dict) and pattern not in SURCHARGE_NAMES
-        with mistakes.at(pattern):
-            if not is_row and (pattern in PriceConfig.__struct_fields__ or isinstance(price, (int, float))):
-                surcharges[pattern] = parse_surcharge(pattern, price, converter)
-            elif pattern == "unknown" and not isinstance(price, dict):
-                unknown = price
-                if price not in ("refuse", "dearest"):
-                    raise ValueError(f"expected refuse or dearest, got {describe(price)}")
-            else:
-                row = converter.convert(price, PriceConfig, (pattern,), empty(PriceConfig))
-                prices.append((pattern, row.flat()))
-    if not prices and value:
-        prices = list(BUILT_IN_PRICES.items())
-    is_complete = all(len(mistake.steps) > 1 for mistake in mistakes.found)
-    if is_complete and "*" not in dict(prices) and not unknown:
-        mistakes.note((), '"*" must be in the table: no model is free')
-    mistakes.check()
-    table = PriceTable(prices)
-    table.unknown, table.surcharges = cast(Unknown, unknown), surcharges
-    return table
-
-
-def parse_fsync(value: object) -> Fsync:
-    """`always`, `never` or a time."""
-    words = {"always": 0.0, "never": math.inf}
-    if isinstance(value, str) and value in words:
-        return Fsync(words[value])
-    return Fsync(parse_scaled(value, TIME_UNITS, "always, never or a duration such as 1s"))
-
-
-def read_date(text: str) -> dt.date | None:
-    """A date, or a date with a time; None where it is neither."""
-    for read in (dt.date.fromisoformat, dt.datetime.fromisoformat):
-        with contextlib.suppress(ValueError):
-            return read(text)
-    return None
-
-
-def parse_expiry(value: object) -> Expiry:
-    """`2027-01-31` or a date with a time; YAML has parsed either already, but for quotes and missing seconds."""
-    if isinstance(value, str):
-        value = read_date(value) or value
-    if not isinstance(value, dt.date):
-        raise ValueError(f"expected {A_DATE}, got {describe(value)}")
-    return Expiry(value)
-
-
-def parse_duration(value: object) -> Duration:
-    """A time."""
-    return Duration(parse_scaled(value, TIME_UNITS, A_DURATION))
-
-
-def parse_policies(value: object) -> Policies:
-    """A policy, or one for each glob of models."""
-    table, mistakes = value if isinstance(value, dict) else {"*": value}, Mistakes()
-    for pattern, policy in table.items():
-        if policy not in POLICIES:
-            steps = (pattern,) if isinstance(value, dict) else ()
-            mistakes.note(steps, f"expected {one_of(POLICIES)}, got {describe(policy)}")
-    mistakes.check()
-    return Policies(cast("Iterable[tuple[str, str]]", table.items()))
-
-
-def parse_verdicts(value: object) -> VerdictTable:
-    """Overrides of the table of verdicts: `{404: {next: false}, 5xx: {cooldown: 1m}}`."""
-    if not isinstance(value, dict):
-        example = "{404: {next: false}, 5xx: {cooldown: 1m}}"
-        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
-    table, mistakes = VerdictTable(), Mistakes()
-    converter = Converter(mistakes, lambda kind, value: parse_duration(value))
-    for case, said in value.items():
-        if isinstance(said, dict) and said.get("next") and case == "mid_stream":
-            mistakes.note((case, "next"), "bytes are out: nobody else can be asked")
-        if isinstance(said, dict) and case == "own_trouble":
-            for name in said.keys() & {"blame", "cooldown", "pass"}:
-                problem = "what this gateway lacks is no upstream's fault: only `next` can be set"
-                mistakes.note((case, name), problem)
-        if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
-            mistakes.note((case,), f"unknown case: a status such as 404, or one of {', '.join(VERDICTS)}")
-        table[case] = converter.convert(said, VerdictConfig, (case,), VerdictConfig())
-    mistakes.check()
-    return table
-
-
-def parse_secret(value: object) -> Secret:
-    """A secret is text; what it is instead is not echoed."""
-    if not isinstance(value, str):
-        raise ValueError(not_text(describe(value).partition(":")[0]))
-    return Secret(value)
-
-
-def parse_secrets(value: object) -> Secrets:
-    """One secret, or a list of them."""
-    mistakes, found = Mistakes(), []
-    for i, each in enumerate(value if isinstance(value, list) else [value]):
-        with mistakes.at(*((i,) if isinstance(value, list) else ())):
-            found.append(parse_secret(each))
-    mistakes.check()
-    secrets = Secrets(filter(None, found))
-    secrets.is_list = isinstance(value, list)
-    return secrets
-
-
-CUSTOM_TYPES: dict[type, Callable[[Any], Any]] = {
-    Size: lambda value: Size(parse_scaled(value, SIZE_UNITS, A_SIZE)),
-    Amount: parse_amount,
-    Duration: parse_duration,
-    Fsync: parse_fsync,
-    Expiry: parse_expiry,
-    LimitSet: parse_limits,
-    Policies: parse_policies,
-    PriceTable: parse_prices,
-    Secret: parse_secret,
-    Secrets: parse_secrets,
-    VerdictTable: parse_verdicts,
-}
-
-# What is no mistake, but hardly meant: patterns of it, and what is told.
-SLIPS = {  # in any value
+def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
+    """Type a document. Raises ConfigError."""
+    plain = document.plain(environ)
+    # A section whose settings are all commented out is null: its defaults hold.
+    optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
+    plain = {name: value for name, value in plain.items() if value is not None or name not in optional}
+    try:
+        return cast(ConfigFile, convert(plain, ConfigFile))
+    except Mistakes as mistakes:
+        raise document.error(mistakes.found) from None
+
+
+# YAML to plain values
+
+YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+# Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
+TEXT_LOADER: Any = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
+YamlEvent = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
+MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
+SLIPS = {  # what is no mistake in a value, but hardly meant
     r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
     "^[“”„‘‚«]|[“”»]$": "typographic quotes belong to the value: YAML's own are \" and '",
 }
+
+
+def line_of(event: YamlEvent) -> int:
+    """Return the line, from 1, in which an event begins."""
+    return int(event.start_mark.line) + 1
+
+
+class Reader:
+    """Makes dicts, lists and scalars of YAML's events, with `${NAME}` and `${NAME:-default}` filled in.
+
+    At 10,000 keys the tree of nodes would take 60 MB and twice the time. An alias is a copy of what its anchor has.
+    """
+
+    MAX_REPEATED = 500_000  # values that aliases repeat
+    MAX_NUMBER = 64  # characters of a number or a date; what is longer is text
+
+    def __init__(self, text: str, environ: Mapping[str, str]) -> None:
+        self._events = yaml.parse(text, Loader=YAML_LOADER)
+        self._environ = environ
+        self._anchors: dict[str, tuple[Any, int]] = {}  # what they have, and how many values that is; 0: not read yet
+        self._count = 0  # values so far, with those that aliases repeat
+        self._repeated = 0
+        self._scalars: Any = yaml.SafeLoader("")
+        self._typed = functools.lru_cache(maxsize=256)(self._construct)
+        self._mistakes = Mistakes()
+        self.warnings: list[Mistake] = []
+
+    def read(self) -> dict[str, Any]:
+        """Return the one document. Raises Mistakes, and YAMLError where `compose` does, which says more."""
+        _, _, first = next(self._events), next(self._events), next(self._events, None)
+        if not isinstance(first, yaml.MappingStartEvent):
+            raise yaml.YAMLError("no mapping")
+        plain = self._value(first, ())
+        _, last = next(self._events), next(self._events)
+        if not isinstance(last, yaml.StreamEndEvent):
+            raise yaml.YAMLError("another document")
+        self._mistakes.check()
+        return cast(dict[str, Any], plain)
+
+    def _value(self, event: YamlEvent, at: Steps) -> Any:
+        if len(at) > MAX_NESTING:
+            raise yaml.YAMLError("nested too deep")
+        if isinstance(event, yaml.AliasEvent):
+            return self._repeat(event, at)
+        before, anchor = self._count, event.anchor
+        if anchor in self._anchors:
+            raise yaml.YAMLError("an anchor given twice")
+        if anchor:
+            self._anchors[anchor] = (None, 0)
+        self._count += 1
+        if isinstance(event, yaml.MappingStartEvent):
+            value: Any = self._mapping(at)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = self._sequence(at)
+        else:
+            value = self._scalar(event, at)
+        if anchor:
+            self._anchors[anchor] = (value, self._count - before)
+        return value
+
+    def _repeat(self, event: YamlEvent, at: Steps) -> Any:
+        """Return a copy of what an alias stands for."""
+        if event.anchor not in self._anchors:
+            raise yaml.YAMLError("an alias without an anchor")
+        value, count = self._anchors[event.anchor]
+        if not count:
+            self._mistakes.note(at, "an alias of what it is a part of", line_of(event))
+        self._count += count
+        self._repeated += count
+        if self._repeated > self.MAX_REPEATED:
+            self._mistakes.note((), f"aliases repeat more than {self.MAX_REPEATED:,} values", line_of(event))
+            raise self._mistakes
+        return copy.deepcopy(value)
+
+    def _mapping(self, at: Steps) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            line = line_of(event)
+            if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.value == "<<":
+                self._mistakes.note(at, "expected a plain name", line)
+                self._value(event, (*at, "?"))
+                self._value(next(self._events), (*at, "?"))
+                continue
+            name = sys.intern(event.value)  # 10,000 keys have the same few
+            value = self._value(next(self._events), (*at, name))
+            if name in out:
+                self._mistakes.note((*at, name), f"given twice, first in line {lines[name]}", line)
+            else:
+                out[name], lines[name] = value, line
+        return out
+
+    def _sequence(self, at: Steps) -> list[Any]:
+        out: list[Any] = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            out.append(self._value(event, (*at, len(out))))
+        return out
+
+    def _scalar(self, event: YamlEvent, at: Steps) -> Any:
+        text, line = event.value, line_of(event)
+        if "$" in text or not text.isascii():
+            self.warnings += [Mistake(at, told, line) for slip, told in SLIPS.items() if re.search(slip, text)]
+        try:
+            if "${" not in text:
+                return self._typed(text, event.tag, event.implicit[0])
+            value = self._typed(self._fill(text), None, not event.style)  # in quotes it stays text
+            return FromEnvironment(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            self._mistakes.note(at, "text that begins with ! must be in quotes", line)
+        except Mistakes:
+            raise
+        except ValueError as error:
+            self._mistakes.note(at, str(error), line)
+
+    def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
+        if tag is None or tag == "!":
+            tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
+            is_base_60 = ":" in text and tag.endswith((":int", ":float"))  # 1:30 is 90 in YAML 1.1
+            if is_base_60 or len(text) > self.MAX_NUMBER or text in ("<<", "="):
+                return text
+        try:
+            return self._scalars.construct_document(yaml.ScalarNode(tag, text))
+        except (ValueError, ArithmeticError, AttributeError, LookupError):  # 2027-02-30, !!int x
+            expected = A_DATE if tag.endswith("timestamp") else "what YAML can read, or text in quotes"
+            raise ValueError(f"expected {expected}, got {describe(text)}") from None
+
+    def _fill(self, text: str) -> str:
+        def fill(found: re.Match[str]) -> str:
+            value = self._environ.get(found[1]) or found[2]
+            if value is None:
+                raise ValueError(f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
+            return value
+
+        pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
+        if "${" in re.sub(pattern, "", text):
+            raise ValueError("expected ${NAME} or ${NAME:-default}")
+        return re.sub(pattern, fill, text)
+
+
+def compose(text: str) -> yaml.Node | None:
+    """Return the tree of a document's nodes. Raises YAMLError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=YAML_LOADER):  # libyaml's composer would overflow the stack
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_NESTING:
+            mark: Any = event.start_mark
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=mark)
+    return yaml.compose(text, Loader=YAML_LOADER)
+
+
+# What may be shown
+
+MIXED = (
+    r"(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]{8,}"  # letters among digits, or of both cases
+)
+SECRET_TEXT = re.compile(rf"""(?:sk-|{MIXED})[^\s,\]}}"']*|[^/@\s]{{3,}}(?=@)""")  # a key, or a password in a URL
+SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
+    r"(?<=key|ret|ken|uth|oxy|ord|ass)([\w-]*[\"']?(?:\s*[:=]\s*|\s+))(\S.*)", re.IGNORECASE
+)
+
+
+def mask(text: str) -> str:
+    """Return a name or a line of the config with a * for each character of what may be a secret."""
+    text = SECRET_SETTING.sub(lambda found: found[1] + "*" * len(found[2]), text)
+    return SECRET_TEXT.sub(lambda found: "*" * len(found[0]), text)
+
+
+def join_steps(steps: Sequence[str | int]) -> str:
+    """("keys", 0, "name") makes `keys[0].name`."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+# A part of what the parser says, what is told instead, and an example.
+YAML_CAUSES = (
+    ("^tab$", "a tab in the indent: put blanks in its place", "a:\n\tb: 1"),
+    ("cannot start", "text that begins with @, ` or % must be in quotes", "a: @b"),
+    ("alphabetic", 'text that begins with * or & must be in quotes, such as "*"', "a: [*]"),
+    ("undefined alias", "text that begins with * must be in quotes", "a: *b"),
+    ("second occurrence", "an anchor of this name is above already", "a: &x 1\nb: &x 2"),
+    ("comment or line break", "text that begins with | or > must be in quotes", "a: |b"),
+    ("sequence entries", "a list begins in the next line, or is written [a, b]", "a: - b"),
+    ("end of stream", "a quote is not closed", 'a: "b'),
+    ("escape", "in double quotes a \\ is doubled; in single quotes it is itself", 'a: "C:\\dir"'),
+    ("',' or", "a bracket is not closed, a comma is missing, or text with `: ` in it needs quotes", "a: {b: 1 c: 2}"),
+    ("expected ':'", "a colon is missing, or the blank behind it", "a: 1\nb\n"),
+    (
+        "mapping values",
+        "text with a colon and a blank in it must be in quotes; or the line above lacks its colon or the blank "
+        "behind it, or has its value already",
+        "a: b: c",
+    ),
+    (
+        "did not find expected",
+        "its indent fits none above (settings of one mapping, and items of one list, begin in the same column), or "
+        "text follows a closing quote or bracket",
+        "a:\n  b: 1\n c: 2",
+    ),
+    ("document", "more than one document: remove the lines --- and ...", "a: 1\n---\nb: 2"),
+    ("control|special", "a character that may not be in a file of YAML: remove it", "a: b\x07"),
+)
+# Here the parser stands where it finds out, and the mistake is where what it read began.
+FOUND_OUT_LATE = re.compile("end of stream|',' or|expected ':'")
+
+
+def quote_lines(lines: Sequence[str], row: int, column: int) -> str:
+    """Return a line of the config and the one above it for a message, without secrets, with a caret under a column."""
+    masked_from, shown_from = max(0, column - 500), max(0, column - 60)  # to mask takes long in a long line
+    shown = []
+    for line in lines[max(0, row - 1) : row + 1]:
+        part = mask(line[masked_from : masked_from + 1000])[shown_from - masked_from :][:100]
+        shown.append(printable("".join("→" if c == "\t" else "·" if c.isspace() and c != " " else c for c in part)))
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in shown[-1][: column - shown_from])
+    return "".join(f"\n    {line}" for line in [*shown, " " * (column - shown_from + wide) + "^"])
+
+
+def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
+    """Return the line of a document that is no YAML, why, and that line with a caret."""
+    problem, row, column = str(error), 0, 0
+    if isinstance(error, yaml.MarkedYAMLError):
+        problem, mark, start = error.problem or "", error.problem_mark, error.context_mark
+        if start and mark and start.line < mark.line and FOUND_OUT_LATE.search(problem):
+            mark = start
+        if mark:
+            row, column = mark.line, mark.column
+    elif found := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        before = f"{text[: found.start()]}^".splitlines()
+        row, column = len(before) - 1, len(before[-1]) - 1
+    lines = [*text.splitlines(), ""]
+    line = lines[min(row, len(lines) - 1)]
+    if re.match(" *\t", line):
+        problem = "tab"
+    told = next((told for part, told, _ in YAML_CAUSES if re.search(part, problem)), problem)
+    return Mistake((), f"not YAML: {told}{odd_character(line)}{quote_lines(lines, row, column)}", row + 1)
+
+
+class Document:
+    """The text of a config.yaml: plain values to read; and its YAML nodes, places to name and to edit."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        self.text, self.path = text, path
+        self.warnings: list[Mistake] = []
+
+    @functools.cached_property
+    def root(self) -> yaml.MappingNode:
+        """The tree of nodes, made when it is asked for. Raises ConfigError."""
+        try:
+            root = compose(self.text)
+        except yaml.YAMLError as error:
+            raise self.error([explain_syntax(self.text, error)]) from None
+        if not isinstance(root, yaml.MappingNode):
+            raise self.error([Mistake((), "expected a mapping such as `upstreams: …`", 1)])
+        return root
+
+    def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
+        """Return the document as dicts, lists and scalars. Raises ConfigError."""
+        reader = Reader(self.text, environ)
+        try:
+            plain = reader.read()
+        except yaml.YAMLError:
+            _ = self.root  # meets the same, and says where
+            raise
+        except Mistakes as mistakes:
+            raise self.error(mistakes.found) from None
+        self.warnings += reader.warnings
+        return plain
+
+    def find(self, *steps: str | int) -> yaml.Node | None:
+        """Return the node at a path such as ("keys", 0, "name"), or None."""
+        node: yaml.Node | None = self.root
+        for step in steps:
+            if isinstance(step, int) and isinstance(node, yaml.SequenceNode) and step < len(node.value):
+                node = node.value[step]
+            elif isinstance(node, yaml.MappingNode):
+                node = next((value for key, value in node.value if key.value == step), None)
+            else:
+                return None
+        return node
+
+    def locate(self, steps: Steps) -> int:
+        """Return the line (from 1) of the last step of a path that exists; a name that is a key counts as its line."""
+        line, node = 1, cast(yaml.Node, self.root)
+        for step in steps:
+            if isinstance(node, yaml.MappingNode):
+                pair = next(((key, value) for key, value in node.value if key.value == step), None)
+                if pair is None:
+                    break
+                line, node = line_of(pair[0]), pair[1]
+            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+                node = node.value[step]
+                line = line_of(node)
+        return line
+
+    def problem(self, steps: Steps, problem: str) -> ConfigError:
+        """Return a ConfigError at a path."""
+        return self.error([Mistake(steps, problem)])
+
+    def error(self, mistakes: Sequence[Mistake]) -> ConfigError:
+        """Return a ConfigError of mistakes, in the order of their lines."""
+        sentences = [f"{self.path}:{sentence}" for sentence in self.sentences(mistakes[:MAX_TOLD])]
+        if len(mistakes) > MAX_TOLD:
+            sentences.append("and more")
+        return ConfigError("\n".join(sentences))
+
+    def sentences(self, mistakes: Iterable[Mistake]) -> list[str]:
+        """Return `LINE: PATH: PROBLEM` of each, in the order of their lines."""
+        located = [mistake._replace(line=mistake.line or self.locate(mistake.steps)) for mistake in mistakes]
+        sentences = []
+        for steps, problem, line in sorted(located, key=lambda mistake: mistake.line):
+            path = printable(mask(join_steps(steps)[:200])) + ": " if steps else ""
+            sentences.append(f"{line}: {path}{problem}")
+        return sentences
+
+
+# What types cannot check
+
 PLACEHOLDER = re.compile(  # in a key or a URL
     r"\.\.\.|\*{4,}|<[^<>]*>|\{[^{}]*\}|placeholder|(change|replace)[-_]?me"
     r"|(?<![a-z0-9])(your(api)?(key|token|secret)?|x{4,})(?![a-z0-9])",
@@ -2082,726 +2410,223 @@ UNMATCHED = {  # in a glob; the first that is found is told
     r"[\s,]": "matches nothing: no name has a blank or comma in it; several globs are a list",
     "[\"'`]": "matches nothing: no name has quotes in it",
 }
-YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-# Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
-TEXT_LOADER: Any = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
-YamlEvent = Any  # pyyaml's types do not know which have an anchor, a value, a mark
-
-
-def join_steps(steps: Sequence[str | int]) -> str:
-    """("keys", 0, "name") makes `keys[0].name`."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-
-
-MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
-
-
-class Endless(Exception):
-    """A document that cannot be read to its end: where it was given up, why, and the line."""
-
-
-def line_of(event: YamlEvent) -> int:
-    """The line, from 1, in which an event begins."""
-    return int(event.start_mark.line) + 1
-
-
-def rest_of(event: YamlEvent, events: Iterator[YamlEvent]) -> list[YamlEvent]:
-    """The events of a node that follow its first."""
-    rest: list[YamlEvent] = []
-    depth = int(isinstance(event, yaml.CollectionStartEvent))
-    while depth:
-        if depth > MAX_NESTING:
-            raise Endless((), "nested too deep", line_of(event))
-        rest.append(next(events))
-        depth += isinstance(rest[-1], yaml.CollectionStartEvent) - isinstance(rest[-1], yaml.CollectionEndEvent)
-    return rest
-
-
-def compose(text: str) -> yaml.Node | None:
-    """The tree of a document's nodes. Raises YAMLError, and Endless: libyaml's composer would overflow the stack."""
-    depth = 0
-    for event in yaml.parse(text, Loader=YAML_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_NESTING:
-            raise Endless((), "nested too deep", line_of(event))
-    return yaml.compose(text, Loader=YAML_LOADER)
-
-
-class PlainReader:
-    """Makes dicts, lists and scalars of YAML's events, with `${NAME}` and `${NAME:-default}` filled in.
-
-    At 10,000 keys the tree of nodes, which nobody needs to read them, takes 60 MB and half the time.
-    """
-
-    MAX_REPEATED = 500_000
-
-    def __init__(self, document: Document, environ: Mapping[str, str]) -> None:
-        self._document, self._environ, self._mistakes = document, environ, document.mistakes
-        self._anchors: dict[str, tuple[YamlEvent, list[YamlEvent]]] = {}
-        self._repeated = 0  # events of aliases
-        self._scalars: Any = yaml.SafeLoader("")
-        self._typed = functools.lru_cache(maxsize=256)(self._construct)
-
-    def read(self, events: Iterator[YamlEvent]) -> dict[str, Any]:
-        """The one document of a stream; mistakes are noted. Raises YAMLError where composing would, and Endless."""
-        _, _, first = next(events), next(events), next(events, None)
-        if not isinstance(first, yaml.MappingStartEvent):
-            raise yaml.YAMLError("no mapping")
-        plain = self._value(first, events, ())
-        _, last = next(events), next(events)
-        if not isinstance(last, yaml.StreamEndEvent):
-            raise yaml.YAMLError("another document")
-        return cast(dict[str, Any], plain)
-
-    def _value(self, event: YamlEvent, events: Iterator[YamlEvent], at: Steps) -> Any:
-        event, events = self._follow(event, events)
-        if len(at) > MAX_NESTING:
-            raise Endless(at, "nested too deep (an alias of itself?)", line_of(event))
-        if isinstance(event, yaml.ScalarEvent):
-            return self._scalar(event, at)
-        if isinstance(event, yaml.MappingStartEvent):
-            return self._mapping(events, at)
-        return self._sequence(events, at)
-
-    def _follow(self, event: YamlEvent, events: Iterator[YamlEvent]) -> tuple[YamlEvent, Iterator[YamlEvent]]:
-        """A node's first event and where the others come from: an anchor keeps its events for its aliases."""
-        if event.anchor is None:
-            return event, events
-        is_alias = isinstance(event, yaml.AliasEvent)
-        if not is_alias:
-            self._anchors.setdefault(event.anchor, (event, rest_of(event, events)))
-        if event.anchor not in self._anchors:
-            raise yaml.YAMLError("an alias without an anchor")
-        first, rest = self._anchors[event.anchor]
-        if not is_alias and first is not event:
-            raise yaml.YAMLError("an anchor given twice")
-        self._repeated += is_alias * (len(rest) + 1)
-        if self._repeated > self.MAX_REPEATED:
-            problem = f"too large: aliases repeat more than {self.MAX_REPEATED:,} values"
-            raise Endless((), problem, line_of(event))
-        return first, iter(rest)
-
-    def _mapping(self, events: Iterator[YamlEvent], at: Steps) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        lines: dict[str, int] = {}
-        while not isinstance(event := next(events), yaml.MappingEndEvent):
-            key, rest = self._follow(event, events)
-            line = line_of(key)
-            if not isinstance(key, yaml.ScalarEvent) or key.value == "<<":
-                self._mistakes.note(at, "expected a plain name", line, is_read=True)
-                rest_of(key, rest)
-                self._value(next(events), events, (*at, "<<"))
-                continue
-            name = sys.intern(key.value)  # 10,000 keys have the same few
-            value = self._value(next(events), events, (*at, name))
-            if name in out:
-                self._mistakes.note((*at, name), f"given twice, first in line {lines[name]}", line, is_read=True)
-            else:
-                out[name], lines[name] = value, line
-        return out
-
-    def _sequence(self, events: Iterator[YamlEvent], at: Steps) -> list[Any]:
-        out: list[Any] = []
-        while not isinstance(event := next(events), yaml.SequenceEndEvent):
-            out.append(self._value(event, events, (*at, len(out))))
-        return out
-
-    def _scalar(self, event: YamlEvent, at: Steps) -> Any:
-        text, tag, is_bare = event.value, event.tag, event.implicit[0]
-        if "$" in text or not text.isascii():
-            for slip, told in SLIPS.items():
-                if re.search(slip, text):
-                    self._document.warn(line_of(event), at, told)
-        try:
-            if "${" in text:
-                self._document.filled.add(at)
-                text, tag, is_bare = self._fill(text), None, not event.style  # quoted: stays text
-            return self._typed(text, tag, is_bare)
-        except yaml.YAMLError:
-            self._mistakes.note(at, "text that begins with ! must be in quotes", line_of(event))
-        except ValueError as error:
-            self._mistakes.note(at, str(error), line_of(event))
-
-    def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
-        if tag is None or tag == "!":
-            tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
-        try:
-            return self._scalars.construct_document(yaml.ScalarNode(tag, text))
-        except (ValueError, ArithmeticError, AttributeError, LookupError):  # 2027-02-30, 5,000 digits, !!int x
-            expected = A_DATE if tag.endswith("timestamp") else "what YAML can read, or text in quotes"
-            raise ValueError(f"expected {expected}, got {describe(text)}") from None
-
-    def _fill(self, text: str) -> str:
-        def fill(found: re.Match[str]) -> str:
-            value = self._environ.get(found[1])
-            if value:
-                self._document.from_environment[value] = found[1]
-            value = value or found[2]
-            if value is None:
-                raise ValueError(f"the environment has no {found[1]} (a default: ${{{found[1]}:-…}})")
-            return value
-
-        pattern = r"\$\{(\w+)(?::-([^}]*))?\}"
-        if "${" in re.sub(pattern, "", text):
-            raise ValueError("expected ${NAME} or ${NAME:-default}")
-        return re.sub(pattern, fill, text)
-
-
-MIXED = r"(?=[a-zA-Z]*\d|[0-9a-zA-Z]*[a-z][A-Z])(?=\d*[a-zA-Z])[0-9a-zA-Z]"  # letters among digits, or of both cases
-SECRET_TEXT = re.compile(  # an API key, or what may be one or a part of one, and a password in a URL
-    r"sk-[\w-]{10,}|\b[0-9a-f]{24,}\b|\b(?=[\w+=-]*\d)(?=[\w+=-]*[A-Z])(?=[\w+=-]*[a-z])[\w+=-]{24,}"
-    rf"|{MIXED}{{12,}}|[^/@\s]{{3,}}(?=@)"
-)
-KEY_AS_NAME = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}")
-SECRET_SETTING = re.compile(  # what follows the name of a setting that has a secret in it
-    r"(?<=key|ret|ken|uth|oxy|ord|ass)[\w-]*[\"']?(?:\s*[:=]\s*|\s+)(?P<secret>\S.*)", re.IGNORECASE
-)
-
-SECRET_PART = re.compile(  # of a key that a mistake has cut in two, and what is directly behind it
-    rf"({SECRET_TEXT.pattern}|{MIXED}{{6,}})[^\s,\]}}]*"
-)
-
-
-def mask(text: str, at: int = 0) -> tuple[str, int]:
-    """A line without what may be a secret in it, and where in it the character `at` is then."""
-    setting = SECRET_SETTING.search(text)
-    end = setting.start("secret") if setting else len(text)
-    spans = [found.span() for found in SECRET_PART.finditer(text, 0, end)]
-    spans += [setting.span("secret")] if setting else []
-    for first, last in reversed(spans):
-        text = text[:first] + "…" + text[last:]
-        at = at - (last - first) + 1 if at >= last else min(at, first)
-    return text, at
-
-
-# What a document that is no YAML most likely has: a pattern of the parser's problem, one of the scene, and what is
-# told. A scene is the line above, and the line of the problem with a NUL before the character where the parser stands;
-# `here` is what the caret is put under. The first row that fits counts.
-ODD = "".join(ODD_CHARACTERS)
-YAML_CAUSES = (
-    ("", r"\n[ \0]*(?P<here>\t)", "a tab in the indent: put blanks in its place"),
-    ("control|special char", r"\0(?P<here>[^\n])", "{here} may not be in a file of YAML: remove it"),
-    ("", rf"(?:^|[-:,\[{{] ?)[ \0]*(?P<here>[{ODD}])", ""),
-    ("", r"(?:^[ \0]*(?:- +)*[\w.*/-]+|[\w\"'\]}])\0? *(?P<here>[：﹕，；])", ""),
-    (
-        "alphabetic or numeric|undefined alias",
-        r"(?P<here>(?<=\0)[*&]|[*&](?=\0))",
-        'text that begins with {here} must be in quotes, such as "{here}"',
-    ),
-    (
-        "cannot start|directive|document start",
-        r"(?P<here>(?<=\0)[@`%]|^%)",
-        "text that begins with {here} must be in quotes",
-    ),
-    ("comment or line break|chomping", r"(?P<here>[|>])\0", "text that begins with {here} must be in quotes"),
-    ("sequence entries", r"\0(?P<here>-)", "a list begins in the next line, or is written [a, b]"),
-    ("end of stream|unexpected document", r"\0(?P<here>[\"'])", "this quote is not closed"),
-    ("escape", r"(?P<here>(?<=\0)\\|\\(?=\0))", "in double quotes a \\ is doubled; in single quotes it is itself"),
-    ("opened above", r"\0(?P<here>[{\[])", "this bracket is not closed, or a comma is missing in it"),
-    (
-        "',' or",
-        r"\0(?P<here>)",
-        "a comma or a closing bracket is missing before this, or text with `: ` in it needs quotes",
-    ),
-    (
-        "",
-        r"(?P<here>[\"'])[ ]*\0[^\s#\]}]",
-        "text follows a closing quote: is one too many here, or one missing above?",
-    ),
-    ("block|expected key", r"\0(?P<here>[}\]])", "no bracket is open that {here} could close"),
-    ("expected ':'", r"\0[\w-]+(?P<here>:)\S", "a blank is missing behind the colon"),
-    ("expected ':'", r"\0(?P<here>)", "a colon is missing behind the name"),
-    ("mapping values", r"\n[^\n]*:[ ][^\n]*\0(?P<here>:)", "text with a colon and a blank in it must be in quotes"),
-    ("mapping values", r"\A *(?:- +)*[\w.-]+(?P<here>:)\S", "a blank is missing behind the colon"),
-    ("mapping values", r"\A *(?:- +)*(?P<here>)[^\s:]+[^:\n]*\n", "a colon is missing behind the name"),
-    ("mapping values", r"\n *(?P<here>)", "it is indented deeper than the line above, which has its value already"),
-    ("document", r"\0(?P<here>)", "more than one document: remove the lines --- and ..."),
-    ("second occurrence", r"\0(?P<here>)", "an anchor of this name is above already"),
-    (
-        "did not find|block end",
-        r"\n *(?P<here>)",
-        "its indent fits none above: settings of one mapping, and items of one list, begin in the same column",
-    ),
-)
-# Where the parser stands when it finds out is then not where the mistake is, but where what it read began.
-FOUND_OUT_LATE = re.compile("end of stream|unexpected document|expected ':'")
-LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # of YAML 1.1
-
-
-def quote_line(text: str, at: int) -> str:
-    """A line of the config for a message, without secrets, with a caret under the character `at`."""
-    text, at = mask(text, at)
-    start = max(0, at - 60)
-    shown = "".join("→" if c == "\t" else "·" if c.isspace() and c != " " else c for c in text[start : start + 100])
-    width = sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown[: at - start])
-    return f"\n    {printable(shown)}\n    {' ' * width}^"
-
-
-def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
-    """The line of a document that is no YAML, why, and that line with a caret."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        problem, mark, context = error.problem or "", error.problem_mark, error.context_mark
-        if context and mark and "',' or" in problem and context.line < mark.line:
-            problem, mark = f"opened above: {problem}", context
-        elif mark is None or (context and FOUND_OUT_LATE.search(problem)):
-            mark = context
-        row, column = (mark.line, mark.column) if mark else (0, 0)
-    else:  # of the reader
-        problem, found = str(error), yaml.reader.Reader.NON_PRINTABLE.search(text)
-        read = LINE_BREAK.split(text[: found.start()]) if found else [""]
-        row, column = len(read) - 1, len(read[-1])
-    lines = [*LINE_BREAK.split(text), ""]
-    row = min(row, len(lines) - 1)
-    above = next((i for i in range(row - 1, -1, -1) if lines[i].strip() and not lines[i].lstrip().startswith("#")), row)
-    start, line = max(0, column - 500), lines[row]
-    scene = f"{lines[above][:500]}\n{line[start:column]}\0{line[column : column + 500]}"
-    for of_problem, of_scene, cause in YAML_CAUSES:
-        found = re.search(of_problem, problem) and re.search(of_scene, scene, re.MULTILINE)
-        if found:
-            here = found["here"]
-            cause = cause.replace("{here}", name_of(here) if here else "") or odd_character(here)
-            before = scene[: found.start("here")].replace("\0", "")
-            is_above = "\n" not in before
-            row, column = (above, len(before)) if is_above else (row, start + len(before.partition("\n")[2]))
-            return Mistake((), f"not YAML: {cause}{quote_line(lines[row], column)}", row + 1)
-    return Mistake((), f"not YAML: {problem}{quote_line(line, column)}", row + 1)
-
-
-class Document:
-    """The text of a config.yaml: values to read; and its YAML nodes, places to name and to edit."""
-
-    MAX_TOLD = 10  # mistakes
-
-    def __init__(self, text: str, path: Path) -> None:
-        self.text, self.path = text, path
-        self.mistakes = Mistakes()
-        self.filled: set[Steps] = set()  # the places where `${…}` stood when it was read
-        self.from_environment: dict[str, str] = {}  # what was filled in there, and the variable's name
-        self.warnings: list[str] = []
-
-    @functools.cached_property
-    def root(self) -> yaml.MappingNode:
-        """The tree of nodes, made when it is asked for. Raises ConfigError."""
-        try:
-            root = compose(self.text)
-        except Endless as end:
-            raise ConfigError(self._sentence(Mistake(*end.args))) from None
-        except yaml.YAMLError as error:
-            raise ConfigError(self._sentence(explain_syntax(self.text, error))) from None
-        if not isinstance(root, yaml.MappingNode):
-            found = "nothing" if root is None else "a list" if isinstance(root, yaml.SequenceNode) else "text"
-            raise ConfigError(f"{self.path}:1: expected a mapping such as `upstreams: …`, got {found}")
-        return root
-
-    def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
-        """The document as dicts, lists and scalars; mistakes are noted. Raises ConfigError where it is not YAML."""
-        try:
-            try:
-                return PlainReader(self, environ).read(yaml.parse(self.text, Loader=YAML_LOADER))
-            except yaml.YAMLError:
-                compose(self.text)  # meets the same, and says where
-        except Endless as end:
-            self.mistakes.note(*end.args)
-        except yaml.YAMLError as error:
-            self.mistakes.note(*explain_syntax(self.text, error))
-        self.check()
-        _ = self.root  # no mapping
-        raise AssertionError("YAML that composes but does not parse")
-
-    def find(self, *steps: str | int) -> yaml.Node | None:
-        """The node at a path such as ("keys", 0, "name"), or None."""
-        node: yaml.Node | None = self.root
-        for step in steps:
-            if isinstance(step, int) and isinstance(node, yaml.SequenceNode) and step < len(node.value):
-                node = node.value[step]
-            elif isinstance(node, yaml.MappingNode):
-                node = next((value for key, value in node.value if key.value == step), None)
-            else:
-                return None
-        return node
-
-    def locate(self, steps: Sequence[str | int]) -> int:
-        """The line (from 1) of the last step of a path that exists; a name that is a key counts as its line."""
-        line, node = 1, cast(yaml.Node, self.root)
-        for step in steps:
-            if isinstance(node, yaml.MappingNode):
-                pair = next(((key, value) for key, value in node.value if key.value == step), None)
-                if pair is None:
-                    break
-                line, node = pair[0].start_mark.line + 1, pair[1]
-            elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-                node = node.value[step]
-                line = node.start_mark.line + 1
-        return line
-
-    def problem(self, steps: Steps, problem: str) -> ConfigError:
-        """A ConfigError at a path such as ("keys", 0, "expires")."""
-        return ConfigError(self._sentence(Mistake(steps, problem, self.locate(steps))))
-
-    def check(self) -> None:
-        """Raise ConfigError where mistakes were noted: of the first lines, in their order, and how many more."""
-        # What an alias repeats is noted for each place with the same line: the first place counts.
-        noted: dict[tuple[object, str], Mistake] = {}
-        for mistake in self.mistakes.found:
-            noted.setdefault((mistake.line or mistake.steps, mistake.problem), mistake)
-        located = [mistake._replace(line=mistake.line or self.locate(mistake.steps)) for mistake in noted.values()]
-        found = sorted(located, key=lambda mistake: mistake.line)
-        more = len(found) - self.MAX_TOLD
-        sentences = [self._sentence(mistake) for mistake in found[: self.MAX_TOLD]]
-        if found:
-            raise ConfigError("\n".join(sentences + [f"and {more} more"] * (more > 0)))
-
-    def _sentence(self, mistake: Mistake) -> str:
-        at = join_steps(
-            [
-                f"{step[:MAX_SHOWN]}…" if isinstance(step, str) and len(step) > MAX_SHOWN else step
-                for step in mistake.steps
-            ]
-        )
-        at = f"{printable(self._told(mask(at)[0]))}: " if at else ""
-        return f"{self.path}:{mistake.line}: {at}{self._told(mistake.problem)}"
-
-    def warn(self, line: int, at: Steps, text: str) -> None:
-        """Keep a warning about a setting. Its value is not shown: it may be a secret."""
-        self.warnings.append(f"line {line}: {self._told(join_steps(at))}: {text}")
-
-    def _told(self, text: str) -> str:
-        """A text for a message, without what looks like a secret, or comes from the environment.
-
-        The message stands in the log, and /health once told it to everybody: of `api_key:sk-ant-…`, where a blank is
-        missing, the whole is the name of a setting.
-        """
-        for value, name in self.from_environment.items():
-            if len(value) > 3:  # else it is no secret
-                text = text.replace(value, f"${{{name}}}")
-        return SECRET_TEXT.sub("…", text)
-
-
-def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
-    """Type a document; mistakes are noted. Raises ConfigError where it is not YAML."""
-    shared: dict[LimitSet, LimitSet] = {}
-
-    def decode(kind: type, value: object) -> object:
-        out = CUSTOM_TYPES[kind](value)
-        return shared.setdefault(out, out) if kind is LimitSet else out  # 10,000 keys have a few sets
-
-    # A section whose settings are all commented out is null: its defaults hold.
-    optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
-    plain = {k: v for k, v in document.plain(environ).items() if v is not None or k not in optional}
-    upstreams = plain.get("upstreams")
-    for i, upstream in enumerate(upstreams if isinstance(upstreams, list) else []):
-        models = upstream.get("models") if isinstance(upstream, dict) else None
-        if isinstance(models, list):
-            for j, model in enumerate(models):
-                if not isinstance(model, str):
-                    problem = f'expected text such as "claude-*", got {describe(model)}'
-                    document.mistakes.note(("upstreams", i, "models", j), problem)
-            upstream["models"] = {model: "*" for model in models if isinstance(model, str)}
-    try:
-        return msgspec.convert(plain, ConfigFile, dec_hook=decode)
-    except msgspec.ValidationError:
-        return cast(ConfigFile, Converter(document.mistakes, decode).convert(plain, ConfigFile, (), None))
-
-
-def config_digest(text: str) -> str:
-    """What tells one text of a config from another."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this process may use: what the host has, or the least that one of its cgroups allows.
-
-    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
-    a container the path of its own is not there, and the root of the mount is its limit.
-    """
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            base, name = root / "sys/fs/cgroup", "memory.max"
-            if "memory" in controllers.split(","):
-                base, name = base / "memory", "memory.limit_in_bytes"
-            folder = base / path.lstrip("/")
-            while folder.is_relative_to(base):
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                    found.append(int((folder / name).read_text()))
-                folder = folder.parent
-    return min(found)
 
 
 @functools.lru_cache(maxsize=1024)
 def why_unmatched(glob: str) -> str:
-    """Why a glob can match no model, "" where it can."""
+    """Return why a glob can match no model, "" where it can."""
     return next((why for pattern, why in UNMATCHED.items() if re.search(pattern, glob)), "")
 
 
-def check_url(url: str, schemes: Sequence[str]) -> None:
-    """Raise ValueError, without the URL, which may have a password in it, where it is none that can be asked."""
+def globs_of(file: ConfigFile) -> Iterator[tuple[Steps, str]]:
+    """Yield every glob of models, and where it is."""
+    yield from ((("routing", "policy", glob), glob) for glob, _ in file.routing.policy)
+    yield from ((("prices", glob), glob) for glob, _ in file.prices)
+    for i, upstream in enumerate(file.upstreams):
+        yield from ((("upstreams", i, "models", glob), glob) for glob in upstream.models)
+        yield from ((("upstreams", i, "betas", "drop", j), glob) for j, glob in enumerate(upstream.betas.drop))
+    for i, key in enumerate(file.keys):
+        yield from ((("keys", i, "models", j), glob) for j, glob in enumerate(key.models))
+
+
+HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+
+
+def check_url(url: str, schemes: str) -> str:
+    """Return the host of a URL. Raises ValueError, without the URL, where it cannot be asked."""
     try:
         parts = urllib.parse.urlsplit(url)
-        good = parts.scheme in schemes and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment or not url.isascii() or any(c <= " " for c in url):
-        raise ValueError(f"expected {' or '.join(s + '://…' for s in schemes)} and a host")
+        if parts.hostname and parts.scheme in schemes.split() and parts.port != 0 and re.fullmatch("[!-~]+", url):
+            return parts.hostname
+    except ValueError:  # of a port that is none
+        pass
+    raise ValueError(f"expected {' or '.join(f'{scheme}://' for scheme in schemes.split())} and a host")
 
 
-def check_http_url(url: str, instead: str) -> None:
-    """The same for http and https, where a user or password has no place; `instead` says what is for that."""
-    check_url(url, ("http", "https"))
-    if "@" in urllib.parse.urlsplit(url).netloc:
-        raise ValueError(f"expected no user or password in it; {instead}")
+def check_proxy(url: str) -> None:
+    """Raise ValueError where a proxy's URL cannot be used."""
+    check_url(url, "http")
 
 
-class ConfigBuilder:
-    """Derives and checks what types alone cannot: references, addresses, seals. Mistakes are noted in the document."""
+def check_header_value(value: str) -> None:
+    """Raise ValueError where a value cannot be sent."""
+    if not value.isascii() or not value.isprintable():
+        raise ValueError("expected printable ASCII")
+
+
+class Builder:
+    """Makes upstreams and keys of what the file says: opens seals, and checks what one value alone does not tell."""
 
     def __init__(self, document: Document, file: ConfigFile, vault: Vault) -> None:
         self._document, self._file, self._vault = document, file, vault
-        self._mistakes = document.mistakes
+        self._mistakes = Mistakes()
         self.warnings = document.warnings
         self.has_plain = False  # a secret in clear text
 
-    def body_memory(self) -> int:
-        """The bytes that all request bodies together may have."""
-        server = self._file.server
-        if server.memory == 0:
-            problem = "expected a size such as 256MB, in which all bodies together have room"
-            self._mistakes.note(("server", "memory"), problem)
-        memory = server.memory or available_memory() // 4
-        if memory < server.max_body:
-            self.warnings.append(
-                f"server.memory (default: a quarter of the host's) is {memory:,} bytes, and a body of server.max_body, "
-                f"{server.max_body:,}, has no room in it: raise the one or lower the other"
-            )
-        return memory
+    def build(self) -> tuple[dt.tzinfo, tuple[UpstreamConfig, ...], KeyRing]:
+        """Return the time zone, the upstreams with their keys open, and the users' keys. Raises ConfigError."""
+        with contextlib.suppress(Mistakes):
+            timezone = self._timezone(self._file.server.timezone)
+            for steps, glob in globs_of(self._file):
+                if why := why_unmatched(glob):
+                    self._warn(steps, why)
+            upstreams, keys = self._upstreams(), KeyRing(self._keys(timezone))
+        if self._mistakes.found:
+            raise self._document.error(self._mistakes.found)
+        return timezone, upstreams, keys
 
-    def timezone(self) -> dt.tzinfo:
-        """The zone in which calendar windows turn over."""
-        name = self._file.server.timezone
-        try:
+    def _timezone(self, name: str) -> dt.tzinfo:
+        with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
             return dt.UTC if name == "UTC" else zoneinfo.ZoneInfo(name)
-        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            problem = f"expected a time zone such as Europe/Berlin, got {describe(name)}"
-            self._mistakes.note(("server", "timezone"), problem)
-            return dt.UTC
+        problem = f"expected a time zone such as Europe/Berlin, got {describe(name)}"
+        self._mistakes.note(("server", "timezone"), problem)
+        return dt.UTC
 
-    def networks(self, steps: Steps, texts: Sequence[str]) -> tuple[Network, ...]:
-        """Networks or single addresses."""
-        found = []
-        for i, text in enumerate(texts):
-            try:
-                found.append(ipaddress.ip_network(text))
-            except ValueError as error:
-                why = " (bits are set behind the mask)" if "host bits" in str(error) else ""
-                problem = f"expected a network such as 10.0.0.0/8, or an address, got {describe(text)}{why}"
-                self._mistakes.note((*steps, i), problem)
-        return tuple(found)
-
-    def upstreams(self) -> tuple[UpstreamConfig, ...]:
-        """The upstreams with their keys open."""
+    def _upstreams(self) -> tuple[UpstreamConfig, ...]:
+        breaker, names = self._file.routing.breaker, set[str]()
         if not self._file.upstreams:
             self._mistakes.note(("upstreams",), "at least one upstream is needed")
-        routing = self._file.routing
-        is_cooldown_good = not self._mistakes.at_or_above(("routing", "breaker", "cooldown"))
-        if routing.breaker.max_cooldown < routing.breaker.cooldown and is_cooldown_good:
+        if breaker.max_cooldown < breaker.cooldown:
             problem = "expected at least the cooldown, which is the first of them"
             self._mistakes.note(("routing", "breaker", "max_cooldown"), problem)
-        if self._file.server.url:
-            with self._mistakes.at("server", "url"):
-                check_http_url(self._file.server.url, "users have keys for that")
-        self._check_globs(("routing", "policy"), {glob: glob for glob, _ in routing.policy})
-        self._check_globs(("prices",), {glob: glob for glob, _ in self._file.prices})
-        seen: set[str] = set()
-        return tuple(self._upstream(i, upstream, seen) for i, upstream in enumerate(self._file.upstreams))
+        if self._file.server.memory == 0:
+            self._mistakes.note(("server", "memory"), "expected a size such as 256MB, in which all bodies have room")
+        return tuple(self._upstream(("upstreams", i), each, names) for i, each in enumerate(self._file.upstreams))
 
-    def _upstream(self, i: int, upstream: UpstreamConfig, seen: set[str]) -> UpstreamConfig:
-        at: Steps = ("upstreams", i)
-        with self._mistakes.at(*at, "name"):
-            self._check_name(upstream.name, seen)
-        if upstream.format != "demo" and not self._mistakes.at_or_above((*at, "format")):
+    def _upstream(self, at: Steps, upstream: UpstreamConfig, names: set[str]) -> UpstreamConfig:
+        self._take((*at, "name"), upstream.name, names)
+        if upstream.format != "demo":
             with self._mistakes.at(*at, "url"):
-                self._check_upstream_url(upstream)
-        ca_file = str(self._beside(upstream.ca_file)) if upstream.ca_file else None
+                host = check_url(upstream.url, "http https")
+                if not upstream.allow_private and is_forbidden(host):  # a name's address is looked at when connecting
+                    raise ValueError("is a link-local or metadata address; see allow_private")
+        if PLACEHOLDER.search(upstream.url):
+            self._warn((*at, "url"), "looks like a placeholder: put the real one in its place")
+        self._check_verdicts((*at, "verdicts"), upstream.verdicts)
+        ca_file = upstream.ca_file and str(self._document.path.parent / upstream.ca_file)
         if ca_file and upstream.url.startswith("https:") and not Path(ca_file).is_file():
-            self._mistakes.note((*at, "ca_file"), f"no such file: {ca_file}")
-        proxy = None
-        with self._mistakes.at(*at, "proxy"):
-            proxy = self._proxy((*at, "proxy"), upstream)
-        keys = Secrets(self._api_keys(at, upstream))
-        if not keys and upstream.url.startswith("https:") and not any(map(SECRET_HEADER.search, upstream.headers.set)):
-            self._warn((*at, "api_key"), "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`")
-        self._warn_of_placeholder((*at, "url"), upstream.url)
+            self._mistakes.note((*at, "ca_file"), "no such file, seen from the folder of the config")
+        keys, steps = [], (*at, "api_key")
+        for i, written in enumerate(upstream.api_key):
+            keys.append(self._open((*steps, i) if upstream.api_key.is_list else steps, written, check_pasted))
+        if len(set(keys)) < len(keys) and all(keys):
+            self._mistakes.note(steps, "the same key stands here twice")
+        has_key = keys or any(map(SECRET_HEADER.search, upstream.headers.set))
+        if upstream.url.startswith("https:") and not has_key:
+            self._warn(steps, "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`")
         if not upstream.models:
             self._warn((*at, "models"), 'no model is served: name some, or "*"')
-        self._check_globs((*at, "models"), {name: name for name in upstream.models})
-        self._check_globs((*at, "betas", "drop"), dict(enumerate(upstream.betas.drop)))
-        if len(set(keys)) < len(keys):
-            self._mistakes.note((*at, "api_key"), "the same key stands here twice")
-        headers = self._headers((*at, "headers"), upstream)
-        return msgspec.structs.replace(upstream, api_key=keys, headers=headers, ca_file=ca_file, proxy=proxy)
+        proxy = upstream.proxy
+        if proxy:
+            proxy = self._open((*at, "proxy"), proxy, check_proxy, is_secret="@" in proxy)
+        headers = self._headers((*at, "headers"), upstream.headers)
+        return msgspec.structs.replace(upstream, api_key=Secrets(keys), headers=headers, ca_file=ca_file, proxy=proxy)
 
-    def _check_upstream_url(self, upstream: UpstreamConfig) -> None:
-        """An address in a URL is looked at here, a name's when it is connected to. Raises ValueError."""
-        check_http_url(upstream.url, "api_key is for that")
-        host = urllib.parse.urlsplit(upstream.url).hostname or ""
-        if not upstream.allow_private and is_forbidden(host):
-            raise ValueError(f"{host} is a link-local or metadata address; see allow_private")
+    def _check_verdicts(self, at: Steps, verdicts: Mapping[str, VerdictConfig]) -> None:
+        for case, verdict in verdicts.items():
+            if case not in VERDICTS and not re.fullmatch("[45][0-9][0-9]", case):
+                self._mistakes.note(
+                    (*at, case), str(unknown("case", case, VERDICTS, f"a status, {', '.join(VERDICTS)}"))
+                )
+            if case == "mid_stream" and verdict.next:
+                self._mistakes.note((*at, case, "next"), "bytes are out: nobody else can be asked")
+            if case == "own_trouble" and verdict != VerdictConfig(next=verdict.next):
+                problem = "what this gateway lacks is no upstream's fault: only `next` can be set"
+                self._mistakes.note((*at, case), problem)
 
-    def _proxy(self, steps: Steps, upstream: UpstreamConfig) -> Secret | None:
-        """The proxy's URL, open. Raises ValueError."""
-        if not upstream.proxy:
-            return None
-        proxy = self._vault.unseal(upstream.proxy)
-        check_url(proxy, ("http",))
-        if "@" in proxy:
-            self._warn_of_plain(steps, upstream.name, upstream.proxy)
-        return proxy
-
-    def _api_keys(self, at: Steps, upstream: UpstreamConfig) -> Iterator[Secret]:
-        for j, written in enumerate(upstream.api_key):
-            steps = (*at, "api_key", j) if upstream.api_key.is_list else (*at, "api_key")
-            with self._mistakes.at(*steps):
-                key = self._vault.unseal(written)
-                check_pasted(key)
-                self._warn_of_plain(steps, upstream.name, written)
-                self._warn_of_placeholder(steps, key)
-                yield key
-
-    def _headers(self, steps: Steps, upstream: UpstreamConfig) -> HeaderRules:
+    def _headers(self, at: Steps, rules: HeaderRules) -> HeaderRules:
         opened: dict[str, Secret] = {}
-        for name, written in upstream.headers.set.items():
-            with self._mistakes.at(*steps, "set", name):
-                opened[name] = self._header(name, written)
-                if SECRET_HEADER.search(name):
-                    self._warn_of_plain((*steps, "set", name), upstream.name, written)
-                    self._warn_of_placeholder((*steps, "set", name), opened[name])
-        for j, name in enumerate(upstream.headers.remove):
-            if name.lower() in (*FRAMING, "accept-encoding", "host"):
-                self._mistakes.note((*steps, "remove", j), "no header that can be removed")
-        for j, name in enumerate(upstream.headers.passes):
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z?\[\]-]+", name):
-                self._mistakes.note((*steps, "pass", j), "expected the name of a header, or a glob of names")
+        fixed = (*FRAMING, "accept-encoding")
+        for name, written in rules.set.items():
+            place = (*at, "set", name)
+            if not re.fullmatch(HEADER_NAME, name) or name.lower() in fixed:
+                self._mistakes.note(place, "no header that can be set")
+            is_secret = SECRET_HEADER.search(name) is not None
+            opened[name] = self._open(place, written, check_header_value, is_secret)
+        for i, name in enumerate(rules.remove):
+            if name.lower() in (*fixed, "host"):
+                self._mistakes.note((*at, "remove", i), "no header that can be removed")
+        for i, name in enumerate(rules.passes):
+            if not re.fullmatch(HEADER_NAME.replace("[", r"[?\[\]", 1), name):
+                self._mistakes.note((*at, "pass", i), "expected the name of a header, or a glob of names")
             if is_withheld(name.lower()):
                 problem = "it frames the request, names an account or a client, or is a credential: see `headers.set`"
-                self._mistakes.note((*steps, "pass", j), f"no client's {name} may go upstream: {problem}")
-        rules = upstream.headers
-        if not (opened or rules.remove or rules.passes):
+                self._mistakes.note((*at, "pass", i), f"no client's header of this name may go upstream: {problem}")
+        if rules == NO_RULES:
             return NO_RULES
-        return HeaderRules(opened, *(tuple(name.lower() for name in names) for names in (rules.remove, rules.passes)))
+        removed, passed = ([name.lower() for name in names] for names in (rules.remove, rules.passes))
+        return HeaderRules(opened, tuple(removed), tuple(passed))
 
-    def _header(self, name: str, written: Secret) -> Secret:
-        """The value of a header that is set. Raises ValueError."""
-        value = self._vault.unseal(written)
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in (*FRAMING, "accept-encoding"):
-            raise ValueError("no header that can be set")
-        if not value.isascii() or not value.isprintable():
-            raise ValueError("expected printable ASCII")
-        return value
-
-    def _warn_of_plain(self, steps: Steps, name: str, written: Secret) -> None:
-        if not SEALED_OR_ELSEWHERE.search(written) and steps not in self._document.filled:
-            self.has_plain = True
-            self.warnings.append(f"{join_steps(steps)} ({name}) is in clear text: run `{PROGRAM} seal`")
-
-    def _warn(self, steps: Steps, text: str) -> None:
-        self._document.warn(self._document.locate(steps), steps, text)
-
-    def _warn_of_placeholder(self, steps: Steps, value: str) -> None:
-        if PLACEHOLDER.search(value):
-            self._warn(steps, "looks like a placeholder: put the real one in its place")
-
-    def _check_globs(self, steps: Steps, globs: Mapping[int | str, str]) -> None:
-        """Warn of those that can match nothing; `globs` by their last step."""
-        for step, glob in globs.items():
-            why = why_unmatched(glob)
-            if why:
-                self._warn((*steps, step), why)
-
-    def _beside(self, name: str) -> Path:
-        return self._document.path.parent / name
-
-    def _check_name(self, name: str, seen: set[str]) -> None:
-        """Raise ValueError where a name is none, or taken by another."""
-        if not name or name != name.strip() or not name.isprintable():
-            raise ValueError("expected a name without white space around it")
-        if KEY_AS_NAME.match(name):
-            raise ValueError("looks like a key, which belongs into `api_key` or `key`: a name is shown to everybody")
-        if name in seen:
-            raise ValueError(f"{name!r} is taken: names tell entries apart in the ledger")
-        seen.add(name)
-
-    def keys(self, timezone: dt.tzinfo) -> Iterator[Key]:
-        """The users' keys, hashed."""
-        names: set[str] = set()
-        digests: set[bytes] = set()
-        teams, gateway = self.teams(), self._file.limits.gateway.budget("gateway")
+    def _keys(self, timezone: dt.tzinfo) -> list[Key]:
+        names, digests, keys = set[str](), set[bytes](), []
+        teams, gateway = self._teams(), self._file.limits.gateway.budget("gateway")
         for i, entry in enumerate(self._file.keys):
-            with self._mistakes.at("keys", i, "name"):
-                self._check_name(entry.name, names)
-            digest, last4 = b"", ""
-            with self._mistakes.at("keys", i, "key"):
-                digest, last4 = self._digest(("keys", i, "key"), entry)
-                if digest in digests:
-                    raise ValueError("the same key stands here twice")
-                digests.add(digest)
+            at: Steps = ("keys", i)
+            self._take((*at, "name"), entry.name, names)
+            if entry.key.digest in digests:
+                self._mistakes.note((*at, "key"), "the same key stands here twice")
+            digests.add(entry.key.digest)
+            self._warn_of_secret((*at, "key"), entry.key, entry.key)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
             budgets = [limits.budget("key", entry.name)]
-            with self._mistakes.at("keys", i, "team"):
-                if entry.team:
-                    budgets.append(self._team(entry.team, teams))
-            expires_at = math.inf
-            with self._mistakes.at("keys", i, "expires"):
-                if entry.expires:
-                    expires_at = entry.expires.at(timezone)
-            networks = self.networks(("keys", i, "allow_ips"), entry.allow_ips)
-            self._check_globs(("keys", i, "models"), dict(enumerate(entry.models)))
-            yield Key(
-                entry.name,
-                digest,
-                last4,
-                entry.models,
-                expires_at,
-                networks,
-                entry.enabled,
-                entry.team,
-                (*budgets, gateway),
+            if entry.team in teams:
+                budgets.append(teams[entry.team])
+            elif entry.team:
+                self._mistakes.note((*at, "team"), str(unknown("team", entry.team, teams)))
+            keys.append(
+                Key(
+                    entry.name,
+                    entry.key.digest,
+                    entry.key.last4,
+                    entry.models,
+                    entry.expires.at(timezone) if entry.expires else math.inf,
+                    entry.allow_ips,
+                    entry.enabled,
+                    entry.team,
+                    (*budgets, gateway),
+                )
             )
+        return keys
 
-    def _team(self, name: str, teams: Mapping[str, Budget]) -> Budget:
-        """A team's limits. Raises ValueError."""
-        if name in teams:
-            return teams[name]
-        if "" in teams or self._mistakes.at_or_above(("teams",)):  # it may be the one whose name is wrong
-            return LimitSet().budget("team", name)
-        known = f"there are: {', '.join(teams)}" if teams else "there are none; see `teams:`"
-        raise ValueError(f"there is no team {name!r} ({known})")
-
-    def teams(self) -> dict[str, Budget]:
-        """The limits of each team."""
-        names: set[str] = set()
+    def _teams(self) -> dict[str, Budget]:
+        names = set[str]()
         for i, team in enumerate(self._file.teams):
-            with self._mistakes.at("teams", i, "name"):
-                self._check_name(team.name, names)
+            self._take(("teams", i, "name"), team.name, names)
         return {team.name: team.limits.budget("team", team.name) for team in self._file.teams}
 
-    def _digest(self, steps: Steps, entry: KeyConfig) -> tuple[bytes, str]:
-        """A key's hash and last characters. Raises ValueError."""
-        sealed = SEALED_KEY.fullmatch(entry.key)
-        if sealed:
-            return bytes.fromhex(sealed[1]), sealed[2] or ""
-        check_pasted(entry.key)
-        if entry.key.lower().startswith(("sha256:", "enc:")):
-            raise ValueError("expected sha256: and 64 hex digits, or a plain sk-proxy-… key")
-        if len(entry.key) < 20:
-            raise ValueError(f"too short to be safe (20 characters); `{PROGRAM} key add` makes one")
-        self._warn_of_plain(steps, entry.name, entry.key)
-        self._warn_of_placeholder(steps, entry.key)
-        return hashlib.sha256(entry.key.encode()).digest(), entry.key[-4:]
+    def _take(self, at: Steps, name: str, names: set[str]) -> None:
+        if not name.isprintable():
+            self._mistakes.note(at, "expected a name that can be printed")
+        if name in names:
+            self._mistakes.note(at, "is taken: names tell entries apart in the ledger")
+        names.add(name)
+
+    def _open(self, at: Steps, written: Secret, check: Callable[[str], None], is_secret: bool = True) -> Secret:
+        """Return a secret without its seal. A mistake in it is noted."""
+        secret = Secret("")
+        with self._mistakes.at(*at):
+            secret = self._vault.unseal(written)
+            check(secret)
+            if is_secret:
+                self._warn_of_secret(at, secret, written)
+        return secret
+
+    def _warn_of_secret(self, at: Steps, secret: Secret, written: Secret) -> None:
+        if written.is_written and not SEALED_OR_ELSEWHERE.search(written):
+            self.has_plain = True
+            self._warn(at, f"is in clear text: run `{PROGRAM} seal`")
+        if PLACEHOLDER.search(secret) and not SEALED_KEY.fullmatch(secret):
+            self._warn(at, "looks like a placeholder: put the real one in its place")
+
+    def _warn(self, at: Steps, text: str) -> None:
+        self.warnings.append(Mistake(at, text))
+
+
+# The file, and what is around it
 
 
 def is_mounted(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
-    """Whether a file is a mount of its own, as with `docker -v ./config.yaml:…`; False where /proc does not say."""
+    """Return whether a file is a mount of its own, as with `docker -v ./config.yaml:…`; False without /proc."""
     with contextlib.suppress(OSError):
         # The fifth field is the mount point; blanks in it are escaped (proc(5)).
         escaped = re.sub(r"[\\ \t\n]", lambda found: f"\\{ord(found[0]):03o}", os.path.realpath(path))
@@ -2809,23 +2634,14 @@ def is_mounted(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> bool:
     return False
 
 
-def check_mount(path: Path) -> None:
-    """Find out whether a mounted file is still the one that its name means on the host. Raises ConfigError.
-
-    Most editors put another file in its place; the mount keeps the old one, which has no name any more.
-    """
-    with contextlib.suppress(OSError):
-        if os.stat(path).st_nlink == 0 and is_mounted(path):
+def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> str:
+    """Return the text of a config file. Raises ConfigError with what to do."""
+    try:
+        if os.stat(path).st_nlink == 0 and is_mounted(path):  # most editors put another file in its place
             raise ConfigError(
                 f"{path}: was replaced on the host, and this container still has the old file, which nobody else sees: "
                 "restart the container, and mount the folder instead of the file"
             )
-
-
-def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> str:
-    """The text of a config file. Raises ConfigError with what to do."""
-    check_mount(path)
-    try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; {if_missing}") from None
@@ -2845,36 +2661,79 @@ def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> st
         raise ConfigError(f"{path}:{line}: not UTF-8 (the byte {data[error.start]:#x}): save it as UTF-8") from None
 
 
-def mounted_alone(path: Path) -> list[str]:
-    """A warning, where a config is mounted as a single file."""
-    if not is_mounted(path):
-        return []
-    return [
-        f"{path} is mounted as a single file: once an editor on the host has put another one in its place, edits are "
-        "not seen here; mount its folder"
-    ]
+def config_digest(text: str) -> str:
+    """Return what tells one text of a config from another."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def too_open(path: Path | None, mode: str, what: str) -> list[str]:
-    """A warning, where others than its owner (and group) may read a file with secrets; `mode` would be right."""
+def available_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process may use: what the host has, or the least that a cgroup of it allows.
+
+    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
+    a container the path of its own is not there, and the root of the mount is its limit.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):
-        if path and path.stat().st_mode & 0o007:
-            return [f"{path} can be read by every user of this host, and {what}: chmod {mode} {path}"]
-    return []
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            base, name = root / "sys/fs/cgroup", "memory.max"
+            if "memory" in controllers.split(","):
+                base, name = base / "memory", "memory.limit_in_bytes"
+            folder = base / path.lstrip("/")
+            while folder.is_relative_to(base):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    found.append(int((folder / name).read_text()))
+                folder = folder.parent
+    return min(found)
+
+
+def is_open_to_all(path: Path | None) -> bool:
+    """Return whether every user of this host may read a file."""
+    with contextlib.suppress(OSError):
+        return path is not None and path.stat().st_mode & 0o007 != 0
+    return False
 
 
 def is_rootless(root: Path = Path("/")) -> bool:
-    """Whether this is a container that was started without root; `root` is where /proc is.
-
-    There the users of the host are other ones (`uid_map` of user_namespaces(7)).
-    """
+    """Return whether this container was started without root: the users of the host are other ones (`uid_map`)."""
     with contextlib.suppress(OSError):
         return (root / "proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]
     return False
 
 
+def host_warnings(config: Config, environ: Mapping[str, str], has_plain: bool) -> Iterator[str]:
+    """Yield what is odd about a config on this host, or in this container."""
+    secret, server = Vault.file(config.path.parent, environ), config.server
+    if is_open_to_all(secret):
+        yield f"{secret} can be read by every user of this host, and opens all sealed keys: chmod 600 {secret}"
+    if has_plain and is_open_to_all(config.path):
+        yield (
+            f"{config.path} can be read by every user of this host, and so is what is in clear text in it: "
+            f"chmod 640 {config.path}"
+        )
+    if is_mounted(config.path):
+        yield (
+            f"{config.path} is mounted as a single file: once an editor on the host has put another one in its place, "
+            "edits are not seen here; mount its folder"
+        )
+    if environ.get("GATEWAY_PORT", str(server.port)) != str(server.port):
+        asked = environ["GATEWAY_PORT"]
+        yield f"server.port is {server.port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
+    for name in ("metrics_from", "trusted_proxies"):
+        if getattr(server, name) and is_rootless():
+            yield (
+                f"server.{name}: in a rootless container every client may come from the same address, so that this "
+                "lets all of them in: `client` in the ledger shows what it sees; [] lets nobody in"
+            )
+    if config.body_memory < server.max_body:
+        yield (
+            f"server.memory (default: a quarter of the host's) is {config.body_memory:,} bytes, and a body of "
+            f"server.max_body, {server.max_body:,}, has no room in it: raise the one or lower the other"
+        )
+
+
 def disabled_keys(document: Document) -> set[str]:
-    """The names of keys with `enabled: false`, read from the nodes alone: no mistake in a value hides them.
+    """Return the names of keys with `enabled: false`, by the nodes alone: no mistake in a value hides them.
 
     Raises ConfigError where the text is no YAML.
     """
@@ -2894,36 +2753,15 @@ class Config:
         self.path, self.clock = document.path, clock
         self.file = decode_config(document, environ)
         self.digest = config_digest(document.text)
-        self.warnings: list[str] = []
-        builder = ConfigBuilder(document, self.file, vault)
-        self.server = self.file.server
-        self.timezone = builder.timezone()
-        self.trusted = builder.networks(("server", "trusted_proxies"), self.server.trusted_proxies)
-        self.metrics_from = builder.networks(("server", "metrics_from"), self.server.metrics_from)
-        self.upstreams = builder.upstreams()
-        self.keys = KeyRing(builder.keys(self.timezone))
-        self.warnings = builder.warnings
-        self.body_memory = builder.body_memory()
-        document.check()
-        self.warnings += too_open(Vault.file(self.path.parent, environ), "600", "opens all sealed keys")
-        if builder.has_plain:
-            self.warnings += too_open(self.path, "640", "so is what is in clear text in it")
-        self.warnings += mounted_alone(self.path)
-        asked, port = environ.get("GATEWAY_PORT"), str(self.server.port)
-        if asked not in (None, port):
-            self.warnings.append(
-                f"server.port is {port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
-            )
-        for name, networks in (("metrics_from", self.metrics_from), ("trusted_proxies", self.trusted)):
-            if networks and is_rootless():
-                self.warnings.append(
-                    f"server.{name}: in a rootless container every client may come from the same address, so that this "
-                    "lets all of them in: `client` in the ledger shows what it sees; [] lets nobody in"
-                )
+        self.server, self.limits, self.routing = self.file.server, self.file.limits, self.file.routing
+        self.trusted, self.metrics_from = self.server.trusted_proxies, self.server.metrics_from
+        self.body_memory = self.server.memory or available_memory() // 4
         self.usage_directory = self.path.parent / self.file.usage.directory
-        self.limits = self.file.limits
         self.contact = f" Ask {self.server.contact}." if self.server.contact else ""
-        self.routing = self.file.routing
+        builder = Builder(document, self.file, vault)
+        self.timezone, self.upstreams, self.keys = builder.build()
+        self.warnings = [f"line {sentence}" for sentence in document.sentences(document.warnings)]
+        self.warnings += host_warnings(self, environ, builder.has_plain)
         self.price = functools.lru_cache(maxsize=1024)(self.file.prices.price)
         self.has_price = functools.lru_cache(maxsize=1024)(self.file.prices.knows)
         self.surcharges = functools.lru_cache(maxsize=1024)(self._surcharges)
@@ -11553,8 +11391,11 @@ def ledger_of(document: Document) -> Path:
         return document.path.parent / UsageConfig().directory
     written = node.value if isinstance(node, yaml.ScalarNode) else ""
     alone = Document(f"directory: {json.dumps(written)}", document.path)
-    directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
-    if alone.mistakes.found or not isinstance(directory, str) or not directory:
+    try:
+        directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
+    except ConfigError:
+        directory = None
+    if not isinstance(directory, str) or not directory:
         raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
     return document.path.parent / directory
 
@@ -11648,7 +11489,7 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
     def _limits(self) -> str:
         for name, amount in self.limits.items():
             try:
-                parse_limits({name: amount})
+                LimitSet.parse({name: amount})
             except ValueError as error:
                 raise ActionError("invalid", "limit", f"{name}={amount}", str(error)) from None
         return "{" + ", ".join(f"{name}: {amount}" for name, amount in self.limits.items()) + "}"
@@ -11787,7 +11628,7 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
         if self.limit == "concurrent":
             raise ActionError("invalid", "limit", self.limit, "counts what runs, there is nothing to reset")
         try:
-            parse_limits({self.limit: 0} if self.limit else {})
+            LimitSet.parse({self.limit: 0} if self.limit else {})
         except ValueError as error:
             raise ActionError("invalid", "limit", self.limit, str(error)) from None
         now = utc_time(house.config.clock.wall())
@@ -14440,10 +14281,9 @@ def command_check(options: argparse.Namespace) -> None:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             runner.run(try_to_listen(config.server.host))
     except OSError as error:
-        document = Document(read_text(config.path), config.path)
         why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
-        document.warn(document.locate(("server", "host")), ("server", "host"), why)
-        config.warnings += document.warnings
+        document = Document(read_text(config.path), config.path)
+        config.warnings += [f"line {told}" for told in document.sentences([Mistake(("server", "host"), why)])]
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
     known = f" and is known as {server.url}" if server.url else ""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from email.utils import formatdate
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -236,7 +237,7 @@ def test_calls_are_sent_to_their_sessions_home():
     assert taken == [other_order.name(session) for session in SESSIONS[:300]]
 
 
-@pytest.mark.parametrize("policy", g.POLICIES)
+@pytest.mark.parametrize("policy", get_args(g.Policy))
 def test_weight_0_gets_only_what_no_other_can_take(policy):
     """
     An upstream of weight 0 is asked when the others were, or are full, and not before, whatever the policy.

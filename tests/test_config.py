@@ -12,6 +12,7 @@ import os
 import re
 import stat
 import subprocess
+import time
 import zoneinfo
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
         "url": "",
         "timezone": "UTC",
         "trusted_proxies": (),
-        "metrics_from": ("127.0.0.0/8", "::1/128"),
+        "metrics_from": g.LOOPBACK,
         "max_body": 33554432,
         "memory": None,
         "drain": 600.0,
@@ -204,9 +205,9 @@ keys:
         (),
     ]
     assert config.warnings == [
-        "upstreams[0].api_key (a) is in clear text: run `gateway.py seal`",
+        "line 3: upstreams[0].api_key: is in clear text: run `gateway.py seal`",
         f"line 6: upstreams[3].api_key: {NO_API_KEY}",
-        "keys[0].key (alice) is in clear text: run `gateway.py seal`",
+        "line 8: keys[0].key: is in clear text: run `gateway.py seal`",
     ]
 
 
@@ -314,14 +315,14 @@ def test_a_limit_is_a_unit_alone_or_with_a_window(unit, window):
     """
     name = f"{unit}/{window}" if window else unit
 
-    assert g.parse_limits({name: "20"}) == (g.Limit(unit, g.WINDOWS[window], 20.0),)
+    assert g.LimitSet.parse({name: "20"}) == (g.Limit(unit, g.WINDOWS[window], 20.0),)
 
 
 def test_limits_keep_their_order_and_zero_is_a_limit():
     """
     Nothing is sorted, merged or dropped.
     """
-    assert g.parse_limits({"concurrent": 4, "usd/5h": 0, "usd": "1k"}) == (
+    assert g.LimitSet.parse({"concurrent": 4, "usd/5h": 0, "usd": "1k"}) == (
         g.Limit("concurrent", g.WINDOWS[""], 4.0),
         g.Limit("usd", g.WINDOWS["5h"], 0.0),
         g.Limit("usd", g.WINDOWS[""], 1000.0),
@@ -577,7 +578,6 @@ def plain(text: str) -> dict[str, Any]:
         ("a: &x {b: [1, 2]}\nc: *x\n", {"a": {"b": [1, 2]}, "c": {"b": [1, 2]}}),
         ("a: &x 5\nb: [*x, *x]\n", {"a": 5, "b": [5, 5]}),
         ("a: &x {b: &y [1]}\nc: [*y, *x]\n", {"a": {"b": [1]}, "c": [[1], {"b": [1]}]}),
-        ("&x a: 1\nb: *x\nc: {*x : 2}\n", {"a": 1, "b": "a", "c": {"a": 2}}),
         ("&x\na: 1\n", {"a": 1}),
         (
             "a:\n  - b: 1\n    c: {d: [x, {e: y}], f: }\n  - [g]\n",
@@ -621,7 +621,7 @@ def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_i
         K=KEY,
     )
 
-    assert config.warnings == ["upstreams[2].api_key (c) is in clear text: run `gateway.py seal`"]
+    assert config.warnings == ["line 4: upstreams[2].api_key: is in clear text: run `gateway.py seal`"]
 
 
 @pytest.mark.parametrize(
@@ -798,12 +798,12 @@ prices:
     at = f".{glob}" if glob else "."
     assert config.warnings == (
         [
-            f"line 11: routing.policy{at}: {why}",
-            f"line 14: prices{at}: {why}",
             f"line 2: upstreams[0].models{at}: {why}",
             f"line 5: upstreams[1].models{at}: {why}",
             f"line 6: upstreams[1].betas.drop[1]: {why}",
             f"line 8: keys[0].models[1]: {why}",
+            f"line 11: routing.policy{at}: {why}",
+            f"line 14: prices{at}: {why}",
         ]
         if why
         else []
@@ -875,6 +875,7 @@ YAML_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(YAML_NAMES, YAML_VALUES, max_size=5), st.sampled_from([True, False, None]))
 def test_every_document_is_read_as_pyyaml_reads_it(values, flow):
     """
@@ -887,575 +888,63 @@ def test_every_document_is_read_as_pyyaml_reads_it(values, flow):
 
 # Every error names file, line, path and what would be right
 
-UNITS_AND_WINDOWS = (
-    "expected a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) "
-    "as in usd/day; or concurrent"
-)
-TIERS = DEMO + 'prices:\n  "*":\n    input: 1\n    output: 2\n    tiers:\n'
-UPSTREAM_SETTINGS = (
-    "name, url, api_key, format, models, priority, weight, max_concurrent, max_connections, timeouts, on_disconnect, "
-    "verdicts, headers, betas, retry_without_thinking, include_usage, allow_private, ca_file, proxy"
-)
-PRICE_SETTINGS = (
-    "input, output, cache_write_5m, cache_write_1h, cache_read, tiers, audio, fast, priority, flex, batch, us, "
-    "web_search, file_search, code_execution, code_interpreter"
-)
-TIER_SETTINGS = "input, output, cache_write_5m, cache_write_1h, cache_read, above"
-A_FACTOR = "expected a number from 0 to 1000 such as 1.5, got"
-DOLLARS = "expected a number of dollars such as 20 or 0.50 (without the $ sign), got"
-TIMES = "(units: ms, s, m, h, d)"
-A_KEY = "expected sha256: and 64 hex digits, or a plain sk-proxy-… key"
+
+def mistakes() -> list[tuple[str, str, list[str]]]:
+    """Name, text and messages of the cases in mistakes.txt."""
+    cases = []
+    for case in Path(__file__).with_name("mistakes.txt").read_text().split("\n=== ")[1:]:
+        name, *lines = case.splitlines()
+        text = "".join(f"{line}\n" for line in lines if not line.startswith(">>> "))
+        text = re.sub("HASH([123])", lambda found: f"sha256:{found[1] * 64}:last", text)
+        has_upstreams = not text or "upstreams" in text or name in ("comments alone", "no upstreams")
+        cases.append((name, text if has_upstreams else DEMO + text, [line[4:] for line in lines if line[:4] == ">>> "]))
+    return cases
 
 
-BAD = {
-    "nothing": ("", "1: expected a mapping such as `upstreams: …`, got nothing"),
-    "comments": ("# soon\n", "1: expected a mapping such as `upstreams: …`, got nothing"),
-    "a list": ("- upstreams\n", "1: expected a mapping such as `upstreams: …`, got a list"),
-    "tag": (DEMO + "server: {host: !x y}\n", "2: server.host: text that begins with ! must be in quotes"),
-    "given twice": (DEMO + "server: {}\nserver: {}\n", "3: server: given twice, first in line 2"),
-    "given twice below": (
-        KEYS + f"  - name: a\n    key: {HASH}\n    name: b\n",
-        "5: keys[0].name: given twice, first in line 3",
-    ),
-    "merge": (DEMO + "<<: {}\n", "2: expected a plain name"),
-    "itself": (
-        DEMO + "server: &a\n  host: *a\n",
-        "2: server" + ".host" * 20 + ": nested too deep (an alias of itself?)",
-    ),
-    "itself, anchored above": (
-        DEMO + "server: &a\n  host:\n    - *a\n",
-        "2: server" + ".host[0]" * 10 + ": nested too deep (an alias of itself?)",
-    ),
-    "given twice, by an alias": (DEMO + "&a server: {}\n*a : {}\n", "2: server: given twice, first in line 2"),
-    "a name that is a list": (DEMO + "? [server]\n: {}\n", "2: expected a plain name"),
-    "too many by aliases": (
-        DEMO
-        + "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
-        + "".join(
-            f"{after}: &{after} [{', '.join([f'*{name}'] * 9)}]\n" for name, after in ("ab", "bc", "cd", "de", "ef")
-        ),
-        "3: too large: aliases repeat more than 500,000 values",
-    ),
-    "environment by an alias": (
-        DEMO + "server:\n  contact: &a ${K}\nusage: {directory: *a}\n",
-        "3: server.contact: the environment has no K (a default: ${K:-…})",
-    ),
-    "unknown section": (
-        DEMO + "sever: {}\n",
-        "2: sever: unknown setting, did you mean server? "
-        "(there are: upstreams, server, keys, teams, defaults, limits, routing, prices, usage)",
-    ),
-    "unknown setting": (
-        DEMO + "server:\n  port: 1\n  prot: 1\n",
-        "4: server.prot: unknown setting, did you mean port? "
-        "(there are: host, port, url, timezone, trusted_proxies, metrics_from, max_body, memory, drain, contact)",
-    ),
-    "unknown setting of a list's item": (
-        DEMO.replace("}", ", colour: red}"),
-        f"1: upstreams[0].colour: unknown setting (there are: {UPSTREAM_SETTINGS})",
-    ),
-    "unknown setting two below": (
-        "upstreams:\n  - name: a\n    url: https://a.test\n    timeouts:\n      idel: 5m\n",
-        "5: upstreams[0].timeouts.idel: unknown setting, did you mean idle? (there are: connect, first_byte, idle)",
-    ),
-    "unknown setting beside one that has another name in the code": (
-        "upstreams:\n  - name: a\n    url: https://a.test\n    verdicts: {500: {passes: true}}\n",
-        "4: upstreams[0].verdicts.500.passes: unknown setting, did you mean pass? "
-        "(there are: next, blame, cooldown, pass)",
-    ),
-    "no upstreams": ("server: {}\n", "1: upstreams: is required, and missing"),
-    "empty upstreams": ("\nupstreams: []\n", "2: upstreams: at least one upstream is needed"),
-    "upstreams is a number": ("upstreams: 5\n", "1: upstreams: expected a list such as [a, b], got a whole number: 5"),
-    "upstreams of words": (
-        "upstreams:\n  - a\n",
-        "2: upstreams[0]: expected a mapping such as {name: …}, got text: 'a'",
-    ),
-    "no name": ("upstreams:\n  - format: demo\n", "2: upstreams[0].name: is required, and missing"),
-    "no key": (KEYS + "  - name: alice\n", "3: keys[0].key: is required, and missing"),
-    "a number for a name": (
-        "upstreams:\n  - {name: demo, format: demo}\n  - {name: 5, format: demo}\n",
-        "3: upstreams[1].name: expected text, got a whole number: 5; put it in quotes",
-    ),
-    "space around a name": (
-        'upstreams: [{name: " a", format: demo}]',
-        "1: upstreams[0].name: expected a name without white space around it",
-    ),
-    "empty name": (
-        'upstreams: [{name: "", format: demo}]',
-        "1: upstreams[0].name: expected a name without white space around it",
-    ),
-    "name taken": (
-        "upstreams:\n- {name: a, format: demo}\n- {name: a, format: demo}\n",
-        "3: upstreams[1].name: 'a' is taken: names tell entries apart in the ledger",
-    ),
-    "headers as text": (
-        "upstreams: [{name: a, format: demo, headers: {pass: x-a}}]",
-        "1: upstreams[0].headers.pass: expected a list such as [a, b], got text: 'x-a'",
-    ),
-    "models as text": (
-        "upstreams: [{name: a, format: demo, models: claude-x}]",
-        "1: upstreams[0].models: expected a mapping such as {name: value}, got text: 'claude-x'",
-    ),
-    "a public address without a host": (
-        DEMO + "server:\n  url: https:///v1\n",
-        "3: server.url: expected http://… or https://… and a host",
-    ),
-    "a public address that is a name": (
-        DEMO + "server:\n  url: gateway.example.com\n",
-        "3: server.url: expected http://… or https://… and a host",
-    ),
-    "a public address with a query": (
-        DEMO + "server:\n  url: https://gateway.example.com/?a=1\n",
-        "3: server.url: expected http://… or https://… and a host",
-    ),
-    "a public address with a password": (
-        DEMO + "server:\n  url: https://a:b@gateway.example.com\n",
-        "3: server.url: expected no user or password in it; users have keys for that",
-    ),
-    "no url": ("upstreams: [{name: a}]", "1: upstreams[0].url: expected http://… or https://… and a host"),
-    "other scheme": (
-        "upstreams:\n  - name: a\n    url: ftp://a.test\n",
-        "3: upstreams[0].url: expected http://… or https://… and a host",
-    ),
-    "url without a host": (
-        "upstreams: [{name: a, url: 'https://'}]",
-        "1: upstreams[0].url: expected http://… or https://… and a host",
-    ),
-    "url with a query": (
-        "upstreams: [{name: a, url: 'https://a.test/?b'}]",
-        "1: upstreams[0].url: expected http://… or https://… and a host",
-    ),
-    "url with a bad port": (
-        "upstreams: [{name: a, url: 'https://a.test:x'}]",
-        "1: upstreams[0].url: expected http://… or https://… and a host",
-    ),
-    "url with a password": (
-        "upstreams: [{name: a, url: 'https://user:pass@a.test'}]",
-        "1: upstreams[0].url: expected no user or password in it; api_key is for that",
-    ),
-    "other proxy": (
-        "upstreams: [{name: a, url: 'https://a.test', proxy: 'socks5://b.test'}]",
-        "1: upstreams[0].proxy: expected http://… and a host",
-    ),
-    "other format": (
-        "upstreams:\n  - name: a\n    format: gemini\n",
-        "3: upstreams[0].format: expected anthropic, openai or demo, got text: 'gemini'",
-    ),
-    "other on_disconnect": (
-        "upstreams:\n  - name: a\n    format: demo\n    on_disconnect: wait\n",
-        "4: upstreams[0].on_disconnect: expected auto, cancel or drain, got text: 'wait'",
-    ),
-    "a model that is a number": (
-        "upstreams:\n  - name: a\n    format: demo\n    models:\n      - claude-*\n      - 4\n",
-        '6: upstreams[0].models[1]: expected text such as "claude-*", got a whole number: 4',
-    ),
-    "a model that is a list": (
-        "upstreams: [{name: a, format: demo, models: [[claude]]}]",
-        '1: upstreams[0].models[0]: expected text such as "claude-*", got a list',
-    ),
-    "a new name that is none": (
-        "upstreams: [{name: a, format: demo, models: {claude: }}]",
-        "1: upstreams[0].models.claude: expected text, got nothing",
-    ),
-    "an api_key that is a number": (
-        "upstreams: [{name: a, format: demo, api_key: 12345678}]",
-        "1: upstreams[0].api_key: expected text, got a whole number; put it in quotes",
-    ),
-    "sealed without a secret": (
-        "upstreams: [{name: a, format: demo, api_key: enc:gAAAA}]",
-        "1: upstreams[0].api_key: cannot be opened: there is no sealing secret in FOLDER/gateway.secret. Restore the "
-        "secret that it was sealed with (its file, or GATEWAY_SECRET), or put the value here in clear text and run "
-        "`gateway.py seal`",
-    ),
-    "port as a word": (
-        DEMO + "server:\n  port: http\n",
-        "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text: 'http'",
-    ),
-    "no memory": (
-        DEMO + "server: {memory: 0}",
-        "2: server.memory: expected a size such as 256MB, in which all bodies together have room",
-    ),
-    "port too high": (
-        DEMO + "server:\n  port: 65536\n",
-        "3: server.port: expected a whole number from 0 to 65535 such as 8000, got a whole number: 65536",
-    ),
-    "time zone": (
-        DEMO + "server: {timezone: CEST}\n",
-        "2: server.timezone: expected a time zone such as Europe/Berlin, got text: 'CEST'",
-    ),
-    "time zone that is a folder": (
-        DEMO + "server: {timezone: Europe}\n",
-        "2: server.timezone: expected a time zone such as Europe/Berlin, got text: 'Europe'",
-    ),
-    "network": (
-        DEMO + "server:\n  trusted_proxies:\n    - 10.0.0.0/8\n    - 10.0.0.1/8\n",
-        "5: server.trusted_proxies[1]: expected a network such as 10.0.0.0/8, or an address, got text: '10.0.0.1/8' "
-        "(bits are set behind the mask)",
-    ),
-    "network that may read the metrics": (
-        DEMO + "server:\n  metrics_from: [10.0.0.0/8, monitoring]\n",
-        "3: server.metrics_from[1]: expected a network such as 10.0.0.0/8, or an address, got text: 'monitoring'",
-    ),
-    "address": (
-        KEYS + f"  - name: a\n    key: {HASH}\n    allow_ips: [home]\n",
-        "5: keys[0].allow_ips[0]: expected a network such as 10.0.0.0/8, or an address, got text: 'home'",
-    ),
-    "size": (
-        DEMO + "server: {max_body: 32MiB}\n",
-        "2: server.max_body: expected a size such as 64MB, got text: '32MiB' (units: B, KB, MB, GB)",
-    ),
-    "negative size": (
-        DEMO + "server: {max_body: -1}\n",
-        "2: server.max_body: expected a size such as 64MB, got a whole number: -1",
-    ),
-    "time without a unit": (
-        DEMO + "server: {drain: 10}\n",
-        f"2: server.drain: expected a duration such as 30s, got a whole number: 10 {TIMES}",
-    ),
-    "time in words": (
-        DEMO + "server: {drain: ten minutes}\n",
-        "2: server.drain: expected a duration such as 30s, got text: 'ten minutes'",
-    ),
-    "fsync": (
-        DEMO + "usage: {fsync: often}\n",
-        "2: usage.fsync: expected always, never or a duration such as 1s, got text: 'often'",
-    ),
-    "limit of another unit": (
-        DEMO + "defaults:\n  limits:\n    usd/day: 1\n    eur/day: 1\n",
-        f"5: defaults.limits.eur/day: unknown limit: {UNITS_AND_WINDOWS}",
-    ),
-    "limit of another window": (
-        KEYS + f"  - name: a\n    key: {HASH}\n    limits:\n      usd/year: 1\n",
-        f"6: keys[0].limits.usd/year: unknown limit: {UNITS_AND_WINDOWS}",
-    ),
-    "limit of no window": (
-        DEMO + "defaults: {limits: {usd/: 1}}",
-        f"2: defaults.limits.usd/: unknown limit: {UNITS_AND_WINDOWS}",
-    ),
-    "concurrent per day": (
-        DEMO + "defaults: {limits: {concurrent/day: 1}}",
-        f"2: defaults.limits.concurrent/day: unknown limit: {UNITS_AND_WINDOWS}",
-    ),
-    "amount": (
-        DEMO + "defaults: {limits: {usd/day: $20}}",
-        f"2: defaults.limits.usd/day: {DOLLARS} text: '$20'; write 20",
-    ),
-    "negative amount": (
-        DEMO + "defaults: {limits: {usd: -1}}",
-        f"2: defaults.limits.usd: {DOLLARS} a whole number: -1",
-    ),
-    "endless amount": (
-        DEMO + "defaults: {limits: {usd: .inf}}",
-        f"2: defaults.limits.usd: {DOLLARS} a number: inf",
-    ),
-    "yes for an amount": (
-        DEMO + "defaults: {limits: {usd: yes}}",
-        f"2: defaults.limits.usd: {DOLLARS} true",
-    ),
-    "a list of limits": (
-        DEMO + "defaults: {limits: [usd/day]}",
-        "2: defaults.limits: expected a mapping such as {usd/day: 20, tokens/month: 50M, concurrent: 16}, got a list",
-    ),
-    "prices without a star": (
-        DEMO + "prices:\n  claude-*: {input: 1, output: 1}\n",
-        '2: prices: "*" must be in the table: no model is free',
-    ),
-    "prices as a list": (
-        DEMO + "prices: []\n",
-        '2: prices: expected a mapping such as {"claude-*": {input: 3, output: 15}, "*": {…}}, got a list',
-    ),
-    "half a price": (
-        DEMO + 'prices:\n  claude-*: {input: 1}\n  "*": {input: 1, output: 1}\n',
-        "3: prices.claude-*.output: is required, and missing",
-    ),
-    "misspelt price": (
-        DEMO + 'prices:\n  "*":\n    input: 1\n    output: 1\n    cash_read: 1\n',
-        f"6: prices.*.cash_read: unknown setting, did you mean cache_read? (there are: {PRICE_SETTINGS})",
-    ),
-    "price in words": (
-        DEMO + 'prices:\n  gpt-5.1: {input: 1, output: 1}\n  "*":\n    input: cheap\n    output: 1\n',
-        f"5: prices.*.input: {DOLLARS} text: 'cheap'",
-    ),
-    "premium in words": (DEMO + "prices: {fast: 1e9}", f"2: prices.fast: {A_FACTOR} text: '1e9'"),
-    "negative premium": (DEMO + "prices: {fast: -1}", f"2: prices.fast: {A_FACTOR} a whole number: -1"),
-    "settings of a premium": (DEMO + "prices: {us: {input: 1}}", f"2: prices.us: {A_FACTOR} a mapping"),
-    "premium of a model in words": (
-        DEMO + 'prices: {"*": {input: 1, output: 1, fast: 1e9}}',
-        f"2: prices.*.fast: {A_FACTOR} text: '1e9'",
-    ),
-    "sound beside the models": (
-        DEMO + "prices: {audio: 3}",
-        '2: prices.audio: it stands in a model\'s row: {"claude-*": {input: 3, output: 15, audio: …}}',
-    ),
-    "sound as a number": (
-        DEMO + 'prices: {"*": {input: 1, output: 1, audio: 3}}',
-        "2: prices.*.audio: expected a mapping such as {input: …}, got a whole number: 3",
-    ),
-    "model as a number": (
-        DEMO + "prices: {claude-x: 3}",
-        "2: prices.claude-x: expected a mapping such as {input: 3, output: 15}; a number is for fast, priority, "
-        "flex, batch, us, web_search, file_search, code_execution, code_interpreter",
-    ),
-    "model as text": (
-        DEMO + "prices: {claude-x: 1e9}",
-        "2: prices.claude-x: expected a mapping such as {input: …}, got text: '1e9'",
-    ),
-    "negative price": (
-        DEMO + 'prices: {"*": {input: 1, output: -1}}',
-        f"2: prices.*.output: {DOLLARS} a whole number: -1",
-    ),
-    "price that is no number": (
-        DEMO + 'prices: {"*": {input: .nan, output: 1}}',
-        f"2: prices.*.input: {DOLLARS} a number: nan",
-    ),
-    "endless price": (
-        DEMO + 'prices: {"*": {input: .inf, output: 1}}',
-        f"2: prices.*.input: {DOLLARS} a number: inf",
-    ),
-    "tier without above": (
-        TIERS + "      - {input: 1, output: 1}\n",
-        "7: prices.*.tiers[0].above: is required, and missing",
-    ),
-    "tier above words": (
-        TIERS + "      - input: 1\n        output: 1\n        above: much\n",
-        "9: prices.*.tiers[0].above: expected a number of tokens such as 200k or 50M, got text: 'much'",
-    ),
-    "half a tier": (
-        TIERS + "      - {above: 1k, input: 1, output: 1}\n      - above: 2k\n        input: 1\n",
-        "8: prices.*.tiers[1].output: is required, and missing",
-    ),
-    "negative tier": (
-        TIERS + "      - {above: 1k, input: 1, output: -1}\n",
-        f"7: prices.*.tiers[0].output: {DOLLARS} a whole number: -1",
-    ),
-    "tier in words": (
-        TIERS + "      - above: 1k\n        input: cheap\n        output: 1\n",
-        f"8: prices.*.tiers[0].input: {DOLLARS} text: 'cheap'",
-    ),
-    "misspelt tier": (
-        TIERS + "      - {abvoe: 1k, input: 1, output: 1}\n",
-        f"7: prices.*.tiers[0].abvoe: unknown setting, did you mean above? (there are: {TIER_SETTINGS})",
-    ),
-    "two tiers above the same": (
-        TIERS + "      - {above: 1k, input: 1, output: 1}\n      - {above: 1000, input: 2, output: 2}\n",
-        "3: prices.*: two tiers hold above the same number of tokens",
-    ),
-    "no list of tiers": (
-        TIERS + "      above: 1k\n",
-        "6: prices.*.tiers: expected a list such as [a, b], got a mapping",
-    ),
-    "unknown team": (
-        KEYS + f"  - name: a\n    key: {HASH}\n    team: reserch\nteams: [{{name: research}}, {{name: sales}}]\n",
-        "5: keys[0].team: there is no team 'reserch' (there are: research, sales)",
-    ),
-    "team without teams": (
-        KEYS + f"  - {{name: a, key: {HASH}, team: sales}}\n",
-        "3: keys[0].team: there is no team 'sales' (there are none; see `teams:`)",
-    ),
-    "team name taken": (
-        DEMO + "teams:\n  - name: a\n  - name: b\n  - name: a\n",
-        "5: teams[2].name: 'a' is taken: names tell entries apart in the ledger",
-    ),
-    "team without a name": (DEMO + "teams:\n  - limits: {}\n", "3: teams[0].name: is required, and missing"),
-    "limit of a team": (
-        DEMO + "teams:\n  - name: a\n    limits:\n      usd/year: 1\n",
-        f"5: teams[0].limits.usd/year: unknown limit: {UNITS_AND_WINDOWS}",
-    ),
-    "limit of the gateway": (
-        DEMO + "limits:\n  gateway:\n    usd/day: lots\n",
-        f"4: limits.gateway.usd/day: {DOLLARS} text: 'lots'",
-    ),
-    "limits of nobody": (
-        DEMO + "limits:\n  usd/day: 5\n",
-        "3: limits.usd/day: unknown setting (there are: gateway, reserve_output, queue, weights)",
-    ),
-    "negative weight": (
-        DEMO + "limits:\n  weights:\n    cache_read: -0.1\n",
-        f"4: limits.weights.cache_read: {A_FACTOR} a number: -0.1",
-    ),
-    "endless weight": (
-        DEMO + "limits:\n  weights:\n    cache_read: .inf\n",
-        f"4: limits.weights.cache_read: {A_FACTOR} a number: inf",
-    ),
-    "misspelt weight": (
-        DEMO + "limits:\n  weights: {cache_red: 1}\n",
-        "3: limits.weights.cache_red: unknown setting, did you mean cache_read? "
-        "(there are: input, output, cache_write, cache_read)",
-    ),
-    "negative reserve": (
-        DEMO + "limits:\n  reserve_output: -1\n",
-        "3: limits.reserve_output: expected a number of tokens such as 200k or 50M, got a whole number: -1",
-    ),
-    "queue without a unit": (
-        DEMO + "limits:\n  queue: 10\n",
-        f"3: limits.queue: expected a duration such as 30s, got a whole number: 10 {TIMES}",
-    ),
-    "contact": (
-        DEMO + "server:\n  contact: 5\n",
-        "3: server.contact: expected text, got a whole number: 5; put it in quotes",
-    ),
-    "key name taken": (
-        KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: a, key: {HASH2}}}\n",
-        "4: keys[1].name: 'a' is taken: names tell entries apart in the ledger",
-    ),
-    "same key": (
-        KEYS + f"- {{name: a, key: {HASH}}}\n- {{name: b, key: {HASH}}}\n",
-        "4: keys[1].key: the same key stands here twice",
-    ),
-    "short hash": (KEYS + "- {name: a, key: sha256:12}\n", f"3: keys[0].key: {A_KEY}"),
-    "encrypted key": (KEYS + "- {name: a, key: enc:gAAAA}\n", f"3: keys[0].key: {A_KEY}"),
-    "other case of a hash": (KEYS + "- {name: a, key: SHA256:12345678901234567890}\n", f"3: keys[0].key: {A_KEY}"),
-    "short key": (
-        KEYS + "- {name: a, key: hunter2}\n",
-        "3: keys[0].key: too short to be safe (20 characters); `gateway.py key add` makes one",
-    ),
-    "key that is a number": (
-        KEYS + "- {name: a, key: 12345678901234567890}\n",
-        "3: keys[0].key: expected text, got a whole number; put it in quotes",
-    ),
-    "expires": (
-        KEYS + f"- {{name: a, key: {HASH}, expires: tomorrow}}\n",
-        "3: keys[0].expires: expected a date such as 2027-01-31, got text: 'tomorrow'",
-    ),
-    "expires as a number": (
-        KEYS + f"- {{name: a, key: {HASH}, expires: 20270131}}\n",
-        "3: keys[0].expires: expected a date such as 2027-01-31, got a whole number: 20270131",
-    ),
-    "a day that is none": (
-        KEYS + f"- {{name: a, key: {HASH}, expires: 2027-02-30}}\n",
-        "3: keys[0].expires: expected a date such as 2027-01-31, got text: '2027-02-30'",
-    ),
-    "enabled": (
-        KEYS + f"- {{name: a, key: {HASH}, enabled: maybe}}\n",
-        "3: keys[0].enabled: expected true or false, got text: 'maybe'",
-    ),
-    "environment": (
-        DEMO + "server:\n  host: ${GATEWAY_HOST}\n",
-        "3: server.host: the environment has no GATEWAY_HOST (a default: ${GATEWAY_HOST:-…})",
-    ),
-    "environment in a list": (
-        DEMO + "server: {trusted_proxies: ['${PROXY}']}\n",
-        "2: server.trusted_proxies[0]: the environment has no PROXY (a default: ${PROXY:-…})",
-    ),
-    "brace not closed": (
-        "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: ${ANTHROPIC_API_KEY\n",
-        "4: upstreams[0].api_key: expected ${NAME} or ${NAME:-default}",
-    ),
-    "name with a dash": (
-        "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: ${ANTHROPIC-API-KEY}\n",
-        "4: upstreams[0].api_key: expected ${NAME} or ${NAME:-default}",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_every_error_names_file_line_path_and_what_would_be_right(tmp_path, name):
+@pytest.mark.parametrize(("name", "text", "messages"), mistakes(), ids=[name for name, _, _ in mistakes()])
+def test_every_mistake_is_told_with_file_line_path_and_what_would_be_right(name, text, messages):
     """
-    Who reads it in a log knows where to look and what to write.
+    Who reads it in a log knows where to look and what to write; who mends a file need not start again after each.
     """
-    text, message = BAD[name]
-
     with pytest.raises(g.ConfigError) as caught:
-        load(text, tmp_path / "config.yaml")
+        load(text)
 
-    assert str(caught.value) == f"{tmp_path}/config.yaml:{message.replace('FOLDER', str(tmp_path))}"
-
-
-SEVERAL = {
-    "in two keys": (
-        KEYS + f"  - {{name: a, key: {HASH}, limits: {{usd/day: $20}}}}\n  - {{name: b, key: {HASH2}, enabled: 1}}\n",
-        [
-            f"3: keys[0].limits.usd/day: {DOLLARS} text: '$20'; write 20",
-            "4: keys[1].enabled: expected true or false, got a whole number: 1",
-        ],
-    ),
-    "in one key": (
-        KEYS + f"  - name: a\n    key: {HASH}\n    expires: soon\n    limits: {{usd/day: x, eur: 1, usd: 1}}\n",
-        [
-            "5: keys[0].expires: expected a date such as 2027-01-31, got text: 'soon'",
-            f"6: keys[0].limits.usd/day: {DOLLARS} text: 'x'",
-            f"6: keys[0].limits.eur: unknown limit: {UNITS_AND_WINDOWS}",
-        ],
-    ),
-    "of types and of meaning, in the order of the lines": (
-        "upstreams:\n  - {name: a, url: a.test}\nserver:\n  port: x\n  timezone: CEST\n"
-        "keys:\n  - {name: a, key: short}\n",
-        [
-            "2: upstreams[0].url: expected http://… or https://… and a host",
-            "4: server.port: expected a whole number from 0 to 65535 such as 8000, got text: 'x'",
-            "5: server.timezone: expected a time zone such as Europe/Berlin, got text: 'CEST'",
-            "7: keys[0].key: too short to be safe (20 characters); `gateway.py key add` makes one",
-        ],
-    ),
-    "of the reading as well": (
-        DEMO + "server:\n  contact: ${NAME}\n  drain: 10\n  port: 1\n  port: 2\n",
-        [
-            "3: server.contact: the environment has no NAME (a default: ${NAME:-…})",
-            f"4: server.drain: expected a duration such as 30s, got a whole number: 10 {TIMES}",
-            "6: server.port: given twice, first in line 5",
-        ],
-    ),
-    "in prices": (
-        DEMO
-        + 'prices:\n  "*": {input: $3, output: 15 USD}\n  a: {input: "3", tiers: [{above: x, input: 1}]}\n  us: 0\n',
-        [
-            f"3: prices.*.input: {DOLLARS} text: '$3'; write 3",
-            f"3: prices.*.output: {DOLLARS} text: '15 USD'; write 15",
-            f"4: prices.a.input: {DOLLARS} text: '3'; write 3",
-            "4: prices.a.output: is required, and missing",
-            "4: prices.a.tiers[0].output: is required, and missing",
-            "4: prices.a.tiers[0].above: expected a number of tokens such as 200k or 50M, got text: 'x'",
-            "5: prices.us: a premium is a factor on what a call costs: with 0 it would be free; 1 means no premium",
-        ],
-    ),
-    "in an upstream": (
-        "upstreams:\n  - name: a\n    url: https://a.test\n    api_key: [1, 'sk ant']\n"
-        "    headers: {set: {a b: c, te: d}}\n    verdicts: {404: {nxt: true, cooldown: 1}, 40: {}}\n"
-        "    timeouts: {connect: 1, idle: 2}\n",
-        [
-            "4: upstreams[0].api_key[0]: expected text, got a whole number; put it in quotes",
-            "5: upstreams[0].headers.set.a b: no header that can be set",
-            "5: upstreams[0].headers.set.te: no header that can be set",
-            "6: upstreams[0].verdicts.404.nxt: unknown setting, did you mean next? "
-            "(there are: next, blame, cooldown, pass)",
-            f"6: upstreams[0].verdicts.404.cooldown: expected a duration such as 30s, got a whole number: 1 {TIMES}",
-            f"6: upstreams[0].verdicts.40: unknown case: a status such as 404, or one of {', '.join(g.VERDICTS)}",
-            f"7: upstreams[0].timeouts.connect: expected a duration such as 30s, got a whole number: 1 {TIMES}",
-            f"7: upstreams[0].timeouts.idle: expected a duration such as 30s, got a whole number: 2 {TIMES}",
-        ],
-    ),
-}
+    lines = str(caught.value).split("\n")
+    assert [line.removeprefix("config.yaml:") for line in lines] == messages
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_all_mistakes_are_told_at_once(name):
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (DEMO + "server:\n" + "".join(f"  x{i}: 1\n" for i in range(20_000)), "server.x9: unknown setting"),
+        (KEYS + "".join(f"  - {{name: a{i}, key: short}}\n" for i in range(5000)), "keys[9].key: too short"),
+        (KEYS + "".join(f"  - {{name: a{i}, key: {HASH}}}\n" for i in range(5000)), "keys[10].key: the same key"),
+        (
+            DEMO + "prices:\n" + "".join(f"  m{i}: {{x: 1, y: 2}}\n" for i in range(5000)),
+            "prices.m4.y: unknown setting",
+        ),
+        (
+            DEMO
+            + "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef", "fg")),
+            "aliases repeat more than 500,000 values",
+        ),
+    ],
+    ids=["settings", "types", "meanings", "prices", "aliases"],
+)
+def test_a_file_full_of_mistakes_is_refused_at_once_and_the_first_ten_are_told(text, problem):
     """
-    Whoever mends a file need not start the gateway after each.
+    The gateway serves on meanwhile: it cannot spend seconds on a page that nobody reads.
     """
-    text, messages = SEVERAL[name]
+    began = time.process_time()
 
     with pytest.raises(g.ConfigError) as caught:
         load(text)
 
-    assert str(caught.value).split("\n") == [f"config.yaml:{message}" for message in messages]
-
-
-def test_of_many_mistakes_the_first_ten_are_told_and_the_others_counted():
-    """
-    A page of them helps nobody.
-    """
-    keys = "".join(
-        f"  - {{name: {name}, key: sha256:{i:064}, expires: {i}}}\n" for i, name in enumerate("abcdefghijklmno")
-    )
-
-    with pytest.raises(g.ConfigError) as caught:
-        load(KEYS + keys)
-
-    lines = str(caught.value).split("\n")
-    assert [line.partition(": expected")[0] for line in lines[:-1]] == [
-        f"config.yaml:{i + 3}: keys[{i}].expires" for i in range(10)
-    ]
-    assert lines[-1] == "and 5 more"
+    *told, last = str(caught.value).split("\n")
+    assert (len(told), last) == (10, "and more") or "aliases" in problem
+    assert problem in str(caught.value)
+    assert time.process_time() - began < 2
 
 
 FOLLOW_UPS = {
@@ -1469,7 +958,6 @@ FOLLOW_UPS = {
     "a cooldown that is wrong is not above its bound": DEMO + "routing: {breaker: {cooldown: x, max_cooldown: 5s}}\n",
     'a row that is wrong may be "*"': DEMO + 'prices: {"*": 3}\n',
     "a secret that the environment lacks is not empty": KEYS + "  - {name: a, key: '${K}'}\n",
-    "a secret that is lost is lost for all": "upstreams: [{name: a, format: demo, api_key: [enc:a, enc:b]}]",
     "a memory that is wrong is not too small": DEMO + "server: {memory: x}\n",
 }
 
@@ -1485,148 +973,91 @@ def test_what_follows_from_a_mistake_is_not_told(name):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("written", "number"),
-    [
-        ("$20", "20"),
-        ("20 USD", "20"),
-        ("US$ 20.50", "20.50"),
-        ('"20,50"', "20.50"),
-        ("20,50", "20.50"),
-        ("$1,000.50", "1000.50"),
-        ("“20”", "20"),
-        ("20 dollars", "20"),
-        ("-20", None),
-        ("20 €", None),
-        ("twenty", None),
-        ("1.2.3", None),
-    ],
-)
-@pytest.mark.parametrize("place", ["keys[0].limits.usd/day", "prices.*.input"])
-def test_dollars_that_are_written_in_another_way_are_told_as_they_should_be(place, written, number):
-    """
-    A currency's sign, a comma, quotes: what is meant is plain, what YAML takes is not.
-    """
-    text = {
-        "keys[0].limits.usd/day": KEYS + f"  - name: a\n    key: {HASH}\n    limits:\n      usd/day: {written}\n",
-        "prices.*.input": DEMO + f'prices:\n  "*":\n    input: {written}\n    output: 1\n',
-    }[place]
-
-    with pytest.raises(g.ConfigError) as caught:
-        load(text)
-
-    assert f" {place}: {DOLLARS} " in str(caught.value)
-    assert str(caught.value).partition("; write ")[2] == (number or "")
-
-
 SERVER = DEMO + "server:\n"
-INDENT = "its indent fits none above: settings of one mapping, and items of one list, begin in the same column"
-DEEPER = "it is indented deeper than the line above, which has its value already"
-QUOTES = "text that begins with {} must be in quotes"
-STAR = QUOTES.format("*") + ', such as "*"'
-COLON, BLANK = "a colon is missing behind the name", "a blank is missing behind the colon"
-COLON_IN_TEXT = "text with a colon and a blank in it must be in quotes"
-BRACKET = "this bracket is not closed, or a comma is missing in it"
-COMMA = "a comma or a closing bracket is missing before this, or text with `: ` in it needs quotes"
-TAB, QUOTE = "a tab in the indent: put blanks in its place", "this quote is not closed"
-BEHIND_QUOTE = "text follows a closing quote: is one too many here, or one missing above?"
-NO_BREAK = "U+00A0 (no-break space) is no blank for YAML: put an ordinary one in its place"
-TYPOGRAPHIC = "U+201C (left double quotation mark) is no quote for YAML: its own are \" and '"
-DOCUMENTS = "more than one document: remove the lines --- and ..."
 
-# The text, the cause, and the line that is quoted with a ^ behind the character under which the caret is.
+
+def cause(text: str) -> str:
+    """What is told of a text that is no YAML."""
+    with pytest.raises(g.ConfigError) as caught:
+        _ = g.Document(text, Path("config.yaml")).root
+    return re.sub("^.*?:[0-9]+: not YAML: ", "", str(caught.value)).partition("\n")[0]
+
+
+@pytest.mark.parametrize(("told", "example"), [(told, example) for _, told, example in g.YAML_CAUSES])
+def test_each_cause_of_what_is_no_yaml_has_an_example(told, example):
+    """
+    A row that no text meets would be one too many.
+    """
+    assert cause(example) == told
+
+
+# The text, an example that has the same cause, the line, and the text of it with a ^ behind the caret's character.
 NOT_YAML = {
-    "a tab": (SERVER + "\tport: 1\n", 3, TAB, "→^port: 1"),
-    "a tab behind blanks": (SERVER + "  \tport: 1\n", 3, TAB, "  →^port: 1"),
-    "a tab in a later line": (SERVER + "  port: 1\n\thost: x\n", 4, TAB, "→^host: x"),
-    "too deep": (SERVER + "  port: 1\n   host: x\n", 4, DEEPER, "   h^ost: x"),
-    "not deep enough": (SERVER + "    port: 1\n  host: x\n", 4, INDENT, "  h^ost: x"),
-    "an item's setting": (DEMO + "keys:\n  - name: a\n   team: x\n", 4, INDENT, "   t^eam: x"),
-    "an item": (DEMO + "keys:\n  - name: a\n- name: b\n", 4, INDENT, "-^ name: b"),
-    "a section": (DEMO + " server:\n  port: 1\n", 2, INDENT, " s^erver:"),
-    "no colon, a section": (DEMO + "server\n  port: 1\n", 2, COLON, "s^erver"),
-    "no colon, the first": (SERVER + "  port 1\n  host: x\n", 3, COLON, "  p^ort 1"),
-    "no colon, the last": (SERVER + "  host: x\n  port 1\n", 4, COLON, "  p^ort 1"),
-    "no blank, the first": (SERVER + "  port:1\n  host: x\n", 3, BLANK, "  port:^1"),
-    "no blank, a later one": (SERVER + "  host: x\n  port:1\n", 4, BLANK, "  port:^1"),
-    "no blank, in a list": (DEMO + "keys:\n  - name:a\n    team: b\n", 3, BLANK, "  - name:^a"),
-    "no blank, a secret": (DEMO + "keys:\n  - name: a\n    key:hunter2\n", 4, BLANK, "    key:^…"),
-    "typographic quotes": (SERVER + "  contact: “Ann: 5”\n", 3, TYPOGRAPHIC, "  contact: “^Ann: 5”"),
-    "a no-break space": (SERVER + "  port:\u00a01\n  host: x\n", 3, NO_BREAK, "  port:·^1"),
-    "a full-width colon": (
-        SERVER + "  port：1\n  host: x\n",
-        3,
-        "U+FF1A (fullwidth colon) is no punctuation for YAML: put the ASCII one in its place",
-        "  port：^1",
-    ),
-    "a double quote": (SERVER + '  host: "abc\n  port: 1\n', 3, QUOTE, '  host: "^abc'),
-    "a single quote": (SERVER + "  host: 'abc\n  port: 1\n", 3, QUOTE, "  host: '^abc"),
-    "a quote that the next closes": (SERVER + '  host: "a\n  contact: "x"\n', 4, BEHIND_QUOTE, '  contact: "^x"'),
-    "a quote in quotes": (SERVER + "  contact: 'Ann's'\n", 3, BEHIND_QUOTE, "  contact: 'Ann'^s'"),
-    "a brace": (DEMO + "server: {port: 1\nkeys: []\n", 2, BRACKET, "server: {^port: 1"),
-    "a bracket": ("upstreams: [{name: a}\nserver:\n  port: 1\n", 1, BRACKET, "upstreams: [^{name: a}"),
-    "a comma": (DEMO + "server: {port: 1 host: x}\n", 2, COMMA, "server: {port: 1 host:^ x}"),
-    "a brace too many": (SERVER + "  port: {}}\n", 3, "no bracket is open that } could close", "  port: {}}^"),
-    "a star": (DEMO + "keys:\n- models: [*]\n", 3, STAR, "- models: [*^]"),
-    "a star as a name": (DEMO + "prices:\n  *: {}\n", 3, STAR, "  *^: {}"),
-    "a glob": (DEMO + "keys:\n- models: [*-opus]\n", 3, STAR, "- models: [*^-opus]"),
-    "an at": (SERVER + "  contact: @ann\n", 3, QUOTES.format("@"), "  contact: @^ann"),
-    "a percent sign": (SERVER + "  contact: %ann\n", 3, QUOTES.format("%"), "  contact: %^ann"),
-    "a backtick": (SERVER + "  contact: `ann`\n", 3, QUOTES.format("`"), "  contact: `^ann`"),
-    "a bar": (SERVER + "  contact: |ann\n", 3, QUOTES.format("|"), "  contact: |^ann"),
-    "a list in a line": (
-        SERVER + "  contact: - x\n",
-        3,
-        "a list begins in the next line, or is written [a, b]",
-        "  contact: -^ x",
-    ),
-    "a colon in text": (SERVER + "  contact: Ann: 5\n", 3, COLON_IN_TEXT, "  contact: Ann:^ 5"),
-    "a backslash": (
-        SERVER + '  contact: "C:\\dir"\n',
-        3,
-        "in double quotes a \\ is doubled; in single quotes it is itself",
-        '  contact: "C:\\^dir"',
-    ),
-    "a byte order mark": (
-        DEMO + "\ufeffserver: {}\n",
-        2,
-        "U+FEFF (zero width no-break space) is no blank for YAML: put an ordinary one in its place",
-        "�^server: {}",
-    ),
-    "a control character": (
-        SERVER + "  # é\n  host: a\x07b\n",
+    "a tab": (SERVER + "\tport: 1\n", "a:\n\tb: 1", 3, "→^port: 1"),
+    "a tab behind blanks": (SERVER + "  \tport: 1\n", "a:\n\tb: 1", 3, "  →^port: 1"),
+    "a tab in a later line": (SERVER + "  port: 1\n\thost: x\n", "a:\n\tb: 1", 4, "→^host: x"),
+    "too deep": (SERVER + "  port: 1\n   host: x\n", "a: b: c", 4, "   host:^ x"),
+    "not deep enough": (SERVER + "    port: 1\n  host: x\n", "a:\n  b: 1\n c: 2", 4, "  h^ost: x"),
+    "an item's setting": (DEMO + "keys:\n  - name: a\n   team: x\n", "a:\n  b: 1\n c: 2", 4, "   t^eam: x"),
+    "no colon, a section": (DEMO + "server\n  port: 1\n", "a: 1\nb\n", 2, "s^erver"),
+    "no colon, the first": (SERVER + "  port 1\n  host: x\n", "a: b: c", 4, "  host:^ x"),
+    "no colon, the last": (SERVER + "  host: x\n  port 1\n", "a: 1\nb\n", 4, "  p^ort 1"),
+    "no blank, in a list": (DEMO + "keys:\n  - name:a\n    team: b\n", "a: b: c", 4, "    team:^ b"),
+    "no blank, a secret": (DEMO + "keys:\n  - name: a\n    key:hunter2\n", "a: 1\nb\n", 4, "    k^ey:*******"),
+    "a double quote": (SERVER + '  host: "abc\n  port: 1\n', 'a: "b', 3, '  host: "^abc'),
+    "a quote that the next closes": (
+        SERVER + '  host: "a\n  contact: "x"\n',
+        "a:\n  b: 1\n c: 2",
         4,
-        "U+0007 (a control character) may not be in a file of YAML: remove it",
-        "  host: a�^b",
+        '  contact: "x^"',
     ),
-    "a second document": (DEMO + "---\n" + DEMO, 2, DOCUMENTS, "-^--"),
-    "an anchor twice": (
-        DEMO + "server: &a {}\nusage: &a {}\n",
-        3,
-        "an anchor of this name is above already",
-        "usage: &^a {}",
-    ),
-    "a wide character before it": (SERVER + "  contact: 安: 5\n", 3, COLON_IN_TEXT, "  contact: 安:^ 5"),
+    "a quote in quotes": (SERVER + "  contact: 'Ann's'\n", "a:\n  b: 1\n c: 2", 3, "  contact: 'Ann's^'"),
+    "a brace": (DEMO + "server: {port: 1\nkeys: []\n", "a: {b: 1 c: 2}", 2, "server: {^port: 1"),
+    "a bracket": ("upstreams: [{name: a}\nserver:\n  port: 1\n", "a: {b: 1 c: 2}", 1, "upstreams: [^{name: a}"),
+    "a comma": (DEMO + "server: {port: 1 host: x}\n", "a: {b: 1 c: 2}", 2, "server: {port: 1 host:^ x}"),
+    "a brace too many": (SERVER + "  port: {}}\n", "a:\n  b: 1\n c: 2", 3, "  port: {}}^"),
+    "a star as a name": (DEMO + "prices:\n  *: {}\n", "a: [*]", 3, "  *:^ {}"),
+    "a glob": (DEMO + "keys:\n- models: [*-opus]\n", "a: *b", 3, "- models: [*^-opus]"),
+    "a percent sign": (SERVER + "  contact: %ann\n", "a: @b", 3, "  contact: %^ann"),
+    "a bar": (SERVER + "  contact: |ann\n", "a: |b", 3, "  contact: |a^nn"),
+    "a backslash": (SERVER + '  contact: "C:\\dir"\n', 'a: "C:\\dir"', 3, '  contact: "C:\\^dir"'),
+    "a control character": (SERVER + "  # é\n  host: a\x07b\n", "a: b\x07", 4, "  host: a�^b"),
+    "a second document": (DEMO + "---\n" + DEMO, "a: 1\n---\nb: 2", 2, "-^--"),
+    "an anchor twice": (DEMO + "server: &a {}\nusage: &a {}\n", "a: &x 1\nb: &x 2", 3, "usage: &^a {}"),
+    "a wide character before it": (SERVER + "  contact: 安: 5\n", "a: b: c", 3, "  contact: 安:^ 5"),
 }
 
 
 @pytest.mark.parametrize("name", NOT_YAML)
 def test_what_is_no_yaml_is_told_with_its_line_and_the_likely_cause(name):
     """
-    The parser's own words, and the place where it gave up, help nobody who has forgotten a quote.
+    The parser's own words help nobody who has forgotten a quote. The line above is quoted as well.
     """
-    text, line, cause, quoted = NOT_YAML[name]
+    text, example, line, quoted = NOT_YAML[name]
 
     with pytest.raises(g.ConfigError) as caught:
         load(text)
 
     before, _, after = quoted.partition("^")
-    width = len(before) - 1 + before[:-1].count("安") + before[:-1].count("：")
-    assert str(caught.value).split("\n") == [
-        f"config.yaml:{line}: not YAML: {cause}",
-        f"    {before}{after}",
-        f"    {' ' * width}^",
-    ]
+    width = len(before) - 1 + before[:-1].count("安")
+    first, *_, last, caret = str(caught.value).split("\n")
+    assert first == f"config.yaml:{line}: not YAML: {cause(example)}"
+    assert (last, caret) == (f"    {before}{after}", f"    {' ' * width}^")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("contact: “Ann: 5”", "U+201C (left double quotation mark) is no quote for YAML: its own are \" and '"),
+        ("contact: Ann：\u00a0a: 5", "U+00A0 (no-break space) is no blank for YAML: put an ordinary one in its place"),
+        ("contact: Ann：a: 5", "U+FF1A (fullwidth colon) is no punctuation for YAML: put the ASCII one in its place"),
+    ],
+)
+def test_a_character_that_looks_like_one_of_yamls_is_named(line, hint):
+    """
+    Word processors and input methods write them, and nobody sees the difference.
+    """
+    assert cause(f"{SERVER}  {line}\n").endswith(f"; {hint}")
 
 
 def test_a_line_that_is_no_yaml_is_quoted_in_part_where_it_is_long():
@@ -1636,55 +1067,9 @@ def test_a_line_that_is_no_yaml_is_quoted_in_part_where_it_is_long():
     with pytest.raises(g.ConfigError) as caught:
         load(DEMO + f"server: {{contact: {'so ' * 500}, host: @, timezone: {'so ' * 500}}}\n")
 
-    first, quoted, caret = str(caught.value).split("\n")
-    assert first == f"config.yaml:2: not YAML: {QUOTES.format('@')}"
+    first, _, quoted, caret = str(caught.value).split("\n")
+    assert first == f"config.yaml:2: not YAML: {cause('a: @b')}"
     assert len(quoted) <= 104 and quoted[len(caret) - 1] == "@"
-
-
-ODD_NAMES = {
-    "no-break spaces in the indent": (
-        SERVER + "\u00a0\u00a0port: 1\n",
-        f"3: ��port: unknown setting: {NO_BREAK} (there",
-    ),
-    "a no-break space behind the colon": (
-        SERVER + "  port:\u00a01\n",
-        f"2: server: expected a mapping such as {{host: …}}, got text; {NO_BREAK}",
-    ),
-    "quotes around a name": (DEMO + "“server”: {}\n", f"2: “server”: unknown setting: {TYPOGRAPHIC} (there"),
-    "quotes around a word": (
-        "upstreams: [{name: a, format: “demo”}]\n",
-        f"1: upstreams[0].format: expected anthropic, openai or demo, got text: '“demo”'; {TYPOGRAPHIC}",
-    ),
-    "quotes around a number": (
-        SERVER + "  port: “8000”\n",
-        "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text: '“8000”'; write 8000",
-    ),
-    "a colon that is missing": (
-        SERVER + "  port 1\n",
-        "2: server: expected a mapping such as {host: …}, got text, is a colon missing behind `port`?",
-    ),
-    "a blank that is missing": (
-        "upstreams:\n  - api_key:hunter2\n",
-        "2: upstreams[0]: expected a mapping such as {name: …}, got text, is a blank missing behind `api_key:`?",
-    ),
-    "a blank that is missing in braces": (
-        "upstreams: [{api_key:hunter2, format: demo, name: a}]\n",
-        "1: upstreams[0].api_key:…: unknown setting, is a blank missing behind `api_key:`?",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ODD_NAMES)
-def test_what_yaml_takes_for_something_else_is_told(name):
-    """
-    It is YAML, but not what was meant.
-    """
-    text, message = ODD_NAMES[name]
-
-    with pytest.raises(g.ConfigError) as caught:
-        load(text)
-
-    assert str(caught.value).startswith(f"config.yaml:{message}") and "hunter2" not in str(caught.value)
 
 
 SECRET = "sk-ant-api03-Zm9vYmFyYmF6cXV4-0123456789"
@@ -1795,18 +1180,21 @@ def test_whatever_a_file_holds_it_is_read_or_refused(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- " * 100_000, "1: nested too deep"),
-        ("[" * 100_000, "1: nested too deep"),
-        (DEMO + "server: " + "[" * 100_000, "2: server" + "[0]" * 20 + ": nested too deep (an alias of itself?)"),
-        (
-            DEMO + "server: {port: x}\n? " + "[" * 3000 + "]" * 3000 + "\n: 1\n",
-            "3: expected a plain name\nconfig.yaml:3: nested too deep",
-        ),
-        (DEMO + "server: &a " + "[" * 3000 + "]" * 3000 + "\n", "2: nested too deep"),
+        ("- " * 100_000, "1: not YAML: nested too deep"),
+        ("[" * 100_000, "1: not YAML: nested too deep"),
+        (DEMO + "server: " + "[" * 100_000, "2: not YAML: nested too deep"),
+        (DEMO + "? " + "[" * 3000 + "]" * 3000 + "\n: 1\n", "2: not YAML: nested too deep"),
+        (DEMO + "server: &a " + "[" * 3000 + "]" * 3000 + "\n", "2: not YAML: nested too deep"),
+        (DEMO + "server: " + "a" * 100_000 + ": b: c", "2: not YAML: text with a colon"),
         (
             SERVER + "  port: " + "1" * 5000,
-            "3: server.port: expected what YAML can read, or text in quotes, got text of ",
+            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text of",
         ),
+        (
+            SERVER + "  port: 0x" + "f" * 5000,
+            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text",
+        ),
+        (SERVER + "  port: 1:" + "1:" * 5000 + "1", "3: server.port: expected a whole number from 0 to 65535"),
         *(
             (SERVER + f"  host: !!{tag}", "3: server.host: expected ")
             for tag in ("int x", "int ''", "float ''", "bool x", "timestamp x")
@@ -1829,7 +1217,7 @@ def test_a_long_name_is_cut_in_a_message(tmp_path):
     """
     (tmp_path / "config.yaml").write_text(DEMO + f"server: {{{'very long ' * 100}: 1}}\n")
 
-    with pytest.raises(g.ConfigError, match=r"server\.(very long ){4}…: unknown setting"):
+    with pytest.raises(g.ConfigError, match=r":2: server\.(very long ){12}v: unknown setting"):
         g.Config.load(tmp_path / "config.yaml")
 
 
@@ -1848,7 +1236,7 @@ def test_a_long_name_is_cut_in_a_message(tmp_path):
         (r"“SECRET”", "has quotes around it: paste only the key itself"),
         (r"${PASTED}", "has quotes around it: paste only the key itself"),
         (r"ключSECRET", "has characters no key has: paste only the key itself"),
-        (r"{SECRET: }", "expected text, got a mapping"),
+        (r"{SECRET: }", "expected text (in quotes, where it looks like a number or a date)"),
     ],
 )
 def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written, message):
@@ -1876,9 +1264,8 @@ def test_each_of_several_api_keys_is_looked_at(tmp_path):
     config = load(text % "sk-ant-three", tmp_path / "config.yaml", TWO="sk-ant-two")
 
     assert config.upstreams[0].api_key == ("sk-ant-one", "sk-ant-two", "sk-ant-three")
-    assert [warning.partition(":")[0] for warning in config.warnings] == [
-        "upstreams[0].api_key[0] (a) is in clear text",
-        "upstreams[0].api_key[2] (a) is in clear text",
+    assert config.warnings == [
+        f"line 4: upstreams[0].api_key[{i}]: is in clear text: run `gateway.py seal`" for i in (0, 2)
     ]
     for bad, message in (("12", "expected text"), ("'sk ant'", "has white space in it"), ("{}", "expected text")):
         with pytest.raises(g.ConfigError, match=rf"4: upstreams\[0\]\.api_key\[2\]: {message}"):
@@ -2333,7 +1720,7 @@ def keeps_line_ends(before: str, after: str) -> bool:
     return bool(re.search("(?<!\r)\n", after)) <= bool(re.search("(?<!\r)\n", before) or "\n" not in before)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(text=configs())
 def test_appending_a_key_changes_nothing_else(file, text):
     """
@@ -2349,7 +1736,7 @@ def test_appending_a_key_changes_nothing_else(file, text):
     assert keeps_line_ends(text, after)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(text=configs(least_keys=1), data=st.data())
 def test_setting_a_field_changes_nothing_else(file, text, data):
     """
@@ -2368,7 +1755,7 @@ def test_setting_a_field_changes_nothing_else(file, text, data):
     assert keeps_line_ends(text, after)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(text=configs(least_keys=1), data=st.data())
 def test_setting_a_scalar_changes_one_word(file, text, data):
     """
@@ -2440,7 +1827,7 @@ def test_an_edit_that_makes_a_bad_config_is_not_saved(saved):
     editor = g.ConfigEditor(saved)
     editor.append_key({"name": "alice", "key": HASH2})
 
-    with pytest.raises(g.ConfigError, match=r"keys\[1\]\.name: 'alice' is taken"):
+    with pytest.raises(g.ConfigError, match=r"keys\[1\]\.name: is taken"):
         editor.save({})
 
     assert saved.read_text() == ALICE
@@ -2460,7 +1847,10 @@ def test_a_key_in_the_place_of_a_name_is_refused_and_not_shown(key, place):
     with pytest.raises(g.ConfigError) as caught:
         load(text.replace(old, f"name: {key}", 1))
 
-    assert f"{place}[0].name: looks like a key, which belongs into `api_key` or `key`" in str(caught.value)
+    assert f":{1 if place == 'upstreams' else 2 if place == 'keys' else 3}: {place}[0].name: expected" in str(
+        caught.value
+    )
+    assert "and no key: a name is shown to everybody" in str(caught.value)
     assert key[:12] not in str(caught.value)
 
 

@@ -268,8 +268,7 @@ def key(**changes: object) -> g.Key:
 
 def networks(*texts: str) -> tuple[g.Network, ...]:
     """Networks as the config makes them."""
-    document = g.Document("server: {}", Path("config.yaml"))
-    return g.ConfigBuilder(document, None, None).networks((), texts)
+    return g.Networks.parse(list(texts))
 
 
 @pytest.mark.parametrize(

@@ -166,11 +166,11 @@ def test_a_model_called_unknown_can_have_a_price():
     ("line", "message"),
     [
         ("unknown: maybe", "prices.unknown: expected refuse or dearest, got text: 'maybe'"),
-        ("fst: 2", "prices.fst: expected a mapping such as {input: 3, output: 15}; a number is for fast, "),
-        ("fast: -1", "prices.fast: expected a number from 0 to 1000 such as 1.5, got a whole number: -1"),
-        ("us: 0", "prices.us: a premium is a factor on what a call costs: with 0 it would be free; 1 means no premium"),
-        ("gpt-6: {input: 1, output: 1, us: 0}", "prices.gpt-6: a premium is a factor on what a call costs: with 0"),
-        ("gpt-6: {input: 1, output: 1, flex: -0.5}", "prices.gpt-6.flex: expected a number from 0 to 1000 such as 1.5"),
+        ("fst: 2", "prices.fst: unknown surcharge, did you mean fast? (there are: fast, priority, "),
+        ("fast: -1", "prices.fast: expected a factor above 0 such as 1.5 (1: no premium), got a whole number: -1"),
+        ("us: 0", "prices.us: expected a factor above 0 such as 1.5 (1: no premium), got a whole number: 0"),
+        ("gpt-6: {input: 1, output: 1, us: 0}", "prices.gpt-6.us: expected a factor above 0 such as 1.5"),
+        ("gpt-6: {input: 1, output: 1, flex: -0.5}", "prices.gpt-6.flex: expected a factor above 0 such as 1.5"),
         ("gpt-6: {input: 1, output: 1, audio: {input: 1}}", "prices.gpt-6.audio.output: is required, and missing"),
     ],
 )
