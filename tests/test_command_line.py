@@ -253,8 +253,8 @@ limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
   carol (…last): expired, expires 2001-01-02 00:00 UTC, models *, limits none
 
 warnings:
-  upstreams[0].api_key (anthropic) is in clear text: run `gateway.py seal`
-  keys[0].key (alice) is in clear text: run `gateway.py seal`
+  line 6: upstreams[0].api_key: is in clear text: run `gateway.py seal`
+  line 31: keys[0].key: is in clear text: run `gateway.py seal`
   {path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}
 """
     )
@@ -472,14 +472,14 @@ def test_any_text_can_be_written_into_yaml(text):
     ("arguments", "message"),
     [
         (["alice"], "there is a key named 'alice' already"),
-        ([""], "expected a name without white space around it"),
-        ([" bob"], "expected a name without white space around it"),
+        ([""], "without white space around it, and no key"),
+        ([" bob"], "without white space around it, and no key"),
         (["bob\n"], "expected"),
         (["b\udcffb"], "expected"),
         (["bob", "--limit", "usd/day"], "--limit usd/day=: "),
         (["bob", "--limit", "usd/day="], "--limit usd/day=: "),
         (["bob", "--limit", "usd/day=lots"], "(without the $ sign), got text: 'lots'"),
-        (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit: expected a unit"),
+        (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit, did you mean usd/day?"),
         (["bob", "--expires", "tomorrow"], "expected a date such as 2027-01-31, got 'tomorrow'"),
         (["bob", "--expires", "20270131"], "expected a date such as 2027-01-31, got '20270131'"),
         (["bob", "--expires", "1" * 5000], "expected a date such as 2027-01-31, got '11111"),
@@ -1162,8 +1162,8 @@ def test_missing_rights_are_told_with_the_user_who_misses_them(error, reason):
 # Corrections, the chain, the archive
 
 UNITS = (
-    "expected a unit (tokens, usd, requests), alone or with a window (minute, hour, 5h, day, week, month) "
-    "as in usd/day; or concurrent"
+    "there are: tokens, usd, requests, alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
+    "concurrent"
 )
 LEDGER_CONFIG = f"""
 upstreams: [{{name: demo, format: demo}}]
@@ -1236,7 +1236,10 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
             ("reset", "alice", "--limit", "concurrent"),
             "--limit concurrent: counts what runs, there is nothing to reset",
         ),
-        (("reset", "alice", "--limit", "usd/year"), f"--limit usd/year: unknown limit: {UNITS}"),
+        (
+            ("reset", "alice", "--limit", "usd/year"),
+            f"--limit usd/year: unknown limit, did you mean usd/day? ({UNITS})",
+        ),
         (("adjust", "alice"), "say what to adjust: --usd, --tokens or --requests"),
         (("adjust", "--usd", "1"), "name one: a KEY, --team TEAM, or --gateway"),
     ],

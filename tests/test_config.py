@@ -1383,6 +1383,32 @@ def test_the_example_names_every_setting():
     assert missing_settings(g.PriceConfig, price | {"tiers": tiers}) == []
 
 
+def described(kind: type, at: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting below a struct with what is said of it."""
+    for field in msgspec.structs.fields(kind):
+        metas = getattr(field.type, "__metadata__", ())
+        yield at + field.encode_name, next((meta.description for meta in metas if meta.description), "")
+        inner = field.type.__origin__ if metas else field.type
+        for below in (inner, *get_args(inner)):
+            if (
+                isinstance(below, type)
+                and issubclass(below, msgspec.Struct)
+                and below not in (g.Weights, g.VerdictConfig)
+            ):
+                yield from described(below, f"{at}{field.encode_name}.")
+
+
+@pytest.mark.parametrize(("setting", "sentence"), described(g.ConfigFile))
+def test_the_example_says_of_each_setting_what_is_said_at_its_field(setting, sentence):
+    """
+    It is written once for those who read the code and once for those who configure, in the same words.
+    """
+    comments = " ".join(re.sub(r"[#\s]+", " ", EXAMPLE.read_text()).split())
+
+    assert sentence or setting in ("server", "keys", "limits", "routing", "usage")
+    assert sentence in comments
+
+
 def missing_settings(kind: type, plain: dict[str, Any], at: str = "") -> list[str]:
     """The settings of a struct, and of those below it, that a mapping does not have."""
     missing = []

@@ -86,7 +86,7 @@ def test_the_table_of_verdicts_is_the_one_that_the_program_goes_by():
 
     found = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \| (.*) \| (.*) \| (yes)? ?\|$", README, re.MULTILINE)
 
-    shown = [(*row[:4], g.parse_duration(row[4].replace(" ", "") or "0s"), row[5] == "yes") for row in found]
+    shown = [(*row[:4], g.Duration.parse(row[4].replace(" ", "") or "0s"), row[5] == "yes") for row in found]
     assert shown == rows and set(g.VERDICT_MEANINGS) == set(g.VERDICTS)
 
 

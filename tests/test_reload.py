@@ -302,7 +302,7 @@ async def test_a_running_stream_is_untouched_by_a_reload(gateway, upstream):
 
 
 BAD = {
-    "empty": ("", "expected a mapping such as `upstreams: …`, got nothing"),
+    "empty": ("", "expected a mapping such as `upstreams: …`"),
     "half": (config_text("http://h")[:70], "config.yaml:"),
     "unknown setting": (config_text("http://h", ", modles: {}"), "did you mean models?"),
     "wrong type": (
