@@ -1916,7 +1916,7 @@ def test_betas_that_match_do_not_go_upstream(value, globs, expected):
     """
     The others stay, in their order; white space does not count.
     """
-    kept = g.dropped_betas(value, globs)
+    kept = g.drop_betas(value, globs)
 
     assert kept == expected
 

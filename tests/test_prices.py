@@ -290,10 +290,13 @@ def test_a_bill_has_only_so_many_lines():
 COUNTS = st.integers(-5, 10**6) | st.integers(0, 1 << 70) | st.floats(0, 1e9) | st.none()
 WORDS = st.sampled_from(["fast", "us", "priority", "turbo", "", "claude-opus-5-5", "message", "advisor_message"])
 ODD = st.recursive(
-    COUNTS | WORDS | st.booleans(), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner)
+    COUNTS | WORDS | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
 )
 NUMBERS = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "prompt_tokens")
 OTHERS = ("speed", "service_tier", "inference_geo", "model", "type", "iterations", "server_tool_use", "cache_creation")
+SHIPPED = load("")
 USAGES = st.fixed_dictionaries({}, optional=dict.fromkeys(NUMBERS, COUNTS) | dict.fromkeys(OTHERS, ODD))
 ANSWERS = st.builds(
     lambda usage, iterations, more: more | {"usage": usage | ({"iterations": iterations} if iterations else {})},
@@ -303,30 +306,29 @@ ANSWERS = st.builds(
 )
 
 
-@pytest.mark.parametrize("path", [path for path in g.ROUTES if "count_tokens" not in path])
 @given(answer=ANSWERS)
 @example(answer={"usage": {"iterations": [{"input_tokens": 1}]}})
 @settings(deadline=None)
-def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(path, answer):
+def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(answer):
     """
     No usage object breaks the booking, none makes a call pay back, and what the entry keeps is all of the bill.
     """
-    config = load("")
     key = g.Key("a", b"", "", ("*",), math.inf, (), True, "", ())
-    route = g.ROUTES[path]
-    meter = g.DIALECTS[route.api, route.kind].reader(g.Call(config, key, route, b"", [], ""))
+    for route in g.ROUTES.values():
+        meter = g.DIALECTS[route.api, route.kind].reader(g.Call(SHIPPED, key, route, b"", [], ""))
 
-    meter.start(False)
-    meter.read(json.dumps(answer).encode(), True)
-    usage = meter.spend(True)
-    bill = config.bill("claude-haiku-4-5", meter.model, usage)
+        meter.start(False)
+        meter.read(json.dumps(answer).encode(), True)
+        usage = meter.spend(True)
+        bill = SHIPPED.bill("claude-haiku-4-5", meter.model, usage)
 
-    own = g.Tokens(*(getattr(usage, name) for name in g.Tokens.__struct_fields__))
-    for charge in bill.charges:
-        own.add(charge, -1)
-    assert all(getattr(own, name) >= 0 for name in g.Tokens.__struct_fields__)
-    main = bill.price.cost_usd(own) * math.prod(bill.premiums.values())
-    assert 0 <= bill.cost_usd == pytest.approx(main + sum(charge.usd for charge in bill.charges), rel=1e-9, abs=1e-8)
+        own = g.Tokens(*(getattr(usage, name) for name in g.Tokens.__struct_fields__))
+        for charge in bill.charges:
+            own.add(charge, -1)
+        assert all(getattr(own, name) >= 0 for name in g.Tokens.__struct_fields__)
+        main = bill.price.cost_usd(own) * math.prod(bill.premiums.values())
+        total = main + sum(charge.usd for charge in bill.charges)
+        assert 0 <= bill.cost_usd == pytest.approx(total, rel=1e-9, abs=1e-8)
 
 
 def test_a_name_that_has_no_price_says_nothing_of_who_served():

@@ -218,7 +218,7 @@ def answers(draw) -> tuple[bytes, tuple[int, bytes, object]]:
     return interim + "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + framed, (status, body, "end")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(answers())
 def test_every_framing_gives_the_same_body_at_every_cut(made):
     """
@@ -232,7 +232,7 @@ def test_every_framing_gives_the_same_body_at_every_cut(made):
     assert all(headers == heard[0][1] for _, headers, _, _ in heard)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(answers(), st.data())
 def test_an_answer_that_stops_early_is_never_taken_for_whole(made, data):
     """
@@ -257,7 +257,7 @@ FRAGMENTS = [
 ]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(st.one_of(st.binary(max_size=80), st.lists(st.sampled_from(FRAGMENTS), max_size=12).map(b"".join)))
 def test_no_bytes_are_too_strange(noise):
     """
