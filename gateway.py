@@ -1580,16 +1580,18 @@ class LimitSet(tuple[Limit, ...]):
 
     @classmethod
     def parse(cls, value: object, windows: Windows = WINDOWS) -> LimitSet:
-        names = ["concurrent", *(f"{unit}/{window}".rstrip("/") for unit in LIMIT_UNITS for window in windows)]
-        there_are = (
-            f"{', '.join(LIMIT_UNITS)}, alone or with a window ({', '.join(filter(None, windows))}) as in usd/day"
-        )
         limits, mistakes = [], Mistakes()
         for name, amount in items_of(value, "{usd/day: 20, tokens/month: 50M, concurrent: 16}"):
+            unit, _, window = name.partition("/")
+            is_known = name == "concurrent" or (unit in LIMIT_UNITS and window in windows and not name.endswith("/"))
             with mistakes.at(name):
-                if name not in names:
-                    raise unknown("limit", name, names, f"{there_are}; concurrent")
-                unit, _, window = name.partition("/")
+                if not is_known:
+                    names = [
+                        "concurrent",
+                        *(f"{unit}/{window}".rstrip("/") for unit in LIMIT_UNITS for window in windows),
+                    ]
+                    there_are = f"{', '.join(LIMIT_UNITS)}, alone or with a window ({', '.join(filter(None, windows))})"
+                    raise unknown("limit", name, names, f"{there_are} as in usd/day; concurrent")
                 limits.append(Limit(unit, windows[window], parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
         mistakes.check()
         return cls(limits)
