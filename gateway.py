@@ -16,30 +16,31 @@ The file is read from top to bottom, in five floors; each section uses what stan
      6. Editing       config.yaml changed, nothing else with it
     B. Books
      7. Ledger        what was spent, line by line
-     8. Limits        may this key spend now?
+     8. Counters      windows in memory, and the index beside the ledger
+     9. Limits        may this key spend now?
     C. Road
-     9. Wire          heads, header rules, events, no I/O
-    10. Requests      what is read of a request
-    11. Formats       what is read of an answer
-    12. Connections   HTTP/1 to upstreams, pool, names
-    13. Upstreams     health and choice
-    14. Demo          an upstream that needs no API key
-    15. Relay         attempts, the gate, failover, bytes through
+    10. Wire          heads, header rules, events, no I/O
+    11. Requests      what is read of a request
+    12. Formats       what is read of an answer
+    13. Connections   HTTP/1 to upstreams, pool, names
+    14. Upstreams     health and choice
+    15. Demo          an upstream that needs no API key
+    16. Relay         attempts, the gate, failover, bytes through
     D. House
-    16. Events        what happened, announced once
-    17. Metrics       counters for Prometheus
-    18. Models        lists of models, and what the keys are good for
-    19. Gateway       owns all state, tells the story
-    20. Actions       what a command, a request or the page changes
-    21. Reconcile     the ledger against a provider's export
-    22. Backup        copied at one moment, checked, put back
-    23. Integrity     installed files against their lists
+    17. Events        what happened, announced once
+    18. Metrics       counters for Prometheus
+    19. Models        lists of models, and what the keys are good for
+    20. Gateway       owns all state, tells the story
+    21. Actions       what a command, a request or the page changes
+    22. Reconcile     the ledger against a provider's export
+    23. Backup        copied at one moment, checked, put back
+    24. Integrity     installed files against their lists
     E. Doors
-    24. Front door    clients' connections, no policy
-    25. API           the gateway's own pages
-    26. Local door    commands at the running gateway
-    27. Server        process, signals, watcher, logging
-    28. Command line  arguments to actions to text, JSON, CSV
+    25. Front door    clients' connections, no policy
+    26. API           the gateway's own pages
+    27. Local door    commands at the running gateway
+    28. Server        process, signals, watcher, logging
+    29. Command line  arguments to actions to text, JSON, CSV
 
 Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an *attempt*;
 the bytes in between are the *relay*; the token counts are the *usage*, with their cost the *spend*,
@@ -77,6 +78,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import http.client
 import io
 import ipaddress
@@ -94,6 +96,7 @@ import select
 import shlex
 import shutil
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -856,6 +859,11 @@ class Vault:
     def new_secret() -> str:
         """A fresh sealing secret: 32 random bytes in URL-safe base64 (the Fernet specification)."""
         return base64.urlsafe_b64encode(secrets.token_bytes(32)).decode()
+
+    @property
+    def index_secret(self) -> bytes:
+        """What the index is signed with. Where there is no sealing secret, everybody can know it."""
+        return hashlib.blake2b("".join(self._keys[:1]).encode(), person=b"index").digest()
 
     @functools.cached_property
     def _fernet(self) -> Any:
@@ -2755,6 +2763,7 @@ class Config:
         self.path, self.clock = document.path, clock
         self.file = decode_config(document, environ)
         self.digest = config_digest(document.text)
+        self.index_secret = vault.index_secret
         self.server, self.limits, self.routing = self.file.server, self.file.limits, self.file.routing
         self.trusted, self.metrics_from = self.server.trusted_proxies, self.server.metrics_from
         self.body_memory = self.server.memory or available_memory() // 4
@@ -3258,421 +3267,6 @@ class Discarded(Bill, kw_only=True):
 LedgerLine = Entry | Discarded | Adjustment | Reset
 
 
-class Posting(Spend, gc=False, kw_only=True):
-    """What counters read of a line; a third of the time that decoding all of it takes."""
-
-    time: dt.datetime
-    type: Literal["call", "discarded", "adjust", "reset"] = "call"
-    key: str = ""
-    team: str = ""
-    model: str = ""
-    path: str = ""
-    outcome: str = "completed"
-    requests: int = 1
-    duration_ms: float = 0.0
-    queued_ms: float = 0.0
-    scope: str = ""
-    name: str = ""
-    limit: str = ""
-
-
-class Tally(Tokens):
-    """Sums over entries; money in nano-USD, so that sums and differences are exact.
-
-    Counters keep a tally as one integer, `packed`: a signed field of 64 bits for each sum. To count an entry, or to
-    find what was added since, is then one addition or subtraction: a third of the time that nine of them take.
-    """
-
-    weighted_tokens: int = 0
-    nano_usd: int = 0
-    calls: int = 0
-    failed: int = 0
-
-    @property
-    def packed(self) -> int:
-        """As one integer."""
-        return sum(value << 64 * i for i, value in enumerate(msgspec.structs.astuple(self)))
-
-    def within(self, bound: int) -> Tally:
-        """The same with no sum beyond a bound, on either side."""
-        return Tally(*[max(-bound, min(bound, value)) for value in msgspec.structs.astuple(self)])
-
-
-Packed = int  # a Tally in one integer
-TALLY_FIELDS = struct.Struct(f"<{len(Tally.__struct_fields__)}Q")
-FIELD_BIAS, FIELD_MASK = 1 << 63, (1 << 64) - 1
-ALL_BIAS = Tally(*[FIELD_BIAS] * len(Tally.__struct_fields__)).packed  # makes every field positive: none borrows
-UNIT_SHIFTS = {  # where in a packed tally is what counts in limits of a unit
-    unit: 64 * Tally.__struct_fields__.index(name)
-    for unit, name in {"tokens": "weighted_tokens", "usd": "nano_usd", "requests": "calls"}.items()
-}
-
-MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
-LINE_MAX = 1 << 53  # of one field in one line: 9e15 tokens, or $9 million; more is taken for so much
-TOTAL_MAX = 1 << 62  # of one field in a total: half of what a field holds, so that no sum of two turns over
-LARGE = ALL_BIAS // FIELD_BIAS * (FIELD_BIAS * 2 - (1 << 44))  # in some field more than 1.7e13: $17,592
-
-
-def tally_of(packed: Packed) -> Tally:
-    """The sums in an integer."""
-    fields = TALLY_FIELDS.unpack((packed + ALL_BIAS).to_bytes(TALLY_FIELDS.size, "little"))
-    return Tally(*[field - FIELD_BIAS for field in fields])
-
-
-def pack(posting: Posting) -> Packed:
-    """What one line adds (`Tally.packed`); no field of it is beyond LINE_MAX, whatever stands in the line."""
-    weighted = posting.weighted_tokens
-    if weighted is None:
-        weighted = Weights().weigh(posting)
-    tally = (
-        *token_counts(posting),
-        weighted,
-        round(posting.cost_usd * 1e9),
-        posting.requests,
-        int(posting.requests > 0 and posting.outcome != "completed"),
-    )
-    try:
-        packed = int.from_bytes(TALLY_FIELDS.pack(*tally), "little")
-    except struct.error:  # something is negative (an adjustment), or beyond all bounds
-        packed = -1
-    if packed & LARGE:
-        return Tally(*tally).within(LINE_MAX).packed
-    return packed
-
-
-def added(total: Packed, packed: Packed) -> Packed:
-    """A total with a line, or with the sum of many. It stops at TOTAL_MAX: a field that turned over would lift its
-    limit. A line that is not LARGE is added as it is: millions of them fit between TOTAL_MAX and the field's end.
-    """
-    return tally_of(total + packed).within(TOTAL_MAX).packed if packed & LARGE else total + packed
-
-
-def in_unit(packed: Packed, unit: str) -> int:
-    """A tally in the unit of a limit: nano-USD, requests or weighted tokens."""
-    return (packed + ALL_BIAS >> UNIT_SHIFTS[unit] & FIELD_MASK) - FIELD_BIAS
-
-
-class Span(NamedTuple):
-    """From `start` until before `end`, in seconds since 1970."""
-
-    start: float
-    end: float
-
-
-class Calendar:
-    """The limits' windows in a time zone: days, weeks and months through daylight saving and leap days."""
-
-    def __init__(self, timezone: dt.tzinfo, windows: Windows = WINDOWS) -> None:
-        self.timezone, self.windows = timezone, windows
-        self.calendar = [window for window in windows.values() if window.kind == "calendar"]
-        self.rolling = [window for window in windows.values() if window.kind == "rolling"]
-        self.sliding_s = max((window.seconds for window in windows.values() if window.kind == "sliding"), default=0)
-        # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
-        self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
-        self._of_day = functools.lru_cache(maxsize=64)(self._day_spans)
-        self.label = functools.lru_cache(maxsize=4096)(self._label)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the time zone, the table of windows and the sums in a tally: counters made with others are of no use."""
-        table = msgspec.json.encode([str(self.timezone), *self.windows.values(), Tally.__struct_fields__])
-        return hashlib.blake2b(table, digest_size=8).hexdigest()
-
-    def spans(self, at: float) -> dict[str, Span]:
-        """The calendar windows, and the hour of the clock (as `clock_hour`), that `at` lies in."""
-        return self._of_quarter(at // 900)
-
-    def _spans(self, quarter: float) -> dict[str, Span]:
-        local = dt.datetime.fromtimestamp(quarter * 900, self.timezone)
-        hour = quarter * 900 - local.minute * 60 - local.second
-        return self._of_day(local.date()) | {"clock_hour": Span(hour, hour + 3600)}
-
-    def _day_spans(self, day: dt.date) -> dict[str, Span]:
-        return {window.name: Span(*map(self._midnight, window.dates(day))) for window in self.calendar}
-
-    def _midnight(self, day: dt.date) -> float:
-        # Where a change of the clock skips midnight, this is the moment of the change (PEP 495: fold 0 in a gap).
-        return dt.datetime.combine(day, dt.time(), self.timezone).timestamp()
-
-    def _label(self, at: float, by: str) -> str:
-        """The hour (ISO, with its offset), day or month of a time."""
-        local = dt.datetime.fromtimestamp(at, self.timezone).isoformat(timespec="minutes")
-        return local if by == "hour" else local[: len("2026-01-31" if by == "day" else "2026-01")]
-
-
-class Window(msgspec.Struct, array_like=True):
-    """A window of limits: from `start` until before `end`. `mark` is the total at its start."""
-
-    start: float
-    end: float
-    mark: Packed
-
-
-class Counters(msgspec.Struct, array_like=True):
-    """What one key, one team or the gateway has spent: a total that only grows, and where each window began in it.
-
-    So an entry costs one addition, whatever windows there are, and every limit that a reload brings has been
-    counted all along. A clock that is set back finds the calendar windows it had left.
-    """
-
-    LEFT = 8  # windows left behind that are remembered
-
-    total: Packed = 0
-    windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, 0)})
-    left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
-    steps: dict[int, Packed] = msgspec.field(default_factory=dict)  # for sliding windows; calls where admitted
-    since: float = 0.0  # between these two no window turns over
-    turn: float = 0.0
-
-    def turn_to(self, at: float, began: float, calendar: Calendar) -> None:
-        """Let the windows be those of a call that began and ended at these times; it may be the one that opens them."""
-        self.turn_calendar_to(at, calendar)
-        for row in calendar.rolling:
-            window = self.windows.get(row.name)
-            # What is ahead by more than its own length comes from a clock that was wrong.
-            if window is None or not window.start - row.seconds <= at < window.end:
-                start = max(began, window.end) if window and at >= window.end else began
-                start = start if at < start + row.seconds else at
-                self.windows[row.name] = Window(start, start + row.seconds, self.total)
-        rows = (*calendar.calendar, *calendar.rolling)
-        self.since = max(self.windows[row.name].start - row.seconds for row in rows)
-        self.turn = min(self.windows[row.name].end for row in rows)
-
-    def turn_calendar_to(self, at: float, calendar: Calendar) -> None:
-        """Let the calendar windows be those of a time."""
-        spans = calendar.spans(at)
-        for row in calendar.calendar:
-            window = self.windows.get(row.name)
-            if window is None or window.start != spans[row.name].start:
-                self.windows[row.name] = self._enter(row.name, spans[row.name], window)
-        self.since = self.turn = 0.0  # `turn_to` says between which times this is so
-
-    def _enter(self, name: str, span: Span, before: Window | None) -> Window:
-        left = self.left.setdefault(name, [])
-        if before:
-            left.append(Window(before.start, before.end, self.total - before.mark))
-        again = next((window for window in left if window.start == span.start), None)
-        if again:
-            left.remove(again)
-        del left[: -self.LEFT]
-        return Window(span.start, span.end, self.total - (again.mark if again else 0))
-
-    def post_step(self, at: float, admitted: float, packed: Packed, requests: int, sliding_s: int) -> None:
-        """Count for sliding windows: the tokens where the call ended, the call itself where it was admitted."""
-        if len(self.steps) * STEP_S > 8 * sliding_s:
-            self.steps = self.last_steps(at, sliding_s)
-        step, first = int(at // STEP_S), int(admitted // STEP_S)
-        if step == first:  # as of most calls
-            self.steps[step] = self.steps.get(step, 0) + packed
-            return
-        calls = requests << UNIT_SHIFTS["requests"]
-        for place, spent in ((step, packed - calls), (first, calls)):
-            self.steps[place] = self.steps.get(place, 0) + spent
-
-    def last_steps(self, now: float, seconds: int) -> dict[int, Packed]:
-        """Return what counts in a sliding window, by steps; what a clock that was ahead has left does not last.
-
-        The steps are those that `seconds` have and the present one, so that no `seconds` ever hold more.
-        """
-        here = now // STEP_S
-        return {step: spent for step, spent in self.steps.items() if abs(here - step) * STEP_S <= seconds}
-
-    def reset(self, unit: str, window: LimitWindow) -> None:
-        """Let a limit count from zero."""
-
-        def of_unit(packed: Packed) -> Packed:
-            return in_unit(packed, unit) << UNIT_SHIFTS[unit]
-
-        if window.kind == "sliding":
-            self.steps = {step: spent - of_unit(spent) for step, spent in self.steps.items()}
-        elif window.name in self.windows:
-            self.windows[window.name].mark += of_unit(self.total - self.windows[window.name].mark)
-
-    def spent(self, unit: str, window: LimitWindow, now: float) -> float:
-        """What counts in the window of `now`, in the limit's unit (`in_unit`)."""
-        if window.kind == "sliding":
-            return in_unit(sum(self.last_steps(now, window.seconds).values()), unit)
-        current = self.windows.get(window.name)
-        if current is None:
-            return 0
-        if current.start - window.seconds <= now < current.end:
-            return in_unit(self.total - current.mark, unit)
-        for left in self.left.get(window.name, ()):
-            if left.start <= now < left.end:
-                return in_unit(left.mark, unit)
-        return 0
-
-    def resets_at(self, window: LimitWindow, now: float, calendar: Calendar) -> float | None:
-        """When the window of `now` ends; None where it does not, or has not been opened."""
-        if window.kind == "calendar":
-            return calendar.spans(now)[window.name].end
-        current = self.windows.get(window.name)
-        if window.kind == "rolling" and current and current.start - window.seconds <= now < current.end:
-            return current.end
-        return None
-
-
-Cells = dict[str, Packed]  # by model
-
-
-class History(msgspec.Struct, array_like=True):
-    """What one key has spent over time, by model: hour by hour, then day by day, then month by month."""
-
-    HOURS, DAYS = 1000, 400  # with calls in them; older ones are summed up into the next
-    MODELS = 100  # in an hour
-
-    hours: dict[int, Cells] = msgspec.field(default_factory=dict)  # by their start, in seconds since 1970
-    days: dict[str, Cells] = msgspec.field(default_factory=dict)
-    months: dict[str, Cells] = msgspec.field(default_factory=dict)
-    start: int = 0  # the hour of the clock that the last entry lay in
-    end: int = 0
-
-    def post(self, at: float, model: str, packed: Packed, calendar: Calendar) -> None:
-        """Count one line of the ledger in."""
-        if not self.start <= at < self.end:
-            self._turn_to(at, calendar)
-        cells = self.hours[self.start]
-        if model not in cells and len(cells) >= self.MODELS:
-            model = "(others)"  # names come from clients, who may think up new ones all day
-        cells[model] = added(cells.get(model, 0), packed)
-
-    def _turn_to(self, at: float, calendar: Calendar) -> None:
-        span = calendar.spans(at)["clock_hour"]
-        self.start, self.end = int(span.start), int(span.end)
-        if self.start not in self.hours:
-            self.hours[self.start] = {}
-            self._sum_up_oldest(calendar)
-
-    def _sum_up_oldest(self, calendar: Calendar) -> None:
-        if len(self.hours) > self.HOURS:
-            oldest = next(hour for hour in self.hours if hour != self.start)  # as they came: quicker than the least
-            self._sum_up(self.hours.pop(oldest), self.days, calendar.label(oldest, "day"))
-        if len(self.days) > self.DAYS:
-            day = min(self.days)
-            self._sum_up(self.days.pop(day), self.months, day[:7])
-
-    @classmethod
-    def _sum_up(cls, cells: Cells, to: dict[str, Cells], label: str) -> None:
-        sums = to.setdefault(label, {})
-        for model, packed in cells.items():
-            name = model if model in sums or len(sums) < cls.MODELS else "(others)"
-            sums[name] = added(sums.get(name, 0), packed)
-
-    def since(self, start: float) -> Packed:
-        """What was spent from an hour on; of the last weeks."""
-        return sum(sum(cells.values()) for hour, cells in self.hours.items() if hour >= start)
-
-    def parts(self, calendar: Calendar) -> Iterator[tuple[dict[str, str], Cells]]:
-        """Its months, days and hours, each with what it can be grouped by; hour and day are "" where it is too old.
-
-        Entries may be posted between two parts. Months and days are copied when the first part is asked for, so that
-        an hour that is summed up into its day meanwhile does not count twice.
-        """
-        months = [(month, cells.copy()) for month, cells in self.months.items()]
-        days = [(day, cells.copy()) for day, cells in self.days.items()]
-        hours = list(self.hours.items())
-        for month, cells in months:
-            yield {"hour": "", "day": "", "month": month}, cells
-        for day, cells in days:
-            yield {"hour": "", "day": day, "month": day[:7]}, cells
-        for start, cells in hours:
-            yield {by: calendar.label(start, by) for by in ("hour", "day", "month")}, cells
-
-
-class Books(msgspec.Struct, array_like=True):
-    """All counters: what a checkpoint keeps."""
-
-    keys: dict[str, Counters] = msgspec.field(default_factory=dict)
-    teams: dict[str, Counters] = msgspec.field(default_factory=dict)
-    gateway: Counters = msgspec.field(default_factory=Counters)
-    histories: dict[str, History] = msgspec.field(default_factory=dict)
-    entries: int = 0
-
-
-class Fold:
-    """The counters as a fold over the ledger's lines. Nothing else changes them, so a restart finds them again."""
-
-    def __init__(self, calendar: Calendar, fresh_since: float) -> None:
-        self.calendar = calendar
-        self.books = Books()
-        self._known: dict[tuple[str, str], tuple[list[Counters], History]] = {}  # by key and team
-        self._past: dict[str, tuple[int, dict[float, Packed]]] = {}  # by key: its newest hour, sums without that
-        self._fresh_since = fresh_since  # what ended before is in no sliding window
-
-    def restore(self, books: Books) -> None:
-        """Go on from a checkpoint."""
-        self.books = books
-        self._known.clear()
-        self._past.clear()
-
-    def spent_since(self, key: str, start: float) -> Packed:
-        """What a key has spent from an hour on; of the last weeks.
-
-        Only the newest hour can change: the sum of those before it is kept until there is another. For a month with a
-        hundred models in each hour it takes 3 ms on the event loop, and a status line asks every few seconds.
-        """
-        history = self.books.histories.get(key)
-        if history is None:
-            return 0
-        hour, sums = self._past.get(key, (-1, {}))
-        if hour != history.start:
-            sums = {}
-            self._past[key] = history.start, sums
-        newest = sum(history.hours.get(history.start, {}).values()) if history.start >= start else 0
-        if start not in sums:
-            if len(sums) >= 4:
-                sums.clear()  # of a day or a month that is over
-            sums[start] = history.since(start) - newest
-        return sums[start] + newest
-
-    def scope(self, kind: ScopeKind, name: str) -> Counters:
-        """The counters of a key, a team or the gateway."""
-        if kind == "gateway":
-            return self.books.gateway
-        return {"key": self.books.keys, "team": self.books.teams}[kind].setdefault(name, Counters())
-
-    def post(self, posting: Posting) -> None:
-        """Take one line in."""
-        self.books.entries += 1
-        if posting.path == COUNT_TOKENS:
-            return
-        at = posting.time.timestamp()
-        if posting.type == "reset":
-            self._reset(posting, at)
-            return
-        packed = pack(posting)
-        is_large = bool(packed & LARGE)
-        scopes, history = self._known.get((posting.key, posting.team)) or self._learn(posting.key, posting.team)
-        for counters in scopes:
-            if not counters.since <= at < counters.turn:
-                counters.turn_to(at, at - posting.duration_ms / 1000, self.calendar)
-            counters.total = added(counters.total, packed) if is_large else counters.total + packed
-        if at > self._fresh_since:
-            admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
-            requests = tally_of(packed).calls if is_large else posting.requests
-            for counters in scopes:
-                counters.post_step(at, admitted, packed, requests, self.calendar.sliding_s)
-        history.post(at, posting.model, packed, self.calendar)
-
-    def _learn(self, key: str, team: str) -> tuple[list[Counters], History]:
-        """Everything that an entry of this key and team counts in."""
-        both: tuple[tuple[ScopeKind, str], ...] = (("team", team), ("key", key))
-        named = [self.scope(kind, name) for kind, name in both if name]
-        history = self.books.histories.setdefault(key, History()) if key else History()
-        self._known[key, team] = [self.books.gateway, *named], history
-        return self._known[key, team]
-
-    def _reset(self, posting: Posting, at: float) -> None:
-        counters = self.scope(cast(ScopeKind, posting.scope), posting.name)
-        counters.turn_calendar_to(at, self.calendar)
-        limits = [Limit(unit, window, 0) for unit in LIMIT_UNITS for window in self.calendar.windows.values()]
-        meant = [limit for limit in limits if posting.limit in ("", limit.name)]
-        if not meant:
-            raise ValueError(f"unknown limit {posting.limit}")
-        for limit in meant:
-            counters.reset(limit.unit, limit.window)
-
-
 # Files
 
 
@@ -3694,8 +3288,6 @@ def utc_time(seconds: float) -> str:
 
 
 ENTRY_ENCODER = msgspec.json.Encoder()
-POSTING_DECODER = msgspec.json.Decoder(Posting)
-UNCOUNTABLE = (*UNREADABLE, ValueError, LookupError, ArithmeticError)  # and what counting a line made by hand raises
 LINE_END = len('0123456789abcdef0123456789abcdef"}\n')  # of every line: its chain value, a quote, a brace, a newline
 
 
@@ -3786,81 +3378,102 @@ def marked_lines(blocks: Iterable[bytes], end: int, mark: bytes) -> Iterator[tup
         yield place + len(rest), b""
 
 
-class ArchivePoint(NamedTuple):
-    """Where the reading of a gzipped file can begin: the place in its content, in the file, and the decompressor."""
+# A gzipped month consists of members of 4 MB each, so that it can be read from any place: a page decompresses the
+# members that it looks through and no others. The last member is empty, and has the table of the others in its extra
+# field. RFC 1952 allows both (2.2: members; 2.3.1.1: extra fields): zcat, gzip -d and Python read it as any other file.
+#
+#     1f 8b … content 0 … 4 MB | 1f 8b … content 4 … 8 MB | … | 1f 8b 08 04 … "GW" table | empty block, CRC-32 and size
 
-    place: int
-    offset: int
-    state: Any  # zlib's, which has no name
+MEMBER = 4 << 20  # bytes of content in one
+MEMBER_MAGIC = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff"  # how the last one begins: flags say that it has an extra field
+MEMBER_HEAD = struct.Struct("<10sH2sH")  # these; the length of the extra field; name and length of its only subfield
+MEMBER_ROW = struct.Struct("<QQ")  # where a member begins: in the content and in the file
+MEMBER_ROWS = (65535 - 4) // MEMBER_ROW.size  # that fit into an extra field
+
+Member = tuple[int, int]  # a row of the table
+
+
+def write_members(plain: IO[bytes], out: IO[bytes], size: int) -> None:
+    """Gzip a file of `size` bytes in members. Raises OSError."""
+    step = max(MEMBER, -(-size // (MEMBER_ROWS - 1)))
+    table, place = b"", 0
+    while data := plain.read(step):
+        table += MEMBER_ROW.pack(place, out.tell())
+        packer = zlib.compressobj(6, wbits=31)
+        out.write(packer.compress(data) + packer.flush())
+        place += len(data)
+    table += MEMBER_ROW.pack(place, out.tell())
+    out.write(MEMBER_HEAD.pack(MEMBER_MAGIC, len(table) + 4, b"GW", len(table)) + table)
+    out.write(b"\x03\0" + bytes(8))
+
+
+def members_of(path: Path) -> list[Member]:
+    """The members of a file that `write_members` made, the last one being its end; [] of any other. Raises OSError."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = file.seek(max(0, size - 70_000))
+        end = file.read()
+    place = end.rfind(MEMBER_MAGIC)
+    if place < 0 or len(end) - place < MEMBER_HEAD.size:
+        return []
+    _, extra, name, length = MEMBER_HEAD.unpack_from(end, place)
+    table = end[place + MEMBER_HEAD.size : place + MEMBER_HEAD.size + length]
+    if name != b"GW" or extra != length + 4 or len(end) - place != MEMBER_HEAD.size + length + 10:
+        return []
+    members = list(MEMBER_ROW.iter_unpack(table))
+    return members if members and members[-1][1] == start + place else []
 
 
 class Archive:
     """A gzipped month that can be read backwards.
 
-    gzip can only be read forwards. A page of a month of 250 MB took 0.9 s, the next page as long again, and a filter
-    without hits, which began anew for every 5,000 lines, 16 s. So the first reader walks through the file once and
-    keeps a copy of the decompressor (30 to 42 KB) every few megabytes. Later ones begin at the nearest.
+    One that has no table (of an older version, or cut) is decompressed from its beginning, once for each WINDOW.
     """
 
-    STEP = 4 << 20  # bytes of content from one point to the next; twice that when there are too many points
-    POINTS = 256
+    WINDOW = 16 << 20  # bytes
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
-        self._points = [ArchivePoint(0, 0, zlib.decompressobj(31))]
-        step = self.STEP
-        try:
-            with open(path, "rb") as file:
-                for _, point in self._pieces(file, self._points[0]):
-                    self.size = point.place
-                    if point.place - self._points[-1].place >= step:
-                        self._points.append(point._replace(state=point.state.copy()))
-                    if len(self._points) > self.POINTS:
-                        self._points = self._points[::2]
-                        step *= 2
-        except zlib.error as error:
-            log.error("ledger: %s is damaged and is shown only up to there: %s", path.name, error)
+        self.path = path
+        self._members = members_of(path)
+        if self._members:
+            self.size = self._members[-1][0]
+        else:
+            self.size = sum(map(len, self._pieces()))
 
-    @staticmethod
-    def _pieces(file: IO[bytes], point: ArchivePoint) -> Iterator[tuple[bytes, ArchivePoint]]:
-        """The content from a point on, in pieces, each with the point behind it. Raises zlib.error."""
-        place, state = point.place, point.state.copy()
-        file.seek(point.offset)
-        unread, is_within = b"", False
-        while packed := unread or file.read(1 << 14):
-            is_within = True
-            piece = state.decompress(packed, 1 << 20)
-            unread = state.unconsumed_tail
-            if state.eof:  # another gzip file may follow: RFC 1952, 2.2
-                unread, state, is_within = state.unused_data, zlib.decompressobj(31), False
-            place += len(piece)
-            yield piece, ArchivePoint(place, file.tell() - len(unread), state)
-        if is_within:
-            raise zlib.error("it was cut")
+    def _pieces(self) -> Iterator[bytes]:
+        """The content from its beginning, as much as can be had."""
+        try:
+            with gzip.open(self.path) as file:
+                while piece := file.read1(1 << 20):
+                    yield piece
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            log.error("ledger: %s is damaged and is shown only up to there: %s", self.path.name, error)
+
+    def _parts_before(self, end: int) -> Iterator[bytes]:
+        """The content before a place that is in it, the last part first."""
+        with open(self.path, "rb") as file:
+            for (place, offset), (next_place, next_offset) in reversed(list(itertools.pairwise(self._members))):
+                if place < end:
+                    packed = os.pread(file.fileno(), next_offset - offset, offset)
+                    yield zlib.decompress(packed, 31, next_place - place)[: end - place]
+        while end > 0 and not self._members:
+            begin, place, part = max(0, end - self.WINDOW), 0, bytearray()
+            for piece in self._pieces():
+                part += piece[max(0, begin - place) : max(0, end - place)]
+                place += len(piece)
+                if place >= end:
+                    break
+            yield bytes(part)
+            end = begin
 
     def blocks_before(self, end: int) -> Iterator[bytes]:
         """The content before a place that is in it, the last block first."""
-        with open(self.path, "rb") as file:
-            while end > 0:
-                begin = self._points[bisect.bisect_left(self._points, end, key=lambda point: point.place) - 1]
-                content = bytearray()
-                for piece, _ in self._pieces(file, begin):
-                    content += piece
-                    if begin.place + len(content) >= end:
-                        break
-                for stop in range(end - begin.place, 0, -BLOCK):
-                    yield bytes(content[max(0, stop - BLOCK) : stop])
-                end = begin.place
-
-
-def chunks(file: IO[bytes], offset: int) -> Iterator[bytes]:
-    """A file's bytes from a place on; of a damaged archive as many as can be had."""
-    try:
-        file.seek(offset)
-        while chunk := file.read(1 << 20):
-            yield chunk
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        log.error("ledger: %s is damaged and counts only up to there: %s", os.path.basename(file.name), error)
+        try:
+            for part in self._parts_before(end):
+                for stop in range(len(part), 0, -BLOCK):
+                    yield part[max(0, stop - BLOCK) : stop]
+        except zlib.error as error:
+            log.error("ledger: %s is damaged and is shown only down to there: %s", self.path.name, error)
 
 
 def open_shared(path: str | Path, flags: int) -> int:
@@ -3877,13 +3490,10 @@ class LedgerFiles:
     )
     PAGE_BYTES = 64 << 20  # that are looked through for one page: about 90,000 lines
     PAUSE_S = 0.001  # after each block, in which the event loop goes on
-    ARCHIVES = 2  # of which the points are kept, 10 MB each for a month of 1 GB
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.unreadable = Unreadable()
-        self._archives: dict[tuple[object, ...], Archive] = {}  # the one used last at the end
-        self._opening = threading.Lock()
 
     def paths(self) -> list[Path]:
         """The files, oldest first. Of a month that lies there twice (a crash in archiving) the plain one counts.
@@ -3906,7 +3516,7 @@ class LedgerFiles:
     @staticmethod
     def open(path: Path) -> IO[bytes]:
         """A file's lines, whether gzipped or not."""
-        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb")
+        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb", BLOCK)
 
     @classmethod
     def name_at(cls, path: Path, place: int) -> str:
@@ -3929,20 +3539,25 @@ class LedgerFiles:
 
     @staticmethod
     def size(path: Path) -> int:
-        """Bytes of a file's lines; of a gzipped one modulo 4 GB (RFC 1952, ISIZE)."""
+        """Bytes of a file's lines; of a gzipped one without a table modulo 4 GB (RFC 1952, ISIZE)."""
         if path.suffix != ".gz":
             return path.stat().st_size
+        if members := members_of(path):
+            return members[-1][0]
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
             return int.from_bytes(file.read(4), "little")
 
     @classmethod
     def last_line(cls, path: Path) -> bytes:
-        """A file's last line, or as much of its end as holds the chain value."""
-        with cls.open(path) as file:
-            if path.suffix != ".gz":
-                file.seek(max(0, cls.size(path) - 4096))
-            return next(iter(deque(file, 1)), b"")
+        """A file's last line."""
+        if path.suffix == ".gz":
+            archive = Archive(path)
+            blocks = archive.blocks_before(archive.size)
+        else:
+            blocks = blocks_before(path, cls.size(path))
+        lines = next(blocks, b"").splitlines(keepends=True)
+        return lines[-1] if lines else b""
 
     def lines(self, since: str = "", until: str = "9") -> Iterator[LedgerLine]:
         """Lines with since <= time < until (ISO times, or beginnings of them); what is none is `unreadable`."""
@@ -3963,24 +3578,13 @@ class LedgerFiles:
                 self.unreadable.note("the end of {}".format, path.name)
                 log.error("ledger: %s; what follows in it is not counted", error)
 
-    def archive_at(self, path: Path) -> Archive:
-        """A gzipped month, walked through once as long as it stays the same and is among those used last."""
-        with self._opening:
-            stat = path.stat()
-            name = path, stat.st_ino, stat.st_size, stat.st_mtime_ns
-            archive = self._archives.pop(name, None) or Archive(path)
-            self._archives[name] = archive
-            if len(self._archives) > self.ARCHIVES:
-                del self._archives[next(iter(self._archives))]
-            return archive
-
     def backwards(self, before: tuple[str, int], mark: bytes) -> Iterator[tuple[str, int, bytes]]:
         """Month, place and bytes of the lines with `mark` before a place, newest first; b"" as `marked_lines` does."""
         for path in reversed(self.paths()):
             month = month_of(path)
             if month > before[0]:
                 continue
-            archive = self.archive_at(path) if path.suffix == ".gz" else None
+            archive = Archive(path) if path.suffix == ".gz" else None
             end = archive.size if archive else self.size(path)
             if month == before[0]:
                 end = min(end, before[1])
@@ -4043,13 +3647,9 @@ class LedgerFiles:
                 continue
             packed, temporary = path.with_name(path.name + ".gz"), path.with_name(f".{path.name}.gz")
             before = path.stat().st_size
-            with (
-                open(path, "rb") as plain,
-                open(temporary, "wb", opener=open_shared) as written,
-                gzip.open(written, "wb", 6) as file,
-            ):
-                shutil.copyfileobj(plain, file, 1 << 20)
-            with open(temporary, "rb+") as file:
+            with open(path, "rb") as plain, open(temporary, "wb", opener=open_shared) as file:
+                write_members(plain, file, before)
+                file.flush()
                 os.fsync(file.fileno())
             shutil.copystat(path, temporary)
             temporary.replace(packed)
@@ -4089,30 +3689,10 @@ def sync_and_close(fd: int) -> None:
     os.close(fd)
 
 
-def lock(fd: int) -> None:
-    """Be the only one who writes, until `unlock`. Raises BlockingIOError where somebody else is.
-
-    The gateway and `usage adjust` may append at the same time: each line chains over the one before.
-    """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # no locks here (some network mounts): do without
-        log.debug("ledger: the file system has no locks")
-
-
-def unlock(fd: int) -> None:
-    """Let others write."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-
-
 def hold_folder(directory: Path) -> int:
     """Hold the folder of a ledger as long as the descriptor is open: a gateway or a restore, each alone.
 
-    The lock is not the files', whose locks are for single lines; the kernel lets go when a process dies. Raises
-    OSError, and BlockingIOError where another holds it.
+    The kernel lets go when a process dies. Raises OSError, and BlockingIOError where another holds it.
     """
     with contextlib.suppress(FileExistsError):  # `open` says that it is no folder
         directory.mkdir(parents=True)
@@ -4125,63 +3705,6 @@ def hold_folder(directory: Path) -> int:
     except OSError:
         log.warning("the file system of %s has no locks: see that no second gateway runs on it", directory)
     return fd
-
-
-class Checkpoint(msgspec.Struct):
-    """The counters as they were when the ledger had so many bytes, so that a start need not read them again."""
-
-    FILE = "counters.checkpoint"
-    VERSION = 2
-
-    version: int
-    fingerprint: str  # of the calendar
-    sizes: dict[str, int]  # bytes that are counted, by month
-    chain: str  # of the last line that is counted
-    books: Books
-
-    @classmethod
-    def write(cls, directory: Path, data: bytes) -> None:
-        """Put an encoded one beside the ledger; a digest in front of it tells a whole one."""
-        temporary = directory / f".{cls.FILE}"
-        with open(temporary, "wb", opener=open_shared) as file:
-            file.write(hashlib.blake2b(data).digest() + data)
-        temporary.replace(directory / cls.FILE)
-
-    @classmethod
-    def read(cls, files: LedgerFiles, fingerprint: str) -> Checkpoint | None:
-        """The checkpoint, where there is one and it fits the files."""
-        try:
-            raw = (files.directory / cls.FILE).read_bytes()
-            if hashlib.blake2b(raw[64:]).digest() != raw[:64]:
-                raise ValueError("it is damaged")
-            found = msgspec.json.decode(raw[64:], type=cls)
-            if (found.version, found.fingerprint) != (cls.VERSION, fingerprint):
-                raise ValueError("it was made by another version, in another time zone, or with other windows or sums")
-            found._check(files)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, msgspec.MsgspecError) as error:
-            log.warning("ledger: the checkpoint does not fit (%s): all entries are read again", error)
-            return None
-        return found
-
-    def _check(self, files: LedgerFiles) -> None:
-        paths = {month_of(path): path for path in files.paths()}
-        last = max(self.sizes, default="")
-        for month, size in self.sizes.items():
-            if month not in paths:
-                raise ValueError(f"usage-{month}.jsonl is gone")
-            there = files.size(paths[month])
-            kept = size % (1 << 32) if paths[month].suffix == ".gz" else size
-            if there < kept or (there != kept and month != last):
-                raise ValueError(f"{paths[month].name} has another size")
-        if any(month < last and month not in self.sizes for month in paths):
-            raise ValueError("there is a file that it does not know")
-        if last and paths[last].suffix != ".gz" and self.sizes[last]:
-            with open(paths[last], "rb") as file:
-                file.seek(max(0, self.sizes[last] - LINE_END))
-                if file.read(LINE_END)[:-3].decode("latin-1") != self.chain:
-                    raise ValueError(f"{paths[last].name} was changed")
 
 
 class Held:
@@ -4225,39 +3748,25 @@ def hold_ledger(directory: Path, opened: contextlib.ExitStack) -> list[Held]:
 
 
 class Ledger:
-    """Appends lines to `usage-YYYY-MM.jsonl`, one write each, and keeps the counters.
+    """Appends lines to `usage-YYYY-MM.jsonl`, one write each.
 
-    What the disk refuses waits in a bounded queue. `tick` is to be called often: it writes what waits, takes in what
-    the command line has appended, and has the file synced off the event loop.
+    A folder has one writer, who holds it (`hold_folder`). What the disk refuses waits in a bounded queue. `tick` is to
+    be called often: it writes what waits, and has the file synced off the event loop. `on_line` is called with each
+    line as it is handed in, even where it has to wait.
     """
 
     QUEUE = 10_000  # entries; new calls are refused before one more would not fit
-    CHECKPOINT_EVERY = 50_000  # lines
-    CHECKPOINT_S = 5.0  # while it is read at a start
 
-    def __init__(
-        self,
-        directory: Path,
-        fsync_s: float,
-        clock: Clock,
-        timezone: dt.tzinfo = dt.UTC,
-        windows: Windows = WINDOWS,
-    ) -> None:
+    def __init__(self, directory: Path, fsync_s: float, clock: Clock) -> None:
         self.directory, self.fsync_s = directory, fsync_s
+        self.on_line: Callable[[bytes], None] = lambda line: None
+        self.month = ""  # of the file that is written to
         self._clock = clock
-        calendar = Calendar(timezone, windows)
-        self.fold = Fold(calendar, clock.wall() - calendar.sliding_s - 1)
         self._waiting: deque[tuple[str, bytes]] = deque()  # month and line, not chained yet
-        self._sizes: dict[str, int] = {}  # bytes that are counted, by month
-        self._chain = FIRST_CHAIN
-        self._month = ""
+        self._chain = FIRST_CHAIN  # the value of the last line
         self._fd = self._folder = -1
         self._dirty = False
-        self._is_claimed = False  # nobody else writes, until the next tick
-        self._was_moved = False
-        self._is_loaded = False  # only then are the counters worth a checkpoint
-        self._since_checkpoint = 0
-        self._kept_at = clock.monotonic()
+        self._knows_chain = False
         self._synced_at = clock.monotonic()
         self._syncing: ThreadFuture[None] | None = None
         self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
@@ -4266,16 +3775,12 @@ class Ledger:
 
     @classmethod
     def correct(cls, directory: Path, line: LedgerLine, clock: Clock) -> None:
-        """Append one line from outside; a running gateway takes it in within a second. Raises OSError."""
+        """Append one line to a ledger that no gateway writes to. Raises OSError."""
         ledger = cls(directory, 0, clock)
-        newest = max([line.time[:7], *map(month_of, LedgerFiles(directory).paths())])
-        ledger._waiting.append((newest, ENTRY_ENCODER.encode(line)))
         try:
-            for _ in range(3000):
-                with contextlib.suppress(BlockingIOError):
-                    return ledger._write_waiting()
-                time.sleep(0.001)  # the gateway writes, until its next tick
-            raise OSError(errno.EAGAIN, "somebody else is writing")
+            newest = max([line.time[:7], *map(month_of, LedgerFiles(directory).paths())])
+            ledger._waiting.append((newest, ENTRY_ENCODER.encode(line)))
+            ledger._write_waiting()
         finally:
             ledger._waiting.clear()
             ledger.close()
@@ -4290,124 +3795,14 @@ class Ledger:
                 errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}"
             ) from None
 
-    # Reading
-
-    def load(self) -> None:
-        """Count what is there, at once. Raises OSError."""
-        deque(self.loading(), 0)
-
-    def loading(self) -> Iterator[None]:
-        """Count what is there, a megabyte a step. Raises OSError.
-
-        The newest file is opened first, so that a folder that cannot be written is known at the start. A checkpoint
-        every few seconds lets the next start go on where this one was killed.
-        """
-        files, started = LedgerFiles(self.directory), time.monotonic()
-        checkpoint = Checkpoint.read(files, self.fold.calendar.fingerprint)
-        if checkpoint:
-            self.fold.restore(checkpoint.books)
-            self._sizes, self._chain = checkpoint.sizes, checkpoint.chain.encode()
-        before, present = self.fold.books.entries, files.paths()
+    def open(self) -> None:
+        """Go on behind the newest line. Raises OSError where the folder cannot be written."""
+        present = LedgerFiles(self.directory).paths()
         if present and present[-1].suffix != ".gz":
-            self._attach(month_of(present[-1]))  # a torn line may be in it
-        gc.disable()  # it would look at all counters again and again, and none of this is garbage
-        try:
-            for path in present:
-                if month_of(path) >= max(self._sizes, default=""):
-                    yield from self._read(path)
-        finally:
-            gc.enable()
-        self._is_loaded = True
-        self._turn_month()
-        read = self.fold.books.entries - before
-        if read:
-            log.info("ledger: %s entries read in %.1f s", f"{read:,}", time.monotonic() - started)
-        if read >= self.CHECKPOINT_EVERY:
-            self._write_checkpoint()
-
-    def _read(self, path: Path) -> Iterator[None]:
-        """Count a file's lines from where it was left, a megabyte a step."""
-        month, rest, unreadable = month_of(path), b"", Unreadable()
-        offset = self._sizes.setdefault(month, 0)
-        decode, post = POSTING_DECODER.decode, self.fold.post
-        with LedgerFiles.open(path) as file:
-            for chunk in chunks(file, offset):
-                place = offset - len(rest)
-                *lines, rest = (rest + chunk).split(b"\n")  # what has no end is torn, or being written
-                offset += len(chunk)
-                for line in lines:
-                    try:
-                        post(decode(line))
-                    except UNCOUNTABLE:
-                        unreadable.note(LedgerFiles.name_at, path, place)
-                    place += len(line) + 1
-                if lines:
-                    self._sizes[month] = offset - len(rest)
-                    self._chain = chain_of(lines[-1] + b"\n") or self._chain
-                if self._clock.monotonic() - self._kept_at > self.CHECKPOINT_S:
-                    self._kept_at = self._clock.monotonic()
-                    log.info("ledger: %s entries read, now in %s", f"{self.fold.books.entries:,}", path.name)
-                    self._write_checkpoint()
-                yield
-        if unreadable.count:
-            log.warning("ledger: %s", unreadable)
-
-    def _look(self) -> None:
-        """Have this month's file open; take in what others have appended, if nobody is writing just now."""
-        with contextlib.suppress(OSError):
-            self._turn_month()
-            self._claim()
-
-    def _claim(self) -> None:
-        """Be the only one who writes, until the next tick, and know what others have written. Raises OSError.
-
-        Not for each line: two system calls more would cost as much as the line.
-        """
-        if not self._is_claimed:
-            lock(self._fd)
-            self._is_claimed = True
-            self._catch_up()
-
-    def _release(self) -> None:
-        if self._is_claimed and self._fd >= 0:
-            unlock(self._fd)
-        self._is_claimed = False
-
-    def _turn_month(self) -> None:
-        """Have this month's file open, where a command may have appended already. Raises OSError."""
-        month = max(utc_time(self._clock.wall())[:7], self._month, *self._sizes)
-        if self._fd < 0 or month != self._month:
+            self._open(month_of(present[-1]))  # a torn line may be in it
+        month = max([utc_time(self._clock.wall())[:7], *map(month_of, present)])
+        if month != self.month:
             self._open(month)
-
-    def _catch_up(self) -> None:
-        """Take in what others have appended to the open file: a reset, a correction."""
-        size, known = os.fstat(self._fd).st_size, self._sizes[self._month]
-        if size == known:
-            return
-        if size < known:
-            log.error("ledger: usage-%s.jsonl was cut from outside; `usage verify` tells where", self._month)
-            self._sizes[self._month] = size
-            return
-        new = os.pread(self._fd, size - known, known)
-        for line in new[: new.rfind(b"\n") + 1].splitlines(keepends=True):
-            self._take_in(line)
-        if not new.endswith(b"\n"):  # a command was killed in mid-write
-            set_torn_line_aside(self._fd, self.directory / f"usage-{self._month}.jsonl")
-
-    def _take_in(self, line: bytes) -> None:
-        place = self._sizes[self._month]
-        self._sizes[self._month] += len(line)
-        self._chain = chain_of(line) or self._chain
-        try:
-            posting = POSTING_DECODER.decode(line)
-            self.fold.post(posting)
-        except UNCOUNTABLE:
-            name = LedgerFiles.name_at(self.directory / f"usage-{self._month}.jsonl", place)
-            return log.warning("ledger: somebody appended a line that cannot be read: %s", name)
-        if posting.type != "call":
-            log.info("ledger: %s of %s taken in", posting.type, posting.name or posting.key or posting.team or "all")
-
-    # Writing
 
     def has_room(self, running: int) -> bool:
         """Whether the entries of `running` calls and one more would fit into the queue."""
@@ -4419,39 +3814,30 @@ class Ledger:
         return len(self._waiting)
 
     def append(self, line: LedgerLine) -> None:
-        """Count and write one line; never raises. Where the disk refuses, it waits."""
+        """Write one line; never raises. Where the disk refuses, it waits."""
         text = ENTRY_ENCODER.encode(line)
         self._waiting.append((line.time[:7], text))
-        self._write()  # first, because it takes in what stands before this line in the file: a reset, say
-        self.fold.post(POSTING_DECODER.decode(text))
+        self._write()
+        self.on_line(text)
         if self.fsync_s == 0:
             self._sync()
-        self._since_checkpoint += 1
-        if self._since_checkpoint >= self.CHECKPOINT_EVERY:
-            self._write_checkpoint()
 
     def tick(self) -> None:
-        """Try again what waits; see what others have written; sync when it is due."""
+        """Try again what waits; sync when it is due."""
         if self._waiting:
             self._write()
-        else:
-            self._look()
-        self._release()
         if self._dirty and self._clock.monotonic() - self._synced_at >= self.fsync_s:
             self._sync()
 
     def close(self) -> None:
         """Write and sync what can be, and say what cannot."""
         self._write()
-        if self._is_loaded:
-            self._write_checkpoint()
-            self._is_loaded = False
         self._disk.shutdown(wait=True)
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.fsync(self._fd)
-            os.close(self._fd)  # and with it the lock
-            self._fd, self._is_claimed = -1, False
+            os.close(self._fd)
+            self._fd = -1
         if self._folder >= 0:
             os.close(self._folder)
             self._folder = -1
@@ -4462,8 +3848,6 @@ class Ledger:
         failure = ""
         try:
             self._write_waiting()
-        except BlockingIOError:
-            return  # a command writes a line of its own; `tick` comes again
         except OSError as error:
             failure = error.strerror or str(error)
         before, self.failure = self.failure, failure
@@ -4475,12 +3859,11 @@ class Ledger:
             self.on_change("")
 
     def _write_waiting(self) -> None:
-        """Write what waits. Raises OSError, and of these BlockingIOError while another process writes."""
+        """Write what waits. Raises OSError."""
         while self._waiting:
             month, text = self._waiting[0]
-            if self._fd < 0 or month > self._month:  # never back into an older file: the order is the chain's
-                self._open(max(month, self._month))
-            self._claim()
+            if self._fd < 0 or month > self.month:  # never back into an older file: the order is the chain's
+                self._open(max(month, self.month))
             self._write_line(text)
             self._waiting.popleft()
 
@@ -4488,46 +3871,32 @@ class Ledger:
         """A line is in the file as a whole or not at all. Raises OSError."""
         chain = chain_value(self._chain, text)
         line = text[:-2] + chain + b'"}\n'
-        size, written = self._sizes[self._month], 0
+        written = 0
         try:
             while written < len(line):
                 written += os.write(self._fd, line[written:])
         except OSError:
             if written:
-                os.ftruncate(self._fd, size)
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise
-        self._sizes[self._month], self._chain, self._dirty = size + len(line), chain, True
+        self._chain = chain
+        self._dirty = True
 
-    def _attach(self, month: str) -> None:
-        """Have a month's file open, without what a crash may have left of its last line. Raises OSError."""
+    def _open(self, month: str) -> None:
+        """Go on in a month's file, without what a crash may have left of its last line. Raises OSError."""
         path = self.directory / f"usage-{month}.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = open_shared(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(BlockingIOError):  # somebody is writing: nothing is torn
-                lock(fd)
-                set_torn_line_aside(fd, path)
-                unlock(fd)
+            set_torn_line_aside(fd, path)
         except OSError:
             os.close(fd)
             raise
         self._let_go()
-        self._fd, self._month = fd, month
-
-    def _open(self, month: str) -> None:
-        """Go on in a month's file. Raises OSError."""
-        if self._fd >= 0:
-            self._claim()  # the last line of a month may be another's
-        turned = self._is_loaded and bool(self._month) and month != self._month
-        self._attach(month)
-        if self._is_loaded and not self._was_moved:
-            self._sizes.setdefault(month, 0)  # what another process wrote there is taken in
-        else:
-            self._sizes[month] = os.fstat(self._fd).st_size
+        self._fd, self.month = fd, month
+        if not self._knows_chain:
             self._chain = self._last_chain() or self._chain
-        self._was_moved = False
-        if turned:
-            self._write_checkpoint()
+            self._knows_chain = True
 
     def _last_chain(self) -> bytes:
         """The chain value of the newest line."""
@@ -4536,40 +3905,22 @@ class Ledger:
                 return chain_of(last)
         return b""
 
-    def _write_checkpoint(self) -> None:
-        """Keep the counters as they are now; what is appended later is read at the next start."""
-        if self._waiting:
-            return
-        self._since_checkpoint = 0
-        fingerprint = self.fold.calendar.fingerprint
-        made = Checkpoint(Checkpoint.VERSION, fingerprint, dict(self._sizes), self._chain.decode(), self.fold.books)
-        self._disk.submit(self._keep, msgspec.json.encode(made))
-
-    def _keep(self, data: bytes) -> None:
-        try:
-            Checkpoint.write(self.directory, data)
-        except OSError as error:
-            log.warning("ledger: no checkpoint: %s; the next start reads all entries", error.strerror)
-
     def _let_go(self) -> None:
-        self._release()
         if self._fd >= 0:
             self._disk.submit(sync_and_close, self._fd)
-        self._fd, self._month = -1, ""
+        self._fd = -1
 
     def reopen_if_moved(self) -> None:
         """Let go of a file that was moved or removed under us."""
         if self._fd < 0:
             return
         try:
-            kept = os.path.samestat(os.stat(self.directory / f"usage-{self._month}.jsonl"), os.fstat(self._fd))
+            kept = os.path.samestat(os.stat(self.directory / f"usage-{self.month}.jsonl"), os.fstat(self._fd))
         except OSError:
             kept = False
         if not kept:
-            self._was_moved = True
-            self._release()
-            self._disk.submit(sync_and_close, self._fd)
-            self._fd = -1  # the month stays: the next line goes into a new file of its name
+            self._knows_chain = False
+            self._let_go()  # the month stays: the next line goes into a new file of its name
 
     def _sync(self) -> None:
         if self._fd < 0 or (self._syncing and not self._syncing.done()):
@@ -4586,6 +3937,355 @@ class Ledger:
             log.error("ledger: fsync in %s: %s", self.directory, error.strerror)
 
 
+# --- 8. Counters: windows in memory, and the index beside the ledger --------------
+
+# All of this is derived from the ledger's lines: the index may be deleted at any time. Three folds go over the lines:
+#
+#     fold          where                     keeps                           asked by
+#     Fold          on the event loop         the windows of every scope      limits, before each call
+#     CounterView   in the index's thread     the same, in table `counters`   a start, which goes on from there
+#     SumView       in the index's thread     the rows of SUMS, in `sums`     stats, reports, the usage line
+#
+# The index follows the ledger's files as `tail -f` would: at a start from where it was left, then every second. The
+# loop counts a line in memory as it is written (`Ledger.on_line`); the index finds it in the file. A call hands the
+# index nothing and never waits for it, and a line is counted in one way, whoever wrote it and whenever.
+#
+# One transaction holds what the lines of a batch have changed, how far they were read (a Position for each month) and
+# a signature. A process that is killed at any moment leaves a whole state. What does not fit is folded again:
+#
+#     what does not fit                         found by             folded again
+#     another window, time zone or row of SUMS  View.fingerprint     that view
+#     lines cut, edited, moved, a month gone    Position.still_fits  that view
+#     changed by hand, another sealing secret   Index._signature     both
+#     damaged or foreign                        SQLite               both, in a new file
+#     read-only, no locks, full, in use         SQLite               both, in memory, at each start
+#
+# Example: the ledger has 1,000 lines, the index has 990 of them (position 812,000 of usage-2026-11.jsonl), and the
+# process is killed. The next start reads the windows of 61 scopes, seeks to byte 812,000, counts 10 lines, and hands a
+# copy of the windows to the loop. Calls are admitted; the sums catch up behind.
+#
+# What was tried: sums of all amounts as one wide integer (one addition a line), which only pays where a line counts in
+# many places; GROUP BY in SQLite, which takes longer than dictionaries; a read-only second connection, for which the
+# index could not be locked against a second writer.
+
+HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
+UNIT_PLACES = {unit: place for place, unit in enumerate(LIMIT_UNITS)}
+MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
+
+
+class Posting(Spend, gc=False, kw_only=True):
+    """What is counted of a line; a third of the time that decoding all of it takes.
+
+    Every field but the time has a default: a line of an older version counts as far as it goes.
+    """
+
+    time: dt.datetime
+    type: Literal["call", "discarded", "adjust", "reset"] = "call"
+    key: str = ""
+    team: str = ""
+    upstream: str = ""
+    model: str = ""
+    path: str = ""
+    outcome: str = "completed"
+    requests: int = 1
+    duration_ms: float = 0.0
+    queued_ms: float = 0.0
+    scope: str = ""
+    name: str = ""
+    limit: str = ""
+
+
+POSTING_DECODER = msgspec.json.Decoder(Posting)
+DEFAULT_WEIGHTS = Weights()
+UNCOUNTABLE = (*UNREADABLE, ValueError, LookupError, ArithmeticError)  # what counting a line made by hand raises
+
+
+class Span(NamedTuple):
+    """From `start` until before `end`, in seconds since 1970."""
+
+    start: float
+    end: float
+
+
+class Calendar:
+    """The limits' windows in a time zone: days, weeks and months through daylight saving and leap days."""
+
+    def __init__(self, timezone: dt.tzinfo, windows: Windows = WINDOWS) -> None:
+        self.timezone, self.windows = timezone, windows
+        self.calendar = [window for window in windows.values() if window.kind == "calendar"]
+        self.rolling = [window for window in windows.values() if window.kind == "rolling"]
+        self.turning = [*self.calendar, *self.rolling]
+        self.sliding_s = max((window.seconds for window in windows.values() if window.kind == "sliding"), default=0)
+        # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
+        self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
+        self._of_day = functools.lru_cache(maxsize=64)(self._day_spans)
+        self.label = functools.lru_cache(maxsize=4096)(self._label)
+
+    def spans(self, at: float) -> dict[str, Span]:
+        """The calendar windows, and the hour of the clock (as `clock_hour`), that `at` lies in."""
+        return self._of_quarter(at // 900)
+
+    def _spans(self, quarter: float) -> dict[str, Span]:
+        local = dt.datetime.fromtimestamp(quarter * 900, self.timezone)
+        hour = quarter * 900 - local.minute * 60 - local.second
+        return self._of_day(local.date()) | {"clock_hour": Span(hour, hour + 3600)}
+
+    def _day_spans(self, day: dt.date) -> dict[str, Span]:
+        return {window.name: Span(*map(self._midnight, window.dates(day))) for window in self.calendar}
+
+    def _midnight(self, day: dt.date) -> float:
+        # Where a change of the clock skips midnight, this is the moment of the change (PEP 495: fold 0 in a gap).
+        return dt.datetime.combine(day, dt.time(), self.timezone).timestamp()
+
+    def _label(self, at: float, by: str) -> str:
+        """The hour (ISO, with its offset), day or month of a time."""
+        local = dt.datetime.fromtimestamp(at, self.timezone).isoformat(timespec="minutes")
+        return local if by == "hour" else local[: len("2026-01-31" if by == "day" else "2026-01")]
+
+
+class Window(msgspec.Struct, array_like=True):
+    """A window of limits: from `start` until before `end`. `mark` are the totals at its start."""
+
+    start: float
+    end: float
+    mark: list[int]
+
+
+class Counters(msgspec.Struct, array_like=True):
+    """What one key, one team or the gateway has spent: totals that only grow, and where each window began in them.
+
+    So a line costs three additions, whatever windows there are, and every limit that a reload brings has been counted
+    all along. A clock that is set back finds the windows it had left. Lists are in the order of LIMIT_UNITS; money is
+    in nano-USD, so that sums and differences are exact.
+    """
+
+    LEFT = 8  # windows left behind that are remembered, of each kind
+
+    totals: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0])
+    windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, [0, 0, 0])})
+    left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
+    steps: dict[int, list[int]] = msgspec.field(default_factory=dict)  # for sliding windows; calls where admitted
+    since: float = 0.0  # between these two no window turns over
+    turn: float = 0.0
+
+    def turn_to(self, rows: Sequence[LimitWindow], at: float, began: float, calendar: Calendar) -> None:
+        """Open the windows that a call counts in which began and ended at these times."""
+        self.since, self.turn = -math.inf, math.inf
+        for row in rows:
+            window = self.windows.get(row.name)
+            # A call that ended a little before a rolling window was opened counts in it.
+            if window is None or not window.start - row.seconds <= at < window.end:
+                span = self._rolling(row, at, began) if row.seconds else calendar.spans(at)[row.name]
+                window = self.windows[row.name] = self._enter(row.name, span, window)
+            self.since = max(self.since, window.start - row.seconds)
+            self.turn = min(self.turn, window.end)
+
+    def _rolling(self, row: LimitWindow, at: float, began: float) -> Span:
+        """Find the rolling window around a time among those remembered; else begin a new one, behind those before."""
+        start, current = began, self.windows.get(row.name)
+        for window in (*self.left.get(row.name, ()), *filter(None, [current])):
+            if window.start <= at < window.end:
+                return Span(window.start, window.end)
+            if start < window.end <= at:
+                start = window.end
+        if at >= start + row.seconds:  # the call took longer than the window
+            start = at
+        return Span(start, start + row.seconds)
+
+    def _enter(self, name: str, span: Span, before: Window | None) -> Window:
+        left = self.left.setdefault(name, [])
+        if before:
+            left.append(Window(before.start, before.end, self._since_mark(before)))
+        window = Window(span.start, span.end, self.totals.copy())
+        for again in left:
+            if again.start == span.start:
+                left.remove(again)
+                window.mark = [total - spent for total, spent in zip(self.totals, again.mark, strict=True)]
+                break
+        del left[: -self.LEFT]
+        return window
+
+    def _since_mark(self, window: Window) -> list[int]:
+        return [total - mark for total, mark in zip(self.totals, window.mark, strict=True)]
+
+    def post_step(self, at: float, admitted: float, spent: tuple[int, int, int], sliding_s: int) -> None:
+        """Count for sliding windows: tokens and money where the call ended, the call itself where it was admitted."""
+        if len(self.steps) * STEP_S > 8 * sliding_s:
+            self.steps = self._last_steps(at, sliding_s)
+        tokens, nano_usd, requests = spent
+        step = self.steps.setdefault(int(at // STEP_S), [0, 0, 0])
+        step[0] += tokens
+        step[1] += nano_usd
+        self.steps.setdefault(int(admitted // STEP_S), [0, 0, 0])[2] += requests
+
+    def _last_steps(self, now: float, seconds: int) -> dict[int, list[int]]:
+        """Return what counts in a sliding window, by steps; what a clock that was ahead has left does not last.
+
+        The steps are those that `seconds` have and the present one, so that no `seconds` ever hold more.
+        """
+        here = now // STEP_S
+        return {step: spent for step, spent in self.steps.items() if abs(here - step) * STEP_S <= seconds}
+
+    def steps_of(self, unit: str, now: float, seconds: int) -> dict[int, int]:
+        """Return what counts of a unit in a sliding window, by steps."""
+        place = UNIT_PLACES[unit]
+        return {step: spent[place] for step, spent in self._last_steps(now, seconds).items()}
+
+    def reset(self, unit: str, window: LimitWindow) -> None:
+        """Let a limit count from zero."""
+        place = UNIT_PLACES[unit]
+        if window.kind == "sliding":
+            for spent in self.steps.values():
+                spent[place] = 0
+        elif window.name in self.windows:
+            self.windows[window.name].mark[place] = self.totals[place]
+
+    def spent(self, unit: str, window: LimitWindow, now: float) -> int:
+        """What counts in the window of `now`: weighted tokens, nano-USD or requests."""
+        if window.kind == "sliding":
+            return sum(self.steps_of(unit, now, window.seconds).values())
+        place, current = UNIT_PLACES[unit], self.windows.get(window.name)
+        if current is None:
+            return 0
+        if current.start - window.seconds <= now < current.end:
+            return self.totals[place] - current.mark[place]
+        for left in self.left.get(window.name, ()):
+            if left.start <= now < left.end:
+                return left.mark[place]
+        return 0
+
+    def resets_at(self, window: LimitWindow, now: float, calendar: Calendar) -> float | None:
+        """When the window of `now` ends; None where it does not, or has not been opened."""
+        if window.kind == "calendar":
+            return calendar.spans(now)[window.name].end
+        current = self.windows.get(window.name)
+        if window.kind == "rolling" and current and current.start - window.seconds <= now < current.end:
+            return current.end
+        return None
+
+
+Scopes = dict[tuple[str, str], Counters]  # by kind (ScopeKind) and name
+
+
+class Fold:
+    """The counters of all scopes as a fold over the ledger's lines. Nothing else changes them."""
+
+    def __init__(self, calendar: Calendar, fresh_since: float = -math.inf) -> None:
+        self.calendar = calendar
+        self.scopes: Scopes = {}
+        self.changed: set[tuple[str, str]] = set()  # since `forget_changes`
+        self.fresh_since = fresh_since  # what ended before is in no sliding window
+        self._known: dict[tuple[str, str], tuple[Counters, ...]] = {}  # by key and team
+
+    def scope(self, kind: str, name: str) -> Counters:
+        """The counters of a key, a team or the gateway."""
+        self.changed.add((kind, name))
+        return self.scopes.setdefault((kind, name), Counters())
+
+    def forget_changes(self) -> None:
+        """Count as changed only what changes from here on."""
+        self.changed.clear()
+        self._known.clear()
+
+    def adopt(self, scopes: Scopes) -> None:
+        """Go on from the counters of another fold. Counters that somebody holds stay the same objects."""
+        for name, counters in scopes.items():
+            own = self.scopes.setdefault(name, counters)
+            for field in Counters.__struct_fields__:
+                setattr(own, field, getattr(counters, field))
+
+    def post(self, postings: Iterable[Posting]) -> None:
+        """Count lines in their order. What the iterable raises comes through; one can then go on with it."""
+        calendar, known, fresh_since = self.calendar, self._known.get, self.fresh_since
+        for posting in postings:
+            if posting.path == COUNT_TOKENS:
+                continue
+            at = posting.time.timestamp()
+            if posting.type == "reset":
+                self._reset(posting, at)
+                continue
+            requests, nano_usd = posting.requests, round(posting.cost_usd * 1e9)
+            tokens = posting.weighted_tokens
+            if tokens is None:
+                tokens = DEFAULT_WEIGHTS.weigh(posting)
+            scopes = known((posting.key, posting.team)) or self._learn(posting.key, posting.team)
+            for counters in scopes:
+                if not counters.since <= at < counters.turn:
+                    counters.turn_to(calendar.turning, at, at - posting.duration_ms / 1000, calendar)
+                totals = counters.totals
+                totals[0] += tokens
+                totals[1] += nano_usd
+                totals[2] += requests
+            if at > fresh_since:
+                admitted = at - (posting.duration_ms - posting.queued_ms) / 1000
+                for counters in scopes:
+                    counters.post_step(at, admitted, (tokens, nano_usd, requests), calendar.sliding_s)
+
+    def _learn(self, key: str, team: str) -> tuple[Counters, ...]:
+        """Everything that an entry of this key and team counts in."""
+        named = [self.scope(kind, name) for kind, name in (("team", team), ("key", key)) if name]
+        self._known[key, team] = self.scope("gateway", ""), *named
+        return self._known[key, team]
+
+    def _reset(self, posting: Posting, at: float) -> None:
+        if posting.scope not in get_args(ScopeKind):
+            raise ValueError(f"unknown scope {posting.scope}")
+        limits = [Limit(unit, window, 0) for unit in LIMIT_UNITS for window in self.calendar.windows.values()]
+        meant = [limit for limit in limits if posting.limit in ("", limit.name)]
+        if not meant:
+            raise ValueError(f"unknown limit {posting.limit}")
+        counters = self.scope(posting.scope, posting.name)
+        counters.turn_to(self.calendar.calendar, at, at, self.calendar)
+        counters.turn = 0.0  # a reset opens no rolling window: the next call does
+        for limit in meant:
+            counters.reset(limit.unit, limit.window)
+
+
+# Sums: what reports ask
+
+LABELS = ("key", "team", "model", "upstream", "outcome")  # what calls can be told apart by
+AMOUNTS = (*Tokens.__struct_fields__, "nano_usd", "calls", "failed", "duration_ms")
+WAITS = tuple(f"wait_{number}" for number in range(len(HISTOGRAM_S) + 1))  # calls by duration, between HISTOGRAM_S
+COLUMNS = (*AMOUNTS, *WAITS)
+WAITS_MS = [bound * 1000 for bound in HISTOGRAM_S]
+LINE_MAX = 1 << 53  # of what is stored in a column: 9e15 tokens, or $9 million
+
+
+class Cut(NamedTuple):
+    """A row of SUMS: what is summed up for each hour or day, by which labels."""
+
+    span: Literal["clock_hour", "day"]  # of `Calendar.spans`
+    labels: tuple[str, ...]
+
+
+# A question is answered from the last of these that knows enough. Of 10 million calls of 50 keys in 90 days they have
+# 961,000, 44,000 and 21,000 rows.
+SUMS = (
+    Cut("clock_hour", LABELS),
+    Cut("day", ("key", "team", "model")),
+    Cut("day", ("model", "upstream", "outcome")),
+)
+OTHERS = "(others)"
+MODELS = 100  # of a key in an hour: names come from clients, who may think up new ones all day
+
+
+def add_to(sums: list[int], posting: Posting) -> None:
+    """Add a line to sums that are in the order of COLUMNS. Raises OverflowError, and has added nothing then."""
+    sums[5] += round(posting.cost_usd * 1e9)
+    sums[0] += posting.input_tokens
+    sums[1] += posting.output_tokens
+    sums[2] += posting.cache_write_5m_tokens
+    sums[3] += posting.cache_write_1h_tokens
+    sums[4] += posting.cache_read_tokens
+    sums[6] += posting.requests
+    if posting.outcome != "completed" and posting.requests > 0:
+        sums[7] += 1
+    if posting.type == "call":
+        duration_ms = posting.duration_ms
+        sums[8] += int(duration_ms)
+        sums[9 + bisect.bisect_left(WAITS_MS, duration_ms)] += 1
+
+
 class Total(msgspec.Struct):
     """Sums over a group of entries. `cache_hit_rate` is cache reads over all input, None without input."""
 
@@ -4600,68 +4300,748 @@ class Total(msgspec.Struct):
     cache_hit_rate: float | None = None
 
     @classmethod
-    def of(cls, group: dict[str, str], packed: Packed) -> Total:
-        """A tally as people read it."""
-        tally = tally_of(packed)
-        total = cls(group, tally.calls, tally.failed, cost_usd=tally.nano_usd / 1e9)
-        for kind, count in zip(TOKEN_KINDS, token_counts(tally), strict=True):
+    def of(cls, group: dict[str, str], sums: Sequence[int]) -> Total:
+        """Sums (in the order of AMOUNTS) as people read them."""
+        spent = dict(zip(AMOUNTS, sums, strict=False))
+        total = cls(group, spent["calls"], spent["failed"], cost_usd=spent["nano_usd"] / 1e9)
+        tokens = Tokens(*sums[: len(Tokens.__struct_fields__)])
+        for kind, count in zip(TOKEN_KINDS, token_counts(tokens), strict=True):
             name = f"{kind}_tokens"
             setattr(total, name, getattr(total, name) + count)
-        if tally.total_input_tokens > 0:
-            total.cache_hit_rate = round(tally.cache_read_tokens / tally.total_input_tokens, 4)
+        if tokens.total_input_tokens > 0:
+            total.cache_hit_rate = round(tokens.cache_read_tokens / tokens.total_input_tokens, 4)
         return total
 
 
-class Groups:
-    """Sums per group of `by` over the parts of a history, one part at a time."""
-
-    def __init__(self, by: Sequence[str]) -> None:
-        self.by = by
-        self.sums: dict[tuple[str, ...], Packed] = {}
-
-    def add(self, labels: dict[str, str], cells: Cells) -> None:
-        """Count a part in."""
-        group = tuple(labels.get(name, "") for name in self.by)
-        if "model" not in self.by:
-            self.sums[group] = self.sums.get(group, 0) + sum(cells.values())
-            return
-        place = self.by.index("model")
-        before, after = group[:place], group[place + 1 :]
-        for model, packed in cells.items():
-            group = (*before, model, *after)
-            self.sums[group] = self.sums.get(group, 0) + packed
-
-    def totals(self) -> Iterator[Total]:
-        """As people read them, sorted by group."""
-        for group in sorted(self.sums):
-            yield Total.of(dict(zip(self.by, group, strict=True)), self.sums[group])
+NOTHING_SPENT = [0] * len(AMOUNTS)
+Groups = dict[tuple[str, ...], list[int]]  # sums by group
 
 
-def grouped(rows: Iterable[tuple[dict[str, str], Packed]], by: Sequence[str]) -> list[Total]:
-    """Totals per group of `by`, sorted by group; rows are tallies with everything they could be grouped by."""
-    sums: dict[tuple[str, ...], Packed] = {}
-    for labels, packed in rows:
-        group = tuple(labels[name] for name in by)
-        sums[group] = sums.get(group, 0) + packed
-    return [Total.of(dict(zip(by, group, strict=True)), sums[group]) for group in sorted(sums)]
+def totals_of(by: Sequence[str], groups: Groups) -> list[Total]:
+    """Groups as people read them, sorted."""
+    return [Total.of(dict(zip(by, group, strict=True)), groups[group]) for group in sorted(groups)]
 
 
 def summarize(lines: Iterable[LedgerLine], by: Sequence[str], timezone: dt.tzinfo) -> list[Total]:
-    """Totals per group of `by` (key, team, upstream, model, day, month, session …), sorted by group."""
+    """Totals per group of `by` (key, team, upstream, model, day, month, session …) over lines, sorted by group."""
+    groups: Groups = {}
+    for line in lines:
+        if isinstance(line, Reset) or getattr(line, "path", "") == COUNT_TOKENS:
+            continue
+        day = dt.datetime.fromisoformat(line.time).astimezone(timezone).date().isoformat()
+        values = {"day": day, "month": day[:7]}
+        group = tuple(values.get(name) or getattr(line, name, "") for name in by)
+        add_to(groups.setdefault(group, [0] * len(COLUMNS)), msgspec.convert(line, Posting, from_attributes=True))
+    return totals_of(by, groups)
 
-    def rows() -> Iterator[tuple[dict[str, str], Packed]]:
-        for line in lines:
-            if isinstance(line, Reset) or getattr(line, "path", "") == COUNT_TOKENS:
+
+# Views: folds that are kept
+
+SCHEMA = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE positions (view TEXT, month TEXT, state BLOB NOT NULL, PRIMARY KEY (view, month)) WITHOUT ROWID;
+CREATE TABLE counters (scope TEXT, name TEXT, state BLOB NOT NULL, PRIMARY KEY (scope, name)) WITHOUT ROWID;
+CREATE TABLE names (number INTEGER PRIMARY KEY, name TEXT NOT NULL);
+CREATE TABLE sums (cut INTEGER, key INTEGER, start INTEGER, team INTEGER, model INTEGER, upstream INTEGER,
+    outcome INTEGER, {", ".join(f"{name} INTEGER NOT NULL" for name in COLUMNS)},
+    PRIMARY KEY (cut, key, start, team, model, upstream, outcome)) WITHOUT ROWID;
+"""
+ADD_SUMS = f"""
+INSERT INTO sums VALUES ({", ".join("?" * (len(LABELS) + 2 + len(COLUMNS)))})
+ON CONFLICT DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in COLUMNS)}
+"""
+
+
+def whole_lines(path: Path, offset: int) -> Iterator[list[bytes]]:
+    """A file's whole lines from a place on, 256 KB a step; of a damaged archive as many as can be had.
+
+    What has no end is torn, or is being written. Raises OSError.
+    """
+    try:
+        with LedgerFiles.open(path) as file:
+            file.seek(offset)
+            while lines := file.readlines(BLOCK):
+                if not lines[-1].endswith(b"\n"):
+                    del lines[-1]
+                if lines:
+                    yield lines
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        log.error("ledger: %s is damaged and counts only up to there: %s", path.name, error)
+
+
+class Position(msgspec.Struct, array_like=True):
+    """How far a view has read a month; `offset` is in its content, whether gzipped or not."""
+
+    WRITE_S = 0.1  # in which a line is written that was begun
+
+    offset: int = 0
+    entries: int = 0
+    tail: str = ""  # the end of the last line that was read: its chain value
+    inode: int = 0  # of the file when it was looked at last
+    size: int = 0
+    mtime_ns: int = 0
+    is_whole: bool = False  # all that was there then was read
+
+    def still_fits(self, path: Path) -> bool:
+        """True if the lines that were read are still there; what follows them does not matter. Raises OSError.
+
+        | what is there now                                  | for example               |      |
+        |----------------------------------------------------|---------------------------|------|
+        | same size and time                                 | untouched; `cp -a`        | fits |
+        | gzipped, same time and size of content             | `usage archive`           | fits |
+        | same inode, another size, last line where it was   | the gateway wrote on      | fits |
+        | anything else                                      | cut, edited, moved        | no   |
+
+        Not seen is an edit in place of the file that is still written to, if it keeps all sizes and the last line and
+        more was written before anybody looked: `usage verify` folds all lines and compares.
+        """
+        found = path.stat()
+        if found.st_mtime_ns == self.mtime_ns:
+            if found.st_size == self.size:
+                return True
+            if path.suffix == ".gz":
+                return LedgerFiles.size(path) % (1 << 32) == self.offset % (1 << 32)
+        if found.st_size == self.size:  # edited in place; or a line is just being written, whose time comes first
+            time.sleep(self.WRITE_S)
+            found = path.stat()
+        is_other = path.suffix == ".gz" or found.st_ino != self.inode
+        if is_other or found.st_size == self.size or found.st_size < self.offset:
+            return False
+        with open(path, "rb") as file:
+            start = max(0, self.offset - LINE_END)
+            return os.pread(file.fileno(), self.offset - start, start).decode("latin-1").endswith(self.tail)
+
+    def has_news(self, found: os.stat_result) -> bool:
+        """Remember how the file is now; False if all of it was read already."""
+        before = (self.inode, self.size, self.mtime_ns)
+        self.inode, self.size, self.mtime_ns = now = (found.st_ino, found.st_size, found.st_mtime_ns)
+        self.is_whole = self.is_whole and before == now
+        return not self.is_whole
+
+    def count(self, view: View, lines: list[bytes], path: Path, unreadable: Unreadable) -> None:
+        """Have a view count whole lines, which follow those that were read."""
+        rest = iter(lines)
+        postings = map(POSTING_DECODER.decode, rest)
+        while True:
+            try:
+                view.post(postings)
+                break
+            except UNCOUNTABLE:  # `postings` goes on behind it
+                number = len(lines) - operator.length_hint(rest) - 1
+                unreadable.note(LedgerFiles.name_at, path, self.offset + sum(map(len, lines[:number])))
+        self.offset += sum(map(len, lines))
+        self.entries += len(lines)
+        self.tail = lines[-1][-LINE_END:].decode("latin-1")
+
+
+class View:
+    """A fold over the ledger's lines that is kept in tables of the index, with its own position in each month."""
+
+    name: ClassVar[str]
+    tables: ClassVar[tuple[str, ...]]
+
+    def __init__(self, calendar: Calendar) -> None:
+        self.calendar = calendar
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything."""
+        self.positions: dict[str, Position] = {}  # by month
+
+    @property
+    def entries(self) -> int:
+        """Lines that were read."""
+        return sum(position.entries for position in self.positions.values())
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of what must be the same for what is kept to mean the same."""
+        raise NotImplementedError
+
+    def _digest(self, *meaning: object) -> bytes:
+        timezone = str(self.calendar.timezone)
+        return hashlib.blake2b(msgspec.json.encode([timezone, *meaning]), digest_size=16).digest()
+
+    def post(self, postings: Iterable[Posting]) -> None:
+        """Count lines, as `Fold.post`."""
+        raise NotImplementedError
+
+    def load(self, db: sqlite3.Connection) -> None:
+        """Go on from what is kept. Raises sqlite3.Error or UNCOUNTABLE."""
+        raise NotImplementedError
+
+    def save(self, db: sqlite3.Connection) -> None:
+        """Keep what has changed since the last time. Raises sqlite3.Error."""
+        raise NotImplementedError
+
+
+class CounterView(View):
+    """The counters of limits."""
+
+    name, tables = "counters", ("counters",)
+
+    def begin(self) -> None:
+        """Forget everything."""
+        super().begin()
+        self.fold = Fold(self.calendar)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the table of windows, and of the shape of counters."""
+        windows = [*self.calendar.windows.values()]
+        return self._digest(windows, LIMIT_UNITS, STEP_S, Counters.__struct_fields__, Counters.LEFT)
+
+    def post(self, postings: Iterable[Posting]) -> None:
+        """Count lines."""
+        self.fold.post(postings)
+
+    def load(self, db: sqlite3.Connection) -> None:
+        """Go on from what is kept."""
+        for kind, name, state in db.execute("SELECT scope, name, state FROM counters"):
+            self.fold.scopes[kind, name] = msgspec.json.decode(state, type=Counters)
+
+    def save(self, db: sqlite3.Connection) -> None:
+        """Keep the counters that have changed."""
+        rows = [(*scope, msgspec.json.encode(self.fold.scopes[scope])) for scope in self.fold.changed]
+        db.executemany("INSERT OR REPLACE INTO counters VALUES (?, ?, ?)", rows)
+        self.fold.forget_changes()
+
+
+def clamped(sums: list[int]) -> list[int]:
+    """Sums as SQLite can hold them: a line that somebody made by hand may have any number."""
+    if max(sums) <= LINE_MAX and min(sums) >= -LINE_MAX:
+        return sums
+    return [max(-LINE_MAX, min(LINE_MAX, amount)) for amount in sums]
+
+
+class HourSums:
+    """What one key, team, model, upstream and outcome adds up to in the hour that its last line was in."""
+
+    __slots__ = ("end", "labels", "start", "sums")
+
+    def __init__(self, labels: tuple[int, ...]) -> None:
+        self.labels = labels  # the numbers of LABELS
+        self.start = self.end = 0.0
+        self.sums = [0] * len(COLUMNS)
+
+
+class SumView(View):
+    """The sums of reports, by hour or day and by labels (SUMS)."""
+
+    name, tables = "sums", ("sums", "names")
+
+    def begin(self) -> None:
+        """Forget everything."""
+        super().begin()
+        self.numbers: dict[str, int] = {}  # by name
+        self._kept = 0  # names that are in the table
+        self._series: dict[tuple[str, ...], HourSums] = {}
+        self._over: list[tuple[int, tuple[int, ...], list[int]]] = []  # hours of series that are over
+        self._models: dict[tuple[int, int], set[int]] = {}  # by key and hour
+        self._hour = Span(0.0, 0.0)
+        self._newest = -math.inf  # hours up to this one may have rows in the table
+        self._db: sqlite3.Connection | None = None
+
+    @property
+    def fingerprint(self) -> bytes:
+        """Of the table of sums."""
+        return self._digest(SUMS, COLUMNS, HISTOGRAM_S, MODELS)
+
+    def number(self, name: str) -> int:
+        """The number that stands for a name."""
+        return self.numbers.setdefault(name, len(self.numbers) + 1)
+
+    def post(self, postings: Iterable[Posting]) -> None:
+        """Count lines."""
+        for posting in postings:
+            if posting.path == COUNT_TOKENS or posting.type == "reset":
                 continue
-            day = dt.datetime.fromisoformat(line.time).astimezone(timezone).date().isoformat()
-            values = {"day": day, "month": day[:7]}
-            labels = {name: values.get(name) or getattr(line, name, "") for name in by}
-            yield labels, pack(msgspec.convert(line, Posting, from_attributes=True))
+            at = posting.time.timestamp()
+            labels = (posting.key, posting.team, posting.model, posting.upstream, posting.outcome)
+            series = self._series.get(labels)
+            if series is None:
+                series = self._series[labels] = HourSums(tuple(map(self.number, labels)))
+            if not series.start <= at < series.end:
+                self._turn(series, at)
+            add_to(series.sums, posting)
 
-    return grouped(rows(), by)
+    def _turn(self, series: HourSums, at: float) -> None:
+        """Begin to sum up for another hour."""
+        self._end(series)
+        if not self._hour.start <= at < self._hour.end:
+            self._hour = self.calendar.spans(at)["clock_hour"]
+        series.start, series.end = self._hour
+        key, team, model, upstream, outcome = series.labels
+        models = self._models_of(key, int(series.start))
+        if model not in models:
+            if len(models) < MODELS:
+                models.add(model)
+            else:
+                series.labels = (key, team, self.number(OTHERS), upstream, outcome)
+
+    def _end(self, series: HourSums) -> None:
+        if any(series.sums):
+            self._over.append((int(series.start), series.labels, series.sums))
+            series.sums = [0] * len(COLUMNS)
+
+    def _models_of(self, key: int, hour: int) -> set[int]:
+        """The models that a key has in an hour, those in the table included."""
+        models = self._models.get((key, hour))
+        if models is None:
+            models = self._models[key, hour] = set()
+            if self._db and hour <= self._newest:
+                query = "SELECT DISTINCT model FROM sums WHERE cut = 0 AND key = ? AND start = ?"
+                models.update(model for (model,) in self._db.execute(query, (key, hour)))
+        return models
+
+    def load(self, db: sqlite3.Connection) -> None:
+        """Go on from what is kept."""
+        self._db, self._newest = db, math.inf
+        self.numbers = {name: number for number, name in db.execute("SELECT number, name FROM names ORDER BY number")}
+        self._kept = len(self.numbers)
+
+    def save(self, db: sqlite3.Connection) -> None:
+        """Add what was counted to the table."""
+        for series in self._series.values():
+            self._end(series)
+        db.executemany(ADD_SUMS, self._rows())
+        names = [(number, name) for name, number in itertools.islice(self.numbers.items(), self._kept, None)]
+        db.executemany("INSERT INTO names VALUES (?, ?)", names)
+        self._newest = max([self._newest, *(start for start, _, _ in self._over)])
+        self._db, self._kept = db, len(self.numbers)
+        self._over.clear()
+        self._series.clear()
+        self._models.clear()
+
+    def _rows(self) -> Iterator[list[int]]:
+        """What is to be added to the table, for each row of SUMS; the finest comes as it was counted."""
+        for start, (key, *others), sums in self._over:
+            yield [0, key, start, *others, *clamped(sums)]
+        starts = {start: self.calendar.spans(start) for start in {start for start, _, _ in self._over}}
+        for number, cut in enumerate(SUMS[1:], 1):
+            keeps = [name in cut.labels for name in LABELS]
+            groups: dict[tuple[int, ...], list[int]] = {}
+            for start, labels, sums in self._over:
+                kept = [label if keep else 0 for label, keep in zip(labels, keeps, strict=True)]
+                group = (int(starts[start][cut.span].start), *kept)
+                before = groups.get(group)
+                groups[group] = list(map(operator.add, before, sums)) if before else sums
+            for (start, key, *others), sums in groups.items():
+                yield [number, key, start, *others, *clamped(sums)]
 
 
-# --- 8. Limits: may this key spend now? -------------------------------------------
+# The index
+
+
+SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: a table is missing
+
+
+class Misfit(Exception):
+    """What is kept does not fit the ledger, the program or the secret; the message says why."""
+
+
+class Index:
+    """The index of one folder. All methods belong to one thread, and raise OSError where the ledger cannot be read."""
+
+    FILE = "index.sqlite"
+    BATCH = 32 << 20  # bytes of lines in one transaction, while much is read
+    PAGE = 4096  # bytes of SQLite's pages
+    PAUSE_S = 0.001  # between two steps that nobody waits for: the event loop goes on meanwhile
+    # Derived, of one process and one thread: nobody else may lock it, and no shared memory is needed (EXCLUSIVE). A
+    # power cut may take the last seconds, but must not tear it (NORMAL: the WAL is synced before it is moved).
+    PRAGMAS = (
+        "PRAGMA locking_mode = EXCLUSIVE",
+        "PRAGMA journal_mode = WAL",
+        "PRAGMA synchronous = NORMAL",
+        f"PRAGMA page_size = {PAGE}",
+        "PRAGMA cache_size = -16384",
+        "PRAGMA temp_store = MEMORY",
+        "PRAGMA trusted_schema = OFF",
+    )
+
+    def __init__(self, directory: Path, calendar: Calendar, now: float, secret: bytes = b"") -> None:
+        self.directory, self.ledger = directory, LedgerFiles(directory)
+        self.failure = ""  # why it is in memory
+        self.is_stopping = False  # set by another thread: whatever takes long ends soon
+        self.calendar = calendar
+        self.counters, self.sums = CounterView(calendar), SumView(calendar)
+        self.views: tuple[View, ...] = (self.counters, self.sums)  # in the order in which a start needs them
+        self._now, self._secret = now, secret
+        self._db: sqlite3.Connection
+
+    def open(self) -> None:
+        """Go on from what is kept, as far as it fits."""
+        path = self.directory / self.FILE
+        try:
+            if path.exists() and path.stat().st_size % self.PAGE:  # SQLite takes what is missing for zeros
+                log.warning("index: made anew: it was cut")
+                self.remove(self.directory)
+            self._connect(path)
+            kept = dict(self._db.execute("SELECT name, value FROM meta"))
+            is_signed = kept.get("signature") == self._signature()
+            for view in self.views:
+                try:
+                    self._load(view, kept, is_signed)
+                except (Misfit, TypeError, *UNCOUNTABLE) as error:
+                    self._empty(view, str(error))
+        except (sqlite3.Error, OSError) as error:
+            self._begin_anew(error)
+
+    def open_in_memory(self) -> None:
+        """Begin from nothing, and leave no trace."""
+        self._connect(":memory:")
+        for view in self.views:
+            self._empty(view)
+
+    def _connect(self, path: Path | str) -> None:
+        if isinstance(path, Path):
+            os.close(open_shared(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC))  # with the mode of the ledger's files
+        self._db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        for pragma in self.PRAGMAS:
+            self._db.execute(pragma)
+        if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+
+    def _begin_anew(self, error: Exception) -> None:
+        """Begin from nothing: in a new file where the old one was damaged or foreign; else in memory."""
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._db.close()
+        try:
+            # Never otherwise: a file that is locked or cannot be written may be another's.
+            if (
+                isinstance(error, OSError)
+                or getattr(error, "sqlite_errorcode", SQLITE_DAMAGE[0]) & 0xFF not in SQLITE_DAMAGE
+            ):
+                raise error
+            log.warning("index: made anew: %s", error)
+            self.remove(self.directory)
+            self._connect(self.directory / self.FILE)
+        except (sqlite3.Error, OSError) as why:
+            self.failure = str(why)
+            log.warning("index: it is in memory, and made anew at each start: %s", why)
+            self._connect(":memory:")
+        for view in self.views:
+            self._empty(view)
+
+    @classmethod
+    def remove(cls, directory: Path) -> None:
+        """Delete the index of a folder. Raises OSError."""
+        for suffix in ("-wal", "-journal", "-shm", ""):
+            (directory / f"{cls.FILE}{suffix}").unlink(missing_ok=True)
+
+    def _load(self, view: View, kept: dict[str, bytes], is_signed: bool) -> None:
+        """Go on from what is kept of a view. Raises Misfit."""
+        if view.name not in kept:
+            raise Misfit
+        if kept[view.name] != view.fingerprint:
+            raise Misfit("they are of another version, or another time zone")
+        if not is_signed:
+            raise Misfit("the signature is wrong: the index was changed, or signed with another sealing secret")
+        rows = self._db.execute("SELECT month, state FROM positions WHERE view = ?", (view.name,))
+        view.positions = {month: msgspec.json.decode(state, type=Position) for month, state in rows}
+        self._check_files(view)
+        view.load(self._db)
+
+    def _empty(self, view: View, why: str = "") -> None:
+        """Let a view begin from nothing."""
+        if why:
+            log.warning("index: all entries are read again for the %s: %s", view.name, why)
+        view.begin()
+        with self._transaction():
+            for table in view.tables:
+                self._db.execute(f"DELETE FROM {table}")
+            self._db.execute("DELETE FROM positions WHERE view = ?", (view.name,))
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (view.name, view.fingerprint))
+
+    def _check_files(self, view: View) -> None:
+        """Raise Misfit where what was read is not what is there."""
+        paths = {month_of(path): path for path in self.ledger.paths()}
+        for month, position in view.positions.items():
+            if month not in paths:
+                raise Misfit(f"usage-{month}.jsonl is gone")
+            if not position.still_fits(paths[month]):
+                raise Misfit(f"lines of {paths[month].name} are gone or were changed")
+        last = max(view.positions, default="")
+        for month in paths:
+            if month < last and month not in view.positions:
+                raise Misfit(f"usage-{month}.jsonl has come, and is older than what was read")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Run statements as one, with the signature of what they leave. Raises sqlite3.Error."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('signature', ?)", (self._signature(),))
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _signature(self) -> bytes:
+        """A keyed hash over how far the files were read and what limits have counted.
+
+        Sums are not in it: they are many, and decide nothing. A whole older index fits its own signature and is
+        harmless: the lines since then are counted.
+        """
+        mac = hmac.new(self._secret, digestmod="sha256")
+        for query in (
+            "SELECT name, value FROM meta WHERE name != 'signature' ORDER BY name",
+            "SELECT view, month, state FROM positions ORDER BY view, month",
+            "SELECT scope, name, state FROM counters ORDER BY scope, name",
+        ):
+            for row in self._db.execute(query):
+                for value in row:
+                    data = value.encode() if isinstance(value, str) else value
+                    mac.update(len(data).to_bytes(8, "little") + data)
+        return mac.digest()
+
+    def close(self) -> None:
+        """Let go of the file. What was not read is read at the next start."""
+        self._db.close()
+
+    # Follow the files
+
+    def catch_up(self, view: View, pause_s: float = 0.0) -> None:
+        """Count the lines that have come, a step at a time; all lines again where some are gone."""
+        try:
+            self._catch_up(view, pause_s)
+        except sqlite3.Error as error:  # the disk is full, or the file was overwritten
+            if self.failure:
+                raise  # it is in memory: a bug
+            self._begin_anew(error)
+            for each in self.views[: self.views.index(view) + 1]:
+                self._catch_up(each, pause_s)
+
+    def _catch_up(self, view: View, pause_s: float) -> None:
+        try:
+            self._check_files(view)
+        except Misfit as error:
+            self._empty(view, str(error))
+        if view is self.counters and not view.positions:
+            self.counters.fold.fresh_since = self._fresh_since()
+        newest, unreadable = max(view.positions, default=""), Unreadable()
+        for path in self.ledger.paths():
+            if month_of(path) >= newest and not self.is_stopping:
+                self._follow(view, path, pause_s, unreadable)
+        if unreadable.count and view is self.counters:
+            log.warning("ledger: %s", unreadable)
+        self.counters.fold.fresh_since = -math.inf
+
+    def _follow(self, view: View, path: Path, pause_s: float, unreadable: Unreadable) -> None:
+        """Count what has come to a file."""
+        month = month_of(path)
+        position = view.positions.setdefault(month, Position())
+        if not position.has_news(path.stat()):
+            return
+        saved = position.offset
+        for lines in whole_lines(path, position.offset):
+            position.count(view, lines, path, unreadable)
+            if position.offset - saved >= self.BATCH:
+                self._save(view, month)
+                saved = position.offset
+            if self.is_stopping:
+                return self._save(view, month)
+            if pause_s:
+                time.sleep(pause_s)
+        position.is_whole = True
+        self._save(view, month)
+
+    def _save(self, view: View, month: str) -> None:
+        with self._transaction():
+            view.save(self._db)
+            row = (view.name, month, msgspec.json.encode(view.positions[month]))
+            self._db.execute("INSERT OR REPLACE INTO positions VALUES (?, ?, ?)", row)
+
+    def _fresh_since(self) -> float:
+        """When the last sliding windows began, whether the clock is ahead now or was at the last line."""
+        now = self._now
+        with contextlib.suppress(*UNCOUNTABLE, OSError, EOFError, zlib.error, IndexError):
+            last = LedgerFiles.last_line(self.ledger.paths()[-1])
+            now = min(now, POSTING_DECODER.decode(last).time.timestamp())
+        return now - self.calendar.sliding_s - STEP_S
+
+    # Ask
+
+    def ask(
+        self,
+        by: Sequence[str],
+        where: Mapping[str, str] = {},
+        since: float = -math.inf,
+        until: float = math.inf,
+        columns: Sequence[str] = AMOUNTS,
+        most_rows: int = -1,
+    ) -> Groups:
+        """Sums of `columns` over the hours that begin in [since, until), in seconds since 1970, by group.
+
+        Groups are of `by` (hour, day, month and LABELS), of calls that are `where` (LABELS). `most_rows` bounds what is
+        read of the table, where it is not -1: about 31 rows make a month, one an hour or a day.
+        """
+        self.catch_up(self.sums)
+        is_daily = "hour" not in by and self._is_midnight(since) and self._is_midnight(until)
+        labels = [name for name in by if name in LABELS]
+        cut = max(
+            number
+            for number, row in enumerate(SUMS)
+            if {*labels, *where} <= set(row.labels) and (is_daily or row.span == "clock_hour")
+        )
+        conditions, values = (
+            ["cut = ?", "start >= ?", "start < ?"],
+            list[Any]([cut, max(since, -1e15), min(until, 1e15)]),
+        )
+        for name, value in where.items():
+            conditions.append(f"{name} = ?")
+            values.append(self.sums.numbers.get(value, -1))
+        if "key" not in where:  # the rows of a key lie together: so the time is looked up in each of them
+            keys = {self.sums.numbers.get(name, -1) for kind, name in self.counters.fold.scopes if kind == "key"}
+            names = {0, self.sums.numbers.get("", -1), *keys}
+            conditions.append(f"key IN ({', '.join(map(str, names))})")
+        is_timed = len(labels) < len(by)
+        groups = [*labels, "start"] if is_timed else labels
+        amounts = ", ".join(f"sum({name})" for name in columns)
+        query = f"SELECT {', '.join([*groups, amounts])} FROM sums WHERE {' AND '.join(conditions)}"
+        if groups:
+            query += f" GROUP BY {', '.join(groups)}"
+        query += f" LIMIT {most_rows}"
+        try:
+            return self._grouped(by, labels, self._db.execute(query, values).fetchall(), len(groups))
+        except (sqlite3.Error, TypeError, *UNCOUNTABLE) as error:  # it turns out to be damaged
+            self._begin_anew(error)
+            for view in self.views:
+                self.catch_up(view)
+            return self._grouped(by, labels, self._db.execute(query, values).fetchall(), len(groups))
+
+    def _grouped(self, by: Sequence[str], labels: list[str], rows: list[Any], count: int) -> Groups:
+        """Rows with numbers of labels (and the start of an hour or day) as groups with names."""
+        names, found = {number: name for name, number in self.sums.numbers.items()}, Groups()
+        for row in rows:
+            if row[-1] is None:  # a sum over nothing
+                continue
+            values = {label: names.get(number, OTHERS) for label, number in zip(labels, row, strict=False)}
+            for name in by:
+                if name not in LABELS:
+                    values[name] = self.calendar.label(row[count - 1], name)
+            group = tuple(values[name] for name in by)
+            before = found.get(group)
+            found[group] = list(map(operator.add, before, row[count:])) if before else list(row[count:])
+        return found
+
+    def _is_midnight(self, at: float) -> bool:
+        return math.isinf(at) or self.calendar.spans(at)["day"].start == at
+
+    # Verify
+
+    def differences(self) -> list[str]:
+        """What is not as a fold of all lines from nothing makes it, also where it has the right signature."""
+        other = Index(self.directory, self.calendar, self._now)
+        other.open_in_memory()
+        for index in (self, other):
+            for view in index.views:
+                index.catch_up(view)
+        ours, theirs = self._kept(), other._kept()
+        return sorted(place for place in ours.keys() | theirs.keys() if ours.get(place) != theirs.get(place))
+
+    def _kept(self) -> dict[str, Any]:
+        """What is kept, in words; without sliding windows, of which a fold from nothing counts only the last."""
+        kept: dict[str, Any] = {}
+        for kind, name, state in self._db.execute("SELECT scope, name, state FROM counters"):
+            counters = msgspec.json.decode(state, type=Counters)
+            kept[f"the counters of {kind} {name}".rstrip()] = (counters.totals, counters.windows, counters.left)
+        names = dict(self._db.execute("SELECT number, name FROM names"))
+        for cut, key, start, *rest in self._db.execute("SELECT * FROM sums"):
+            labels = [names.get(number, "") for number in (key, *rest[:4])]
+            if any(rest[4:]):
+                kept[f"the sums of {SUMS[cut].span} {utc_time(start)}: {', '.join(labels)}"] = rest[4:]
+        return kept
+
+
+class Books:
+    """The counters of a running gateway on its event loop, and the index in a thread of its own."""
+
+    FOLLOW_S = 1.0
+    MOST_ROWS = 200_000  # that are read for an answer: whoever gets so many has more groups than anybody is shown
+
+    def __init__(
+        self, ledger: Ledger, clock: Clock, timezone: dt.tzinfo, secret: bytes = b"", windows: Windows = WINDOWS
+    ) -> None:
+        self.ledger = ledger
+        self.calendar = Calendar(timezone, windows)
+        self.fold = Fold(self.calendar)
+        self._clock = clock
+        self._index = Index(ledger.directory, self.calendar, clock.wall(), secret)
+        self._thread = ThreadPoolExecutor(1, "index")
+        self._following: ThreadFuture[None] | None = None  # None until the counters are there
+        self._followed_at = clock.monotonic()
+        ledger.on_line = self.take_in
+
+    @property
+    def entries(self) -> int:
+        """Lines of the ledger that the index has read."""
+        return self._index.counters.entries
+
+    def start(self) -> ThreadFuture[Scopes]:
+        """Open the ledger, and have its lines counted in the thread; then `begin`. Raises OSError."""
+        self.ledger.open()
+        return self._thread.submit(self._open)
+
+    def _open(self) -> Scopes:
+        started, view = time.monotonic(), self._index.counters
+        self._index.open()
+        with contextlib.suppress(OSError):
+            (self.ledger.directory / "counters.checkpoint").unlink()  # what versions before the index have left
+        before = view.entries
+        self._index.catch_up(view)
+        if view.entries > before:
+            count, seconds = view.entries - before, time.monotonic() - started
+            log.info("ledger: %s entries read in %.1f s", f"{count:,}", seconds)
+        copies = {name: msgspec.json.encode(counters) for name, counters in view.fold.scopes.items()}
+        return {name: msgspec.json.decode(state, type=Counters) for name, state in copies.items()}
+
+    def begin(self, counted: Scopes) -> None:
+        """Go on from what the thread has counted; it goes on with the sums. No line was appended since the start."""
+        self.fold.adopt(counted)
+        self._following = self._thread.submit(self._follow)
+
+    def load(self) -> None:
+        """Start, and wait for it. Raises OSError."""
+        self.begin(self.start().result())
+
+    def take_in(self, line: bytes) -> None:
+        """Count a line of the ledger. One that cannot be read counts nothing; the index finds it, too, and warns."""
+        with contextlib.suppress(*UNCOUNTABLE):
+            self.fold.post((POSTING_DECODER.decode(line),))
+
+    def tick(self) -> None:
+        """Have the index follow the ledger; to be called often."""
+        if self._following and self._following.done() and self._clock.monotonic() - self._followed_at >= self.FOLLOW_S:
+            self._followed_at = self._clock.monotonic()
+            self._following = self._thread.submit(self._follow)
+
+    def _follow(self) -> None:
+        try:
+            for view in self._index.views:
+                self._index.catch_up(view, Index.PAUSE_S)
+        except OSError as error:
+            log.warning("index: the ledger cannot be read: %s", why_not(error))
+
+    async def ask(
+        self, by: Sequence[str], where: Mapping[str, str], since: float = -math.inf, until: float = math.inf
+    ) -> Groups:
+        """Sums, as `Index.ask` gives them. The line that was written last is in them. Raises OSError."""
+        question = self._thread.submit(self._index.ask, by, where, since, until, AMOUNTS, self.MOST_ROWS)
+        return await asyncio.wrap_future(question)
+
+    def close(self) -> None:
+        """Let go of the index; what it has not read is read at the next start."""
+        self._index.is_stopping = True
+        if self._following:
+            self._thread.submit(self._index.close)
+            self._following = None
+        self._thread.shutdown(wait=True)
+
+
+# --- 9. Limits: may this key spend now? -------------------------------------------
 
 # The problem. What a call costs is known when it ends, and many run at once: fifty calls that all see "$9.90 of $10.00
 # spent" would all go. So a call is admitted by what is spent *and held*: before it goes it holds an estimate of its
@@ -4859,8 +5239,7 @@ class Scope:
     def wait_s(self, limit: Limit, excess: float, now: float) -> int:
         """In how many seconds so much of a limit will have left its sliding window; at least 1."""
         seconds = limit.window.seconds
-        steps = self.counters.last_steps(now, seconds)
-        amounts = {step: in_unit(spent, limit.unit) for step, spent in steps.items()}
+        amounts = self.counters.steps_of(limit.unit, now, seconds)
         if limit.unit == "requests":
             for step, calls in self.admitted.items():
                 amounts[step] = amounts.get(step, 0) + calls
@@ -5536,7 +5915,7 @@ class Limits:
 
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
-# --- 9. Wire: heads, header rules, events, no I/O ---------------------------------
+# --- 10. Wire: heads, header rules, events, no I/O ---------------------------------
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -5864,7 +6243,7 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-# --- 10. Requests: what is read of a request --------------------------------------
+# --- 11. Requests: what is read of a request --------------------------------------
 
 # What is read of a request's body, and what for
 #
@@ -6844,7 +7223,7 @@ def without_thinking(body: bytes) -> bytes:
     return ENCODER.encode(fields)
 
 
-# --- 11. Formats: what is read of an answer ---------------------------------------
+# --- 12. Formats: what is read of an answer ---------------------------------------
 
 # What is believed of an upstream's numbers, and when
 #
@@ -7783,7 +8162,7 @@ DIALECTS: dict[tuple[str, str], Dialect] = {
 }
 
 
-# --- 12. Connections: HTTP/1 to upstreams, pool, names ----------------------------
+# --- 13. Connections: HTTP/1 to upstreams, pool, names ----------------------------
 
 
 class Failure(NamedTuple):
@@ -8281,7 +8660,7 @@ class Pools:
             pool.check(stood_s)
 
 
-# --- 13. Upstreams: health and choice ---------------------------------------------
+# --- 14. Upstreams: health and choice ---------------------------------------------
 
 # The problem. A failure may be everybody's (the provider is down) or one request's own, and the answer does not say
 # which; whatever status and headers one user's requests bring about, they must not take an upstream from the others. So
@@ -9056,7 +9435,7 @@ class Upstreams:
         self._queues.close()
 
 
-# --- 14. Demo: an upstream that needs no API key ----------------------------------
+# --- 15. Demo: an upstream that needs no API key ----------------------------------
 
 DEMO_MODEL = "claude-demo"
 MAX_DEMO_BODY = 2 << 20  # bytes: the demo answers on the event loop, and looking at so many takes 25 ms
@@ -9189,7 +9568,7 @@ class DemoLine:
         self._task.cancel()
 
 
-# --- 15. Relay: attempts, the gate, failover, bytes through -----------------------
+# --- 16. Relay: attempts, the gate, failover, bytes through -----------------------
 
 # A call on its way is an `Exchange`: its client on one side, its attempts on the other. An upstream may fail at any
 # byte, and a client may leave or stop reading at any byte. Until the client has got the first byte of an answer a
@@ -10117,7 +10496,7 @@ class Relay:
 
 # === Floor D. House: one running gateway ============================================
 
-# --- 16. Events: what happened, announced once ------------------------------------
+# --- 17. Events: what happened, announced once ------------------------------------
 
 # Whoever does something says so once, and does not know who wants to hear it: it emits an event. Whoever wants to hear
 # it is a listener: a function of the event, registered for the event's type (`Events.listen`). The metrics and the log
@@ -10455,9 +10834,8 @@ class RefusalLog:
         self._ends_at = now + self.PERIOD_S
 
 
-# --- 17. Metrics: counters for Prometheus -----------------------------------------
+# --- 18. Metrics: counters for Prometheus -----------------------------------------
 
-HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
 STATES = ("ok", "cooling", "half_open")
 
 
@@ -10674,7 +11052,7 @@ class Scrape(NamedTuple):
         }
 
 
-# --- 18. Models: lists of models, and what the keys are good for ------------------
+# --- 19. Models: lists of models, and what the keys are good for ------------------
 
 
 class Collected:
@@ -10812,7 +11190,7 @@ class KeyChecks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-# --- 19. Gateway: owns all state, tells the story ---------------------------------
+# --- 20. Gateway: owns all state, tells the story ---------------------------------
 
 
 Role = Literal["anyone", "scraper", "key"]  # a scraper has an address in server.metrics_from
@@ -10871,8 +11249,9 @@ class Gateway:
     ) -> None:
         self.config, self.pace, self.clock = config, pace, config.clock
         self._environ = environ
-        self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock, config.timezone)
-        self.limits = Limits(store(self.ledger.fold, config.clock), config.clock, pace, config.timezone)
+        self.ledger = Ledger(config.usage_directory, config.file.usage.fsync, config.clock)
+        self.books = Books(self.ledger, config.clock, config.timezone, config.index_secret)
+        self.limits = Limits(store(self.books.fold, config.clock), config.clock, pace, config.timezone)
         self.memory = BodyMemory(config.body_memory)
         self.relay = Relay(config.clock, pace)
         self.models = Models(self.relay)
@@ -11104,22 +11483,23 @@ class Gateway:
 
     # What a key's holder can ask
 
-    def usage_of(self, key: Key) -> dict[str, Any]:
-        """How the limits of a key stand, and what it spent today and this month."""
-        config, fold, now = self.config, self.ledger.fold, self.clock.wall()
-        spans = fold.calendar.spans(now)
+    async def usage_of(self, key: Key) -> dict[str, Any]:
+        """How the limits of a key stand, and what it spent today and this month. Raises Unavailable."""
+        spans = self.books.calendar.spans(self.clock.wall())
+        spent = [await self._ask((), key, spans[name].start) for name in ("day", "month")]
+        today, month = (Total.of({}, groups.get((), NOTHING_SPENT)) for groups in spent)
         return {
             "key": key.name,
             "team": key.team,
-            "timezone": config.server.timezone,
+            "timezone": self.config.server.timezone,
             "limits": self.limits.standings(key),
-            "today": Total.of({}, fold.spent_since(key.name, spans["day"].start)),
-            "month": Total.of({}, fold.spent_since(key.name, spans["month"].start)),
+            "today": today,
+            "month": month,
         }
 
-    def usage_line(self, key: Key) -> str:
+    async def usage_line(self, key: Key) -> str:
         """The same in a line, for Claude Code's status line: the two limits nearest to their end, else the cost."""
-        usage = self.usage_of(key)
+        usage = await self.usage_of(key)
         limits = [row for row in usage["limits"] if row["limit"] != "concurrent"]
         limits.sort(key=lambda row: row["used"] / row["allowed"] if row["allowed"] else 1.0, reverse=True)
         phrases = [limit_phrase(row) for row in limits[:2]]
@@ -11129,28 +11509,23 @@ class Gateway:
             phrases[0] += f", {limits[0]['resets']}"
         return f"{key.name}: {' · '.join(phrases)}"
 
-    async def stats_of(self, key: Key, by: Sequence[str], since: str, until: str) -> list[Total]:
-        """What a key has spent by hour, day, month or model; times are of the gateway's time zone. Raises BadRequest.
+    async def stats_of(self, key: Key, by: Sequence[str], since: float, until: float) -> list[Total]:
+        """What a key has spent by hour, day, month and labels, sorted. Raises BadRequest or Unavailable."""
+        groups = await self._ask(by, key, since, until)
+        if len(groups) > self.MOST_GROUPS:
+            raise BadRequest(
+                f"These are more than {self.MOST_GROUPS:,} groups: ask for a shorter time with since and until, "
+                "or for fewer groups with by."
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._readers, totals_of, by, groups)
 
-        Summed up on the loop, in steps of a millisecond: 1,000 hours with 100 models each take 40 of them.
-        """
-        history, groups = self.ledger.fold.books.histories.get(key.name, History()), Groups(by)
-        for number, (labels, cells) in enumerate(history.parts(self.ledger.fold.calendar), 1):
-            if since <= (labels["hour"] or labels["day"] or labels["month"]) < until:
-                groups.add(labels, cells)
-            if len(groups.sums) > self.MOST_GROUPS:
-                raise BadRequest(
-                    f"These are more than {self.MOST_GROUPS:,} groups: ask for a shorter time with since and until, "
-                    "or for fewer groups with by."
-                )
-            if number % 10 == 0:
-                await asyncio.sleep(0)
-        totals: list[Total] = []
-        for total in groups.totals():
-            totals.append(total)
-            if len(totals) % 200 == 0:
-                await asyncio.sleep(0)
-        return totals
+    async def _ask(self, by: Sequence[str], key: Key, since: float, until: float = math.inf) -> Groups:
+        if self.stopping:
+            raise Unavailable("The gateway is stopping.", retry_after_s=5)
+        try:
+            return await self.books.ask(by, {"key": key.name}, since, until)
+        except OSError as error:
+            raise Unavailable(f"The ledger cannot be read: {why_not(error)}", retry_after_s=30) from None
 
     async def page_of(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
         """A page of a key's entries, newest first; the files are read in a thread. Raises Unavailable."""
@@ -11229,7 +11604,7 @@ class Gateway:
             "live": True,
             "ready": reason is None,
             "reason": reason,
-            "starting": {"entries": self.ledger.fold.books.entries} if self.starting else None,
+            "starting": {"entries": self.books.entries} if self.starting else None,
             "stopping": self.stopping,
             "version": VERSION,
             "calls": len(self.relay.running),
@@ -11255,6 +11630,7 @@ class Gateway:
         run(self.relay.sweep, stood_s)
         run(self.limits.check, stood_s)
         run(self.ledger.tick)
+        run(self.books.tick)
         run(self.key_checks.check)
         run(self.refusals.check)
 
@@ -11276,10 +11652,11 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         self.ledger.close()
+        self.books.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-# --- 20. Actions: what a command, a request or the page changes -------------------
+# --- 21. Actions: what a command, a request or the page changes -------------------
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
@@ -11874,7 +12251,7 @@ class UpstreamTest:
         return text
 
 
-# --- 21. Reconcile: the ledger against a provider's export ------------------------
+# --- 22. Reconcile: the ledger against a provider's export ------------------------
 
 # A provider's console exports what it has billed, as a CSV: a row per day and model (Anthropic: usage or cost; OpenAI:
 # usage). Its sums per UTC day and model are compared with the ledger's. Three things stand in the way:
@@ -12068,7 +12445,7 @@ def reconcile(files: LedgerFiles, export: Export, upstream: str) -> Comparison:
     return Comparison(export.first, export.last, agree, differ, only_ours, only_theirs, pairs)
 
 
-# --- 22. Backup: copied at one moment, checked, put back --------------------------
+# --- 23. Backup: copied at one moment, checked, put back --------------------------
 
 
 class Manifest(msgspec.Struct):
@@ -12173,7 +12550,7 @@ def config_in(folder: Path, path: Path) -> Config:
 
 def ledger_in(folder: Path) -> list[Path]:
     """The files of a ledger's folder that a restore replaces."""
-    return [*sorted(folder.glob("usage-????-??.*")), *folder.glob(Checkpoint.FILE)]
+    return [*sorted(folder.glob("usage-????-??.*")), *folder.glob(f"{Index.FILE}*")]
 
 
 def swap(old: Sequence[Path], new: dict[Path, Path], kept: str) -> None:
@@ -12244,7 +12621,7 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
-# --- 23. Integrity: installed files against their lists ---------------------------
+# --- 24. Integrity: installed files against their lists ---------------------------
 
 # In March 2026 a release of LiteLLM on PyPI, made with a stolen token, brought a `.pth` file. Python runs such at every
 # start, before any import; it sent away all credentials that it found. The wheel's RECORD had it. What is installed is
@@ -12386,7 +12763,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 
 # === Floor E. Doors: how the outside gets in ========================================
 
-# --- 24. Front door: clients' connections, no policy ------------------------------
+# --- 25. Front door: clients' connections, no policy ------------------------------
 
 
 # A client's connection reads one request after the other and sends one answer to each. A request is a call, whose
@@ -13175,7 +13552,7 @@ class Door:
         self.hangups.close()
 
 
-# --- 25. API: the gateway's own pages ---------------------------------------------
+# --- 26. API: the gateway's own pages ---------------------------------------------
 
 
 # What is served, and to whom, is one table: ENDPOINTS. `PageRequest.prepare` finds the row of a request by its path and
@@ -13250,10 +13627,10 @@ async def show_model(request: PageRequest) -> object:
 async def show_usage(request: PageRequest) -> object:
     """How the limits of the key stand, and what it spent today and this month; a line of text with `format=line`."""
     if request.is_line:
-        return request.gateway.usage_line(request.key) + "\n"
+        return await request.gateway.usage_line(request.key) + "\n"
     if request.get_query_argument("format", "json") != "json":
         raise BadRequest("format: expected json or line")
-    return request.gateway.usage_of(request.key)
+    return await request.gateway.usage_of(request.key)
 
 
 LOGS_FILTERS = ("model", "outcome", "session", "upstream", "path")
@@ -13263,9 +13640,9 @@ MAX_LOGS = 1000  # entries of a page
 async def show_stats(request: PageRequest) -> object:
     """`?by=day,model&since=2026-11&until=…`: what the key spent, in groups."""
     by = list(dict.fromkeys(request.get_query_argument("by", "day").split(",")))
-    if not set(by) <= {"hour", "day", "month", "model"}:
-        raise BadRequest("by: expected some of hour, day, month, model, separated by commas")
-    since, until = request.read_time("since", ""), request.read_time("until", "9")
+    if not set(by) <= {"hour", "day", "month", "model", "upstream", "outcome"}:
+        raise BadRequest("by: expected some of hour, day, month, model, upstream, outcome, separated by commas")
+    since, until = request.read_moment("since", -math.inf), request.read_moment("until", math.inf)
     async with request.gateway.turns.take(request.key.name):
         if request.has_left:
             return None
@@ -13381,6 +13758,17 @@ class PageRequest(tornado.web.RequestHandler):
             raise BadRequest(f"{name}: expected a time such as 2026-11, 2026-11-21 or 2026-11-21T08:00")
         return text
 
+    def read_moment(self, name: str, default: float) -> float:
+        """The same in seconds since 1970, where the query has it in the gateway's time zone. Raises BadRequest."""
+        text = self.read_time(name, "")
+        if not text:
+            return default
+        text = text[:16] + "0000-01-01T00:00"[len(text) :]
+        try:
+            return dt.datetime.fromisoformat(text).replace(tzinfo=self.gateway.config.timezone).timestamp()
+        except (ValueError, OverflowError):
+            raise BadRequest(f"{name}: there is no such time") from None
+
     # What Tornado asks of a handler
 
     def on_connection_close(self) -> None:
@@ -13425,7 +13813,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 26. Local door: commands at the running gateway ------------------------------
+# --- 27. Local door: commands at the running gateway ------------------------------
 
 # A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
 # ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
@@ -13672,7 +14060,7 @@ class LocalDoor:
             raise ActionError.of_gateway(str(error)) from None
 
 
-# --- 27. Server: process, signals, watcher, logging -------------------------------
+# --- 28. Server: process, signals, watcher, logging -------------------------------
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -13977,9 +14365,11 @@ class Server:
         try:
             self.gateway.ledger.hold()
             self.local.listen()
-            for _ in self.gateway.ledger.loading():
+            counting = self.gateway.books.start()
+            while not counting.done():
                 self.gateway.guard.run(self.door.check)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.005)
+            self.gateway.books.begin(counting.result())
         except OSError as error:
             raise CommandError(f"cannot use the ledger in {self.gateway.ledger.directory}: {why_not(error)}") from None
         self._watch.start()
@@ -14072,7 +14462,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 28. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 29. Command line: arguments to actions to text, JSON, CSV ------------------------
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.
@@ -14581,7 +14971,7 @@ def command_usage_adjust(options: argparse.Namespace) -> None:
 
 
 def command_usage_verify(options: argparse.Namespace) -> None:
-    """Find the first line of the ledger that was changed, removed or inserted."""
+    """Find the first line of the ledger that was changed, removed or inserted; compare the index with the lines."""
     config = Config.load(options.config)
     files = LedgerFiles(config.usage_directory)
     try:
@@ -14590,6 +14980,25 @@ def command_usage_verify(options: argparse.Namespace) -> None:
         raise CommandError(str(error)) from None
     print(f"Every line follows from the one before. The last chain value is {last}")
     print("Keep it elsewhere: `usage verify --seen VALUE` proves later that nothing before it was rewritten.")
+    if not (config.usage_directory / Index.FILE).exists():
+        return
+    try:
+        os.close(hold_folder(config.usage_directory))
+    except BlockingIOError:
+        print("The index was not compared with the lines: a gateway runs on it.")
+        return
+    index = Index(config.usage_directory, Calendar(config.timezone), config.clock.wall(), config.index_secret)
+    index.open()
+    differences = index.differences()
+    index.close()
+    if differences:
+        Index.remove(config.usage_directory)
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CommandError(
+            f"the index differed from the lines in {'; '.join(differences[:3])}{more}. It was deleted: the next start "
+            "counts all lines"
+        )
+    print("The index has what the lines add up to.")
 
 
 def command_usage_archive(options: argparse.Namespace) -> None:

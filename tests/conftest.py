@@ -85,6 +85,8 @@ class GatewayUnderTest:
         self._connections: list[Connection] = []
 
     async def start(self) -> None:
+        self.gateway.books.load()
+        await asyncio.wrap_future(self.gateway.books._following)
         self.port = await self.door.listen("127.0.0.1", 0)
 
     def listen_locally(self) -> None:

@@ -42,7 +42,7 @@ def fill(directory: Path, count: int = 9, months: tuple[int, ...] = (7, 8, 9)) -
     clock = FakeClock()
     clock.advance(-82 * 86400)
     ledger = g.Ledger(directory, 3600, clock.clock)
-    ledger.load()
+    ledger.open()
     for month in months:
         for number in range(count):
             ledger.append(entry(number, f"2026-{month:02}-01T10:00:{number % 60:02}.000Z"))
@@ -101,7 +101,6 @@ def site(shell) -> Shell:
     with gzip.open("usage/usage-2026-08.jsonl.gz") as file:
         Path("usage/usage-2026-08.jsonl").write_bytes(file.read())
     os.unlink("usage/usage-2026-08.jsonl.gz")
-    os.unlink("usage/counters.checkpoint")
     return shell
 
 
@@ -125,7 +124,7 @@ def test_a_backup_holds_config_secret_and_ledger(site):
     Names do not depend on the host; the manifest comes first, digests that `sha256sum -c` reads come last.
     """
     Path("usage/usage-2026-08.torn").write_text("half a li\n")
-    Path("usage/counters.checkpoint").write_text("derived")
+    Path("usage/index.sqlite").write_text("derived")
     before = everything(site.folder)
 
     assert site.run("backup", "b.tar.gz") == 0
@@ -356,7 +355,7 @@ def test_a_backup_while_a_gateway_writes_and_months_turn_is_a_beginning_of_the_c
     shutil.rmtree("usage")
     clock, number, weeks, before = FakeClock(), 0, 0, 0
     ledger = g.Ledger(site.folder / "usage", 3600, clock.clock)
-    ledger.load()
+    ledger.open()
 
     def append() -> None:
         nonlocal number, weeks
@@ -786,7 +785,7 @@ def test_a_manifest_that_cannot_be_is_refused(site, backup, change, problem):
 
 def test_a_backup_of_before_is_restored(site, backup):
     """
-    Its manifest named sizes, and the counters were in it.
+    Its manifest named sizes, and the counters were in it, which nothing reads any more.
     """
     files = unpacked(backup)
     manifest = json.loads(files["manifest.json"]) | {"files": {"config.yaml": 1}}
@@ -795,7 +794,7 @@ def test_a_backup_of_before_is_restored(site, backup):
 
     assert site.run("--config", "new/config.yaml", "restore", "old.tar.gz") == 0
 
-    assert everything(Path("new/usage")) == everything(Path("usage")) | {"counters.checkpoint": b"counters"}
+    assert everything(Path("new/usage")) == everything(Path("usage"))
 
 
 @pytest.mark.parametrize(

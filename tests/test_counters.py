@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
-from conftest import calls_made
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -212,7 +211,7 @@ def play(moves: list[tuple[str | dict, float]], zone: str) -> Iterator[tuple[g.F
     for what, moved in moves:
         seconds += moved
         line = reset(seconds, what) if isinstance(what, str) else posting(seconds, **what)
-        made.post(line)
+        made.post([line])
         lines.append(line)
         yield made, lines, START + seconds
 
@@ -267,11 +266,11 @@ def test_as_many_windows_are_remembered_as_promised(back):
     """
     made = fold()
     for day in range(g.Counters.LEFT + 1):
-        made.post(posting(day * DAY, cost_usd=2.0**day))
+        made.post([posting(day * DAY, cost_usd=2.0**day)])
     now = START + g.Counters.LEFT * DAY
 
     asked = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY)
-    made.post(posting((g.Counters.LEFT - back) * DAY, cost_usd=0.5))
+    made.post([posting((g.Counters.LEFT - back) * DAY, cost_usd=0.5)])
     posted = made.scope("key", "alice").spent("usd", g.WINDOWS["day"], now - back * DAY)
 
     assert asked == 2.0 ** (g.Counters.LEFT - back) * 1e9
@@ -284,7 +283,7 @@ def test_the_last_minute_takes_up_little_memory():
     """
     made = fold()
     for second in range(2000):
-        made.post(posting(second, duration_ms=second * 500.0))
+        made.post([posting(second, duration_ms=second * 500.0)])
 
     assert len(made.scope("key", "alice").steps) <= 98
     assert made.scope("key", "alice").spent("tokens", g.WINDOWS["minute"], START + 2000) == 0
@@ -296,10 +295,10 @@ def test_a_reset_that_is_ahead_of_the_calls_takes_nothing_from_tomorrow():
     """
     made, evening = fold(), at("2026-09-21T23:59:00") - START
 
-    made.post(posting(evening, cost_usd=1.0))
-    made.post(reset(evening + 61))
-    made.post(posting(evening + 59.9, cost_usd=2.0))
-    made.post(posting(evening + 62, cost_usd=4.0))
+    made.post([posting(evening, cost_usd=1.0)])
+    made.post([reset(evening + 61)])
+    made.post([posting(evening + 59.9, cost_usd=2.0)])
+    made.post([posting(evening + 62, cost_usd=4.0)])
 
     assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening + 63) == 4e9
     assert made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + evening) == 3e9
@@ -310,7 +309,7 @@ def test_a_window_that_nobody_has_called_in_is_empty():
     The new day is free before its first call.
     """
     made = fold()
-    made.post(posting(0, cost_usd=1.0))
+    made.post([posting(0, cost_usd=1.0)])
 
     spent = [made.scope("key", "alice").spent("usd", g.WINDOWS["day"], START + days * DAY) for days in (-1, 0, 1)]
 
@@ -332,7 +331,7 @@ def test_hours_open_with_the_first_call_and_last_their_time(window, span_s):
     moments = [100, 200, 100 + span_s - 1, 100 + span_s, 100 + span_s + 5, 5 * span_s]
 
     for second in moments:
-        made.post(posting(second, cost_usd=1.0))
+        made.post([posting(second, cost_usd=1.0)])
         resets_at = alice.resets_at(g.WINDOWS[window], START + second, calendar())
         seen.append((alice.spent("usd", g.WINDOWS[window], START + second) / 1e9, resets_at and resets_at - START))
 
@@ -349,11 +348,11 @@ def test_an_hour_opens_when_its_first_call_begins():
     made = fold()
     alice = made.scope("key", "alice")
 
-    made.post(posting(600, duration_ms=600_000))
+    made.post([posting(600, duration_ms=600_000)])
     first = alice.resets_at(g.WINDOWS["hour"], START + 601, calendar())
-    made.post(posting(3700, duration_ms=600_000))
+    made.post([posting(3700, duration_ms=600_000)])
     second = alice.resets_at(g.WINDOWS["hour"], START + 3701, calendar())
-    made.post(posting(40_000, duration_ms=2e7))
+    made.post([posting(40_000, duration_ms=2e7)])
     third = alice.resets_at(g.WINDOWS["hour"], START + 40_001, calendar())
 
     assert (first, second, third) == (START + 3600, START + 7200, START + 43_600)
@@ -370,7 +369,7 @@ def test_hours_are_counted_as_a_naive_model_has_them(calls):
         if seconds >= end:
             end, spent = max(seconds - duration_ms / 1000, end) + 3600, 0
         spent += 1
-        made.post(posting(seconds, duration_ms=duration_ms))
+        made.post([posting(seconds, duration_ms=duration_ms)])
 
         assert made.scope("key", "alice").spent("requests", g.WINDOWS["hour"], START + seconds) == spent
         assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + seconds, calendar()) == START + end
@@ -381,8 +380,8 @@ def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
     A clock that was a day ahead locks nobody out for a day.
     """
     made = fold()
-    made.post(posting(DAY, cost_usd=5.0))
-    made.post(posting(0, cost_usd=1.0))
+    made.post([posting(DAY, cost_usd=5.0)])
+    made.post([posting(0, cost_usd=1.0)])
 
     assert made.scope("key", "alice").spent("usd", g.WINDOWS["hour"], START + 1) == 1e9
     assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + 1, calendar()) == START + 3600
@@ -411,7 +410,7 @@ def test_the_last_minute_is_counted_in_steps_of_five_seconds(calls):
         ended.append(seconds)
         admitted.append(seconds - ran_s)
         times = {"duration_ms": (queued_s + ran_s) * 1000.0, "queued_ms": queued_s * 1000.0}
-        made.post(posting(seconds, output_tokens=3, **times))
+        made.post([posting(seconds, output_tokens=3, **times)])
 
     for now in (seconds, seconds + 1, seconds + 30, seconds + 60):
         alice = made.scope("key", "alice")
@@ -449,10 +448,10 @@ def test_a_new_row_is_a_window(name, counts, does_not, resets_at):
     (limit,) = g.LimitSet.parse({f"usd/{name}": 20}, windows)
 
     for local, cost_usd in ((does_not, 1.0), (counts, 2.0), ("2026-09-21T14:13:20", 4.0)):
-        made.post(posting(at(local) - START, cost_usd=cost_usd))
+        made.post([posting(at(local) - START, cost_usd=cost_usd)])
     alice = made.scope("key", "alice")
     spent = alice.spent("usd", row, START)
-    made.post(reset(1, limit.name))
+    made.post([reset(1, limit.name)])
 
     assert (limit, limit.name) == (g.Limit("usd", row, 20.0), f"usd/{name}")
     assert spent == 6e9
@@ -480,8 +479,8 @@ def test_a_reset_touches_its_limit_and_no_other(unit, window):
     limit = f"{unit}/{window}" if window else unit
     one, all_ = fold(), fold()
     for made, which in ((one, limit), (all_, "")):
-        made.post(posting(0, cost_usd=1.0, input_tokens=10, team="x"))
-        made.post(reset(1, which))
+        made.post([posting(0, cost_usd=1.0, input_tokens=10, team="x")])
+        made.post([reset(1, which)])
 
     def zero(made: g.Fold, counters: g.Counters) -> set[tuple[str, str]]:
         pairs = [(u, w) for u in g.LIMIT_UNITS for w in g.WINDOWS]
@@ -489,7 +488,7 @@ def test_a_reset_touches_its_limit_and_no_other(unit, window):
 
     assert zero(one, one.scope("key", "alice")) == {(unit, window)}
     assert len(zero(all_, all_.scope("key", "alice"))) == len(g.LIMIT_UNITS) * len(g.WINDOWS)
-    assert zero(all_, all_.scope("team", "x")) == zero(all_, all_.books.gateway) == set()
+    assert zero(all_, all_.scope("team", "x")) == zero(all_, all_.scope("gateway", "")) == set()
 
 
 @pytest.mark.parametrize(
@@ -519,7 +518,9 @@ def test_each_class_of_tokens_has_a_price_a_weight_and_a_place_in_reports(name):
     What is added to the counts is forgotten nowhere: all but the output is input.
     """
     tokens, line = g.Tokens(**{name: 1_000_000}), posting(0, **{name: 1_000_000})
-    total = g.Total.of({}, g.pack(line))
+    sums = [0] * len(g.COLUMNS)
+    g.add_to(sums, line)
+    total = g.Total.of({}, sums)
 
     assert tokens.total_input_tokens == (0 if name == "output_tokens" else 1_000_000)
     assert g.Price(3, 15).cost_usd(tokens) > 0 and g.Weights().weigh(tokens) > 0
@@ -531,8 +532,8 @@ def test_limits_count_the_tokens_as_they_were_weighted():
     Lines from before the weighted tokens were kept count by the weights that are the default.
     """
     made = fold()
-    made.post(posting(0, input_tokens=10, output_tokens=20, weighted_tokens=7))
-    made.post(posting(1, input_tokens=1, output_tokens=20, cache_write_1h_tokens=300, cache_read_tokens=4000))
+    made.post([posting(0, input_tokens=10, output_tokens=20, weighted_tokens=7)])
+    made.post([posting(1, input_tokens=1, output_tokens=20, cache_write_1h_tokens=300, cache_read_tokens=4000)])
 
     for window in ("minute", "hour", "day", ""):
         assert made.scope("key", "alice").spent("tokens", g.WINDOWS[window], START + 1) == 7 + 721
@@ -546,18 +547,16 @@ def test_a_call_counts_with_its_key_its_team_and_the_gateway():
     The team is the one the key was in when it called; who is in none has none.
     """
     made = fold()
-    made.post(posting(0, cost_usd=1.0, team="x"))
-    made.post(posting(1, cost_usd=2.0, team="y"))
-    made.post(posting(2, cost_usd=4.0, key="bob"))
-    made.post(posting(3, cost_usd=-0.5, key="", team="x", type="adjust", requests=0))
+    made.post([posting(0, cost_usd=1.0, team="x")])
+    made.post([posting(1, cost_usd=2.0, team="y")])
+    made.post([posting(2, cost_usd=4.0, key="bob")])
+    made.post([posting(3, cost_usd=-0.5, key="", team="x", type="adjust", requests=0)])
 
     spent = {
-        name: counters.spent("usd", g.WINDOWS["month"], START) / 1e9
-        for name, counters in [*made.books.keys.items(), *made.books.teams.items(), ("all", made.books.gateway)]
+        name: counters.spent("usd", g.WINDOWS["month"], START) / 1e9 for (_, name), counters in made.scopes.items()
     }
-    assert spent == {"alice": 3.0, "bob": 4.0, "x": 0.5, "y": 2.0, "all": 6.5}
-    assert made.books.entries == 4
-    assert made.scope("team", "x") is made.scope("team", "x") and made.scope("gateway", "") is made.books.gateway
+    assert spent == {"alice": 3.0, "bob": 4.0, "x": 0.5, "y": 2.0, "": 6.5}
+    assert made.scope("team", "x") is made.scope("team", "x")
 
 
 def test_counting_tokens_is_free():
@@ -565,9 +564,9 @@ def test_counting_tokens_is_free():
     /v1/messages/count_tokens is a line in the ledger, and nothing in a limit.
     """
     made = fold()
-    made.post(posting(0, path="/v1/messages/count_tokens", input_tokens=5, cost_usd=1.0))
+    made.post([posting(0, path="/v1/messages/count_tokens", input_tokens=5, cost_usd=1.0)])
 
-    assert (made.books.entries, made.books.keys, made.books.gateway.total) == (1, {}, 0)
+    assert made.scopes == {}
 
 
 def test_money_adds_up_exactly():
@@ -576,211 +575,36 @@ def test_money_adds_up_exactly():
     """
     made = fold()
     for _ in range(100_000):
-        made.post(posting(0, cost_usd=0.001))
-    made.post(posting(0, cost_usd=-250.0, requests=0, input_tokens=-5, type="adjust"))
+        made.post([posting(0, cost_usd=0.001)])
+    made.post([posting(0, cost_usd=-250.0, requests=0, input_tokens=-5, type="adjust")])
 
-    found = g.tally_of(made.books.gateway.total)
-    assert found == g.Tally(nano_usd=-150_000_000_000, calls=100_000, input_tokens=-5, weighted_tokens=-5)
-    assert found.packed == made.books.gateway.total
+    assert made.scope("gateway", "").totals == [-5, -150_000_000_000, 100_000]
 
 
-def test_books_come_back_from_a_checkpoint_as_they_were():
+def test_counters_come_back_from_the_index_as_they_were():
     """
     Infinite windows, numbers as names and all.
     """
     made = fold()
     for number in range(50):
-        made.post(posting(number * 9000.0, cost_usd=0.1 * number, team="x", model=f"m{number % 3}"))
+        made.post([posting(number * 9000.0, cost_usd=0.1 * number, team="x", output_tokens=1 << 70)])
 
-    data = msgspec.json.encode(made.books)
-
-    assert msgspec.json.decode(data, type=g.Books) == made.books
-
-
-# History
+    for counters in made.scopes.values():
+        assert msgspec.json.decode(msgspec.json.encode(counters), type=g.Counters) == counters
 
 
-def history(made: g.Fold, by: list[str]) -> dict[tuple[str, ...], int]:
-    """Calls per group."""
-    return {tuple(total.group.values()): total.calls for total in totals(made, by)}
-
-
-def totals(made: g.Fold, by: list[str]) -> list[g.Total]:
-    """What alice has spent, per group."""
-    groups = g.Groups(by)
-    for labels, cells in made.books.histories["alice"].parts(made.calendar):
-        groups.add(labels, cells)
-    return list(groups.totals())
-
-
-def cells_of(made: g.Fold) -> list[int]:
-    """Every sum in alice's history."""
-    parts = made.books.histories["alice"].parts(made.calendar)
-    return [packed for _, cells in parts for packed in cells.values()]
-
-
-class Short(g.History, array_like=True):
-    """A history that sums up early."""
-
-    HOURS, DAYS = 3, 2
-
-
-MOVES = st.sampled_from([0, 1800, 3600, 7200, DAY, 40 * DAY, -3600, -DAY])
-
-
-@given(
-    st.lists(st.tuples(MOVES, st.sampled_from("ab"))),
-    st.sampled_from(["UTC", "Europe/Berlin", "Asia/Kathmandu", "Australia/Lord_Howe"]),
-)
-@settings(deadline=None)
-def test_the_rows_of_a_history_add_up_to_the_total(calls, zone):
+def test_who_holds_counters_sees_those_that_a_start_has_counted():
     """
-    However many hours there were: what is too old for hours is in its day, what is too old for days in its month.
+    Somebody may have asked for a key's limits before the ledger was read.
     """
+    made, counted = fold(), fold()
+    held = made.scope("key", "alice")
+    counted.post([posting(0, cost_usd=1.0)])
 
-    made, seconds, months, models = fold(zone), 0.0, {}, {}
-    made.books.histories["alice"] = Short()
-    for moved, model in calls:
-        seconds += moved
-        made.post(posting(seconds, model=model, input_tokens=7, cost_usd=0.001))
-        month = calendar(zone).label(START + seconds, "month")
-        months[(month,)] = months.get((month,), 0) + 1
-        models[(model,)] = models.get((model,), 0) + 1
+    made.adopt(counted.scopes)
+    made.post([posting(1, cost_usd=2.0)])
 
-    assert sum(cells_of(made)) == made.scope("key", "alice").total
-    assert history(made, ["month"]) == months
-    assert history(made, ["model"]) == models
-
-
-def test_a_history_stays_small():
-    """
-    A key that calls every hour for three years takes up a thousand hours, four hundred days and the months.
-    """
-    made = fold()
-    for hour in range(3 * 365 * 24):
-        made.post(posting(hour * 3600.0))
-
-    kept = made.books.histories["alice"]
-    assert (len(kept.hours), len(kept.days), len(kept.months)) == (1000, 400, 23)
-    assert sum(history(made, ["month"]).values()) == sum(history(made, ["day"]).values()) == 3 * 365 * 24
-    assert history(made, ["day"])["2029-09-10",] == 24
-    assert history(made, ["month"])["2028-02",] == 29 * 24
-
-
-@given(st.lists(MOVES, min_size=1, max_size=30), st.data())
-@settings(deadline=None)
-def test_a_history_that_is_posted_to_while_it_is_read_counts_each_call_once(moves, data):
-    """
-    Between two parts calls may end, an hour may be over and be summed up into its day.
-    """
-    made, seconds = fold(), 0.0
-    made.books.histories["alice"] = Short()
-    for moved in moves:
-        seconds += moved
-        made.post(posting(seconds))
-
-    seen = 0
-    for _, cells in made.books.histories["alice"].parts(made.calendar):
-        seen += sum(g.tally_of(packed).calls for packed in cells.values())
-        if data.draw(st.booleans()):
-            seconds += data.draw(MOVES)
-            made.post(posting(seconds, model="of a later call", requests=0))  # itself it adds nothing to see
-
-    assert seen == len(moves)
-
-
-@given(st.lists(st.tuples(MOVES, st.sampled_from([-40 * DAY, -DAY, -7200, 0, 3600])), min_size=1, max_size=30))
-@settings(deadline=None)
-def test_what_was_spent_since_an_hour_is_right_with_the_sums_that_are_kept(steps):
-    """
-    Asked after every call; clocks go back and hours are summed up.
-    """
-    made, seconds = fold(), 0.0
-    made.books.histories["alice"] = Short()
-    for moved, since in steps:
-        seconds += moved
-        made.post(posting(seconds))
-        for start in (START + since, START):
-            assert made.spent_since("alice", start) == made.books.histories["alice"].since(start)
-    assert made.spent_since("bob", START) == 0
-
-
-def test_what_was_spent_is_not_summed_up_again_with_every_question():
-    """
-    A status line asks every few seconds, for a month of hours with a hundred models each.
-    """
-    made = fold()
-    for number in range(20_000):
-        made.post(posting(number // 100 * 3600.0, model=f"m{number % 100}"))
-    made.spent_since("alice", START - DAY)
-
-    calls = calls_made(lambda: made.spent_since("alice", START - DAY))
-
-    assert g.tally_of(made.spent_since("alice", START - DAY)).calls == 20_000
-    assert calls < 20
-
-
-def test_a_history_is_grouped_by_hour_day_month_and_model():
-    """
-    In the operator's time zone, half hours included.
-    """
-    made = fold("Asia/Kolkata")  # START is 19:43:20 there
-    for seconds, model in ((0, "a"), (999, "b"), (1000, "a"), (5 * 3600, "a"), (10 * DAY, "b")):
-        made.post(posting(seconds, model=model))
-
-    assert history(made, ["hour"]) == {
-        ("2026-09-21T19:00+05:30",): 2,
-        ("2026-09-21T20:00+05:30",): 1,
-        ("2026-09-22T00:00+05:30",): 1,
-        ("2026-10-01T19:00+05:30",): 1,
-    }
-    assert history(made, ["day"]) == {("2026-09-21",): 3, ("2026-09-22",): 1, ("2026-10-01",): 1}
-    assert history(made, ["month", "model"]) == {("2026-09", "a"): 3, ("2026-09", "b"): 1, ("2026-10", "b"): 1}
-    assert g.tally_of(made.books.histories["alice"].since(START)).calls == 3
-
-
-def test_models_that_clients_think_up_do_not_fill_the_memory():
-    """
-    Whoever asks for a new model with every call finds the rest of them under one name.
-    """
-    made = fold()
-    for number in range(300):
-        made.post(posting(0, model=f"m{number}"))
-
-    models = history(made, ["model"])
-    assert (len(models), models["(others)",], sum(models.values())) == (101, 200, 300)
-
-
-def test_days_and_months_have_no_more_models_than_an_hour():
-    """
-    A key that thinks up a hundred models an hour had 2,400 in a day, and 70,000 in a month.
-    """
-    made = fold()
-    made.books.histories["alice"] = Short()
-    for number in range(300):
-        for day in range(5):
-            made.post(posting(day * DAY + number // 30 * 3600, model=f"m{number}"))
-
-    kept = made.books.histories["alice"]
-    assert max(len(cells) for cells in (*kept.days.values(), *kept.months.values())) == 101
-    assert sum(history(made, ["month"]).values()) == 1500
-
-
-def test_corrections_are_shown_and_resets_are_not():
-    """
-    A reset moves a limit; what was spent was spent.
-    """
-    made = fold()
-    made.post(posting(0, cost_usd=3.0))
-    made.post(reset(1))
-    made.post(posting(2, type="adjust", model="(adjusted)", requests=0, cost_usd=-1.0))
-
-    found = totals(made, ["model"])
-
-    assert [(total.group["model"], total.calls, total.cost_usd) for total in found] == [
-        ("(adjusted)", 0, -1.0),
-        ("m", 1, 3.0),
-    ]
+    assert held.spent("usd", g.WINDOWS["day"], START + 1) == 3e9
 
 
 # Bounds
@@ -793,47 +617,19 @@ HUGE = 1 << 60
 @pytest.mark.parametrize("size", [1 << 44, 1 << 48, 1 << 53, HUGE, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30])
 def test_no_line_is_so_large_that_its_limit_is_lifted(unit, window, size):
     """
-    Lines that somebody made by hand, or a count that an upstream made up: a counter stops at its end, and does not
-    begin again below zero.
+    Lines that somebody made by hand, or a count that an upstream made up: a counter does not begin again below zero.
     """
     made = fold()
     line = {"usd": {"cost_usd": size / 1e9}, "tokens": {"output_tokens": size}, "requests": {"requests": size}}[unit]
 
     for _ in range(3):
-        made.post(posting(0, **line))
+        made.post([posting(0, **line)])
     after_three = made.scope("key", "alice").spent(unit, g.WINDOWS[window], START + 1)
-    made.post(posting(0, output_tokens=1000, cost_usd=1.0))
+    made.post([posting(0, output_tokens=1000, cost_usd=1.0)])
 
-    assert after_three >= min(3 * size, 3 * g.LINE_MAX)
-    others = {"usd": 1e9, "tokens": 1000, "requests": 1}
+    assert after_three >= 3 * size * (1 - 1e-12)
+    others = {"usd": 10**9, "tokens": 1000, "requests": 1}
     for each in g.LIMIT_UNITS:
         spent = made.scope("key", "alice").spent(each, g.WINDOWS[window], START + 1)
         before = after_three if each == unit else 3 if each == "requests" else 0
         assert spent == before + others[each], each
-
-
-def test_a_total_stops_at_its_end():
-    """
-    However many absurd lines follow one another: what is spent never falls.
-    """
-    made, seen = fold(), [0.0]
-    for _ in range(1500):
-        made.post(posting(0, cost_usd=1e15, input_tokens=HUGE))
-        seen.append(made.scope("key", "alice").spent("usd", g.WINDOWS[""], START + 1))
-
-    assert seen == sorted(seen) and seen[-1] >= g.TOTAL_MAX
-    assert g.tally_of(made.books.histories["alice"].since(0)).nano_usd == g.TOTAL_MAX
-
-
-@given(st.lists(st.integers(-(1 << 70), 1 << 70), min_size=7, max_size=7))
-def test_a_line_is_packed_field_by_field_within_its_bounds(values):
-    """
-    Below zero, too, as corrections are.
-    """
-    names = (*TOKENS, "weighted_tokens", "requests")
-    line = posting(0, **dict(zip(names, values, strict=True)))
-
-    tally = g.tally_of(g.pack(line))
-
-    bounded = [max(-g.LINE_MAX, min(g.LINE_MAX, value)) for value in values]
-    assert [*g.token_counts(tally), tally.weighted_tokens, tally.calls] == bounded

@@ -24,7 +24,7 @@ def tracebacks(caplog) -> int:
 @pytest.mark.parametrize(
     ("where", "owner", "name"),
     [
-        ("Ledger.tick", "ledger", "_clock"),
+        ("Books.tick", "books", "_clock"),
         ("Limits.check", "limits", "_queues"),
         ("Relay.sweep", "relay", "pools"),
         ("KeyChecks.check", "key_checks", "_relay"),

@@ -1412,6 +1412,7 @@ async def test_requests_per_minute_count_when_a_call_is_admitted(start_gateway, 
     await idle(gateway)
 
 
+@pytest.mark.logs("index: it is in memory")  # of the second one, beside the first
 async def test_a_request_that_waited_counts_from_its_slot_on_also_after_a_restart(start_gateway, upstream):
     """
     The entry says how long a call waited: the fold finds the very step in which it was admitted.
@@ -1429,7 +1430,6 @@ async def test_a_request_that_waited_counts_from_its_slot_on_also_after_a_restar
     assert [(await call).status for call in (running, waiting)] == [200, 200]
     await idle(gateway)
     again = await start_gateway(text_of)
-    again.gateway.ledger.load()  # as the server does before it listens
 
     used = []
     for _ in range(3):
@@ -2228,7 +2228,6 @@ async def test_a_spent_limit_is_spent_after_a_restart(start_gateway, upstream):
     await gateway.stop()
 
     again = await start_gateway(text_of)
-    again.gateway.ledger.load()  # as the server does before it listens
     after = await again.post("/v1/messages", HELLO)
 
     assert refusal(before) == refusal(after) == (429, "billing_error", "false", "18000")
@@ -2250,13 +2249,13 @@ async def test_an_edit_counts_at_once_and_forgets_nothing(start_gateway, upstrea
     assert found == [200, 200, 429, 200, 429]
 
 
-async def test_corrections_from_outside_count_from_the_next_tick(start_gateway, upstream):
+async def test_corrections_count_at_once(start_gateway, upstream):
     """
-    `usage reset` and `usage adjust` write beside the running gateway, which takes their lines in.
+    `usage reset` and `usage adjust` have the running gateway append a line.
     """
     upstream.script = SPENDS
     gateway = await start_gateway(config(upstream.url, "usd/day: 1, requests/day: 2"))
-    ledger, now = gateway.gateway.ledger.directory, g.utc_time(START)
+    now = g.utc_time(START)
     await gateway.post("/v1/messages", HELLO)
 
     async def standings() -> list[tuple[float, float]]:
@@ -2264,10 +2263,10 @@ async def test_corrections_from_outside_count_from_the_next_tick(start_gateway, 
         return [(await standing(gateway, name))["used"] for name in ("usd/day", "requests/day")]
 
     gateway.tick()
-    g.Ledger.correct(ledger, g.Adjustment(time=now, key="alice", requests=1, cost_usd=0.49), gateway.clock.clock)
+    gateway.gateway.ledger.append(g.Adjustment(time=now, key="alice", requests=1, cost_usd=0.49))
     adjusted = await standings()
     refused = await gateway.post("/v1/messages", HELLO)
-    g.Ledger.correct(ledger, g.Reset(time=now, scope="key", name="alice", limit="requests/day"), gateway.clock.clock)
+    gateway.gateway.ledger.append(g.Reset(time=now, scope="key", name="alice", limit="requests/day"))
     reset = await standings()
     served = await gateway.post("/v1/messages", HELLO)
 

@@ -254,6 +254,7 @@ async def test_a_ledger_that_cannot_be_written_is_seen(gateway, upstream):
     gateway.gateway.events.listen(g.LedgerChanged, heard.append)
     healthy = await gateway.get("/metrics")
     gateway.gateway.ledger.directory = gateway.path / "no-folder"
+    gateway.gateway.ledger.reopen_if_moved()
 
     await gateway.post("/v1/messages", HELLO)
     reply = await gateway.get("/metrics")

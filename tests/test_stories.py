@@ -431,7 +431,7 @@ async def test_the_demo_answers_the_sdk(start_gateway):
     await client.close()
 
 
-@pytest.mark.logs("cannot write to", "can be written again")
+@pytest.mark.logs("cannot write to", "can be written again", "index: it is in memory")
 async def test_a_full_disk_loses_no_entry_and_refuses_before_it_would(start_gateway, upstream, tmp_path):
     """
     Entries wait in a bounded queue, /health says so, new calls are refused at the bound, and space brings all back.

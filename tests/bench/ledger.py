@@ -91,21 +91,27 @@ def main() -> None:
         directory = Path(folder)
         print(f"{count:,} entries made in {seconds(lambda: make(directory, count)):.1f} s")
 
-        first = g.Ledger(directory, 1.0, CLOCK)
-        fold_s = seconds(first.load)
+        first = g.Index(directory, g.Calendar(dt.UTC), LAST)
+        first.open()
+        for view in first.views:
+            fold_s = seconds(lambda view=view: first.catch_up(view))
+            print(f"full fold, {view.name:8} {fold_s:8.2f} s   {fold_s / count * 1e6:.2f} s per million")
+            assert view.entries == count
+        questions = {"day, model": ("day", "model"), "day, upstream, outcome": ("day", "upstream", "outcome")}
+        for name, by in questions.items():
+            print(f"by {name:22} {seconds(lambda by=by: first.ask(by)) * 1e3:8.2f} ms")
         first.close()
-        print(f"full fold           {fold_s:8.2f} s   {fold_s / count * 1e6:.2f} s per million (target 3)")
 
-        second = g.Ledger(directory, 1.0, CLOCK)
-        print(f"with a checkpoint   {seconds(second.load):8.2f} s   (target 1)")
-        assert second.fold.books == first.fold.books and second.fold.books.entries == count
-        size = (directory / g.Checkpoint.FILE).stat().st_size
-        print(f"checkpoint          {seconds(second._write_checkpoint) * 1e3:8.2f} ms on the loop, {size:,} bytes")
+        books = g.Books(g.Ledger(directory, 1.0, CLOCK), CLOCK, dt.UTC)
+        print(f"start with an index {seconds(books.load):8.2f} s   (target 0.3)")
+        print(f"index               {(directory / g.Index.FILE).stat().st_size:,} bytes")
+        second = books.ledger
 
         entries = [entry(number, LAST + number / 50) for number in range(APPENDS)]
         append_s = seconds(lambda: [second.append(each) for each in entries])
         print(f"append              {append_s / APPENDS * 1e6:8.2f} µs  (target 15)")
         second.close()
+        books.close()
 
         text = g.ENTRY_ENCODER.encode(entries[0])
         chain_s = seconds(lambda: [g.chain_value(g.FIRST_CHAIN, text) for _ in range(APPENDS)])

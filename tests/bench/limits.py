@@ -29,7 +29,7 @@ BODY = b'{"model": "claude-opus-5-5", "max_tokens": 4096, "messages": [{"role": 
 async def run(calls: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         config = g.Config.parse(CONFIG, Path(directory) / "config.yaml", g.Clock(), {})
-        fold = g.Fold(g.Calendar(config.timezone), 0.0)
+        fold = g.Fold(g.Calendar(config.timezone))
         limits, memory = g.Limits(fold, config.clock, g.Pace()), g.BodyMemory(1 << 20)
         headers = [(b"x-api-key", KEY.encode())]
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -49,7 +49,7 @@ async def run(calls: int) -> None:
                 call.reservation.hold_body(len(BODY))
                 await limits.admit(call, gone)
                 admitted = time.perf_counter()
-                fold.post(posting)
+                fold.post([posting])
             spent["settle"] += time.perf_counter() - admitted
             spent["admit"] += admitted - begun
         for name, seconds in spent.items():
