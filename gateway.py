@@ -4886,19 +4886,16 @@ class Index:
             for number, row in enumerate(SUMS)
             if {*labels, *where} <= set(row.labels) and (is_daily or row.span == "clock_hour")
         )
-        conditions, values = (
-            ["cut = ?", "start >= ?", "start < ?"],
-            list[Any]([cut, max(since, -1e15), min(until, 1e15)]),
-        )
+        conditions = ["cut = ?", "start >= ?", "start < ?"]
+        values: list[float] = [cut, max(since, -1e15), min(until, 1e15)]
         for name, value in where.items():
             conditions.append(f"{name} = ?")
             values.append(self.sums.numbers.get(value, -1))
         if "key" not in where:  # the rows of a key lie together: so the time is looked up in each of them
-            keys = {self.sums.numbers.get(name, -1) for kind, name in self.counters.fold.scopes if kind == "key"}
-            names = {0, self.sums.numbers.get("", -1), *keys}
-            conditions.append(f"key IN ({', '.join(map(str, names))})")
-        is_timed = len(labels) < len(by)
-        groups = [*labels, "start"] if is_timed else labels
+            conditions.append(f"key IN ({', '.join(map(str, self._key_numbers()))})")
+        groups = labels.copy()
+        if len(labels) < len(by):
+            groups.append("start")
         amounts = ", ".join(f"sum({name})" for name in columns)
         query = f"SELECT {', '.join([*groups, amounts])} FROM sums WHERE {' AND '.join(conditions)}"
         if groups:
@@ -4926,6 +4923,12 @@ class Index:
             before = found.get(group)
             found[group] = list(map(operator.add, before, row[count:])) if before else list(row[count:])
         return found
+
+    def _key_numbers(self) -> set[int]:
+        """The numbers of all keys, of calls without a key, and of rows that are not told apart by key (0)."""
+        numbers = self.sums.numbers
+        keys = {numbers.get(name, -1) for kind, name in self.counters.fold.scopes if kind == "key"}
+        return {0, numbers.get("", -1), *keys}
 
     def _is_midnight(self, at: float) -> bool:
         return math.isinf(at) or self.calendar.spans(at)["day"].start == at

@@ -1283,6 +1283,36 @@ def test_verify_finds_the_line_that_was_changed(shell):
     )
 
 
+@pytest.mark.parametrize("is_rewritten", [False, True])
+def test_verify_compares_the_index_with_the_lines(shell, is_rewritten):
+    """
+    Also where whoever rewrote it had the sealing secret. While a gateway runs, it has the index for itself.
+    """
+    shell.write(LEDGER_CONFIG)
+    shell.run("usage", "adjust", "alice", "--usd", "3")
+    config = g.Config.load(shell.folder / "config.yaml")
+    index = g.Index(config.usage_directory, g.Calendar(config.timezone), config.clock.wall(), config.index_secret)
+    index.open()
+    for view in index.views:
+        index.catch_up(view)
+    if is_rewritten:
+        index._db.execute("UPDATE sums SET nano_usd = 0 WHERE cut = 0")
+    index.close()
+
+    held = g.hold_folder(config.usage_directory)
+    while_it_runs = shell.run("usage", "verify"), shell.out.splitlines()[-1]
+    os.close(held)
+    compared = shell.run("usage", "verify")
+
+    assert while_it_runs == (0, "The index was not compared with the lines: a gateway runs on it.")
+    assert (config.usage_directory / g.Index.FILE).exists() != is_rewritten
+    if is_rewritten:
+        assert compared == 1
+        assert shell.err.startswith("error: the index differed from the lines in the sums of clock_hour ")
+    else:
+        assert (compared, shell.out.splitlines()[-1]) == (0, "The index has what the lines add up to.")
+
+
 def test_archived_months_go_on_counting(shell):
     """
     The months that are over are gzipped; reports and the chain are as before.
