@@ -129,6 +129,7 @@ class Model:
                         start = before + span_s
                 if at >= start + span_s:
                     start = at
+                found += [each for each in windows if each[0] == start]
                 present = found[0] if found else (start, 0.0)
                 windows = [each for each in windows if each != present] + [present]
             windows[-1] = (windows[-1][0], windows[-1][1] + amount(line, unit))
