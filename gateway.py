@@ -13972,7 +13972,7 @@ class LocalDoor:
             with local_address(self._directory) as address:
                 made.bind(address)
             path.chmod(0o600)  # nobody can connect before `listen`
-            made.listen(16)
+            made.listen(128)
             made.setblocking(False)
             self._file = path.stat()
         except OSError as error:

@@ -290,3 +290,14 @@ async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tm
     files = g.LedgerFiles(tmp_path / "usage")
     assert len(list(files.lines())) == 3 and len(files.verify("", print)) == 32
     assert not (tmp_path / "usage" / g.LOCAL_SOCKET).exists()
+
+
+async def test_many_commands_at_once_wait_for_their_turn(listening):
+    """
+    While the gateway is busy, a script's commands queue: a full queue would refuse them at once.
+    """
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(5.0)  # as `ask` does: then a full queue is an error, not a wait
+            client.connect(str(listening.gateway.ledger.directory / g.LOCAL_SOCKET))
