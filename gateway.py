@@ -10349,7 +10349,7 @@ class Relay:
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
             return limit
         own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream, call.route.kind)}
-        is_last = exchange.tries + 1 >= routing.max_attempts
+        is_last = exchange.tries >= routing.max_attempts + exchange.repairs  # this attempt is counted already
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
 

@@ -721,6 +721,24 @@ async def test_one_deadline_holds_over_all_attempts(start_gateway, upstreams, ca
     caplog.clear()
 
 
+async def test_all_attempts_but_the_last_have_the_patience(start_gateway, upstreams, caplog):
+    """
+    With two attempts a silent upstream is left after `patience`, for the other one; the last one may take longer.
+    """
+    routing = "deadline: 25s, patience: 10s, max_attempts: 2"
+    gateway = await start_gateway(config_of({name: each.url for name, each in upstreams.items()}, routing))
+    for each in upstreams.values():
+        each.script = [stall()]
+
+    async with passing_time(gateway):
+        await gateway.post("/v1/messages", HELLO_STREAM)
+    await gateway.settled()
+
+    first, last = gateway.entries()[-1]["attempts"]
+    assert 10_000 <= first["ms"] <= 11_000 and 14_000 <= last["ms"] <= 16_000
+    caplog.clear()
+
+
 async def test_a_client_that_leaves_between_two_attempts_ends_the_call(start_gateway, upstreams, caplog):
     """
     Nobody is asked for a client that went away, and the slot is free again.
