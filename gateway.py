@@ -11917,16 +11917,17 @@ class RevokeKey(NamedAction, frozen=True, tag="key revoke"):
         return mistake
 
 
-def sealed_value(node: yaml.Node | None, field: str, vault: Vault, rotate: bool) -> str | None:
+def sealed_value(node: yaml.Node | None, steps: Steps, vault: Vault, rotate: bool) -> str | None:
     """What a secret's scalar is to be replaced with, None where it may stay."""
     if not isinstance(node, yaml.ScalarNode) or not node.value:
         return None
     if node.value.startswith(Vault.PREFIX):
         return vault.rotate(node.value) if rotate else None
-    without_password = field == "proxy" and "@" not in node.value
+    is_proxy = len(steps) == 3 and steps[-1] == "proxy"  # no header of that name
+    without_password = is_proxy and "@" not in node.value
     if without_password or SEALED_OR_ELSEWHERE.search(node.value):
         return None
-    return yaml_scalar(seal_key(node.value) if field == "key" else vault.seal(node.value))
+    return yaml_scalar(seal_key(node.value) if steps[0] == "keys" else vault.seal(node.value))
 
 
 def secret_places(config: Config) -> Iterator[Steps]:
@@ -11964,8 +11965,7 @@ class SealSecrets(Action, frozen=True, tag="seal"):
             made = make_secret(path.parent, environ)
             vault = Vault.open(path.parent, environ)
             for steps in secret_places(config):
-                field = str(steps[-1]) if steps[-1] in ("key", "proxy") else "api_key"
-                sealed = sealed_value(editor.document.find(*steps), field, vault, self.rotate)
+                sealed = sealed_value(editor.document.find(*steps), steps, vault, self.rotate)
                 if sealed:
                     editor.set_scalar(sealed, *steps)
                     places.append(join_steps(steps))

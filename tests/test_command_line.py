@@ -692,6 +692,19 @@ def test_seal_finds_each_of_several_keys_and_headers_that_carry_one(shell):
     assert config.warnings == []
 
 
+def test_a_header_named_key_is_encrypted_and_not_hashed(shell):
+    """
+    Only a user's key is kept as a hash: what goes upstream must open again.
+    """
+    shell.run("init")
+    shell.write("upstreams: [{name: a, url: https://a.test, headers: {set: {key: hidden}}}]\n")
+
+    assert shell.run("seal") == 0
+
+    config = g.Config.load(shell.folder / "config.yaml")
+    assert config.upstreams[0].headers.set == {"key": "hidden"} and "hidden" not in shell.config
+
+
 def test_seal_rotate_encrypts_with_the_newest_secret(shell):
     """
     The new secret goes on the first line; afterwards the old one can be removed.
