@@ -12059,7 +12059,7 @@ class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
             raise unknown_name("upstream", self.name, known)
         if house.gateway is None:
             directory = house.config.usage_directory
-            raise ActionError.of_gateway(f"no gateway that runs on {directory} took it in; a start forgets as well")
+            raise ActionError.of_gateway(f"no gateway was reached on {directory}; a restart forgets cooldowns as well")
         house.gateway.relay.upstreams.reset(self.name)
 
 

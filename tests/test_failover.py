@@ -1422,7 +1422,7 @@ def test_upstream_reset_says_when_nobody_listens(tmp_path, capsys):
     assert codes == [1, 1]
     first, second = capsys.readouterr().err.splitlines()
     assert first == "error: there is no upstream named 'anthropc', did you mean anthropic?"
-    assert second == f"error: no gateway that runs on {tmp_path}/usage took it in; a start forgets as well"
+    assert second == f"error: no gateway was reached on {tmp_path}/usage; a restart forgets cooldowns as well"
     assert list((tmp_path / "usage").iterdir()) == []
 
 
