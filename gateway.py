@@ -3795,6 +3795,15 @@ class Ledger:
                 errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}"
             ) from None
 
+    def _hold_again(self) -> None:
+        """Hold the folder that has this name now, where it was replaced after `hold`. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            if self._folder < 0 or os.path.samestat(os.stat(self.directory), os.fstat(self._folder)):
+                return
+        replaced = self._folder
+        self.hold()
+        os.close(replaced)
+
     def open(self) -> None:
         """Go on behind the newest line. Raises OSError where the folder cannot be written."""
         present = LedgerFiles(self.directory).paths()
@@ -3885,6 +3894,7 @@ class Ledger:
     def _open(self, month: str) -> None:
         """Go on in a month's file, without what a crash may have left of its last line. Raises OSError."""
         path = self.directory / f"usage-{month}.jsonl"
+        self._hold_again()
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = open_shared(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         try:

@@ -357,6 +357,32 @@ def test_a_removed_folder_is_made_again(make_ledger, tmp_path):
     assert numbers(tmp_path / "usage" / SEPTEMBER) == ["req_2"]
 
 
+@pytest.mark.logs("ledger: cannot write to", "can be written again")
+def test_a_replaced_folder_has_one_writer(make_ledger, tmp_path):
+    """
+    A folder may be moved away and made again while a gateway runs: two had written into the new one.
+    """
+    usage = tmp_path / "usage"
+    ledger = make_ledger(usage)
+    ledger.hold()
+    ledger.append(entry(1))
+
+    usage.rename(tmp_path / "old")
+    other = g.hold_folder(usage)
+    ledger.reopen_if_moved()
+    ledger.append(entry(2))
+
+    assert "another gateway runs on it" in ledger.failure
+    assert (ledger.waiting, list(usage.iterdir())) == (1, [])
+
+    os.close(other)
+    ledger.tick()
+
+    assert (ledger.failure, numbers(usage / SEPTEMBER)) == ("", ["req_2"])
+    with pytest.raises(BlockingIOError):
+        g.hold_folder(usage)
+
+
 def test_a_file_that_stayed_is_not_opened_again(make_ledger, tmp_path, syncs):
     """
     Looking costs a stat; a file that was cut to nothing under us is still the same one.
