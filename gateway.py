@@ -2,55 +2,101 @@
 """A self-hosted gateway for Claude Code: one file, one config.yaml, usage in JSONL.
 
 Clients (Claude Code, or any Anthropic or OpenAI client) send their requests here with a key of
-their own, `sk-proxy-…`. The gateway checks the key, swaps in the real key of an upstream, streams
-the request up and the answer back byte for byte, and appends what it cost to a JSONL file.
+their own, `sk-proxy-…`. The gateway checks the key and its limits, swaps in the real key of an
+upstream, streams the request up and the answer back byte for byte, and appends what it cost to a
+JSONL file. `gateway.py --help` has the commands, README.md the rest.
 
-The file is read from top to bottom, in five floors; each section uses what stands above it:
+The story of a call:
+
+    ClientConnection        reads the request's head, bounded in time and memory
+    Gateway.authenticate    whose key is it, and may it be used from this address?
+    Gateway.enter           takes a slot of each limit, and counts the request, before the body is read
+    Gateway.handle          in a task of its own:
+      read_request            model, session, what the call may be billed for
+      Config.route            the upstreams that serve the model, and their names for it
+      Limits.admit            holds an estimate in every window, or refuses
+      Relay.run               makes attempts until one has content:
+        Upstreams.take          the session's home, else the best that is ready; or waits
+        Attempt.received        holds bytes back until the first content, then relays them as they come
+      Gateway.book            appends an Entry to the ledger, before the client's last byte
+      Reservation.release     gives back what was held
+    Events.emit             tells the log and the metrics
+
+The file is read from top to bottom, in five floors; each section uses what stands above it, and
+lists below its banner what it offers:
 
     A. Values
      1. Words         Call, Spend, Limit, WINDOWS, the errors
      2. Secrets       sealed and hashed, user keys, networks
      3. Prices        what a call costs
-     4. Settings      every setting as a typed field
-     5. Config        YAML to a checked, frozen snapshot
-     6. Editing       config.yaml changed, nothing else with it
+     4. Types         a setting's text to a value, and what is wrong with it
+     5. Settings      every setting as a typed field
+     6. Config        YAML to a checked, frozen snapshot
+     7. Editing       config.yaml changed, nothing else with it
     B. Books
-     7. Ledger        what was spent, line by line
-     8. Counters      windows in memory, and the index beside the ledger
-     9. Limits        may this key spend now?
+     8. Ledger        what was spent, line by line
+     9. Counters      what is spent in the windows of limits
+    10. Index         sums for reports and page, the position for restarts
+    11. Waiting       queues with turns, bounds and deadlines
+    12. Limits        may this key spend now?
     C. Road
-    10. Wire          heads, header rules, events, no I/O
-    11. Requests      what is read of a request
-    12. Formats       what is read of an answer
-    13. Connections   HTTP/1 to upstreams, pool, names
-    14. Upstreams     health and choice
-    15. Demo          an upstream that needs no API key
-    16. Relay         attempts, the gate, failover, bytes through
+    13. Wire          heads, header rules, events, no I/O
+    14. Requests      what is read of a request
+    15. Formats       what is read of an answer
+    16. Dialects      a request for an upstream, and who reads its answer
+    17. Connections   HTTP/1 to upstreams, pool, names
+    18. Upstreams     health and choice
+    19. Demo          an upstream that needs no API key
+    20. Attempts      one try of one upstream, and the gate
+    21. Relay         a call through its attempts, pings, drains
     D. House
-    17. Events        what happened, announced once
-    18. Metrics       counters for Prometheus
-    19. Models        lists of models, and what the keys are good for
-    20. Gateway       owns all state, tells the story
-    21. Actions       what a command, a request or the page changes
-    22. Reconcile     the ledger against a provider's export
-    23. Backup        copied at one moment, checked, put back
-    24. Integrity     installed files against their lists
+    22. Events        what happened, announced once
+    23. Metrics       counters for Prometheus
+    24. Models        lists of models, and what the keys are good for
+    25. Gateway       owns all state, tells the story
+    26. Actions       what a command, a request or the page changes
+    27. Reconcile     the ledger against a provider's export
+    28. Backup        copied at one moment, checked, put back
+    29. Integrity     installed files against their lists
     E. Doors
-    25. Front door    clients' connections, no policy
-    26. API           the gateway's own pages
-    27. Local door    commands at the running gateway
-    28. Server        process, signals, watcher, logging
-    29. Command line  arguments to actions to text, JSON, CSV
+    30. Front door    clients' connections, no policy
+    31. API           the gateway's own pages
+    32. Local door    commands at the running gateway
+    33. Server        process, signals, watcher, logging
+    34. Command line  arguments to actions to text, JSON, CSV
 
-Words: a *client* sends a *call* (one request) with a *key*; an *upstream* answers it in an *attempt*;
-the bytes in between are the *relay*; the token counts are the *usage*, with their cost the *spend*,
-kept as *entries* of the *ledger*. A *limit* is a number per *window*, which is a row of WINDOWS. A
-*session* is one conversation of Claude Code; the upstream where its prompt cache lives is its *home*.
-The *gate* holds an attempt's bytes back until its first content; a *verdict* says what a failure before
-it means. An upstream that fails has a *cooldown*. To *seal* is to encrypt or hash a secret in
-config.yaml. A *snapshot* is one loaded configuration.
+Where to change what (docs/internals.md has more):
 
-Run `gateway.py --help` for the commands; README.md tells the rest.
+    a setting                its field and sentence in Settings, its line in config.example.yaml
+    a window of limits       a row of WINDOWS
+    a price                  a row of BUILT_IN_PRICES
+    a field of the ledger    a field of Entry, set in Gateway._entry
+    an error for clients     a subclass of GatewayError
+    what a failure means     a row of VERDICTS
+    a route for calls        a row of ROUTES, and how its answer is read in DIALECTS
+    a page or an API         a row of ENDPOINTS
+    what a command changes   an Action, and a row of COMMANDS
+    who hears of something   a listener of an Event
+
+Words, one meaning each:
+
+    client       sends calls; not a program of ours
+    key          a user's, `sk-proxy-…`; an upstream has API keys
+    upstream     an endpoint that answers calls
+    call         one request of a client
+    attempt      one try of one API key of one upstream
+    spend        tokens and cost of a call; its usage is the tokens alone
+    ledger       the JSONL files; their lines are entries
+    index        sums over the ledger in SQLite; may be deleted
+    limit        a number per window; the limits of a key, team or gateway are its budget
+    reservation  what a call holds of its limits until it is booked
+    session      one conversation of Claude Code; its home is the upstream that has its prompt cache
+    gate         holds an attempt's bytes back until its first content
+    verdict      what a failure before that means
+    cooldown     how long an upstream is not asked after failures
+    seal         to encrypt or hash a secret in config.yaml
+    snapshot     one loaded configuration
+    event        what happened, announced once
 """
 
 from __future__ import annotations
@@ -176,6 +222,14 @@ log = logging.getLogger("gateway")
 # === Floor A. Values: plain data and pure functions =================================
 
 # --- 1. Words: Call, Spend, Limit, WINDOWS, the errors ----------------------------
+# Offers: A_DATE, A_DURATION, A_SIZE, A_TEXT, Api, BadRequest, Besides, Budget, Call, ClientLeft, Clock,
+#   CommandError, COUNT_UNITS, describe, DOLLARS, EncodingRefused, error_body, error_headers, first_values,
+#   FromEnvironment, GatewayError, Headers, HeadTooLarge, inherited_after, INTERNAL_ERROR, KeyForbidden, KeyRefused,
+#   Limit, LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES,
+#   odd_character, os_reason, Overloaded, Pace, parse_scaled, PLAIN_TARGETS, PolicyBlocked, printable,
+#   RequestTimeout, Route, ROUTES, ScopeKind, Share, Spend, STEP_S, TIME_UNITS, token_counts, TOKEN_KINDS, Tokens,
+#   TooLarge, Unavailable, UNREADABLE, UpstreamFailed, UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused,
+#   why_not, WINDOWS, Windows
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -765,6 +819,9 @@ def parse_scaled(value: object, units: Mapping[str, float], expected: str) -> fl
 
 
 # --- 2. Secrets: sealed and hashed, user keys, networks ---------------------------
+# Offers: address_in, check_pasted, credentials, decrement, is_forbidden, Key, KeyRing, matches, Network,
+#   network_of, new_key, parse_address, read_hop, seal_key, SEALED_KEY, SEALED_OR_ELSEWHERE, SealError, Secret,
+#   SECRET_HEADER, Vault
 
 KEY_PREFIX = "sk-proxy-"
 SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
@@ -1049,11 +1106,12 @@ def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
 
 
 # --- 3. Prices: what a call costs -------------------------------------------------
+# Offers: Bill, BUILT_IN_PRICES, Charge, CHAT_SEARCH, Dollars, EXTRAS, Factor, ModelPrice, NO_PREMIUM, Premium,
+#   PREMIUMS, Price, PriceConfig, PriceTable, SURCHARGE_NAMES, SURCHARGES, Unknown
 
 Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, title=DOLLARS)]
 Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, title="a number from 0 to 1000 such as 1.5")]
 Premium = Annotated[float, msgspec.Meta(gt=0, le=1000, title="a factor above 0 such as 1.5 (1: no premium)")]
-
 
 # The prices of whatever has them, in the order of Tokens.
 class_prices: Callable[[Any], tuple[float, ...]] = operator.attrgetter(
@@ -1317,7 +1375,9 @@ class Bill(Spend, kw_only=True):
     charges: list[Charge] = []  # what else is in `cost_usd`
 
 
-# --- 4. Settings: every setting as a typed field ----------------------------------
+# --- 4. Types: a setting's text to a value, and what is wrong with it -------------
+# Offers: Amount, AtLeastOne, Attempts, convert, Duration, Expiry, Fsync, LimitSet, MAX_TOLD, Mistake, Mistakes,
+#   ModelNames, Name, Networks, Policies, Port, Prices, read_date, Secrets, Size, Steps, unknown, Url, UserKey
 
 # A setting is a field of a struct: its type says what may be written, its default what holds where nothing is written,
 # and `about` what it means, in the words that config.example.yaml has beside it (a test compares them).
@@ -1698,6 +1758,10 @@ class Policies(tuple[tuple[str, Policy], ...]):
         return next((policy for pattern, policy in self if matches(pattern, model)), "sticky")
 
 
+# --- 5. Settings: every setting as a typed field ----------------------------------
+# Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, status_of_error, UNREACHED,
+#   UpstreamConfig, UsageConfig, VERDICT_MEANINGS, VerdictConfig, VERDICTS, Weights
+
 # The settings
 
 LOOPBACK = Networks(ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1/128"))
@@ -2043,7 +2107,9 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     usage: UsageConfig = UsageConfig()
 
 
-# --- 5. Config: YAML to a checked, frozen snapshot --------------------------------
+# --- 6. Config: YAML to a checked, frozen snapshot --------------------------------
+# Offers: available_memory, Config, config_digest, ConfigError, Document, is_mounted, join_steps, ledger_of,
+#   read_text, TEXT_LOADER
 
 # A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
 # and what would be right; the next step begins only where there were none.
@@ -2905,7 +2971,24 @@ class Config:
         return tuple(sorted(found, key=lambda serving: serving.upstream.priority))
 
 
-# --- 6. Editing: config.yaml changed, nothing else with it ------------------------
+def ledger_of(document: Document) -> Path:
+    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find("usage", "directory")
+    if node is None:
+        return document.path.parent / UsageConfig().directory
+    written = node.value if isinstance(node, yaml.ScalarNode) else ""
+    alone = Document(f"directory: {json.dumps(written)}", document.path)
+    try:
+        directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
+    except ConfigError:
+        directory = None
+    if not isinstance(directory, str) or not directory:
+        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
+    return document.path.parent / directory
+
+
+# --- 7. Editing: config.yaml changed, nothing else with it ------------------------
+# Offers: ConfigEditor, new_file, sync_folder
 
 
 def block_item(fields: dict[str, str], column: int) -> str:
@@ -3163,9 +3246,34 @@ class ConfigEditor:
         self.unlock()
 
 
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(handle)
+        try:
+            os.link(name, path)  # unlike a rename it replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            os.rename(name, path)
+        sync_folder(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
 # === Floor B. Books: what was spent, and what may be ================================
 
-# --- 7. Ledger: what was spent, line by line --------------------------------------
+# --- 8. Ledger: what was spent, line by line --------------------------------------
+# Offers: Adjustment, AttemptEntry, BLOCK, BrokenChain, COUNT_TOKENS, Discarded, Entry, Held, hold_folder,
+#   hold_ledger, is_time, Ledger, LedgerFiles, LedgerLine, LINE_END, month_of, open_shared, Page, Reset, Unreadable,
+#   utc_time
 
 FIRST_CHAIN = b"0" * 32
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
@@ -3947,7 +4055,8 @@ class Ledger:
             log.error("ledger: fsync in %s: %s", self.directory, error.strerror)
 
 
-# --- 8. Counters: windows in memory, and the index beside the ledger --------------
+# --- 9. Counters: what is spent in the windows of limits --------------------------
+# Offers: Calendar, Counters, Fold, HISTOGRAM_S, MAX_COST_USD, Posting, POSTING_DECODER, Scopes, Span, UNCOUNTABLE
 
 # All of this is derived from the ledger's lines: the index may be deleted at any time. Three folds go over the lines:
 #
@@ -4250,6 +4359,9 @@ class Fold:
         for limit in meant:
             counters.reset(limit.unit, limit.window)
 
+
+# --- 10. Index: sums for reports and page, the position for restarts --------------
+# Offers: Books, Groups, Index, LINE_MAX, NOTHING_SPENT, summarize, SUMS, Total, totals_of
 
 # Sums: what reports ask
 
@@ -5054,7 +5166,158 @@ class Books:
         self._thread.shutdown(wait=True)
 
 
-# --- 9. Limits: may this key spend now? -------------------------------------------
+# --- 11. Waiting: queues with turns, bounds and deadlines -------------------------
+# Offers: Waiter, WaitQueue, WaitQueues
+
+T = TypeVar("T")
+
+
+class Waiter(Generic[T]):
+    """A call that waits. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
+
+    __slots__ = ("asked", "call", "place", "turn", "until")
+
+    def __init__(self, call: Call, until: float) -> None:
+        self.call = call
+        self.asked: asyncio.Future[Any] | None = None  # whether it is its turn: not answered yet
+        self.until = until  # monotonic
+        self.place: Hashable = None  # what it waits for: the name of its queue
+        self.turn: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
+
+    def end(self, result: T | GatewayError) -> None:
+        """End the wait, if it has not ended."""
+        if not self.turn.done():
+            self.turn.set_result(result)
+
+    async def wait(self, gone: asyncio.Future[Any], if_gone: T | GatewayError) -> T:
+        """Wait for the turn; once the client has left (`gone` is resolved), for `if_gone`. Raises the refusal."""
+
+        def leave(_: object) -> None:
+            self.end(if_gone)
+
+        gone.add_done_callback(leave)
+        try:
+            result = await self.turn
+        finally:
+            gone.remove_done_callback(leave)
+        if isinstance(result, GatewayError):
+            raise result
+        return result
+
+
+W = TypeVar("W", bound=Waiter[Any])
+
+
+class WaitQueue(Generic[W]):
+    """Calls that wait for the same thing: those of one key in the order in which they came, the keys in turn.
+
+    A full queue belongs to nobody: the newest call of the key that has most waiting makes room for a key that has fewer
+    (longest queue drop). Every step takes the same time, however many wait; only the drop looks at each key once.
+    """
+
+    def __init__(self, bound: float) -> None:
+        self._bound = bound
+        self._size = 0
+        self._by_key: OrderedDict[str, OrderedDict[W, None]] = OrderedDict()  # the first key is the next to be served
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[W]:
+        for waiters in self._by_key.values():
+            yield from waiters
+
+    def push(self, waiter: W) -> W | None:
+        """Let a call wait. Where the queue was full, one has to leave, which is returned; it may be this very one."""
+        own = self._by_key.setdefault(waiter.call.key.name, OrderedDict())
+        own[waiter] = None
+        self._size += 1
+        if self._size <= self._bound:
+            return None
+        longest = max(self._by_key.values(), key=len)
+        if len(own) == len(longest):
+            longest = own
+        dropped = next(reversed(longest))
+        self.remove(dropped)
+        return dropped
+
+    def firsts(self) -> Iterator[W]:
+        """The first call of each key whose wait has not ended, in the order of their turns."""
+        for waiters in self._by_key.values():
+            for waiter in waiters:
+                if not waiter.turn.done():
+                    yield waiter
+                    break
+
+    def remove(self, waiter: W, is_served: bool = False) -> bool:
+        """Take one out, wherever it stands; whether it was there. If it is served, its key comes last next time."""
+        name = waiter.call.key.name
+        waiters = self._by_key.get(name)
+        if waiters is None or waiter not in waiters:
+            return False
+        if is_served:
+            self._by_key.move_to_end(name)
+        del waiters[waiter]
+        self._size -= 1
+        if not waiters:
+            del self._by_key[name]
+        return True
+
+
+class WaitQueues(Generic[W]):
+    """All calls that wait for things of one kind, in a queue for each thing (its place); has the bounds and deadlines.
+
+    `give_up` makes what ends a wait that was dropped from a full queue, has lasted too long, or is left at the end. As
+    long as it is not clear what a call will have to wait for, it stands apart, in no queue.
+    """
+
+    def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
+        self._bound, self._clock, self._give_up = bound, clock, give_up
+        self.size = 0
+        self.apart = WaitQueue[W](math.inf)
+        self.queues: OrderedDict[Hashable, WaitQueue[W]] = OrderedDict()
+
+    def __iter__(self) -> Iterator[W]:
+        return iter([*self.apart, *(waiter for queue in self.queues.values() for waiter in queue)])
+
+    def push(self, place: Hashable, waiter: W) -> None:
+        """Let a call wait in a queue, or apart (None). Where the queue is full, the wait of one call in it ends."""
+        self.remove(waiter)
+        queue = self.apart
+        if place is not None:
+            queue = self.queues.setdefault(place, WaitQueue(self._bound))
+        waiter.place = place
+        self.size += 1
+        dropped = queue.push(waiter)
+        if dropped:
+            self.size -= 1
+            dropped.end(self._give_up(dropped))
+
+    def remove(self, waiter: W, is_served: bool = False) -> None:
+        """Take one out, wherever it stands, if it still waits; `is_served`: because it was its turn."""
+        place, waiter.place = waiter.place, None
+        queue = self.queues.get(place, self.apart)
+        if queue.remove(waiter, is_served):
+            self.size -= 1
+            if not queue and place is not None:
+                del self.queues[place]
+
+    def check(self, stood_s: float = 0.0) -> None:
+        """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
+        now = self._clock.monotonic()
+        for waiter in self:
+            waiter.until += stood_s
+            if now >= waiter.until:
+                waiter.end(self._give_up(waiter))
+
+    def close(self) -> None:
+        """End every wait."""
+        for waiter in self:
+            waiter.end(self._give_up(waiter))
+
+
+# --- 12. Limits: may this key spend now? ------------------------------------------
+# Offers: BodyMemory, CounterStore, limit_phrase, Limits, MemoryStore, NANO, Reservation
 
 # The problem. What a call costs is known when it ends, and many run at once: fifty calls that all see "$9.90 of $10.00
 # spent" would all go. So a call is admitted by what is spent *and held*: before it goes it holds an estimate of its
@@ -5376,153 +5639,6 @@ class MemoryStore:
             if math.isfinite(budget.concurrent):
                 rows.append(slots_standing(budget, scope.running))
         return rows
-
-
-T = TypeVar("T")
-
-
-class Waiter(Generic[T]):
-    """A call that waits. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
-
-    __slots__ = ("asked", "call", "place", "turn", "until")
-
-    def __init__(self, call: Call, until: float) -> None:
-        self.call = call
-        self.asked: asyncio.Future[Any] | None = None  # whether it is its turn: not answered yet
-        self.until = until  # monotonic
-        self.place: Hashable = None  # what it waits for: the name of its queue
-        self.turn: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
-
-    def end(self, result: T | GatewayError) -> None:
-        """End the wait, if it has not ended."""
-        if not self.turn.done():
-            self.turn.set_result(result)
-
-    async def wait(self, gone: asyncio.Future[Any], if_gone: T | GatewayError) -> T:
-        """Wait for the turn; once the client has left (`gone` is resolved), for `if_gone`. Raises the refusal."""
-
-        def leave(_: object) -> None:
-            self.end(if_gone)
-
-        gone.add_done_callback(leave)
-        try:
-            result = await self.turn
-        finally:
-            gone.remove_done_callback(leave)
-        if isinstance(result, GatewayError):
-            raise result
-        return result
-
-
-W = TypeVar("W", bound=Waiter[Any])
-
-
-class WaitQueue(Generic[W]):
-    """Calls that wait for the same thing: those of one key in the order in which they came, the keys in turn.
-
-    A full queue belongs to nobody: the newest call of the key that has most waiting makes room for a key that has fewer
-    (longest queue drop). Every step takes the same time, however many wait; only the drop looks at each key once.
-    """
-
-    def __init__(self, bound: float) -> None:
-        self._bound = bound
-        self._size = 0
-        self._by_key: OrderedDict[str, OrderedDict[W, None]] = OrderedDict()  # the first key is the next to be served
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[W]:
-        for waiters in self._by_key.values():
-            yield from waiters
-
-    def push(self, waiter: W) -> W | None:
-        """Let a call wait. Where the queue was full, one has to leave, which is returned; it may be this very one."""
-        own = self._by_key.setdefault(waiter.call.key.name, OrderedDict())
-        own[waiter] = None
-        self._size += 1
-        if self._size <= self._bound:
-            return None
-        longest = max(self._by_key.values(), key=len)
-        if len(own) == len(longest):
-            longest = own
-        dropped = next(reversed(longest))
-        self.remove(dropped)
-        return dropped
-
-    def firsts(self) -> Iterator[W]:
-        """The first call of each key whose wait has not ended, in the order of their turns."""
-        for waiters in self._by_key.values():
-            for waiter in waiters:
-                if not waiter.turn.done():
-                    yield waiter
-                    break
-
-    def remove(self, waiter: W, is_served: bool = False) -> bool:
-        """Take one out, wherever it stands; whether it was there. If it is served, its key comes last next time."""
-        name = waiter.call.key.name
-        waiters = self._by_key.get(name)
-        if waiters is None or waiter not in waiters:
-            return False
-        if is_served:
-            self._by_key.move_to_end(name)
-        del waiters[waiter]
-        self._size -= 1
-        if not waiters:
-            del self._by_key[name]
-        return True
-
-
-class WaitQueues(Generic[W]):
-    """All calls that wait for things of one kind, in a queue for each thing (its place); has the bounds and deadlines.
-
-    `give_up` makes what ends a wait that was dropped from a full queue, has lasted too long, or is left at the end. As
-    long as it is not clear what a call will have to wait for, it stands apart, in no queue.
-    """
-
-    def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
-        self._bound, self._clock, self._give_up = bound, clock, give_up
-        self.size = 0
-        self.apart = WaitQueue[W](math.inf)
-        self.queues: OrderedDict[Hashable, WaitQueue[W]] = OrderedDict()
-
-    def __iter__(self) -> Iterator[W]:
-        return iter([*self.apart, *(waiter for queue in self.queues.values() for waiter in queue)])
-
-    def push(self, place: Hashable, waiter: W) -> None:
-        """Let a call wait in a queue, or apart (None). Where the queue is full, the wait of one call in it ends."""
-        self.remove(waiter)
-        queue = self.apart
-        if place is not None:
-            queue = self.queues.setdefault(place, WaitQueue(self._bound))
-        waiter.place = place
-        self.size += 1
-        dropped = queue.push(waiter)
-        if dropped:
-            self.size -= 1
-            dropped.end(self._give_up(dropped))
-
-    def remove(self, waiter: W, is_served: bool = False) -> None:
-        """Take one out, wherever it stands, if it still waits; `is_served`: because it was its turn."""
-        place, waiter.place = waiter.place, None
-        queue = self.queues.get(place, self.apart)
-        if queue.remove(waiter, is_served):
-            self.size -= 1
-            if not queue and place is not None:
-                del self.queues[place]
-
-    def check(self, stood_s: float = 0.0) -> None:
-        """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
-        now = self._clock.monotonic()
-        for waiter in self:
-            waiter.until += stood_s
-            if now >= waiter.until:
-                waiter.end(self._give_up(waiter))
-
-    def close(self) -> None:
-        """End every wait."""
-        for waiter in self:
-            waiter.end(self._give_up(waiter))
 
 
 class BodyMemory:
@@ -5928,7 +6044,9 @@ class Limits:
 
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
-# --- 10. Wire: heads, header rules, events, no I/O ---------------------------------
+# --- 13. Wire: heads, header rules, events, no I/O --------------------------------
+# Offers: api_of, downstream_headers, error_event, event_data, EVENT_HEADERS, EventReader, FRAMED_BY, HOST,
+#   http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -6256,7 +6374,9 @@ class EventReader:
         return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-# --- 11. Requests: what is read of a request --------------------------------------
+# --- 14. Requests: what is read of a request --------------------------------------
+# Offers: cache_write, decode_short, Decoded, ENCODER, END, find_affinity, list_items, MAX_NAME, PEEK_DECODER,
+#   premium_word, read_request, Turn, walk_fields
 
 # What is read of a request's body, and what for
 #
@@ -7142,101 +7262,9 @@ def read_request(call: Call) -> None:
     call.session = find_session(call, peek)
 
 
-# Changes: the usage of a chat stream is asked for, a model is renamed, another account's thoughts are left out
-
-
-def splice_usage(body: bytes) -> Splice:
-    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
-    try:
-        fields = PEEK_DECODER.decode(body)
-        options = fields.stream_options
-        if options is msgspec.UNSET:
-            start = body.index(b"{") + 1
-            return Splice(start, start, b'"stream_options":{"include_usage":true},')
-        spans = {name: start for name, start, _ in walk_fields(body)}
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
-    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
-    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
-    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
-    changed["include_usage"] = msgspec.Raw(b"true")
-    start = spans["stream_options"]
-    return Splice(start, start + len(options), ENCODER.encode(changed))
-
-
-def splice_model(body: bytes, model: str) -> Splice:
-    """The change that gives a request another `model`, where a rename map says so. Raises BadRequest."""
-    text = ENCODER.encode(model)
-    try:
-        for name, start, end in walk_fields(body):
-            if name == "model":
-                return Splice(start, end, text)
-        start = body.index(b"{") + 1
-    except (*UNREADABLE, ValueError) as error:
-        raise BadRequest(f"The request body is not JSON: {error}") from None
-    comma = b"" if END.match(body) else b","
-    return Splice(start, start, b'"model":%b%b' % (text, comma))
-
-
-# Thoughts are signed for the account that they were thought for. Within a chain of tool calls the API wants them while
-# `thinking` is on: there it is switched off for this answer.
-
-ASSISTANT = msgspec.Raw(b'"assistant"')
-THOUGHTS = ("thinking", "redacted_thinking")
-MAX_PIECES = 50_000  # messages and blocks of a request that is repaired: 1 µs each; 200,000 tokens are 2,000
-
-
-class Block(msgspec.Struct, gc=False):
-    """What kind of content a block is."""
-
-    type: str = ""
-
-
-def with_content(message: bytes, content: bytes) -> bytes:
-    """A message with another `content`. Raises BadRequest where it has more names than any honest one."""
-    spans = {name: (start, end) for name, start, end in walk_fields(message)}
-    start, end = spans["content"]
-    return b"".join(spliced(message, [Splice(start, end, content)]))
-
-
-def without_thinking(body: bytes) -> bytes:
-    """A Messages request without its thinking blocks, and messages that have nothing else. Raises BadRequest."""
-    left = MAX_PIECES
-    kept: list[bytes | memoryview] = []
-    content = b""
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-        messages = memoryview(fields["messages"])
-        if messages[0] != ord("["):
-            raise BadRequest("The request body is not as expected: messages is no list")
-        for message in list_items(messages, MAX_PIECES):
-            turn = msgspec.json.decode(message, type=Turn)
-            content = bytes(turn.content)
-            repaired: bytes | memoryview = message
-            if turn.role == ASSISTANT and content.startswith(b"["):
-                blocks = list(list_items(memoryview(content), left))
-                left -= len(blocks)
-                others = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
-                if len(others) < len(blocks):
-                    content = b"[%b]" % b",".join(others)
-                    repaired = with_content(bytes(message), content)
-            left -= 1
-            if left <= 0:
-                raise BadRequest(
-                    f"The request has more than {MAX_PIECES} messages and blocks, too many to be repaired."
-                )
-            if content != b"[]":
-                kept.append(repaired)
-    except (*UNREADABLE, KeyError) as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
-    fields["messages"] = msgspec.Raw(b"[%b]" % b",".join(kept))
-    if b'"tool_result"' in content:
-        fields.pop("thinking", None)
-        fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
-    return ENCODER.encode(fields)
-
-
-# --- 12. Formats: what is read of an answer ---------------------------------------
+# --- 15. Formats: what is read of an answer ---------------------------------------
+# Offers: Block, ChatChunk, ChatMeter, CountTokensMeter, decode_known, EmbeddingsMeter, MessagesMeter, Meter,
+#   Refusal, ResponsesMeter
 
 # What is believed of an upstream's numbers, and when
 #
@@ -7338,6 +7366,12 @@ class ApiError(msgspec.Struct):
     type: str | None = None
     code: str | int | None = None
     message: str = ""
+
+
+class Block(msgspec.Struct, gc=False):
+    """What kind of content a block is."""
+
+    type: str = ""
 
 
 class Refusal(msgspec.Struct):
@@ -8011,6 +8045,97 @@ class EmbeddingsMeter(OpenAIMeter):
     speaks = False
 
 
+# --- 16. Dialects: a request for an upstream, and who reads its answer ------------
+# Offers: Dialect, DIALECTS, Remedy, without_thinking
+
+# Changes: the usage of a chat stream is asked for, a model is renamed, another account's thoughts are left out
+
+
+def splice_usage(body: bytes) -> Splice:
+    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
+    try:
+        fields = PEEK_DECODER.decode(body)
+        options = fields.stream_options
+        if options is msgspec.UNSET:
+            start = body.index(b"{") + 1
+            return Splice(start, start, b'"stream_options":{"include_usage":true},')
+        spans = {name: start for name, start, _ in walk_fields(body)}
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
+    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
+    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
+    changed["include_usage"] = msgspec.Raw(b"true")
+    start = spans["stream_options"]
+    return Splice(start, start + len(options), ENCODER.encode(changed))
+
+
+def splice_model(body: bytes, model: str) -> Splice:
+    """The change that gives a request another `model`, where a rename map says so. Raises BadRequest."""
+    text = ENCODER.encode(model)
+    try:
+        for name, start, end in walk_fields(body):
+            if name == "model":
+                return Splice(start, end, text)
+        start = body.index(b"{") + 1
+    except (*UNREADABLE, ValueError) as error:
+        raise BadRequest(f"The request body is not JSON: {error}") from None
+    comma = b"" if END.match(body) else b","
+    return Splice(start, start, b'"model":%b%b' % (text, comma))
+
+
+# Thoughts are signed for the account that they were thought for. Within a chain of tool calls the API wants them while
+# `thinking` is on: there it is switched off for this answer.
+
+ASSISTANT = msgspec.Raw(b'"assistant"')
+THOUGHTS = ("thinking", "redacted_thinking")
+MAX_PIECES = 50_000  # messages and blocks of a request that is repaired: 1 µs each; 200,000 tokens are 2,000
+
+
+def with_content(message: bytes, content: bytes) -> bytes:
+    """A message with another `content`. Raises BadRequest where it has more names than any honest one."""
+    spans = {name: (start, end) for name, start, end in walk_fields(message)}
+    start, end = spans["content"]
+    return b"".join(spliced(message, [Splice(start, end, content)]))
+
+
+def without_thinking(body: bytes) -> bytes:
+    """A Messages request without its thinking blocks, and messages that have nothing else. Raises BadRequest."""
+    left = MAX_PIECES
+    kept: list[bytes | memoryview] = []
+    content = b""
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        messages = memoryview(fields["messages"])
+        if messages[0] != ord("["):
+            raise BadRequest("The request body is not as expected: messages is no list")
+        for message in list_items(messages, MAX_PIECES):
+            turn = msgspec.json.decode(message, type=Turn)
+            content = bytes(turn.content)
+            repaired: bytes | memoryview = message
+            if turn.role == ASSISTANT and content.startswith(b"["):
+                blocks = list(list_items(memoryview(content), left))
+                left -= len(blocks)
+                others = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
+                if len(others) < len(blocks):
+                    content = b"[%b]" % b",".join(others)
+                    repaired = with_content(bytes(message), content)
+            left -= 1
+            if left <= 0:
+                raise BadRequest(
+                    f"The request has more than {MAX_PIECES} messages and blocks, too many to be repaired."
+                )
+            if content != b"[]":
+                kept.append(repaired)
+    except (*UNREADABLE, KeyError) as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+    fields["messages"] = msgspec.Raw(b"[%b]" % b",".join(kept))
+    if b'"tool_result"' in content:
+        fields.pop("thinking", None)
+        fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
+    return ENCODER.encode(fields)
+
+
 class UsageFilter:
     """Keeps the chunk with a chat stream's usage from a client that did not ask for it.
 
@@ -8175,7 +8300,9 @@ DIALECTS: dict[tuple[str, str], Dialect] = {
 }
 
 
-# --- 13. Connections: HTTP/1 to upstreams, pool, names ----------------------------
+# --- 17. Connections: HTTP/1 to upstreams, pool, names ----------------------------
+# Offers: Answer, AttemptFailed, CUT, Failure, FIRST_BYTE_TIMEOUT, IDLE_TIMEOUT, Line, NOT_HTTP, OWN_TROUBLE, Pools,
+#   STALE_CONNECTION, UNEXPECTED, UNMETERED
 
 
 class Failure(NamedTuple):
@@ -8407,7 +8534,6 @@ class UpstreamConnection(asyncio.Protocol):
 
 
 P = TypeVar("P", bound=asyncio.Protocol)
-
 
 # What this host lacks, and no upstream is to blame for; as getaddrinfo tells it, too.
 OWN_TROUBLE_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
@@ -8673,7 +8799,8 @@ class Pools:
             pool.check(stood_s)
 
 
-# --- 14. Upstreams: health and choice ---------------------------------------------
+# --- 18. Upstreams: health and choice ---------------------------------------------
+# Offers: Choice, Cooldown, Health, read_retry_after, Ticket, Upstreams
 
 # The problem. A failure may be everybody's (the provider is down) or one request's own, and the answer does not say
 # which; whatever status and headers one user's requests bring about, they must not take an upstream from the others. So
@@ -9448,7 +9575,8 @@ class Upstreams:
         self._queues.close()
 
 
-# --- 15. Demo: an upstream that needs no API key ----------------------------------
+# --- 19. Demo: an upstream that needs no API key ----------------------------------
+# Offers: DEMO_MODEL, DemoLine
 
 DEMO_MODEL = "claude-demo"
 MAX_DEMO_BODY = 2 << 20  # bytes: the demo answers on the event loop, and looking at so many takes 25 ms
@@ -9581,7 +9709,8 @@ class DemoLine:
         self._task.cancel()
 
 
-# --- 16. Relay: attempts, the gate, failover, bytes through -----------------------
+# --- 20. Attempts: one try of one upstream, and the gate --------------------------
+# Offers: Attempt, AttemptPhase, EXCHANGE_MOVES, ExchangePhase, IllegalMove, Outcome, Sink
 
 # A call on its way is an `Exchange`: its client on one side, its attempts on the other. An upstream may fail at any
 # byte, and a client may leave or stop reading at any byte. Until the client has got the first byte of an answer a
@@ -9955,6 +10084,10 @@ class Attempt:
         """Drop the connection and the exchange: in a circle they would wait for the garbage collector."""
         self.drop()
         self.exchange = cast("Exchange", None)
+
+
+# --- 21. Relay: a call through its attempts, pings, drains ------------------------
+# Offers: Exchange, Relay
 
 
 class Exchange:
@@ -10509,7 +10642,10 @@ class Relay:
 
 # === Floor D. House: one running gateway ============================================
 
-# --- 17. Events: what happened, announced once ------------------------------------
+# --- 22. Events: what happened, announced once ------------------------------------
+# Offers: AttemptDiscarded, AttemptFailure, CallEnded, CallRefused, ChangeMade, ConfigLoaded, ConfigRefused,
+#   ConfigRestored, ConnectionRefused, EventLog, Events, Guard, LedgerChanged, RefusalLog, RequestRefused,
+#   UpstreamRecovered, UpstreamTripped
 
 # Whoever does something says so once, and does not know who wants to hear it: it emits an event. Whoever wants to hear
 # it is a listener: a function of the event, registered for the event's type (`Events.listen`). The metrics and the log
@@ -10847,7 +10983,8 @@ class RefusalLog:
         self._ends_at = now + self.PERIOD_S
 
 
-# --- 18. Metrics: counters for Prometheus -----------------------------------------
+# --- 23. Metrics: counters for Prometheus -----------------------------------------
+# Offers: Metrics, Scrape
 
 STATES = ("ok", "cooling", "half_open")
 
@@ -11065,7 +11202,8 @@ class Scrape(NamedTuple):
         }
 
 
-# --- 19. Models: lists of models, and what the keys are good for ------------------
+# --- 24. Models: lists of models, and what the keys are good for ------------------
+# Offers: ask_models, collect, KeyChecks, ListedModel, ModelList, Models
 
 
 class Collected:
@@ -11203,8 +11341,8 @@ class KeyChecks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-# --- 20. Gateway: owns all state, tells the story ---------------------------------
-
+# --- 25. Gateway: owns all state, tells the story ---------------------------------
+# Offers: Gateway, Role
 
 Role = Literal["anyone", "scraper", "key"]  # a scraper has an address in server.metrics_from
 
@@ -11669,7 +11807,10 @@ class Gateway:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-# --- 21. Actions: what a command, a request or the page changes -------------------
+# --- 26. Actions: what a command, a request or the page changes -------------------
+# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Edit, House, KeyView, make_secret,
+#   MOST_COUNT, MOST_USD, NewKey, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried,
+#   unknown_name, UpstreamTest, write_new
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
@@ -11740,28 +11881,6 @@ def unknown_name(kind: str, name: str, known: Sequence[str]) -> ActionError:
     return ActionError("unknown", kind, name, f"there is no {kind} named {name!r}{meant}")
 
 
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file of mode 600 that appears under its name once it is whole. Raises OSError where the name is taken."""
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(handle)
-        try:
-            os.link(name, path)  # unlike a rename it replaces nothing
-        except FileExistsError:
-            raise
-        except OSError:  # no hard links here
-            os.rename(name, path)
-        sync_folder(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def write_new(path: Path, text: str, mode: int) -> None:
     """Create a file that is not there yet. Raises ActionError."""
     try:
@@ -11780,22 +11899,6 @@ def make_secret(folder: Path, environ: Mapping[str, str] = os.environ) -> Path |
         return None
     write_new(secret, Vault.new_secret() + "\n", 0o600)
     return secret
-
-
-def ledger_of(document: Document) -> Path:
-    """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
-    node = document.find("usage", "directory")
-    if node is None:
-        return document.path.parent / UsageConfig().directory
-    written = node.value if isinstance(node, yaml.ScalarNode) else ""
-    alone = Document(f"directory: {json.dumps(written)}", document.path)
-    try:
-        directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
-    except ConfigError:
-        directory = None
-    if not isinstance(directory, str) or not directory:
-        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
-    return document.path.parent / directory
 
 
 def yaml_scalar(text: str) -> str:
@@ -12264,7 +12367,8 @@ class UpstreamTest:
         return text
 
 
-# --- 22. Reconcile: the ledger against a provider's export ------------------------
+# --- 27. Reconcile: the ledger against a provider's export ------------------------
+# Offers: Export, Pair, reconcile
 
 # A provider's console exports what it has billed, as a CSV: a row per day and model (Anthropic: usage or cost; OpenAI:
 # usage). Its sums per UTC day and model are compared with the ledger's. Three things stand in the way:
@@ -12458,7 +12562,8 @@ def reconcile(files: LedgerFiles, export: Export, upstream: str) -> Comparison:
     return Comparison(export.first, export.last, agree, differ, only_ours, only_theirs, pairs)
 
 
-# --- 23. Backup: copied at one moment, checked, put back --------------------------
+# --- 28. Backup: copied at one moment, checked, put back --------------------------
+# Offers: DAMAGED, restore, write_backup
 
 
 class Manifest(msgspec.Struct):
@@ -12634,7 +12739,8 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
-# --- 24. Integrity: installed files against their lists ---------------------------
+# --- 29. Integrity: installed files against their lists ---------------------------
+# Offers: check_in_background, check_integrity, INTEGRITY_LIST
 
 # In March 2026 a release of LiteLLM on PyPI, made with a stolen token, brought a `.pth` file. Python runs such at every
 # start, before any import; it sent away all credentials that it found. The wheel's RECORD had it. What is installed is
@@ -12776,8 +12882,8 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 
 # === Floor E. Doors: how the outside gets in ========================================
 
-# --- 25. Front door: clients' connections, no policy ------------------------------
-
+# --- 30. Front door: clients' connections, no policy ------------------------------
+# Offers: Bridge, ClientConnection, Door
 
 # A client's connection reads one request after the other and sends one answer to each. A request is a call, whose
 # answer the relay writes (`ClientSink`), or one for a page of the gateway's own, answered by a handler in Tornado
@@ -13565,8 +13671,8 @@ class Door:
         self.hangups.close()
 
 
-# --- 26. API: the gateway's own pages ---------------------------------------------
-
+# --- 31. API: the gateway's own pages ---------------------------------------------
+# Offers: tornado_application
 
 # What is served, and to whom, is one table: ENDPOINTS. `PageRequest.prepare` finds the row of a request by its path and
 # method, has `Gateway.identify` check that whoever asks has the row's role, calls the row's function, and sends what it
@@ -13826,7 +13932,8 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
     )
 
 
-# --- 27. Local door: commands at the running gateway ------------------------------
+# --- 32. Local door: commands at the running gateway ------------------------------
+# Offers: ask, EditMade, LocalDoor, NoGateway, perform, ReadHealth
 
 # A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
 # ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
@@ -14073,7 +14180,8 @@ class LocalDoor:
             raise ActionError.of_gateway(str(error)) from None
 
 
-# --- 28. Server: process, signals, watcher, logging -------------------------------
+# --- 33. Server: process, signals, watcher, logging -------------------------------
+# Offers: LogWriter, new_event_loop, OTHER_HOST, serve, start_logging
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -14475,7 +14583,8 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return cast(asyncio.AbstractEventLoop, uvloop.new_event_loop())
 
 
-# --- 29. Command line: arguments to actions to text, JSON, CSV ------------------------
+# --- 34. Command line: arguments to actions to text, JSON, CSV --------------------
+# Offers: arguments, edit
 
 CONFIG_TEMPLATE = """\
 # The gateway's configuration. A save is live within a second; `%(program)s check` tells what it means.

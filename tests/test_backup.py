@@ -1,4 +1,4 @@
-"""backup and restore: what is copied from under a running gateway, and what is put in place (sections 4 and 13)."""
+"""backup and restore: what is copied from under a running gateway, and what is put in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is asked, and how that went: homes, policies, breaker, waiting (section 7). No sockets."""
+"""Who is asked, and how that went: homes, policies, breaker, waiting. No sockets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: init, check, key, seal, usage; what they write, print and return (section 13)."""
+"""The command line: init, check, key, seal, usage; what they write, print and return."""
 
 from __future__ import annotations
 

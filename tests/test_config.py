@@ -1,4 +1,4 @@
-"""Config: YAML in, frozen values out, errors that say where and what; edits that keep the rest (section 3)."""
+"""Config: YAML in, frozen values out, errors that say where and what; edits that keep the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The counters: what was spent in which window, as a fold over the ledger's lines (section 4)."""
+"""The counters: what was spent in which window, as a fold over the ledger's lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: an upstream that needs no API key and speaks like a real one (section 8)."""
+"""The demo: an upstream that needs no API key and speaks like a real one."""
 
 from __future__ import annotations
 

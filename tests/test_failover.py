@@ -1,4 +1,4 @@
-"""Failover: what an upstream does wrong before its first content is nobody's business but ours (section 9)."""
+"""Failover: what an upstream does wrong before its first content is nobody's business but ours."""
 
 from __future__ import annotations
 

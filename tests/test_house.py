@@ -4,12 +4,50 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import gateway as g
 
 SOURCE = Path(g.__file__).read_text()
 TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# --- \d+\. (.*?): .* -+\n(?:\n?# Offers: ((?:.+\n)(?:#   .+\n)*))?", re.MULTILINE)
+BUDGETS = {
+    "Words": 600,
+    "Secrets": 300,
+    "Prices": 280,
+    "Types": 400,
+    "Settings": 360,
+    "Config": 880,
+    "Editing": 300,
+    "Ledger": 800,
+    "Counters": 320,
+    "Index": 820,
+    "Waiting": 160,
+    "Limits": 740,
+    "Wire": 340,
+    "Requests": 900,
+    "Formats": 800,
+    "Dialects": 260,
+    "Connections": 500,
+    "Upstreams": 780,
+    "Demo": 140,
+    "Attempts": 380,
+    "Relay": 560,
+    "Events": 360,
+    "Metrics": 220,
+    "Models": 140,
+    "Gateway": 480,
+    "Actions": 560,
+    "Reconcile": 200,
+    "Backup": 180,
+    "Integrity": 160,
+    "Front door": 800,
+    "API": 280,
+    "Local door": 260,
+    "Server": 420,
+    "Command line": 880,
+}
 
 
 def test_the_banners_match_the_map():
@@ -23,6 +61,67 @@ def test_the_banners_match_the_map():
     numbers = [int(number) for _, _, number, _, _ in banners if number]
     assert numbers == list(range(1, len(numbers) + 1))
     assert [floor for floor, *_ in banners if floor] == list("ABCDE")
+
+
+def sections() -> dict[str, range]:
+    """Map each section to its lines in the file."""
+    starts = [(match[1], SOURCE.count("\n", 0, match.start()) + 1) for match in BANNER.finditer(SOURCE)]
+    ends = [line for _, line in starts[1:]] + [len(SOURCE.splitlines()) + 1]
+    return {name: range(line, end) for (name, line), end in zip(starts, ends, strict=True)}
+
+
+def section_of(line: int) -> str:
+    """Name the section that a line belongs to; "" for the first page."""
+    return next((name for name, lines in sections().items() if line in lines), "")
+
+
+def global_names(node: ast.AST, hidden: frozenset[str] = frozenset()) -> Iterator[str]:
+    """List the names that `node` takes from the module, in annotations too; a function hides what it binds itself."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        bound = {each.arg for each in ast.walk(node) if isinstance(each, ast.arg)}
+        names = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+        hidden |= bound | {each.id for each in names if not isinstance(each.ctx, ast.Load)}
+    if isinstance(node, ast.Name) and node.id not in hidden:
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        yield from global_names(child, hidden)
+
+
+def crossing_names() -> dict[str, set[str]]:
+    """List for each section which of its names other sections use."""
+    home = {name: section_of(node.lineno) for node in TREE.body for name in names_of(node)}
+    crossing: dict[str, set[str]] = {}
+    for node in TREE.body:
+        user = section_of(node.lineno)
+        for name in global_names(node):
+            if home.get(name, user) not in ("", user):
+                crossing.setdefault(home[name], set()).add(name)
+    return crossing
+
+
+def test_only_what_a_section_offers_crosses_its_border():
+    """
+    The comment below a banner lists every name that other sections use, and no other.
+    """
+    offered = {match[1]: set(re.findall(r"\w+", match[2] or "")) for match in BANNER.finditer(SOURCE)}
+    crossing = crossing_names()
+
+    assert {name: sorted(names) for name, names in offered.items()} == {
+        name: sorted(crossing.get(name, ())) for name in offered
+    }
+
+
+def test_sections_keep_their_budgets(capsys):
+    """
+    Budgets are ceilings in lines: a section that passes its own is redrawn, not stretched.
+    """
+    lengths = {name: len(lines) for name, lines in sections().items()}
+    with capsys.disabled():
+        print()
+        for name, length in lengths.items():
+            print(f"  {name:14} {length:5} of {BUDGETS[name]:5}")
+
+    assert [name for name, length in lengths.items() if length > BUDGETS[name]] == []
 
 
 def test_no_name_is_used_above_its_definition():
@@ -45,11 +144,15 @@ def test_no_name_is_defined_twice():
 
 
 def names_of(node: ast.stmt) -> list[str]:
-    """The names that a statement of the module defines."""
+    """List the names that a statement of the module defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.AnnAssign):
+        targets = [node.target]
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
 def runtime_names(node: ast.AST) -> list[ast.Name]:

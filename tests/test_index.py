@@ -1,4 +1,4 @@
-"""The index beside the ledger: whatever happens to it or to the files, its sums are those of the lines (section 8)."""
+"""The index beside the ledger: whatever happens to it or to the files, its sums are those of the lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is installed, against the image's own list or each package's RECORD (section 14)."""
+"""What is installed, against the image's own list or each package's RECORD."""
 
 from __future__ import annotations
 

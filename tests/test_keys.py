@@ -1,4 +1,4 @@
-"""Keys: what is kept of a secret, what is said about a bad one, who may use which (section 2)."""
+"""Keys: what is kept of a secret, what is said about a bad one, who may use which."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger: one line for each call, whatever the disk does; and the sums over its lines (section 4)."""
+"""The ledger: one line for each call, whatever the disk does; and the sums over its lines."""
 
 from __future__ import annotations
 

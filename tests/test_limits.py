@@ -1,4 +1,4 @@
-"""Limits: what is spent is refused, what runs is held, who waits has a turn, and nothing leaks (section 5)."""
+"""Limits: what is spent is refused, what runs is held, who waits has a turn, and nothing leaks."""
 
 from __future__ import annotations
 

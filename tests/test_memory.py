@@ -1,4 +1,4 @@
-"""The ledger is the only memory: whatever happens, counters are the sum of its lines (sections 4, 5 and 11)."""
+"""The ledger is the only memory: whatever happens, counters are the sum of its lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prices: what providers charge for is what is booked (sections 3, 6 and 11). The cases stand in usage.json."""
+"""Prices: what providers charge for is what is booked. The cases stand in usage.json."""
 
 from __future__ import annotations
 

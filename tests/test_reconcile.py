@@ -1,4 +1,4 @@
-"""`usage reconcile`: the ledger against what the providers' own exports say (section 13)."""
+"""`usage reconcile`: the ledger against what the providers' own exports say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relay: bytes through, ends that look like ends, deadlines, and one entry for each call (sections 7 and 9)."""
+"""The relay: bytes through, ends that look like ends, deadlines, and one entry for each call."""
 
 from __future__ import annotations
 

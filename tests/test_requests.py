@@ -1,4 +1,4 @@
-"""Which requests are served, which are refused, and how (section 12, with section 11's checks)."""
+"""Which requests are served, which are refused, and how."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gateway.py upstream test`: what it asks, what it says, and what it never shows (section 12)."""
+"""`gateway.py upstream test`: what it asks, what it says, and what it never shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upstreams: how answers are read off a connection (section 7). Bytes go in by hand; there is no socket."""
+"""Upstreams: how answers are read off a connection. Bytes go in by hand; there is no socket."""
 
 from __future__ import annotations
 

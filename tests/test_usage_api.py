@@ -1,4 +1,4 @@
-"""What a key's holder can ask: how the limits stand, what was spent, and the calls one by one (section 12)."""
+"""What a key's holder can ask: how the limits stand, what was spent, and the calls one by one."""
 
 from __future__ import annotations
 

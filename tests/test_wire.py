@@ -1,4 +1,4 @@
-"""Wire: events out of bytes, targets and headers, what a body says, and what an answer cost (section 6)."""
+"""Wire: events out of bytes, targets and headers, what a body says, and what an answer cost."""
 
 from __future__ import annotations
 
