@@ -12166,12 +12166,14 @@ class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
     """Forget what spoke against an upstream, so that it is asked again at once."""
 
     def run(self, house: House) -> None:
-        """Reset its health. Raises ActionError where no gateway runs, which would have any."""
+        """Reset its health. Raises ActionError where no gateway runs, and OSError where its folder is held."""
         known = [upstream.name for upstream in house.config.upstreams]
         if self.name not in known:
             raise unknown_name("upstream", self.name, known)
         if house.gateway is None:
             directory = house.config.usage_directory
+            if directory.exists():
+                os.close(hold_folder(directory))
             raise ActionError.of_gateway(f"no gateway was reached on {directory}; a restart forgets cooldowns as well")
         house.gateway.relay.upstreams.reset(self.name)
 

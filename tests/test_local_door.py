@@ -301,3 +301,22 @@ async def test_many_commands_at_once_wait_for_their_turn(listening):
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.settimeout(5.0)  # as `ask` does: then a full queue is an error, not a wait
             client.connect(str(listening.gateway.ledger.directory / g.LOCAL_SOCKET))
+
+
+def test_a_reset_waits_for_a_gateway_that_starts(tmp_path, capsys, monkeypatch):
+    """
+    Who holds the folder may be about to listen: it is not said at once that nobody was reached.
+    """
+    monkeypatch.setattr(g, "HELD_S", 0.1)
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG)
+    held = g.hold_folder(tmp_path / "usage")
+
+    codes = [g.main(["--config", str(path), "upstream", "reset", "demo"])]
+    os.close(held)
+    codes.append(g.main(["--config", str(path), "upstream", "reset", "demo"]))
+
+    waited, free = capsys.readouterr().err.splitlines()
+    assert codes == [1, 1]
+    assert f"a gateway runs on {tmp_path}/usage, or a restore" in waited
+    assert "no gateway was reached" in free
