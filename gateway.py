@@ -12302,7 +12302,9 @@ class UpstreamTest:
             return named[0] if named else DEMO_MODEL
         status, body = await ask_models(self._relay, choice)
         if status not in (200, 403, 404):  # a restricted key may answer calls all the same
-            raise CallFailed(self._refusal(status, body))
+            if status in REFUSALS:  # as it would refuse a call
+                raise CallFailed(self._refusal(status, body))
+            raise CallFailed(f"the list of models: {self._refusal(status, body)}; --model NAME passes it by")
         served: list[str] = []
         with contextlib.suppress(*UNREADABLE):
             listed = msgspec.json.decode(body, type=ModelList).data
@@ -12357,6 +12359,8 @@ class UpstreamTest:
 
     def _refusal(self, status: int, body: bytes) -> str:
         means = f" ({REFUSALS[status]})" if status in REFUSALS else ""
+        if body.lstrip()[:1] == b"<":
+            return f"{status}{means}: a page of HTML"
         return f"{status}{means}: {self._said(body)}"
 
     def _said(self, body: bytes) -> str:

@@ -256,10 +256,17 @@ async def test_who_cannot_be_reached_is_told_with_the_reason(terminal, upstream,
     [
         (refused(404, "no such path"), "no model is named in `models` or listed: name one with --model"),
         (json_body(["gpt"]), "no model is named in `models` or listed: name one with --model"),
-        (refused(500, "out of\norder"), "500: out of order"),
+        (
+            refused(500, "out of\norder"),
+            "the list of models: 500: out of order; --model NAME passes it by",
+        ),
+        (
+            [head(501, "text/html", content_length="29"), raw(b"<!DOCTYPE HTML><html>No</html")],
+            "the list of models: 501: a page of HTML; --model NAME passes it by",
+        ),
         ([raw(b"\x00 no HTTP")], "sent something that is not HTTP"),
     ],
-    ids=["not found", "another shape", "broken", "no HTTP"],
+    ids=["not found", "another shape", "broken", "a page", "no HTTP"],
 )
 async def test_who_lists_no_models_is_asked_for_one_by_its_name(terminal, upstream, models, line):
     """
