@@ -11863,6 +11863,11 @@ class Action(msgspec.Struct, frozen=True, tag_field="action"):
         """Whom it is done to, in the audit line."""
         return ""
 
+    @property
+    def details(self) -> str:
+        """How much, and why, in the audit line: printable and short, or ""."""
+        return ""
+
 
 class NamedAction(Action, frozen=True):
     """What is asked for one key, or one upstream."""
@@ -12123,6 +12128,13 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
 
     limit: str = ""
 
+    @property
+    def details(self) -> str:
+        parts = [self.limit or "all limits"]
+        if self.note:
+            parts.append(repr(printable(self.note)))
+        return ", ".join(parts)
+
     def run(self, house: House) -> None:
         """Append the line. Raises ActionError, and OSError as `append` does."""
         self.check(house.config)
@@ -12142,6 +12154,14 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
     usd: Annotated[float, msgspec.Meta(ge=-MOST_USD, le=MOST_USD)] = 0.0
     tokens: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
     requests: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
+
+    @property
+    def details(self) -> str:
+        amounts = {"usd": self.usd, "tokens": self.tokens, "requests": self.requests}
+        parts = [f"{amount:+.16g} {unit}" for unit, amount in amounts.items() if amount]
+        if self.note:
+            parts.append(repr(printable(self.note)))
+        return ", ".join(parts)
 
     def run(self, house: House) -> str:
         """Append the line; the team that it counts with, or "". Raises ActionError, and OSError as `append` does."""
@@ -12194,7 +12214,8 @@ async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
         await gateway.reload()
         gateway.check_open()
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
-    gateway.emit(ChangeMade(who, action.what, action.whom))
+    details = f": {action.details}" if action.details else ""
+    gateway.emit(ChangeMade(who, action.what, action.whom + details))
     return result
 
 

@@ -144,4 +144,20 @@ async def test_the_running_gateway_does_what_is_asked_and_says_who_asked(gateway
 
     assert (await gateway.get("/v1/usage", added.key)).json["today"]["cost_usd"] == 1.0
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("audit")]
-    assert lines == ["audit: key add bob, by carol", "audit: usage adjust key bob, by carol"]
+    assert lines == ["audit: key add bob, by carol", "audit: usage adjust key bob: +1 usd, by carol"]
+
+
+def test_the_audit_line_of_a_correction_tells_how_much_and_why():
+    """
+    A credit and a charge differ, one limit and all do, and a note cannot forge a line or fill the log.
+    """
+    details = [
+        g.AdjustUsage("key", "bob", usd=-3.5, tokens=10).details,
+        g.AdjustUsage("key", "bob", "a\nb" + "x" * 5000, requests=2).details,
+        g.ResetLimits("key", "bob").details,
+        g.ResetLimits("key", "bob", limit="usd/day").details,
+    ]
+
+    assert details[0] == "-3.5 usd, +10 tokens"
+    assert details[1].startswith("+2 requests, 'a") and "\n" not in details[1] and len(details[1]) < 200
+    assert details[2:] == ["all limits", "usd/day"]

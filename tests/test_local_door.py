@@ -73,7 +73,10 @@ async def test_a_correction_is_written_by_the_running_gateway(listening, capsys,
     assert used["usd/day"] > 0.5
     assert [line["type"] for line in listening.entries()] == ["call", "adjust", "reset", "call"]
     assert len(g.LedgerFiles(listening.gateway.ledger.directory).verify("", print)) == 32
-    assert audits(caplog) == [f"audit: usage adjust key alice, {BY}", f"audit: usage reset team red, {BY}"]
+    assert audits(caplog) == [
+        f"audit: usage adjust key alice: +0.5 usd, 'refund', {BY}",
+        f"audit: usage reset team red: usd/day, {BY}",
+    ]
 
 
 async def test_what_speaks_against_it_comes_back_as_it_would_without_a_gateway(listening, capsys):
@@ -111,7 +114,7 @@ async def test_an_edit_is_live_when_its_command_ends(listening, capsys, caplog):
     assert (await listening.post("/v1/messages", HELLO)).status == 403
     assert audits(caplog) == [
         f"audit: key add bob, {BY}",
-        f"audit: usage adjust key bob, {BY}",
+        f"audit: usage adjust key bob: +1 usd, {BY}",
         f"audit: key revoke alice, {BY}",
         f"audit: seal secrets, {BY}",
     ]
@@ -286,7 +289,7 @@ async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tm
     codes.append(adjust())
 
     assert codes == [0, 0, 0]
-    assert "audit: usage adjust key alice, by user" in log
+    assert "audit: usage adjust key alice: +0.1 usd, by user" in log
     files = g.LedgerFiles(tmp_path / "usage")
     assert len(list(files.lines())) == 3 and len(files.verify("", print)) == 32
     assert not (tmp_path / "usage" / g.LOCAL_SOCKET).exists()
