@@ -38,7 +38,7 @@ BUDGETS = {
     "Metrics": 220,
     "Models": 140,
     "Gateway": 480,
-    "Actions": 560,
+    "Actions": 600,
     "Reconcile": 200,
     "Backup": 180,
     "Integrity": 160,
