@@ -4494,8 +4494,6 @@ def whole_lines(path: Path, offset: int) -> Iterator[list[bytes]]:
 class Position(msgspec.Struct, array_like=True):
     """How far a view has read a month; `offset` is in its content, whether gzipped or not."""
 
-    WRITE_S = 0.1  # in which a line is written that was begun
-
     offset: int = 0
     entries: int = 0
     tail: str = ""  # the end of the last line that was read: its chain value
@@ -4504,30 +4502,24 @@ class Position(msgspec.Struct, array_like=True):
     mtime_ns: int = 0
     is_whole: bool = False  # all that was there then was read
 
-    def still_fits(self, path: Path) -> bool:
+    def still_fits(self, path: Path, is_last: bool) -> bool:
         """True if the lines that were read are still there; what follows them does not matter. Raises OSError.
 
-        | what is there now                                  | for example               |      |
-        |----------------------------------------------------|---------------------------|------|
-        | same size and time                                 | untouched; `cp -a`        | fits |
-        | gzipped, same time and size of content             | `usage archive`           | fits |
-        | same inode, another size, last line where it was   | the gateway wrote on      | fits |
-        | anything else                                      | cut, edited, moved        | no   |
+        `is_last`: of the months that were read this is the last, which alone is written to.
 
-        Not seen is an edit in place of the file that is still written to, if it keeps all sizes and the last line and
-        more was written before anybody looked: `usage verify` folds all lines and compares.
+        | what is there now                                | for example                              |      |
+        |--------------------------------------------------|------------------------------------------|------|
+        | same size and time                               | untouched; `cp -a`                       | fits |
+        | gzipped, same time                               | `usage archive`                          | fits |
+        | the last month, same inode, last line in place   | written on; a torn line was set aside    | fits |
+        | anything else                                    | cut, edited, moved                       | no   |
+
+        Not seen is an edit in place of the last month before its last line: `usage verify` folds all lines and compares.
         """
         found = path.stat()
-        if found.st_mtime_ns == self.mtime_ns:
-            if found.st_size == self.size:
-                return True
-            if path.suffix == ".gz":
-                return LedgerFiles.size(path) % (1 << 32) == self.offset % (1 << 32)
-        if found.st_size == self.size:  # edited in place; or a line is just being written, whose time comes first
-            time.sleep(self.WRITE_S)
-            found = path.stat()
-        is_other = path.suffix == ".gz" or found.st_ino != self.inode
-        if is_other or found.st_size == self.size or found.st_size < self.offset:
+        if found.st_mtime_ns == self.mtime_ns and (found.st_size == self.size or path.suffix == ".gz"):
+            return True
+        if not is_last or found.st_ino != self.inode or path.suffix == ".gz":
             return False
         with open(path, "rb") as file:
             start = max(0, self.offset - LINE_END)
@@ -4878,12 +4870,12 @@ class Index:
     def _check_files(self, view: View) -> None:
         """Raise Misfit where what was read is not what is there."""
         paths = {month_of(path): path for path in self.ledger.paths()}
+        last = max(view.positions, default="")
         for month, position in view.positions.items():
             if month not in paths:
                 raise Misfit(f"usage-{month}.jsonl is gone")
-            if not position.still_fits(paths[month]):
+            if not position.still_fits(paths[month], month == last):
                 raise Misfit(f"lines of {paths[month].name} are gone or were changed")
-        last = max(view.positions, default="")
         for month in paths:
             if month < last and month not in view.positions:
                 raise Misfit(f"usage-{month}.jsonl has come, and is older than what was read")

@@ -340,6 +340,34 @@ for place in range(0, len(lines), 7):
 """
 
 
+@pytest.mark.logs("a torn last line")
+@pytest.mark.parametrize(("noted", "torn"), [(0, 1), (0, 400), (1, 1), (1, 400), (400, 400), (600, 600)])
+@pytest.mark.parametrize("follows", [False, True], ids=["", "another line follows"])
+def test_killed_within_a_line_it_reads_no_line_again(tmp_path, caplog, noted, torn, follows):
+    """
+    Of a line `noted` bytes were there when its file was looked at last, `torn` when the process was killed. The next
+    start cuts them off: the size is then the one that was noted, or will be again, at another time.
+    """
+    rng, folder = random.Random(1), tmp_path / "usage"
+    folder.mkdir()
+    path = folder / "usage-2026-11.jsonl"
+    path.write_bytes(b"".join(encoded(line(rng, NOW)) for _ in range(3)) + b"x" * noted)
+    opened(folder).close()
+    time.sleep(0.01)  # for the file's time to be another
+    with open(path, "ab+") as file:
+        file.write(b"x" * (torn - noted))
+        file.flush()
+        g.set_torn_line_aside(file.fileno(), path)
+    if follows:
+        short = encoded(line(rng, NOW, padding=""))
+        append(folder, [short.replace(b'ing":"', b'ing":"' + b"x" * (noted - len(short)))])
+    index = opened(folder)
+
+    assert state(index) == fresh(folder, tmp_path)
+    assert AGAIN not in caplog.text
+    index.close()
+
+
 @pytest.mark.logs("a torn last line", "cannot be read")
 def test_killed_at_any_moment_nothing_is_lost_and_nothing_counts_twice(tmp_path):
     """
