@@ -4514,7 +4514,7 @@ class Position(msgspec.Struct, array_like=True):
         | the last month, same inode, last line in place   | written on; a torn line was set aside    | fits |
         | anything else                                    | cut, edited, moved                       | no   |
 
-        Not seen is an edit in place of the last month before its last line: `usage verify` folds all lines and compares.
+        Not seen is an edit in place of the last month, before its last line: `usage verify` folds all lines anew.
         """
         found = path.stat()
         if found.st_mtime_ns == self.mtime_ns and (found.st_size == self.size or path.suffix == ".gz"):
