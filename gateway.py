@@ -1847,7 +1847,7 @@ VERDICT_MEANINGS = {
     "4xx": "the request itself is wrong: 400, 413, 422 and all others",
     "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
 }
-REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure (`Upstreams.failed`)
+REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure (`Upstreams._blame`)
 UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a client's can bring these about
 STATUS_OF_ERROR = {
     "invalid_request_error": 400,
@@ -8796,26 +8796,27 @@ class Pools:
 
 # The problem. A failure may be everybody's (the provider is down) or one request's own, and the answer does not say
 # which; whatever status and headers one user's requests bring about, they must not take an upstream from the others. So
-# failures are evidence, by kind (`kind_of`), and evidence leads to cooldowns, each for somebody (`Whom`): one user's
-# calls, the calls for one model, or everybody's. Which of them, the table BLAMED says. An upstream and each of its API
-# keys have a health of their own; the verdict on a failure says which of the two it counts against.
+# each user has a breaker at each upstream and API key, and what two users met in a row opens the one of everybody. The
+# verdict on a failure says whether it counts against the upstream or the API key. What leads to a cooldown (`_blame`):
 #
-# The states of a cooldown (`Phase`; without one an upstream is open to all), and what moves it:
+#     failure                       of its user's calls        of everybody's
+#     not reached, not HTTP         -                          `failures` in a row
+#     `cooldown` in the config      -                          at once
+#     401, 402                      `failures` in a row        at once, when two users met it
+#     403                           `failures` in a row        the same, for that model
+#     429                           at once                    the same, for that model
+#     other, with a `retry-after`   at once                    as without it
+#     other                         `failures` in a row        `failures` in a row, when two users met it
 #
-#     none      -> COOLING    there is enough evidence, or the list of models refuses the API key as well
-#     COOLING   -> HALF_OPEN  by itself, at `until`
-#     HALF_OPEN -> TRIAL      the next call that it covers: the trial
-#     TRIAL     -> HALF_OPEN  the trial ended without an answer or a failure: its client left
-#     TRIAL     -> none       the trial got an answer, or failed in another way
-#     TRIAL     -> COOLING    the trial failed the same way: twice as long, for the same calls or for everybody
-#     TRIAL                   after `ALONE_S` without an answer others go beside it
-#
-# There may be several at once: a call goes where all that cover it let it in. A success clears the evidence, and ends
-# what one user is held up for, unless the upstream said for how long. A user who is held up alone counts as one failure
-# for the others. Each trip and each reset begins an epoch: what an attempt of an older one brings is ignored.
+# A cooldown ends with a trial: at `until` the next call that it covers may go, and for `TRIAL_S` no other. Its answer,
+# or a failure of another kind, lets in the others; the same failure begins the cooldown anew, twice as long. There may
+# be several cooldowns at once: a call goes where all that cover it let it in. An answer that came to its end clears the
+# counts, and ends what one user is held up for, unless the upstream said for how long. A user who is held up alone
+# counts as one failure for the others. Each cooldown and each reset begins an epoch: what an attempt of an older one
+# brings is ignored.
 #
 # Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
-# Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of two users, and
+# Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of three users, and
 # everybody is held up until 22 s. Then dave's call is the trial. It is silent; at 32 s erin's goes beside it.
 #
 # Choice: the best priority that is ready; in it, by the policy, the session's home (weighted rendezvous hashing), the
@@ -8825,46 +8826,31 @@ class Pools:
 # and a breaker that counts calls and not users.
 
 MAX_RETRY_AFTER_S = 1800.0
-EVIDENCE_S = 600.0  # failures that lie further apart say nothing together
-ALONE_S = 10.0  # one user's calls are enough where they fail for so long and nobody's succeeds; a trial goes alone
+KEPT_S = 600.0  # an ended cooldown for which no trial came is remembered for so long
+TRIAL_S = 10.0  # a trial goes alone for so long
 VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
-
-
-def read_seconds(text: str, now: float) -> float | None:
-    """Return the seconds in `1.5`, `6m0s`, `20ms`, an HTTP date or an RFC 3339 time; None where it is none of them."""
-    text = text.strip()
-    if len(text) > 64:  # longer than any of them; 16,000 digits took 10 s
-        return math.inf if text.isdecimal() else None
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        seconds = float(text)
-        return seconds - now if seconds > 1e9 else seconds  # a time since 1970
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
-    if parts and "".join(number + unit for number, unit in parts) == text:
-        return sum(float(number) * TIME_UNITS[unit] for number, unit in parts)
-    for parse in (dt.datetime.fromisoformat, email.utils.parsedate_to_datetime):
-        with contextlib.suppress(ValueError, OverflowError, TypeError):
-            when = parse(text)
-            return (when if when.tzinfo else when.replace(tzinfo=dt.UTC)).timestamp() - now
-    return None
+NUMBER = re.compile(rb"\d+(\.\d+)?")
+VOUCHED_FOR = ("401", "403")  # what the list of models can speak against
+MAX_COUNTS = 1000  # of an upstream or API key; the names of models in them are the clients'
 
 
 def read_retry_after(headers: Headers, now: float) -> float | None:
     """Return when an answer says to come again, in seconds, at most half an hour; None where it does not say.
 
-    `retry-after-ms` and `retry-after` (RFC 9110, 10.2.3), else the reset of those rate limits of which nothing remains
-    (`anthropic-ratelimit-*-reset` is a time, `x-ratelimit-reset-*` mostly a duration).
+    `retry-after-ms`, else `retry-after`: seconds or an HTTP date (RFC 9110, 10.2.3).
     """
-    named = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
-    seconds = read_seconds(named.get("retry-after", ""), now)
-    milliseconds = read_seconds(named.get("retry-after-ms", ""), now)
-    if milliseconds is not None:
-        seconds = milliseconds / 1000
-    if seconds is None:
-        seconds = 0.0
-        for name, value in named.items():
-            is_reset = "ratelimit" in name and "reset" in name
-            if is_reset and named.get(name.replace("reset", "remaining"), "").strip() == "0":
-                seconds = max(seconds, read_seconds(value, now) or 0.0)
+    values = first_values(headers)
+    milliseconds = values.get(b"retry-after-ms", b"").strip()[:64]
+    text = values.get(b"retry-after", b"").strip()[:64]
+    seconds = 0.0
+    if NUMBER.fullmatch(milliseconds):
+        seconds = float(milliseconds) / 1000
+    elif NUMBER.fullmatch(text):
+        seconds = float(text)
+    else:
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            when = email.utils.parsedate_to_datetime(text.decode("latin-1"))
+            seconds = when.replace(tzinfo=when.tzinfo or dt.UTC).timestamp() - now
     return min(seconds, MAX_RETRY_AFTER_S) if seconds > 0 else None
 
 
@@ -8892,91 +8878,26 @@ class Whom(NamedTuple):
 EVERYBODY = Whom()
 
 
-class Blamed(NamedTuple):
-    """For whom an upstream or an API key is left alone, by whose failures there are: a row of `BLAMED`."""
-
-    one_user: str  # one user's calls failed
-    for_long: str  # the same, for `ALONE_S` without a success of anybody
-    several: str  # calls of two users failed
-
-
-# The first row needs `breaker.failures` in a row, or a 401, 402 or 403. One of two users with 429: see `_blame`.
-BLAMED = {
-    "failed": Blamed("nobody", "user", "everybody"),
-    "said": Blamed("user", "user", "everybody"),  # a 429, or an answer with the time to come again: a single one
-    "sure": Blamed("everybody", "everybody", "everybody"),  # not reached, in a row; the config's `cooldown`, at once
-}
-
-
-class Evidence:
-    """Whose calls failed in a row in one way, with which models, and since when."""
-
-    __slots__ = ("count", "last", "models", "since", "users")
-
-    def __init__(self, now: float) -> None:
-        self.users: tuple[str, ...] = ()  # at most two
-        self.models: tuple[str, ...] = ()  # at most two
-        self.count = 0
-        self.since = self.last = now  # monotonic: the first and the last failure
-
-    def add(self, call: Call, now: float, is_counted: bool) -> None:
-        """Take in that a call failed. Where it is not counted, its user is."""
-        if is_counted or not self.users:
-            self.count += 1
-        user = user_of(call)
-        if user not in self.users and len(self.users) < 2:
-            self.users += (user,)
-        if call.model not in self.models and len(self.models) < 2:
-            self.models += (call.model,)
-        self.last = now
-
-
-class Phase(enum.Enum):
-    """The states of a cooldown: the table above."""
-
-    COOLING = "cooling"
-    HALF_OPEN = "half open"
-    TRIAL = "trial"
-
-
 class Cooldown:
-    """One time in which an upstream or an API key is left alone for some calls, and the trial after it."""
+    """One time in which an upstream or an API key is left alone for some calls, until one of them gets an answer."""
 
-    __slots__ = ("alone_until", "health", "is_said", "kind", "since", "trial", "until", "until_time", "whom", "why")
+    __slots__ = ("health", "is_said", "kind", "since", "trial_at", "trips", "until", "until_time", "whom", "why")
 
     def __init__(self, health: Health, whom: Whom, why: str, seconds: float, is_said: bool, clock: Clock) -> None:
-        self.health, self.whom = health, whom
-        self.why, self.kind = why, kind_of(why)
+        self.health = health
+        self.whom = whom
+        self.why = why
+        self.kind = kind_of(why)
         self.is_said = is_said  # the upstream said how long
+        self.trips = 1  # in a row
         self.until = clock.monotonic() + seconds
+        self.trial_at = self.until  # monotonic: when the next call may try
         self.since = clock.wall()
         self.until_time = self.since + seconds  # wall time
-        self.trial: Ticket | None = None  # the call that finds out
-        self.alone_until = 0.0  # monotonic: until then no other goes beside it
-
-    def phase(self, now: float) -> Phase:
-        """Return its state."""
-        if now < self.until:
-            return Phase.COOLING
-        return Phase.TRIAL if self.trial else Phase.HALF_OPEN
-
-    def lets_in(self, now: float) -> bool:
-        """Whether a call that it covers may go: as the trial, or beside one that takes long."""
-        phase = self.phase(now)
-        return phase is Phase.HALF_OPEN or (phase is Phase.TRIAL and now >= self.alone_until)
 
     def close(self) -> None:
-        """Let in whom this covers, unless another cooldown took its place."""
-        if self.health.cooldowns.get(self.whom) is self:
-            del self.health.cooldowns[self.whom]
-
-
-class KeyCheck(enum.Enum):
-    """What the list of models, which costs nothing, has said of an API key that calls were refused with."""
-
-    NOTHING = "nothing"  # it was not asked for, or the answer has not come
-    GOOD = "good"  # it came: the key is believed for `VOUCHED_S`
-    UNCLEAR = "unclear"  # it came neither, nor was the key refused
+        """Let in whom this covers."""
+        del self.health.cooldowns[self.whom]
 
 
 class Load:
@@ -8985,77 +8906,63 @@ class Load:
     __slots__ = ("counting", "running")
 
     def __init__(self) -> None:
-        self.running = self.counting = 0
+        self.running = 0
+        self.counting = 0
 
 
 class Health:
     """What was seen of an upstream, or of one of its API keys. Survives reloads."""
 
-    __slots__ = ("checked_at", "cooldowns", "epoch", "evidence", "failures", "key_check", "load", "trips", "turn")
+    __slots__ = ("ask_at", "cooldowns", "counts", "epoch", "failures", "load", "turn", "vouched_until")
 
     def __init__(self, load: Load) -> None:
         self.load = load
         self.turn = 0.0  # of round robin
-        self.epoch = 0  # +1 per trip and reset
+        self.epoch = 0  # +1 per cooldown and reset
         self.reset()
 
     def reset(self) -> None:
         """Forget what spoke against it."""
         self.epoch += 1
         self.failures = 0  # in a row
-        self.trips: Counter[Whom] = Counter()  # in a row
-        self.evidence: dict[str, Evidence] = {}  # by kind
+        self.counts: dict[tuple[str, str], Counter[str]] = {}  # the same by kind (and model, or ""), of each user
         self.cooldowns: dict[Whom, Cooldown] = {}
-        self.key_check = KeyCheck.NOTHING
-        self.checked_at = -math.inf  # monotonic: when the list of models was asked for, or spoke for the key
+        self.ask_at = -math.inf  # monotonic: when the list of models may be asked for again
+        self.vouched_until = -math.inf  # monotonic: until then the list speaks for the API key
 
     @property
     def running(self) -> int:
         """How many calls run there."""
         return self.load.running
 
-    def forget_refusals(self) -> None:
-        """Hold nothing against the API key."""
-        if self.key_check is KeyCheck.UNCLEAR:
-            self.key_check = KeyCheck.NOTHING
-        for case in REFUSED_KEY:
-            self.evidence.pop(case, None)
-
     def record_success(self) -> None:
         """Zero the failure counters: an answer came to its end."""
         self.failures = 0
-        if self.evidence:
-            self.forget_refusals()
-            self.evidence.clear()
-        if self.trips:
+        self.counts.clear()
+        if self.cooldowns:
             for cooldown in tuple(self.cooldowns.values()):
                 if cooldown.whom.user and not cooldown.is_said:
                     cooldown.close()
-            self.trips = Counter({whom: count for whom, count in self.trips.items() if whom in self.cooldowns})
+
+    def vouch(self, until: float) -> None:
+        """Hold no refusal against the API key, until a time (monotonic)."""
+        self.ask_at = self.vouched_until = until
+        self.counts = {key: counts for key, counts in self.counts.items() if key[0] not in VOUCHED_FOR}
+        for cooldown in tuple(self.cooldowns.values()):
+            if cooldown.kind in VOUCHED_FOR:
+                cooldown.close()
 
     def cooldowns_of(self, call: Call) -> list[Cooldown]:
         """Return those that cover a call."""
         return [cooldown for whom, cooldown in self.cooldowns.items() if whom.covers(call)]
-
-    def cool_down(self, cooldown: Cooldown, now: float) -> None:
-        """Leave it alone for the calls that `cooldown` covers."""
-        self.epoch += 1
-        self.trips[cooldown.whom] += 1
-        if cooldown.whom == EVERYBODY:
-            self.forget_refusals()
-        elif cooldown.whom.user and cooldown.whom not in self.cooldowns:
-            self.evidence[cooldown.kind].count = len(self.evidence[cooldown.kind].users)
-        recent = {whom: old for whom, old in self.cooldowns.items() if now < old.until + EVIDENCE_S}
-        self.cooldowns = recent | {cooldown.whom: cooldown}
 
     def cooling_s(self, now: float) -> float:
         """For how long it is still left alone, for whomever."""
         return max((cooldown.until - now for cooldown in self.cooldowns.values() if cooldown.until > now), default=0.0)
 
     def is_out(self, now: float) -> bool:
-        """Whether it is left alone for everybody, and not for want of patience: a 429 passes by itself."""
-        cooldown = self.cooldowns.get(EVERYBODY)
-        return cooldown is not None and now < cooldown.until and cooldown.kind != "429"
+        """Whether it is left alone for everybody."""
+        return EVERYBODY in self.cooldowns and now < self.cooldowns[EVERYBODY].until
 
     def shown(self) -> Cooldown | None:
         """Return the cooldown that people are shown: for the most calls, and the longest."""
@@ -9070,7 +8977,7 @@ class Health:
         shown = self.shown()
         if shown is None or shown.whom.user:
             return "ok"
-        return "cooling" if shown.phase(now) is Phase.COOLING else "half_open"
+        return "cooling" if now < shown.until else "half_open"
 
     def row(self, now: float) -> dict[str, Any]:
         """Return how it stands, for people: why it is left alone, since when and until when. Names no user."""
@@ -9108,7 +9015,7 @@ class Choice(NamedTuple):
         """Whether a call may be sent there now: neither left alone nor full."""
         health, key, limit = self.health, self.key_health, self.upstream.max_concurrent
         is_cooling = health.cooldowns or key.cooldowns
-        if is_cooling and not all(cooldown.lets_in(now) for cooldown in self.cooldowns_of(call)):
+        if is_cooling and any(now < cooldown.trial_at for cooldown in self.cooldowns_of(call)):
             return False
         if self.is_count:
             # It has half of the slots, and so leaves the others to calls that are paid for.
@@ -9145,7 +9052,8 @@ class Ticket:
 
     def __init__(self, upstreams: Upstreams, call: Call, choice: Choice, model: str) -> None:
         self._upstreams = upstreams
-        self.call, self.choice = call, choice
+        self.call = call
+        self.choice = choice
         self.model = model  # as the upstream knows it
         health, key_health = choice.health, choice.key_health
         for load in (health.load, key_health.load):
@@ -9157,21 +9065,17 @@ class Ticket:
         if health.cooldowns or key_health.cooldowns:
             self.trials = choice.cooldowns_of(call)
             for cooldown in self.trials:
-                if cooldown.trial is None:
-                    cooldown.trial = self
-                    cooldown.alone_until = call.config.clock.monotonic() + ALONE_S
+                if cooldown.trial_at == cooldown.until:  # it is the first
+                    cooldown.trial_at = call.config.clock.monotonic() + TRIAL_S
 
     def __enter__(self) -> Ticket:
         return self
 
-    def end_trials(self, health: Health) -> list[Cooldown]:
-        """End the trials for one of its healths; return the cooldowns about which no other call has found out yet."""
-        ended = [cooldown for cooldown in self.trials if cooldown.health is health]
-        self.trials = [cooldown for cooldown in self.trials if cooldown.health is not health]
-        for cooldown in ended:
-            if cooldown.trial is self:
-                cooldown.trial = None
-        return [cooldown for cooldown in ended if health.cooldowns.get(cooldown.whom) is cooldown]
+    def end_trials(self) -> list[Cooldown]:
+        """End its trials; return the cooldowns about which no other call has found out yet."""
+        trials = self.trials
+        self.trials = []
+        return [cooldown for cooldown in trials if cooldown.health.cooldowns.get(cooldown.whom) is cooldown]
 
     def is_current(self, health: Health) -> bool:
         """Whether this attempt began in the present epoch of its upstream's or key's health."""
@@ -9182,9 +9086,6 @@ class Ticket:
             load.running -= 1
             if self.choice.is_count:
                 load.counting -= 1
-        for cooldown in self.trials:  # it never came to an answer: let another one find out
-            if cooldown.trial is self:
-                cooldown.trial = None
         self._upstreams.wake()
 
 
@@ -9199,7 +9100,8 @@ class Seeker(Waiter[Ticket | None]):
 
     def __init__(self, call: Call, tried: set[tuple[str, int]], not_before: float, until: float) -> None:
         super().__init__(call, until)
-        self.tried, self.not_before = tried, not_before
+        self.tried = tried
+        self.not_before = not_before
         upstreams = tuple(serving.upstream for serving in call.servings)
         self.wanted = (upstreams, call.route.kind == "count_tokens", frozenset(tried))
 
@@ -9208,7 +9110,9 @@ class Upstreams:
     """Chooses who is asked, and remembers how that went. Owns the health of upstreams and keys."""
 
     def __init__(self, clock: Clock, pace: Pace, chance: Callable[[], float] = random.random) -> None:
-        self._clock, self._pace, self._chance = clock, pace, chance
+        self._clock = clock
+        self._pace = pace
+        self._chance = chance
         self._healths: dict[tuple[str, str, str | None, bool], Health] = {}
         self._choices: dict[tuple[UpstreamConfig, bool], tuple[Choice, ...]] = {}
         self.suspects: dict[Health, Choice] = {}  # whose list of models would tell whether its API key is good
@@ -9229,7 +9133,8 @@ class Upstreams:
         found = self._choices.get((upstream, is_count))
         if found is None:
             keys = upstream.api_key or Secrets([Secret("")])
-            whole, weight = self._health(upstream, None, is_count), upstream.weight / len(keys)
+            whole = self._health(upstream, None, is_count)
+            weight = upstream.weight / len(keys)
             found = self._choices[upstream, is_count] = tuple(
                 Choice(upstream, i, key, whole, self._health(upstream, key, is_count), weight, is_count)
                 for i, key in enumerate(keys, 1)
@@ -9244,26 +9149,28 @@ class Upstreams:
     def _health(self, upstream: UpstreamConfig, key: str | None, is_count: bool) -> Health:
         name = (upstream.name, upstream.url, key, is_count)
         if name not in self._healths:
-            self._healths[name] = Health(self._health(upstream, key, False).load if is_count else Load())
+            load = Load()
+            if is_count:
+                load = self._health(upstream, key, False).load
+            self._healths[name] = Health(load)
         return self._healths[name]
 
     def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
         """Return a slot to ask the best who is ready now; None where nobody is."""
-        now, servings, kind = self._clock.monotonic(), call.servings, call.route.kind
-        if len(servings) == 1 and not tried and len(choices := self.choices(servings[0].upstream, kind)) == 1:
-            is_ready = choices[0].is_ready(now, call)
-            return Ticket(self, call, choices[0], servings[0].model) if is_ready else None
-        for _, peers in itertools.groupby(servings, key=lambda serving: serving.upstream.priority):
-            ready = [
-                (serving.model, choice)
-                for serving in peers
-                for choice in self.choices(serving.upstream, kind)
-                if choice.is_ready(now, call) and choice.place not in tried
-            ]
-            if ready:
-                model, choice = self._best(call, ready) if len(ready) > 1 else ready[0]
-                return Ticket(self, call, choice, model)
-        return None
+        now = self._clock.monotonic()
+        ready: list[tuple[str, Choice]] = []
+        for serving in call.servings:  # the best priority first
+            if ready and serving.upstream.priority != ready[0][1].upstream.priority:
+                break
+            for choice in self.choices(serving.upstream, call.route.kind):
+                if choice.is_ready(now, call) and (not tried or choice.place not in tried):
+                    ready.append((serving.model, choice))
+        if not ready:
+            return None
+        model, choice = ready[0]
+        if len(ready) > 1:
+            model, choice = self._best(call, ready)
+        return Ticket(self, call, choice, model)
 
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
         """Whether there is somebody to be asked now; takes nobody's turn."""
@@ -9355,24 +9262,20 @@ class Upstreams:
     def _serve_next(self, queue: WaitQueue[Seeker]) -> bool:
         """Give a ticket to the call of a queue whose turn it is; False where none can have one.
 
-        A call that is held up for its user or its model is passed over and keeps its turn, all of that model at once.
-        Any other call may use all that they may, so if one finds nothing, none would.
+        A call that is held up for its user or its model is passed over and keeps its turn. Any other may use all that
+        they may, so if one finds nothing, none would.
         """
-        held_models: set[str] = set()
         for seeker in queue.firsts():
-            call = seeker.call
-            if call.model in held_models:
-                continue
-            ticket = self.take(call, seeker.tried)
+            ticket = self.take(seeker.call, seeker.tried)
             if ticket:
                 self._queues.remove(seeker, is_served=True)
                 seeker.end(ticket)
                 return True
-            covered = [cooldown.whom for choice in self.choices_of(call) for cooldown in choice.cooldowns_of(call)]
+            covered = [
+                each.whom for choice in self.choices_of(seeker.call) for each in choice.cooldowns_of(seeker.call)
+            ]
             if all(whom == EVERYBODY for whom in covered):
                 return False
-            if not any(whom.user for whom in covered):
-                held_models.add(call.model)
         return False
 
     def check(self, stood_s: float = 0.0) -> None:
@@ -9404,9 +9307,8 @@ class Upstreams:
     def record_answer(self, ticket: Ticket) -> None:
         """End the trials of an attempt: the upstream has something to say."""
         if ticket.trials:
-            for cooldown in ticket.trials:
+            for cooldown in ticket.end_trials():
                 cooldown.close()
-            ticket.trials = []
             self.on_recovery(ticket.choice)
             self.wake()
 
@@ -9417,8 +9319,8 @@ class Upstreams:
                 health.record_success()
 
     def record_failure(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
-        """Take in how an attempt failed: the verdict says what is left alone for it, the evidence for whom."""
-        choice, kind, verdict = ticket.choice, kind_of(case), ticket.choice.upstream.verdict(case)
+        """Take in how an attempt failed: the verdict says what is left alone for it, `_blame` for whom."""
+        choice, verdict = ticket.choice, ticket.choice.upstream.verdict(case)
         if case == OWN_TROUBLE.case:
             return  # it was not even asked
         if verdict.blame == "none":
@@ -9426,82 +9328,91 @@ class Upstreams:
             return
         health = choice.health
         if verdict.blame == "key":
-            for cooldown in ticket.end_trials(choice.health):  # the upstream itself answers
-                cooldown.close()
             health = choice.key_health
-        if not ticket.is_current(health):
-            return
-        tried = set()  # whom the trial was for
-        for cooldown in ticket.end_trials(health):
-            if cooldown.kind == kind:
-                tried.add(cooldown.whom)
-            else:  # what it was left alone for is over
+        is_current = ticket.is_current(health)
+        again: list[Whom] = []  # whom the trial was for that failed in the same way
+        for cooldown in ticket.end_trials():
+            if cooldown.health is health and cooldown.kind == kind_of(case):
+                again.append(cooldown.whom)
+            elif cooldown.health is health or verdict.blame == "key":  # else nothing is known of the API key
                 cooldown.close()
-        whom = self._blame(ticket, health, case, retry_after_s, tried)
-        if whom is None:
+        if not is_current:
             return
-        breaker, trips = ticket.call.config.routing.breaker, min(health.trips[whom], 30)
-        if retry_after_s:
-            if kind == "failed" and not whom.user:  # the header is one user's answer's
-                retry_after_s = min(retry_after_s, breaker.max_cooldown)
-            # Nobody is to come before its time, nor all at once; a little later where it was too short.
-            seconds = max(retry_after_s, min(breaker.cooldown, 2.0**trips))
-            seconds = min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
-        else:
-            base = verdict.cooldown_s or breaker.cooldown
-            seconds = min(max(breaker.max_cooldown, base), base * 2.0**trips) * (0.9 + 0.2 * self._chance())
-        self._cool_down(choice, health, case, seconds, whom, is_said=bool(retry_after_s))
+        whom = self._blame(ticket, health, case, bool(retry_after_s), again)
+        if whom is not None:
+            seconds = self._cooldown_s(ticket, health.cooldowns.get(whom), whom, case, retry_after_s)
+            self._cool_down(choice, health, whom, case, seconds, is_said=bool(retry_after_s))
 
-    def _blame(
-        self, ticket: Ticket, health: Health, case: str, retry_after_s: float | None, tried: set[Whom]
-    ) -> Whom | None:
-        """Return whose calls a failure and those before it hold up, None for nobody's."""
-        call, kind, now = ticket.call, kind_of(case), self._clock.monotonic()
-        verdict = ticket.choice.upstream.verdict(case)
+    def _blame(self, ticket: Ticket, health: Health, case: str, is_said: bool, again: list[Whom]) -> Whom | None:
+        """Count a failure; return whose calls it and those before it hold up, None for nobody's. See the table above.
+
+        `is_said`: the answer says when to come again.
+        """
+        call, kind = ticket.call, kind_of(case)
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
         if is_first:
             call.blamed += (health,)
             health.failures += 1
-        if kind in REFUSED_KEY and not tried and self._is_vouched_for(ticket.choice, health, case):
+        if case in VOUCHED_FOR and self._is_vouched_for(ticket.choice, health):
             return None
-        evidence = health.evidence.get(kind)
-        if evidence is None or now - evidence.last > EVIDENCE_S:
-            evidence = health.evidence[kind] = Evidence(now)
-        evidence.add(call, now, is_counted=is_first and not any(whom.user for whom in tried))
-        row = BLAMED["failed"]
-        if case in UNREACHED or (kind == "failed" and verdict.cooldown_s):
-            row = BLAMED["sure"]
-        elif kind == "429" or (kind == "failed" and retry_after_s):
-            row = BLAMED["said"]
-        is_often = bool(verdict.cooldown_s) or evidence.count >= call.config.routing.breaker.failures
-        blamed = row.one_user
-        if len(evidence.users) > 1 and (is_often or kind == "429"):
-            blamed = "model" if kind == "429" and len(evidence.models) == 1 else row.several
-        elif len(evidence.users) == 1 and evidence.last - evidence.since >= ALONE_S:
-            blamed = row.for_long
-        if not (is_often or retry_after_s) or (case == "403" and health.key_check is not KeyCheck.UNCLEAR):
-            blamed = "nobody"
-        for name, whom in (("everybody", EVERYBODY), ("model", Whom(model=call.model)), ("user", Whom(user_of(call)))):
-            if name == blamed or whom in tried:
-                return whom  # the widest
+        user, everybody = Whom(user_of(call)), EVERYBODY
+        if case in ("403", "429"):
+            everybody = Whom(model=call.model)
+        if len(health.counts) > MAX_COUNTS:
+            health.counts.clear()
+        counts = health.counts.setdefault((kind, everybody.model), Counter())
+        if is_first:
+            counts[user.user] += 1
+        failures = call.config.routing.breaker.failures
+        at_once = ticket.choice.upstream.verdict(case).cooldown_s > 0
+        is_sure = case in UNREACHED or (kind == "failed" and at_once)
+        is_often = at_once or counts.total() >= failures
+        if everybody in again or (is_often and (is_sure or len(counts) > 1)):
+            return everybody
+        if user in again or is_said or kind == "429" or counts[user.user] >= failures:
+            counts[user.user] = 1  # for the others
+            return user
         return None
 
-    def _is_vouched_for(self, choice: Choice, health: Health, case: str) -> bool:
-        """Whether the list of models speaks for an API key that a call was refused with; it is asked for if need be.
+    def _cooldown_s(
+        self, ticket: Ticket, before: Cooldown | None, whom: Whom, case: str, retry_after_s: float | None
+    ) -> float:
+        """Return how long a cooldown lasts after the one that its trial did not end; with jitter."""
+        breaker = ticket.call.config.routing.breaker
+        trips = 0
+        if before:
+            trips = min(before.trips, 30)
+        if retry_after_s:
+            if kind_of(case) == "failed" and not whom.user:  # the header is one user's answer's
+                retry_after_s = min(retry_after_s, breaker.max_cooldown)
+            # Nobody is to come before its time, nor all at once; a little later where it was too short.
+            seconds = max(retry_after_s, min(breaker.cooldown, 2.0**trips))
+            return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
+        base = ticket.choice.upstream.verdict(case).cooldown_s or breaker.cooldown
+        return min(max(breaker.max_cooldown, base), base * 2.0**trips) * (0.9 + 0.2 * self._chance())
 
-        401 there agrees with the refusal, an answer speaks for the key (`record_key_check`). A 403 is often about a
-        model that the project lacks: there users count only where the list says nothing.
-        """
-        if case == "402":
-            return False
+    def _cool_down(
+        self, choice: Choice, health: Health, whom: Whom, why: str, seconds: float, is_said: bool = False
+    ) -> None:
+        cooldown = Cooldown(health, whom, why, seconds, is_said, self._clock)
+        for old in tuple(health.cooldowns.values()):
+            if self._clock.monotonic() > old.until + KEPT_S:
+                old.close()
+        if whom in health.cooldowns:
+            cooldown.trips += health.cooldowns[whom].trips
+        health.cooldowns[whom] = cooldown
+        health.epoch += 1
+        self.on_trip(choice, cooldown)
+
+    # What the list of models, which costs nothing, says of an API key that calls were refused with
+
+    def _is_vouched_for(self, choice: Choice, health: Health) -> bool:
+        """Whether the list of models speaks for an API key that a call was refused with; ask for it if need be."""
         now = self._clock.monotonic()
-        is_recent = now - health.checked_at < VOUCHED_S
-        if not is_recent:
-            health.checked_at = now
-            if health.key_check is KeyCheck.GOOD:
-                health.key_check = KeyCheck.NOTHING
+        if now >= health.ask_at:
+            health.ask_at = now + VOUCHED_S
             self.suspects[health] = choice
-        return is_recent and health.key_check is KeyCheck.GOOD
+        return now < health.vouched_until
 
     def take_suspects(self) -> list[tuple[Choice, Health]]:
         """Return whose list of models is to be asked for, each once."""
@@ -9511,22 +9422,12 @@ class Upstreams:
 
     def record_key_check(self, choice: Choice, health: Health, status: int) -> None:
         """Take in the answer to a request for the list of models, by a suspected API key; `status` 0: no answer."""
-        case = next((case for case in REFUSED_KEY if case in health.evidence), "")
         if 200 <= status < 300:
-            health.forget_refusals()
-            health.key_check, health.checked_at = KeyCheck.GOOD, self._clock.monotonic()
-        elif status == 401 and case and EVERYBODY not in health.cooldowns:
-            seconds = choice.upstream.verdict(case).cooldown_s or MAX_RETRY_AFTER_S
-            self._cool_down(choice, health, case, seconds, EVERYBODY)
-        else:
-            health.key_check = KeyCheck.UNCLEAR
-
-    def _cool_down(
-        self, choice: Choice, health: Health, case: str, seconds: float, whom: Whom, is_said: bool = False
-    ) -> None:
-        cooldown = Cooldown(health, whom, case, seconds, is_said, self._clock)
-        health.cool_down(cooldown, self._clock.monotonic())
-        self.on_trip(choice, cooldown)
+            health.vouch(self._clock.monotonic() + VOUCHED_S)
+            self.wake()
+        elif status == 401 and health.failures and EVERYBODY not in health.cooldowns:
+            seconds = choice.upstream.verdict("401").cooldown_s or MAX_RETRY_AFTER_S
+            self._cool_down(choice, health, EVERYBODY, "401", seconds)
 
     # What people ask and say
 

@@ -640,7 +640,7 @@ def test_each_failed_trial_doubles_the_cooldown_up_to_the_most_and_an_end_begins
 @pytest.mark.parametrize("case", [None, "400", "429"])
 def test_a_trial_without_a_word_on_the_upstream_lets_another_one_try(case):
     """
-    A client that left says nothing: the next call tries. An answer at all, if a refusal, says that the upstream is up.
+    A client that left says nothing: others try ten seconds later. An answer at all says that the upstream is up.
     """
     world = breaker_world("api_key: [key-1, key-2]")
     world.fail("529", times=3)
@@ -649,9 +649,10 @@ def test_a_trial_without_a_word_on_the_upstream_lets_another_one_try(case):
     with world.take() as trial:
         if case:
             world.upstreams.record_failure(trial, case)
-    state = world.reported()
-    with world.take() as another:
-        others = world.place()
+    state, others = world.reported(), world.place()
+    world.clock.advance(10)
+    another = world.take()
+    another.__exit__()
 
     assert state == {"a": "ok" if case else "half_open"}
     assert (others is None) is (case is None)
@@ -732,10 +733,10 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
 
 
 class NaiveRest:
-    """One cooldown, and the trial that may be on its way."""
+    """One cooldown, and when the next call may try."""
 
-    def __init__(self, until: float) -> None:
-        self.until, self.trial, self.alone_until = until, None, 0.0
+    def __init__(self, until: float, trips: int) -> None:
+        self.until, self.trips, self.trial_at = until, trips, until
 
 
 class NaiveBreaker:
@@ -743,14 +744,12 @@ class NaiveBreaker:
 
     def __init__(self) -> None:
         self.era = self.failures = self.count = 0
-        self.last = 0.0
-        self.trips: Counter[str | g.Whom] = Counter()
         self.rests: dict[str | g.Whom, NaiveRest] = {}
         self.began: dict[g.Ticket, int] = {}
         self.tries: dict[g.Ticket, list[NaiveRest]] = {}
 
     def lets_in(self, now: float) -> bool:
-        return all(now >= r.until and (r.trial is None or now >= r.alone_until) for r in self.of_others())
+        return all(now >= rest.trial_at for rest in self.of_others())
 
     def of_others(self) -> list[NaiveRest]:
         """Those that cover a new call, which is of a user of its own."""
@@ -760,8 +759,8 @@ class NaiveBreaker:
         self.began[ticket] = self.era
         self.tries[ticket] = self.of_others()
         for rest in self.of_others():
-            if rest.trial is None:
-                rest.trial, rest.alone_until = ticket, now + 10.0
+            if rest.trial_at == rest.until:
+                rest.trial_at = now + 10.0
 
     def answered(self, ticket: g.Ticket) -> None:
         for name, rest in tuple(self.rests.items()):
@@ -772,33 +771,28 @@ class NaiveBreaker:
     def finished(self, ticket: g.Ticket) -> None:
         if self.began[ticket] == self.era:
             self.failures = self.count = 0
-            self.trips.clear()
             self.rests = {name: rest for name, rest in self.rests.items() if isinstance(name, str)}
 
     def failed(self, ticket: g.Ticket, now: float, is_429: bool) -> None:
+        tried = [name for name, rest in self.rests.items() if rest in self.tries[ticket]]
+        self.left(ticket)
         if self.began[ticket] == self.era:
-            tried = [name for name, rest in self.rests.items() if rest in self.tries[ticket]]
-            self.left(ticket)
             self.failures += 1
-            self.count = 1 if now - self.last > 600 else self.count + 1
-            self.last = now
-            is_for_all = "all" in tried or (self.count >= 3 and not is_429)
-            if is_for_all or is_429:
-                is_alone = self.count == 1 and "model" not in tried
-                name = "all" if is_for_all else g.Whom(user=ticket.call.key.name) if is_alone else "model"
-                self.rests = {each: r for each, r in self.rests.items() if each == "all" or now < r.until + 600}
-                self.rests[name] = NaiveRest(now + min(40.0, 10.0 * 2 ** self.trips[name]))
-                self.trips[name] += 1
+            self.count += 1
+            name: str | g.Whom = "model" if is_429 else "all"
+            if is_429 and self.count == 1 and name not in tried:
+                name = g.Whom(user=ticket.call.key.name)
+            if is_429 or name in tried or self.count >= 3:
+                self.rests = {each: rest for each, rest in self.rests.items() if now <= rest.until + 600}
+                trips = self.rests[name].trips if name in self.rests else 0
+                self.rests[name] = NaiveRest(now + min(40.0, 10.0 * 2**trips), trips + 1)
                 self.era += 1
 
     def left(self, ticket: g.Ticket) -> None:
-        for rest in self.tries.pop(ticket, []):
-            if rest.trial is ticket:
-                rest.trial = None
+        self.tries[ticket] = []
 
     def reset(self) -> None:
         self.failures = self.count = 0
-        self.trips.clear()
         self.rests.clear()
         self.era += 1
 
@@ -872,10 +866,13 @@ class BreakerMachine(RuleBasedStateMachine):
         (choice,) = self.world.upstreams.choices(self.world.config.upstreams[0])
         names = {g.EVERYBODY: "all", g.Whom(model=MODEL): "model"}
         for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
-            trips = {names.get(whom, whom): count for whom, count in health.trips.items()}
-            rests = {names.get(whom, whom): (rest.until, rest.trial) for whom, rest in health.cooldowns.items()}
-            assert (health.running, health.failures, trips) == (len(self.tickets), naive.failures, naive.trips)
-            assert rests == {name: (rest.until, rest.trial) for name, rest in naive.rests.items()}
+            rests = {names.get(whom, whom): rest for whom, rest in health.cooldowns.items()}
+            assert (health.running, health.failures) == (len(self.tickets), naive.failures)
+            one, other = (
+                {name: (rest.until, rest.trial_at, rest.trips) for name, rest in found.items()}
+                for found in (rests, naive.rests)
+            )
+            assert one == other
 
     def teardown(self) -> None:
         for ticket in self.tickets:
@@ -897,19 +894,21 @@ def test_the_breaker_does_what_a_naive_one_does(caplog):
 # --- one user's matter, and everybody's ------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["401", "402", "403", "500", "first_byte_timeout", "cut", "unexpected", "mid_stream"])
-def test_one_user_takes_an_upstream_from_nobody(case):
+@pytest.mark.parametrize("case", ["401", "402", "403", "429", "500", "first_byte_timeout", "cut", "mid_stream"])
+def test_one_user_takes_an_upstream_from_nobody(caplog, case):
     """
-    Whatever one user's requests bring about at once, nothing is left alone for it.
+    Whatever one user's requests bring about, and however often, nothing is left alone for anybody else.
     """
     world = World({"a": ""})
 
     for _ in range(50):
-        with world.take(user="mallory") as ticket:
-            world.upstreams.record_failure(ticket, case)
-        world.clock.advance(0.1)
+        if world.is_let_in("mallory"):
+            world.fail_for("mallory", case)
+        world.clock.advance(1)
 
     assert world.reported() == {"a": "ok"} and world.place() == ("a", 1)
+    assert "for the calls of mallory only" in caplog.text
+    caplog.clear()
 
 
 @pytest.mark.parametrize("case", ["401", "403", "500", "cut"])
@@ -932,7 +931,7 @@ def test_one_users_failures_among_others_successes_say_nothing(case):
 @pytest.mark.parametrize(("case", "away_s"), [("402", 1800.0), ("401", 1800.0), ("500", 10.0), ("cut", 10.0)])
 def test_a_single_user_has_a_breaker_too(case, away_s):
     """
-    Where there is nobody else to fail, ten seconds without a success are enough.
+    Where there is nobody else to fail, so many in a row are enough.
     """
     world = World({"a": ""})
 
@@ -1009,24 +1008,6 @@ def test_a_429_of_two_users_rests_an_api_key_for_its_model_only():
     assert (row["state"], row["keys"][0]["state"], row["keys"][0]["for_one_model"]) == ("ok", "cooling", True)
     world.clock.advance(10)
     assert world.is_let_in("carol")
-
-
-@pytest.mark.logs("is left alone for")
-@pytest.mark.parametrize(
-    ("user", "model", "let_in"),
-    [("alice", "claude-other", [True] * 2), ("bob", MODEL, [False, True]), ("bob", "claude-other", [False] * 2)],
-)
-def test_a_429_of_two_users_for_two_models_rests_the_whole_api_key(user, model, let_in):
-    """
-    Then it is the account that is limited.
-    """
-    world = World({"a": ""})
-    world.fail_for("alice", "429")
-    world.clock.advance(10)
-
-    world.fail_for(user, "429", 60.0, model=model)
-
-    assert [world.is_let_in("carol", asked) for asked in (MODEL, "claude-third")] == let_in
 
 
 @pytest.mark.logs("is left alone for")
@@ -1120,8 +1101,7 @@ def test_two_keys_of_one_team_are_one_user():
     """
     world = World({"a": ""})
 
-    for seconds, user in ((0, "one"), (1, "two"), (1, "one"), (8, "two")):
-        world.clock.advance(seconds)
+    for user in ("one", "two", "one"):
         world.fail_for(user, team="red")
 
     assert [world.is_let_in("three", team=team) for team in ("red", "blue", "")] == [False, True, True]
@@ -1189,14 +1169,19 @@ def test_a_key_that_gets_no_list_of_models_is_bad():
     assert world.upstreams.ready_in(world.call(), set()) == 1800.0
 
 
-def test_a_403_of_two_users_waits_for_the_list_of_models():
+@pytest.mark.logs("its API key is left alone for claude-test only, for 30 m: 403")
+def test_a_403_of_two_users_is_about_the_model_until_the_list_of_models_speaks_for_the_key():
     """
     A model that the project lacks is refused to all users; the key is good for the others.
     """
     world = World({"a": ""})
 
-    world.fail("403", times=5)
+    world.fail("403", times=2)
+    let_in = [world.is_let_in("carol", model) for model in (MODEL, "claude-other")]
+    ((choice, health),) = world.upstreams.take_suspects()
+    world.upstreams.record_key_check(choice, health, 200)
 
+    assert let_in == [False, True]
     assert world.place() == ("a", 1)
 
 
@@ -1295,69 +1280,34 @@ def date(seconds: float) -> str:
         ({"retry-after": date(7200)}, 1800.0),
         ({"retry-after": "30", "retry-after-ms": "1250"}, 1.25),
         ({"retry-after": "30", "retry-after-ms": "x"}, 30.0),
-        (
-            {
-                "anthropic-ratelimit-requests-remaining": "0",
-                "anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z",
-            },
-            30.0,
-        ),
-        (
-            {
-                "anthropic-ratelimit-tokens-remaining": "0",
-                "anthropic-ratelimit-tokens-reset": "2026-09-21T14:14:20Z",
-                "anthropic-ratelimit-requests-remaining": "12",
-                "anthropic-ratelimit-requests-reset": "2026-09-21T14:20:00Z",
-            },
-            60.0,
-        ),
-        ({"anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z"}, None),
-        (
-            {
-                "retry-after": "3",
-                "anthropic-ratelimit-requests-remaining": "0",
-                "anthropic-ratelimit-requests-reset": "2026-09-21T14:13:50Z",
-            },
-            3.0,
-        ),
-        ({"anthropic-ratelimit-unified-reset": str(int(START) + 600)}, None),
-        ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s"}, 360.0),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "20ms"}, 0.02),
-        ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "1h2m"}, 1800.0),
-        ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": str(int(START) + 45)}, 45.0),
-        ({"x-ratelimit-remaining-tokens": "9", "x-ratelimit-reset-tokens": "6m0s"}, None),
+        ({"anthropic-ratelimit-requests-remaining": "0", "x-ratelimit-reset": "30"}, None),
         ({"retry-after": "9" * 64_000}, 1800.0),
-        ({"retry-after": "9" * 64_000 + "x"}, None),  # for which a pattern took minutes
     ],
 )
 def test_an_answer_says_when_to_come_again(headers, expected):
     """
-    Seconds, a date, milliseconds, or the reset of a rate limit of which nothing remains; at most half an hour.
+    Seconds, a date, or milliseconds; at most half an hour.
     """
     seconds = g.read_retry_after([(name.encode(), value.encode()) for name, value in headers.items()], START)
 
     assert seconds == (expected if expected is None else pytest.approx(expected))
 
 
-@pytest.mark.parametrize("text", ["2026-09-21T14:13:50", "2026-09-21T14:13:50Z", "Mon, 21 Sep 2026 14:13:50 -0000"])
-def test_a_time_without_a_zone_is_utc_wherever_the_gateway_runs(monkeypatch, text):
+def test_a_date_without_a_zone_is_utc_wherever_the_gateway_runs(monkeypatch):
     """
     The machine's own zone has no say in when to come again.
     """
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
 
-    seconds = g.read_seconds(text, START)
+    seconds = g.read_retry_after([(b"retry-after", b"Mon, 21 Sep 2026 14:13:50 -0000")], START)
 
     monkeypatch.undo()
     time.tzset()
     assert seconds == 30.0
 
 
-HEADER_NAMES = [
-    *(b"retry-after", b"retry-after-ms", b"anthropic-ratelimit-tokens-reset", b"anthropic-ratelimit-tokens-remaining"),
-    *(b"x-ratelimit-reset-requests", b"x-ratelimit-remaining-requests"),
-]
+HEADER_NAMES = [b"retry-after", b"retry-after-ms"]
 VALUES = st.one_of(
     st.binary(max_size=20),
     st.just(b"0"),

@@ -1341,7 +1341,7 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
 
     (choice,) = gateway.gateway.relay.upstreams.choices(gateway.gateway.config.upstreams[0])
     assert reply.texts == ["Hello"] and not reply.was_cut
-    assert (choice.health.failures, choice.health.trips) == (2, {g.EVERYBODY: 1})
+    assert (choice.health.failures, choice.health.cooldowns[g.EVERYBODY].trips) == (2, 1)
 
 
 @pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
