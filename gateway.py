@@ -1759,8 +1759,8 @@ class Policies(tuple[tuple[str, Policy], ...]):
 
 
 # --- 5. Settings: every setting as a typed field ----------------------------------
-# Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, status_of_error, UNREACHED,
-#   UpstreamConfig, UsageConfig, VERDICT_MEANINGS, VerdictConfig, VERDICTS, Weights
+# Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED, UpstreamConfig,
+#   UsageConfig, VERDICT_MEANINGS, VerdictConfig, VERDICTS, Weights
 
 # The settings
 
@@ -1849,33 +1849,6 @@ VERDICT_MEANINGS = {
 }
 REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure (`Upstreams._blame`)
 UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a client's can bring these about
-STATUS_OF_ERROR = {
-    "invalid_request_error": 400,
-    "authentication_error": 401,
-    "billing_error": 402,
-    "insufficient_quota": 402,
-    "permission_error": 403,
-    "not_found_error": 404,
-    "request_too_large": 413,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-    "timeout_error": 504,
-    "overloaded_error": 529,
-    "api_error": 500,
-    "server_error": 500,
-    "context_length_exceeded": 400,
-    "failed_to_download_image": 400,
-    "empty_image_file": 400,
-    "unsupported_image_media_type": 400,
-}  # platform.claude.com/docs/en/api/errors; OpenAI's codes: `ResponseError` in its API reference
-
-
-def status_of_error(name: str) -> int | None:
-    """The status that an error's type or code stands for, None where it tells nothing."""
-    if re.fullmatch(r"[45]\d\d", name):
-        return int(name)
-    is_clients = name.startswith(("invalid_", "image_"))  # OpenAI's: what is wrong with a prompt or an image
-    return STATUS_OF_ERROR.get(name, 400 if is_clients else None)
 
 
 class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -6196,11 +6169,13 @@ def apply_header_rules(lines: list[bytes], upstream: UpstreamConfig) -> list[byt
     return kept + [f"{name}: {value}".encode() for name, value in rules.set.items()]
 
 
-def request_head(call: Call, upstream: UpstreamConfig, api_key: str, target: UpstreamTarget, length: int) -> bytes:
+def request_head(
+    call: Call, path: str, upstream: UpstreamConfig, api_key: str, target: UpstreamTarget, length: int
+) -> bytes:
     """The head of the request that goes upstream: the client's headers as far as they are its matter, our key."""
     query = b"?" + call.query if call.query else b""
     lines = [
-        b"POST %b%b%b HTTP/1.1" % (target.prefix, call.route.path.encode(), query),
+        b"POST %b%b%b HTTP/1.1" % (target.prefix, path.encode(), query),
         b"host: %b" % target.authority,
         b"content-length: %d" % length,
         b"accept-encoding: identity",  # usage must be readable
@@ -6594,126 +6569,21 @@ def token_rate(body: bytes, attached: int) -> float:
     return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
 
 
-# Pages of a PDF
-#
-# A page is read as text and as an image (platform.claude.com/docs, "PDF support"). The bytes of a document bound
-# neither: 600 pages that share one content are 57 KB, packed 4 KB, and a text inflates to its thousandfold. So pages
-# are counted as objects, and texts inflated. A page is an object of its type, and named in the `Kids` of its part of
-# the document; its text is in the streams that its `Contents` name, and in forms, which any page may show.
-#
-# Where each page and part is named once, there are at most as many pages as names. Whatever is named once more may
-# double them: a page is reached on a way from part to part, which is known by those of the repeated names that it
-# takes. So four names, one of them twice, are 8 pages at most; ten parts that name the next one twice have 1,024.
-#
-# That holds for a document that is written in the plain way, as programs write it: its lists stand where they are
-# used, names have no escapes, and streams are inflated, or in ASCII85. Any other one counts as the largest context,
-# and so does what is more than can be looked at of one request.
-
-PDF_TOKENS = 1_000_000  # the largest context
-PAGE_TOKENS = 4_500  # 1,500 to 3,000 of text, and its image
-MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
-MAX_PDF_PARTS = 50_000  # streams and lists of all of them: 2 µs each
-LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
-PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
-PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")  # of an object, before its `obj`
-PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
-# What a part of the document, or a page, names; the `Contents` of a remark or a signature are a text.
-PDF_LIST = re.compile(rb"/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R|[(<])?")
-PDF_REFERENCE = re.compile(rb"\b(\d{1,10})\s{1,9}\d{1,9}\s{1,9}R")
-# One of the names that are looked for here, in which #41 may be A.
-PDF_ESCAPED = re.compile(rb"/(?:[TPKOCF]\w{0,6}#(?:[46][1-9A-Fa-f]|[57][0-9Aa])|#(?:54|50|4[bBfF36]))")
-
-
-class PdfReader:
-    """Counts pages and text of the PDFs of one request. What is no plain one raises ValueError within."""
-
-    def __init__(self) -> None:
-        self._bytes_left, self._parts_left = MAX_PDF, MAX_PDF_PARTS
-
-    def tokens(self, text: bytes) -> int:
-        """The tokens of a PDF in base64, at most PDF_TOKENS."""
-        try:
-            self._take(max(len(text), LEAST_PDF))
-            pages, text_bytes = self._read(base64.b64decode(text, validate=True))
-        except ValueError:
-            return PDF_TOKENS
-        return min(max(pages * PAGE_TOKENS, text_bytes // 4), PDF_TOKENS)
-
-    def _take(self, size: int, parts: int = 0) -> None:
-        self._bytes_left -= size
-        self._parts_left -= parts
-        if min(self._bytes_left, self._parts_left) < 0:
-            raise ValueError("more than can be looked at")
-
-    def _read(self, pdf: bytes) -> tuple[int, int]:
-        """The pages, and the bytes of their text."""
-        if not pdf.startswith(b"%PDF-"):
-            raise ValueError("readers look past what stands before that")
-        streams = list(self._streams(pdf))
-        objects = b"\n".join(
-            [pdf, *(self._inflate(fields, data) for _, fields, data in streams if b"/ObjStm" in fields)]
-        )
-        if PDF_ESCAPED.search(objects):
-            raise ValueError("a name with escapes")
-        named = self._named(objects)
-        kids, contents = named[b"Kids"], named[b"Contents"]
-        doubles = min(kids.total() - len(kids), 20)
-        pages = max(kids.total() << doubles, len(PDF_PAGE.findall(objects)))
-        if not pages or contents.keys() - {number for number, _, _ in streams}:
-            raise ValueError("no pages, or a list of contents that stands elsewhere")
-        text_bytes = 0
-        for number, fields, data in streams:
-            shown = pages if b"/Form" in fields else contents[number]
-            if shown:
-                text_bytes += len(self._inflate(fields, data)) * shown
-        return pages, text_bytes
-
-    def _streams(self, pdf: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-        """The streams: each one's number (0: not to be seen), its dictionary, and its bytes as they came."""
-        end = 0
-        for found in PDF_STREAM.finditer(pdf):
-            if found.start() < end:
-                continue
-            self._take(0, parts=1)
-            before = pdf[max(end, found.start() - 1000) : found.start()]
-            start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
-            if start < 0 or end < 0:
-                raise ValueError("a stream without a beginning, or without an end")
-            number = PDF_NUMBER.search(before, 0, start)
-            yield int(number[1]) if number else 0, before[start:], pdf[found.end() : end]
-
-    def _inflate(self, fields: bytes, data: bytes) -> bytes:
-        """The bytes of a stream. Raises ValueError if they are packed in another way."""
-        if b"/ASCII85Decode" in fields:
-            self._take(16 * len(data))  # it takes longer
-            data = base64.a85decode(b"<~" + data.strip(), adobe=True)
-        if b"/Filter" in fields:
-            try:
-                data = zlib.decompressobj().decompress(data, self._bytes_left + 1)
-            except zlib.error:
-                raise ValueError("a stream in another encoding") from None
-        self._take(len(data))
-        return data
-
-    def _named(self, objects: bytes) -> dict[bytes, Counter[int]]:
-        """The numbers of the objects that all `Kids` and all `Contents` name, and how often."""
-        named = {b"Kids": Counter[int](), b"Contents": Counter[int]()}
-        for found in PDF_LIST.finditer(objects):
-            self._take(0, parts=1)
-            kind, names = found.groups()
-            if names is None or (kind == b"Kids" and not names.startswith(b"[")):
-                raise ValueError("a list that stands elsewhere")
-            named[kind].update(map(int, PDF_REFERENCE.findall(names)))
-        return named
-
-
 # Attachments: base64, a URL or a file in the places of a conversation where an API takes them
+#
+# An image counts as the largest that there is. A page of a PDF is read as text and as an image
+# (platform.claude.com/docs, "PDF support"), so a PDF counts by its pages: objects of that type, which may be packed.
+# Where none is to be seen, or the PDFs of a request are more than can be looked at, each counts as the largest context.
 
 IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels, 750 a token (platform.claude.com/docs, "Vision")
-# … and of the one family whose tiles cost 5,667 tokens: an image has up to eight (platform.openai.com/docs, "Images").
-TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
+PDF_TOKENS = 1_000_000  # the largest context
+PAGE_TOKENS = 4_500  # 1,500 to 3,000 of text, and its image
+PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
+MAX_PDF = 8 << 20  # bytes, in base64, of all PDFs of a request that are read
+LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
+MAX_PDF_STREAMS = 1000  # packed streams of one; each has 100 objects and more
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
-MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
+MAX_PARTS = 20_000  # messages and blocks among which attachments are looked for, 2 µs each; the rest counts as text
 MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
 ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "messages": (b'"source"',),
@@ -6732,7 +6602,6 @@ ATTACHMENTS = {
     "file": ("file", False),
     "input_file": ("file_data", False),
 }
-NO_PARTS = ("text", "thinking", "redacted_thinking", "tool_use")  # types of blocks that have no others within
 ELSEWHERE_OR_BASE64 = ("base64", "url", "file")  # types of a `source` that are not text
 # A letter, digit or _ that JSON has escaped: no library does that (they escape < > & ' + and ` at most).
 ESCAPED = re.compile(rb"\\u00(?:3[0-9]|[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
@@ -6749,22 +6618,22 @@ class Part(msgspec.Struct, gc=False):
     file: Raw = msgspec.UNSET
     file_data: Raw = msgspec.UNSET
     data: Raw = msgspec.UNSET
-    url: Raw = msgspec.UNSET
 
 
-def attached_base64(part: Part, field: str) -> bytes | None:
-    """The base64 of an attachment with its quotes, or what is in its place; "" for a file's number, None for a text."""
+def attached_data(part: Part, field: str) -> bytes | None:
+    """The base64 of an attachment as a JSON string, or a URL; "" for a file's number, None for a text."""
     value = bytes_of(getattr(part, field))
     if value.startswith(b"{"):
         source = msgspec.json.decode(value, type=Part)
         if field == "source" and decode_short(source.type, str, "") not in ELSEWHERE_OR_BASE64:
             return None  # a document in plain text, or what is no attachment
-        value = bytes_of(source.data or source.url or source.file_data)
-    return value if value.startswith(b'"') else b""
+        if field != "image_url":
+            value = bytes_of(source.data or source.file_data)
+    return value
 
 
 def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
-    """The attachments of a list of messages or blocks: each one's base64 (`attached_base64`), and if it is an image.
+    """The attachments of a list of messages or blocks: the data of each (`attached_data`), and if it is an image.
 
     Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
     """
@@ -6778,11 +6647,9 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
         kind = decode_short(part.type, str, "")
         if kind in ATTACHMENTS:
             field, is_image = ATTACHMENTS[kind]
-            text = attached_base64(part, field)
-            if text is not None:
-                yield text, is_image
-        elif kind in NO_PARTS:
-            continue
+            data = attached_data(part, field)
+            if data is not None:
+                yield data, is_image
         for within in (part.content, part.output, part.source):
             text = bytes_of(within)
             if text.startswith(b"{"):
@@ -6791,57 +6658,39 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
                 yield from attachments(memoryview(text), budget, depth + 1)
 
 
-def plain_base64(text: bytes) -> bytes:
-    """Base64 without its data: URL, the escapes of its JSON string, and white space, which servers look past."""
-    if b"\\" in text:
-        try:
-            text = msgspec.json.decode(b'"%b"' % text, type=str).encode()
-        except UNREADABLE:
-            return b""
-    if text.startswith(b"data:"):
-        text = text[text.find(b",", 0, 256) + 1 :]
-    return text.translate(None, b" \t\r\n")
-
-
-def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
-    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
-    has_blanks = b" " in text  # as words have, and no image
-    text = plain_base64(text)
-    step = max(1, len(text) // SAMPLES)
-    if not all(BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
-        return None
-    head = text[: 64 << 10]
+def count_pages(data: bytes) -> int:
+    """The pages of a PDF in base64 (as a JSON string, perhaps a data: URL); 0 where none is to be seen."""
     try:
-        start = base64.b64decode(head[: len(head) // 4 * 4], validate=True)
-    except ValueError:
-        return None
-    if b"%PDF-" in start[:1100]:
-        return pdfs.tokens(text)
-    if has_blanks:
-        return None
-    if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
-        return None
-    return most_image
+        pdf = base64.b64decode(msgspec.json.decode(data, type=str).rpartition(",")[2])
+    except (*UNREADABLE, ValueError):
+        return 0
+    pages = len(PDF_PAGE.findall(pdf))
+    for packed in pdf.split(b"/ObjStm", MAX_PDF_STREAMS)[1:]:
+        stream = packed.partition(b"stream")[2].lstrip(b"\r\n")
+        with contextlib.suppress(zlib.error):
+            pages += len(PDF_PAGE.findall(zlib.decompressobj().decompress(stream, 8 * len(stream))))
+    return pages
 
 
-def estimate_input(body: bytes, conversation: Raw, route: Route, model: str, is_escaped: bool) -> int:
+def estimate_input(body: bytes, conversation: Raw, kind: str, is_escaped: bool) -> int:
     """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
 
     `conversation` is the list of messages or input items within it; `is_escaped` says that names in it may be hidden.
     """
     text_bytes, tokens, has_any = len(body), 0, is_escaped
-    for mark in ATTACHMENT_MARKS[route.kind]:
+    for mark in ATTACHMENT_MARKS[kind]:
         has_any = has_any or mark in body
     if has_any:
-        is_tiled = route.api == "openai" and matches(TILED_IMAGES, model)
-        most_image = TILED_IMAGE_TOKENS if is_tiled else IMAGE_TOKENS
-        found, pdfs = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS))), PdfReader()
-        for text, is_image in itertools.islice(found, MAX_ATTACHMENTS):
-            most = most_image if is_image else PDF_TOKENS
-            cost = estimate_attachment(text[1:-1], most_image, pdfs)
-            if cost is not None:
-                text_bytes -= len(text)
-            tokens += most if cost is None else min(cost, most)
+        pdf_bytes = 0
+        found = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS)))
+        for data, is_image in itertools.islice(found, MAX_ATTACHMENTS):
+            text_bytes -= len(data)
+            if is_image:
+                tokens += IMAGE_TOKENS
+                continue
+            pdf_bytes += max(len(data), LEAST_PDF)
+            pages = count_pages(data) if pdf_bytes <= MAX_PDF else 0
+            tokens += min(pages * PAGE_TOKENS, PDF_TOKENS) or PDF_TOKENS
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
 
@@ -6858,9 +6707,6 @@ MOST_ANSWERS = 128  # that OpenAI's API gives to one request
 
 def read_most(value: Raw) -> float:
     """A count that a request allows; infinite where it is no number that all servers read alike, such as "8000"."""
-    text = bytes_of(value)
-    if text.isdigit() and len(text) < 16:  # as most are
-        return int(text)
     count = decode_short(value, int, -1)
     return count if count >= 0 else math.inf
 
@@ -6888,97 +6734,84 @@ def max_output(route: Route, peek: RequestPeek) -> float:
 # Other models
 #
 # A key may be for some models only, and a call is reserved at the price of the dearest that may serve it. Beside
-# `model`, a request can name others where the upstream turns to them, or runs them as tools. `MODEL_PLACES` has these
-# places in the shape of their JSON. What stands at one of them and is no name, or more than can be looked at, is
-# refused for such a key; for the others it counts as the dearest model of all.
+# `model`, a request can name others where the upstream turns to them, or runs them as tools: Anthropic's and LiteLLM's
+# fallbacks, OpenRouter's `models` and `plugins`, tools such as advisors. What stands at one of these places and cannot
+# be read as names, or leaves the choice to the upstream, is refused for such a key; for the others it counts as the
+# dearest model of all.
 
-MODEL = "a model's name"
-Shape = str | list["Shape"] | dict[str, "Shape"]
-MODEL_LIST: Shape = [MODEL, {"model": MODEL}]  # each item is a name, or an object that has one
-OF_SERVER_TOOL: dict[str, Shape] = {"model": MODEL, "analysis_models": [MODEL]}
-# Anthropic's and OpenAI's tools, and what LiteLLM and OpenRouter turn to (openrouter.ai/docs: advisor and fusion, whose
-# models may have such tools again).
-MODEL_PLACES: dict[str, Shape] = {
-    "models": MODEL_LIST,
-    "fallbacks": MODEL_LIST,
-    "context_window_fallbacks": MODEL_LIST,
-    "content_policy_fallbacks": MODEL_LIST,
-    "plugins": [{**OF_SERVER_TOOL, "allowed_models": [MODEL]}],
-    "tools": [
-        {
-            "model": MODEL,
-            "advisor": {"model": MODEL},
-            "parameters": {**OF_SERVER_TOOL, "tools": [{"parameters": OF_SERVER_TOOL}]},
-        }
-    ],
-}
-CHOOSING = {"tools": b"openrouter:", "plugins": b"fusion"}  # what has models of its own choice if it names none
-MAX_LOOKED_AT = 3000  # items and names among which models are looked for, 7 µs each …
-MAX_MODEL_PLACES = 2 << 20  # … and the bytes that these have in all, 25 ms each MB
-TOO_MANY = f"no more than {MAX_LOOKED_AT} items and names in them"
+MODEL_LISTS = ("models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
+MAX_TOOLS = 512 << 10  # bytes of tools that are decoded, into 70 bytes for each
 
 
-class NamedModel(NamedTuple):
-    """The model that a request names at a place, such as `tools[3].model`; or what was expected and is not there."""
-
-    place: str
-    name: str
-    expected: str = ""
+def chooses_model(*values: Raw) -> bool:
+    """Whether a plugin or tool of OpenRouter's may name models, or is one that chooses some."""
+    text = b"".join(map(bytes_of, values)).lower()
+    return b"model" in text or b"fusion" in text or b"\\u" in text
 
 
-def models_within(value: bytes, shape: Shape, place: str, left: Iterator[int]) -> Iterator[NamedModel]:
-    """The models that a JSON value names where its shape has one; a name of an object counts in any spelling.
+class NamesModel(msgspec.Struct, gc=False):
+    """An object that names a model."""
 
-    `left` counts the items and names that may still be looked at. Raises BadRequest, and as decoding does.
-    """
-    if value == b"null":
-        return
-    if isinstance(shape, str):
-        name = decode_short(msgspec.Raw(value), str, "")
-        is_name = 0 < len(name) <= MAX_NAME
-        yield NamedModel(place, name, "" if is_name else shape)
-    elif isinstance(shape, list):
-        if value[:1] != b"[":
-            yield NamedModel(place, "", "a list")
-            return
-        for number, item in enumerate(list_items(memoryview(value), MAX_LOOKED_AT + 1)):
-            if next(left, None) is None:
-                yield NamedModel(place, "", TOO_MANY)
-                return
-            text = bytes(item).strip()
-            item_shape = shape[-1] if text[:1] == b"{" else shape[0]
-            found = list(models_within(text, item_shape, f"{place}[{number}]", left))
-            yield from found
-            if MODEL in shape and not found:
-                yield NamedModel(f"{place}[{number}]", "", MODEL)
-    elif value[:1] == b"{" and (b"model" in value.lower() or b"\\u" in value):
-        for spelled, start, end in walk_fields(value):
-            if next(left, None) is None:
-                yield NamedModel(place, "", TOO_MANY)
-                return
-            name = spelled.casefold()
-            if name in shape:
-                yield from models_within(value[start:end].strip(), shape[name], f"{place}.{name}", left)
+    model: str
 
 
-def other_models(peek: RequestPeek) -> Iterator[NamedModel]:
-    """The models that a request names beside `model`. Raises BadRequest."""
-    left = iter(range(MAX_LOOKED_AT))
-    size = 0
-    try:
-        for field, shape in MODEL_PLACES.items():
-            value = bytes_of(getattr(peek, field))
-            size += len(value)
-            if size > MAX_MODEL_PLACES:
-                yield NamedModel(field, "", f"no more than {MAX_MODEL_PLACES} bytes")
-            elif value:
-                yield from models_within(value, shape, field, left)
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
+class Tool(msgspec.Struct, gc=False):
+    """What is read of a tool: whether the client runs it itself, without a model of its own, and how often it may."""
+
+    type: Raw = msgspec.UNSET
+    max_uses: Raw = msgspec.UNSET
+    model: Raw = msgspec.UNSET
+    advisor: Raw = msgspec.UNSET
+    parameters: Raw = msgspec.UNSET
+
+    def models(self) -> list[str]:
+        """The models that run for it; "" for what cannot be read."""
+        found: list[str] = []
+        if self.model not in UNSAID:
+            found.append(decode_short(self.model, str, ""))
+        if self.advisor not in UNSAID:
+            found.append(decode_short(self.advisor, NamesModel, NamesModel("")).model)
+        if decode_short(self.type, str, "").startswith("openrouter:") and chooses_model(self.type, self.parameters):
+            found.append("")
+        return found
+
+
+TOOLS_DECODER = msgspec.json.Decoder(list[Tool] | None)
+UNREAD_TOOLS = [Tool(type=msgspec.Raw(b'"web_search"'), max_uses=msgspec.Raw(b'"any"'), model=msgspec.Raw(b"0"))]
+
+
+def decode_tools(tools: Raw) -> list[Tool]:
+    """The tools of a request; where they are too many, or none, one that may do anything any number of times."""
+    if tools is msgspec.UNSET:
+        return []
+    if len(tools) <= MAX_TOOLS:
+        with contextlib.suppress(*UNREADABLE):
+            return TOOLS_DECODER.decode(tools) or []
+    return UNREAD_TOOLS
+
+
+def other_models(peek: RequestPeek, tools: list[Tool]) -> Iterator[tuple[str, str]]:
+    """The models that a request names beside `model`: each one's place, and its name, "" where that cannot be read."""
+    for field in MODEL_LISTS:
+        value = getattr(peek, field)
+        if value in UNSAID:
+            continue
+        text, names = bytes_of(value).lower(), list[str | NamesModel]([""])
+        if b"\\" not in text:
+            names = decode_short(value, list[str | NamesModel], names)
+        if text.count(b'"model"') > len(names):  # readers could take another
+            names = [""]
+        for name in names:
+            yield field, name if isinstance(name, str) else name.model
+    if chooses_model(peek.plugins):
+        yield "plugins", ""
+    for number, tool in enumerate(tools):
+        for name in tool.models():
+            yield f"tools[{number}]", name
 
 
 def check_other_models(call: Call, peek: RequestPeek) -> None:
-    """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked and BadRequest."""
+    """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked."""
     key, why = call.key, f"the key {call.key} may use only some models"
     if b"model" in urllib.parse.unquote_to_bytes(call.query).lower():
         raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
@@ -6987,22 +6820,14 @@ def check_other_models(call: Call, peek: RequestPeek) -> None:
     for name in map(bytes.decode, ROUTER_NAMES):
         if getattr(peek, name):
             raise PolicyBlocked(f"{name}: {why}, and this can turn to others. Leave it out.")
-    found = set[str]()
-    for place, name, expected in other_models(peek):
-        if expected:
-            raise PolicyBlocked(
-                f"{place}: expected {expected}, since {why}, and each that a request names is looked at. "
-                f"Leave {place} out, or write it so."
-            )
+    for place, name in other_models(peek, decode_tools(peek.tools)):
+        if not name:
+            raise PolicyBlocked(f"{place}: {why}, and which it names here cannot be told. Leave it out.")
         if not key.allows_model(name):
             raise PolicyBlocked(
-                f"The key {key} may not use the model {name!r}, which {place} names. "
-                f"Leave {place} out, or name one that it may use."
+                f"The key {key} may not use the model {printable(name)!r}, which {place} names. "
+                f"Leave it out, or name one that it may use."
             )
-        found.add(place.partition("[")[0])
-    for place, mark in CHOOSING.items():
-        if place not in found and mark in bytes_of(getattr(peek, place)):
-            raise PolicyBlocked(f"{place}: {why}, and {mark.decode()} without a model chooses some. Name its models.")
 
 
 # What else a request may be billed for: tools that the upstream runs, input that lies there, writes to a cache, sound
@@ -7014,58 +6839,12 @@ MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
 # Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
 CLIENTS_OWN = (msgspec.UNSET, *(msgspec.Raw(word) for word in (b'"function"', b'"custom"', b"null")))
-MAX_PLAIN_TOOLS = 256 << 10  # bytes of tools that are decoded at once, into 100 bytes for each
 ONE_HOUR = re.compile(rb'"ttl"\s*:\s*"1h"')  # in a mark of prompt caching
 
 
-class Tool(msgspec.Struct, gc=False):
-    """What is read of a tool: whether the client runs it itself, without a model of its own, and how often it may."""
-
-    type: Raw = msgspec.UNSET
-    max_uses: Raw = msgspec.UNSET
-    model: Raw = msgspec.UNSET
-    advisor: Raw = msgspec.UNSET
-
-
-TOOLS_DECODER = msgspec.json.Decoder(list[Tool] | None)
-
-
-def decode_tools(tools: Raw) -> list[Tool]:
-    """The first MAX_LOOKED_AT tools of a request and one more; one that is no object is an empty one."""
-    if tools is msgspec.UNSET:
-        return []
-    if len(tools) <= MAX_PLAIN_TOOLS:
-        with contextlib.suppress(*UNREADABLE):
-            return TOOLS_DECODER.decode(tools) or []
-    found: list[Tool] = []
-    for item in list_items(memoryview(bytes(tools)), MAX_LOOKED_AT + 1):
-        found.append(Tool())
-        with contextlib.suppress(*UNREADABLE):
-            found[-1] = msgspec.json.decode(item, type=Tool)
-    return found
-
-
-def read_uses(value: Raw) -> int | None:
-    """How often a tool may be used, as a request says it; None where it says nothing."""
-    return None if value in UNSAID else int(min(read_most(value), MOST_USES))
-
-
-def read_tools(tools: list[Tool], found: list[NamedModel], calls: int | None) -> tuple[int, Counter[str]]:
-    """The runs of other models and the pieces that a request allows its tools.
-
-    `found` are the models that it names; `calls` are those of all tools, where the request bounds them.
-    """
-    extras = Counter[str]()
-    runs = sum(place.startswith("plugins") and "allowed_models" not in place for place, _, _ in found)
-    named = Counter(place.partition(".")[0] for place, _, _ in found)  # tools[3]: 1
-    for number, tool in enumerate(tools):
-        said, kind = read_uses(tool.max_uses), decode_short(tool.type, str, "")
-        uses = calls if said is None else said
-        for name in USES:
-            if kind.startswith(name):
-                extras[name] += USES[name] if uses is None else uses
-        runs += named[f"tools[{number}]"] * (MODEL_USES if uses is None else uses)
-    return runs, extras
+def read_uses(value: Raw, default: int) -> int:
+    """How often a tool may be used, as a request says it."""
+    return default if value in UNSAID else int(min(read_most(value), MOST_USES))
 
 
 def cache_write(body: bytes, is_escaped: bool) -> str:
@@ -7089,24 +6868,26 @@ def has_stored_input(call: Call, peek: RequestPeek, tools: bytes, is_escaped: bo
 
 
 def read_besides(call: Call, peek: RequestPeek, write: str, is_escaped: bool) -> Besides | None:
-    """Find what a request may be billed for beside its text and its answer; None for nothing. Raises BadRequest.
+    """Find what a request may be billed for beside its text and its answer; None for nothing.
 
-    `write` is the price of its input in a cache. Other models are looked for only where a tool is not the client's own.
+    `write` is the price of its input in a cache.
     """
-    tools = decode_tools(peek.tools)
-    is_hosted = any(tool.type not in CLIENTS_OWN or tool.model or tool.advisor for tool in tools)
-    may_name = (peek.models, peek.plugins, peek.fallbacks, peek.context_window_fallbacks, peek.content_policy_fallbacks)
-    found = list(other_models(peek)) if is_hosted or any(may_name) else []
-    runs, extras = 0, Counter[str]()
-    if found or is_hosted:
-        runs, extras = read_tools(tools, found, read_uses(peek.max_tool_calls))
-    if len(tools) > MAX_LOOKED_AT or len(bytes_of(peek.tools)) > MAX_MODEL_PLACES:
-        extras["web_search"] = MOST_USES  # nobody knows what the others are
+    tools, runs, extras = decode_tools(peek.tools), 0, Counter[str]()
+    for tool in tools:
+        if tool.type in CLIENTS_OWN and not (tool.model or tool.advisor):  # as most are
+            continue
+        kind = decode_short(tool.type, str, "")
+        for name, uses in USES.items():
+            if kind.startswith(name):
+                extras[name] += read_uses(tool.max_uses, read_uses(peek.max_tool_calls, uses))
+        uses = read_uses(tool.max_uses, read_uses(peek.max_tool_calls, MODEL_USES))
+        runs += len(tool.models()) * uses
     if call.route.kind == "chat" and peek.web_search_options:
         extras[CHAT_SEARCH] += 1  # the model of a chat that searches does so once
+    models = {name for _, name in other_models(peek, tools)}
     besides = Besides(
-        models=tuple({model.name for model in found if not model.expected}),
-        is_unclear=any(model.expected for model in found),
+        models=tuple(models - {""}),
+        is_unclear="" in models,
         runs=runs,
         extras=tuple(extras.items()),
         write=write,
@@ -7131,7 +6912,7 @@ SESSION_HEADERS = (
 ).split()
 # In `metadata.user_id`: its end `_session_<uuid>` (Claude Code 2.0.x), or JSON within JSON (2.1.x).
 SESSION = re.compile(rb'_session_([0-9a-fA-F-]{36})"|\\"session_id\\"\s*:\s*\\"([^"\\]{1,128})')
-CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
+CACHE_MARK = re.compile(rb'[,\s]*"cache_control"\s*:\s*\{[^{}]*\}')
 USER = msgspec.Raw(b'"user"')
 OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
 OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
@@ -7170,8 +6951,8 @@ class Opening(msgspec.Struct, gc=False):
 
 def start_without_marks(text: bytes | memoryview) -> bytes:
     """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
-    *pieces, last = CACHE_MARK.split(bytes(text[: OPENING_BYTES + 4096]))  # room for all the marks that there can be
-    return (b"".join(piece.rstrip(b", \t\r\n") for piece in pieces) + last)[:OPENING_BYTES].rstrip()
+    start = bytes(text[: OPENING_BYTES + 4096])  # room for all the marks that there can be
+    return CACHE_MARK.sub(b"", start)[:OPENING_BYTES].rstrip()
 
 
 def opening_digest(body: bytes) -> str:
@@ -7198,7 +6979,10 @@ def find_affinity(call: Call) -> str:
     return call.affinity
 
 
-ASKS_FOR_USAGE = re.compile(rb'\{[^][{}\\]*"include_usage"\s*:\s*true[^][{}\\]*\}')
+class StreamOptions(msgspec.Struct, gc=False):
+    """`stream_options` of a chat."""
+
+    include_usage: bool | None = None
 
 
 def asks_for_usage(options: Raw) -> bool | None:
@@ -7208,9 +6992,9 @@ def asks_for_usage(options: Raw) -> bool | None:
     """
     if options is msgspec.UNSET:
         return None
-    text = bytes(options)
-    is_plain = len(text) <= MAX_SHORT and text.lower().count(b"include_usage") == 1
-    return is_plain and ASKS_FOR_USAGE.fullmatch(text) is not None
+    text = bytes(options).lower()
+    is_plain = text.count(b"include_usage") == 1 and b"\\" not in text
+    return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
 
 
 def read_request(call: Call) -> None:
@@ -7239,7 +7023,7 @@ def read_request(call: Call) -> None:
     call.bytes_up = len(body)
     is_escaped = b"\\u00" in body and ESCAPED.search(body) is not None
     conversation = peek.input if kind == "responses" else peek.messages
-    call.input_estimate = estimate_input(body, conversation, call.route, model, is_escaped)
+    call.input_estimate = estimate_input(body, conversation, kind, is_escaped)
     call.max_output = max_output(call.route, peek)
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
@@ -7256,7 +7040,7 @@ def read_request(call: Call) -> None:
 
 # --- 15. Formats: what is read of an answer ---------------------------------------
 # Offers: Block, ChatChunk, ChatMeter, CountTokensMeter, decode_known, EmbeddingsMeter, MessagesMeter, Meter,
-#   Refusal, ResponsesMeter
+#   Refusal, ResponsesMeter, status_of_error
 
 # What is believed of an upstream's numbers, and when
 #
@@ -7288,6 +7072,35 @@ Count = int | float  # as JSON has it: some servers write 12.0
 MAX_COUNT = 10**9  # tokens of one class in one call; the largest context of today is a thousandth of that
 NOT_SAID = msgspec.Raw(b"")
 FAILED = msgspec.Raw(b'"failed"')
+
+
+STATUS_OF_ERROR = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "insufficient_quota": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+    "api_error": 500,
+    "server_error": 500,
+    "context_length_exceeded": 400,
+    "failed_to_download_image": 400,
+    "empty_image_file": 400,
+    "unsupported_image_media_type": 400,
+}  # platform.claude.com/docs/en/api/errors; OpenAI's codes: `ResponseError` in its API reference
+
+
+def status_of_error(name: str) -> int | None:
+    """The status that an error's type or code stands for, None where it tells nothing."""
+    if re.fullmatch(r"[45]\d\d", name):
+        return int(name)
+    is_clients = name.startswith(("invalid_", "image_"))  # OpenAI's: what is wrong with a prompt or an image
+    return STATUS_OF_ERROR.get(name, 400 if is_clients else None)
 
 
 class AbsurdCount(ValueError):
@@ -8043,37 +7856,26 @@ class EmbeddingsMeter(OpenAIMeter):
 # Changes: the usage of a chat stream is asked for, a model is renamed, another account's thoughts are left out
 
 
-def splice_usage(body: bytes) -> Splice:
-    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
+def splice_field(body: bytes, name: str, text: bytes) -> Splice:
+    """The change that sets a field of a JSON object, in its place or as the first. Raises BadRequest."""
     try:
-        fields = PEEK_DECODER.decode(body)
-        options = fields.stream_options
-        if options is msgspec.UNSET:
-            start = body.index(b"{") + 1
-            return Splice(start, start, b'"stream_options":{"include_usage":true},')
-        spans = {name: start for name, start, _ in walk_fields(body)}
-    except UNREADABLE as error:
-        raise BadRequest(f"The request body is not as expected: {error}") from None
-    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
-    said = decode_short(options, dict[str, msgspec.Raw], {}).items()
-    changed = {("include_usage" if name.casefold() == "include_usage" else name): value for name, value in said}
-    changed["include_usage"] = msgspec.Raw(b"true")
-    start = spans["stream_options"]
-    return Splice(start, start + len(options), ENCODER.encode(changed))
-
-
-def splice_model(body: bytes, model: str) -> Splice:
-    """The change that gives a request another `model`, where a rename map says so. Raises BadRequest."""
-    text = ENCODER.encode(model)
-    try:
-        for name, start, end in walk_fields(body):
-            if name == "model":
+        for found, start, end in walk_fields(body):
+            if found == name:
                 return Splice(start, end, text)
         start = body.index(b"{") + 1
     except (*UNREADABLE, ValueError) as error:
         raise BadRequest(f"The request body is not JSON: {error}") from None
     comma = b"" if END.match(body) else b","
-    return Splice(start, start, b'"model":%b%b' % (text, comma))
+    return Splice(start, start, b'"%b":%b%b' % (name.encode(), text, comma))
+
+
+def splice_usage(body: bytes) -> Splice:
+    """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
+    said = decode_short(PEEK_DECODER.decode(body).stream_options, dict[str, msgspec.Raw], {})
+    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
+    options = {name: value for name, value in said.items() if name.casefold() != "include_usage"}
+    options["include_usage"] = msgspec.Raw(b"true")
+    return splice_field(body, "stream_options", ENCODER.encode(options))
 
 
 # Thoughts are signed for the account that they were thought for. Within a chain of tool calls the API wants them while
@@ -8082,13 +7884,6 @@ def splice_model(body: bytes, model: str) -> Splice:
 ASSISTANT = msgspec.Raw(b'"assistant"')
 THOUGHTS = ("thinking", "redacted_thinking")
 MAX_PIECES = 50_000  # messages and blocks of a request that is repaired: 1 µs each; 200,000 tokens are 2,000
-
-
-def with_content(message: bytes, content: bytes) -> bytes:
-    """A message with another `content`. Raises BadRequest where it has more names than any honest one."""
-    spans = {name: (start, end) for name, start, end in walk_fields(message)}
-    start, end = spans["content"]
-    return b"".join(spliced(message, [Splice(start, end, content)]))
 
 
 def without_thinking(body: bytes) -> bytes:
@@ -8111,7 +7906,8 @@ def without_thinking(body: bytes) -> bytes:
                 others = [block for block in blocks if msgspec.json.decode(block, type=Block).type not in THOUGHTS]
                 if len(others) < len(blocks):
                     content = b"[%b]" % b",".join(others)
-                    repaired = with_content(bytes(message), content)
+                    whole = bytes(message)
+                    repaired = b"".join(spliced(whole, [splice_field(whole, "content", content)]))
             left -= 1
             if left <= 0:
                 raise BadRequest(
@@ -8245,7 +8041,7 @@ class Dialect:
         """Return the body that asks for `model`: the call's own where that is its name. Raises BadRequest."""
         if model == call.model:
             return (call.body,)
-        return spliced(call.body, [splice_model(call.body, model)])
+        return spliced(call.body, [splice_field(call.body, "model", ENCODER.encode(model))])
 
     def remedy(self, call: Call, text: bytes) -> Remedy | None:
         """Return what the request can go without, after an upstream refused it with the error `text`."""
@@ -8271,7 +8067,7 @@ class UsageDialect(Dialect):
     def request(self, call: Call, model: str) -> Pieces:
         splices = [splice_usage(call.body)]
         if model != call.model:
-            splices.append(splice_model(call.body, model))
+            splices.append(splice_field(call.body, "model", ENCODER.encode(model)))
         return spliced(call.body, splices)
 
     def remedy(self, call: Call, text: bytes) -> Remedy | None:
@@ -10339,7 +10135,7 @@ class Relay:
             dialect = self._dialect(exchange, upstream)
             body = dialect.request(call, ticket.model)
             target = UpstreamTarget.of(upstream.url, upstream.proxy)
-            head = request_head(call, upstream, choice.api_key, target, sum(map(len, body)))
+            head = request_head(call, call.route.path, upstream, choice.api_key, target, sum(map(len, body)))
             attempt = exchange.attempt = Attempt(exchange, ticket, dialect)
             exchange.attempts.append(attempt.entry)
             exchange.tries += 1
@@ -12243,7 +12039,7 @@ class UpstreamTest:
             call = Call(self._config, TEST_KEY, route, b"", headers, "")
             call.body = msgspec.json.encode({**asked, limit: 16})
             read_request(call)
-            head = request_head(call, self.upstream, choice.api_key, self._target, len(call.body))
+            head = request_head(call, route.path, self.upstream, choice.api_key, self._target, len(call.body))
             tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
             if b"max_completion_tokens" not in body:
                 break

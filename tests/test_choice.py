@@ -1915,7 +1915,7 @@ def test_an_upstream_has_its_rules_for_headers(more, expected):
     world = World({"a": more})
     call, upstream = world.call(headers=CLIENT_HEADERS), world.config.upstreams[0]
 
-    head = g.request_head(call, upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 7)
+    head = g.request_head(call, call.route.path, upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 7)
 
     own = ["POST /v1/messages HTTP/1.1", "host: a.test", "content-length: 7", "accept-encoding: identity"]
     assert head.decode().split("\r\n") == [*own, "x-api-key: key-1", *expected, "", ""]
@@ -1928,7 +1928,7 @@ def test_an_upstream_may_have_its_credential_in_a_header_of_its_own():
     world = World({"a": "headers: {set: {Authorization: Bearer t}, remove: [x-api-key]}"})
     upstream = world.config.upstreams[0]
 
-    head = g.request_head(world.call(), upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 0)
+    head = g.request_head(world.call(), "/v1/messages", upstream, "key-1", g.UpstreamTarget.of(upstream.url, None), 0)
 
     assert b"Authorization: Bearer t\r\n" in head
     assert b"key-1" not in head

@@ -1192,19 +1192,12 @@ async def test_a_response_in_the_background_is_refused_by_name(start_gateway, up
 
 OPUS = "claude-opus-9"
 OTHER_MODELS = {
-    "tools[1].model": {"tools": [{"name": "x", "input_schema": {}}, {"type": "advisor_20260301", "model": OPUS}]},
-    "tools[0].advisor.model": {"tools": [{"type": "advisor", "advisor": {"model": OPUS}}]},
-    "tools[0].parameters.model": {"tools": [{"type": "openrouter:advisor", "parameters": {"model": OPUS}}]},
-    "tools[0].parameters.analysis_models[1]": {"tools": [{"parameters": {"analysis_models": ["claude-test", OPUS]}}]},
-    "tools[0].parameters.tools[0].parameters.model": {
-        "tools": [{"parameters": {"model": "claude-test", "tools": [{"parameters": {"model": OPUS}}]}}]
-    },
-    "plugins[0].model": {"plugins": [{"id": "fusion", "model": OPUS}]},
-    "fallbacks[1].model": {"fallbacks": [{"model": "claude-test"}, {"model": OPUS}]},
-    "fallbacks[0]": {"fallbacks": [OPUS]},
-    "models[1]": {"models": ["claude-test", OPUS]},
-    "context_window_fallbacks[0]": {"context_window_fallbacks": [OPUS]},
-    "content_policy_fallbacks[0]": {"content_policy_fallbacks": [OPUS]},
+    "tools[1]": {"tools": [{"name": "x", "input_schema": {}}, {"type": "advisor_20260301", "model": OPUS}]},
+    "tools[0]": {"tools": [{"type": "advisor", "advisor": {"model": OPUS}}]},
+    "fallbacks": {"fallbacks": [{"model": "claude-test"}, {"model": OPUS}]},
+    "models": {"models": ["claude-test", OPUS]},
+    "context_window_fallbacks": {"context_window_fallbacks": [OPUS]},
+    "content_policy_fallbacks": {"content_policy_fallbacks": [OPUS]},
 }
 
 
@@ -1223,7 +1216,7 @@ async def test_a_key_is_asked_for_every_model_that_a_request_names(start_gateway
 
     assert (refused.status, refused.error["type"]) == (400, "policy_blocked")
     assert refused.error["message"].endswith(
-        f"may not use the model 'claude-opus-9', which {place} names. Leave {place} out, or name one that it may use."
+        f"may not use the model 'claude-opus-9', which {place} names. Leave it out, or name one that it may use."
     )
     assert allowed.status == 200 and len(upstream.requests) == 1
 
@@ -1236,8 +1229,14 @@ AROUND = {
     "a list of models": ("", {"model_list": [{"model_name": "claude-test"}]}, "model_list: "),
     "another server": ("", {"api_base": "https://x.test"}, "api_base: "),
     "a preset": ("", {"preset": "best"}, "preset: "),
-    "a tool that chooses": ("", {"tools": [{"type": "openrouter:fusion"}]}, "tools: "),
+    "a tool that chooses": ("", {"tools": [{"type": "openrouter:fusion"}]}, "tools[0]: "),
     "a plugin that chooses": ("", {"plugins": [{"id": "fusion"}]}, "plugins: "),
+    "a tool with models": (
+        "",
+        {"tools": [{"type": "openrouter:advisor", "parameters": {"model": OPUS}}]},
+        "tools[0]: ",
+    ),
+    "a plugin with models": ("", {"plugins": [{"id": "fusion", "model": OPUS}]}, "plugins: "),
 }
 
 
@@ -1266,29 +1265,21 @@ LONG = json.dumps(OPUS + " " * (8 << 10))
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (f'"tools": [{{"model": {LONG}}}]', "tools[0].model: expected a model's name"),
-        ('"tools": [{"model": ["claude-opus-9"]}]', "tools[0].model: expected a model's name"),
-        ('"tools": [{"model": {"id": "claude-opus-9"}}]', "tools[0].model: expected a model's name"),
-        ('"tools": [{"advisor": {"model": ["claude-opus-9"]}}]', "tools[0].advisor.model: expected a model's name"),
-        ('"tools": {"0": {"model": "claude-opus-9"}}', "tools: expected a list"),
-        ('"plugins": [{"analysis_models": "claude-opus-9"}]', "plugins[0].analysis_models: expected a list"),
-        ('"models": "claude-test,claude-opus-9"', "models: expected a list"),
-        ('"models": [["claude-opus-9"]]', "models[0]: expected a model's name"),
-        ('"fallbacks": {"claude-test": ["claude-opus-9"]}', "fallbacks: expected a list"),
-        ('"fallbacks": [{"claude-test": ["claude-opus-9"]}]', "fallbacks[0]: expected a model's name"),
-        ('"context_window_fallbacks": [{"model": ["claude-opus-9"]}]', "context_window_fallbacks[0].model: expected a"),
-        ('"content_policy_fallbacks": [{"claude-test": 1}]', "content_policy_fallbacks[0]: expected a model's name"),
-        ('"tools": [{"model": "claude-test", "model": "claude-opus-9"}]', "The key alice"),
-        ('"tools": [{"model": "claude-opus-9", "model": "claude-test"}]', "The key alice"),
-        ('"tools": [{"name": "a", "Model": "claude-opus-9"}]', "The key alice"),
+        (f'"tools": [{{"model": {LONG}}}]', "tools[0]: "),
+        ('"tools": [{"model": ["claude-opus-9"]}]', "tools[0]: "),
+        ('"tools": [{"advisor": {"model": ["claude-opus-9"]}}]', "tools[0]: "),
+        ('"tools": {"0": {"model": "claude-opus-9"}}', "tools[0]: "),
+        ('"tools": [%s{}]' % ("{}," * 300_000), "tools[0]: "),
         ('"tools": [ {"\\u006dodel" : "claude-opus-9" } ]', "The key alice"),
-        ('"tools": [%s{}]' % ("{}," * 3000), "tools: expected no more than 3000 items and names in them"),
-        ('"models": [%s""]' % ('"claude-test",' * 3000), "models: expected no more than 3000 items and names in them"),
-        (f'"tools": {json.dumps([{"model": "claude-test"} | dict.fromkeys(map(str, range(200)))] * 15)}', "tools[14]"),
-        (
-            '"tools": [{"model": "claude-test", "description": "%s"}]' % (" " * (2 << 20)),
-            "tools: expected no more than 2",
-        ),
+        ('"plugins": [{"analysis_models": "claude-opus-9"}]', "plugins: "),
+        ('"plugins": [{"\\u006dodel": "claude-opus-9"}]', "plugins: "),
+        ('"models": "claude-test,claude-opus-9"', "models: "),
+        ('"models": [["claude-opus-9"]]', "models: "),
+        ('"models": [%s""]' % ('"claude-test",' * 3000), "models: "),
+        ('"fallbacks": {"claude-test": ["claude-opus-9"]}', "fallbacks: "),
+        ('"fallbacks": [{"claude-test": ["claude-opus-9"]}]', "fallbacks: "),
+        ('"fallbacks": [{"model": "claude-opus-9", "Model": "claude-test"}]', "fallbacks: "),
+        ('"fallbacks": [{"\\u004dodel": "claude-opus-9", "model": "claude-test"}]', "fallbacks: "),
     ],
 )
 async def test_a_model_cannot_be_hidden(start_gateway, upstream, fields, message):
@@ -1301,7 +1292,7 @@ async def test_a_model_cannot_be_hidden(start_gateway, upstream, fields, message
     reply = await gateway.post("/v1/messages", f'{{"model": "claude-test", {fields}}}'.encode())
 
     assert (reply.status, reply.error["type"]) == (400, "policy_blocked")
-    assert reply.error["message"].startswith(message) and "Leave " in reply.error["message"]
+    assert reply.error["message"].startswith(message) and "Leave it out" in reply.error["message"]
     assert upstream.requests == []
 
 
@@ -1312,8 +1303,8 @@ async def test_a_request_that_names_no_model_that_is_forbidden_passes(start_gate
     text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
     gateway = await start_gateway(text)
     upstream.script = hello_json()
-    tools = [{"model": None}, {"advisor": "model"}, {"parameters": {"type": "object", "required": ["model"]}}]
-    nothing = {"models": None, "fallbacks": [], "plugins": [{"id": "web", "model": "claude-test"}], "tools": tools}
+    tools = [{"model": None}, {"parameters": {"type": "object", "required": ["model"]}}]
+    nothing = {"models": None, "fallbacks": [], "plugins": [{"id": "web"}], "tools": tools}
 
     assert (await gateway.post("/v1/messages", HELLO | nothing)).status == 200
 
@@ -1328,7 +1319,7 @@ async def test_a_tools_parameter_that_is_called_model_is_no_model(start_gateway,
     upstream.script = hello_json()
     schema = {"properties": {"model": {"type": "string", "enum": ["opus"]}}, "required": ["model"]}
 
-    reply = await gateway.post("/v1/messages", HELLO | {"tools": [{"name": "Agent", "input_schema": schema}, 5]})
+    reply = await gateway.post("/v1/messages", HELLO | {"tools": [{"name": "Agent", "input_schema": schema}]})
 
     assert reply.status == 200
 

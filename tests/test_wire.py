@@ -328,7 +328,7 @@ SAID = [
 
 def renamed_to(model, body):
     """The body for an upstream that knows the model by another name."""
-    return b"".join(g.spliced(body, [g.splice_model(body, model)]))
+    return b"".join(g.spliced(body, [g.splice_field(body, "model", json.dumps(model).encode())]))
 
 
 def test_a_body_that_came_in_pieces_is_read_as_one_that_came_whole(config):
@@ -383,7 +383,7 @@ def test_claude_codes_request_goes_up_with_our_key_and_all_that_it_says(config):
     """
     call = call_of(config, b"{}", CLAUDE_CODE, query=b"beta=true")
 
-    head = g.request_head(call, *upstream_of(), len(call.body))
+    head = g.request_head(call, call.route.path, *upstream_of(), len(call.body))
 
     assert head == (
         b"POST /base/v1/messages?beta=true HTTP/1.1\r\n"
@@ -417,7 +417,7 @@ def test_the_credential_stands_where_the_upstreams_format_wants_it(config, forma
     """
     An upstream without a key gets none, least of all the user's.
     """
-    head = g.request_head(call_of(config, b"{}", CLAUDE_CODE), *upstream_of(format, api_key), 2)
+    head = g.request_head(call_of(config, b"{}", CLAUDE_CODE), "/v1/messages", *upstream_of(format, api_key), 2)
 
     credentials = re.findall(rb"(?im)^(?:authorization|x-api-key): .*\n", head)
     assert b"".join(credentials) == line
@@ -452,7 +452,7 @@ def test_what_is_for_this_hop_goes_no_further_up(config, line):
     never = g.is_withheld(name.decode().lower())  # the others are merely on no list
 
     rules = g.HeaderRules({}, (), ("*",) if never else ())
-    head = g.request_head(call, msgspec.structs.replace(upstream, headers=rules), api_key, target, 2)
+    head = g.request_head(call, call.route.path, msgspec.structs.replace(upstream, headers=rules), api_key, target, 2)
 
     assert head == (
         b"POST /base/v1/messages HTTP/1.1\r\nhost: upstream.test:8443\r\ncontent-length: 2\r\n"
@@ -484,7 +484,7 @@ def test_what_apis_and_clients_need_goes_upstream(config):
     """
     What the SDKs, Codex and opencode send, in their spelling and order; a name may come twice.
     """
-    head = g.request_head(call_of(config, b"{}", CODEX_AND_OTHERS), *upstream_of(api_key=""), 2)
+    head = g.request_head(call_of(config, b"{}", CODEX_AND_OTHERS), "/v1/messages", *upstream_of(api_key=""), 2)
 
     assert head.split(b"\r\n")[4:-2] == [b"%b: %b" % header for header in CODEX_AND_OTHERS]
 
@@ -498,7 +498,12 @@ def test_an_upstream_may_take_more_headers_than_the_usual(config):
     rules = g.HeaderRules({}, (), ("http-referer", "x-t*"))
 
     head = g.request_head(
-        call_of(config, b"{}", sent), msgspec.structs.replace(upstream, headers=rules), api_key, target, 2
+        call_of(config, b"{}", sent),
+        "/v1/messages",
+        msgspec.structs.replace(upstream, headers=rules),
+        api_key,
+        target,
+        2,
     )
 
     assert head.endswith(b"identity\r\nHTTP-Referer: http://a.test\r\nX-Title: a\r\nx-team-red: 1\r\n\r\n")
@@ -510,7 +515,7 @@ def test_names_of_headers_are_remembered_in_bounded_memory(config):
     """
     call = call_of(config, b"{}", [(b"x-%d" % i, b"1") for i in range(5000)] + [(b"anthropic-" + b"x" * 60_000, b"1")])
 
-    head = g.request_head(call, *upstream_of(api_key=""), 2)
+    head = g.request_head(call, call.route.path, *upstream_of(api_key=""), 2)
 
     assert head.endswith(b"accept-encoding: identity\r\n\r\n")
     assert g.goes_up.cache_info().currsize == g.goes_up.cache_info().maxsize == 1024
@@ -525,7 +530,7 @@ def test_headers_that_connection_names_stay_on_their_hop(config):
         *((b"x-app", b"1"), (b"X-Two", b"2"), (b"anthropic-three", b"3"), (b"anthropic-four", b"4")),
     ]
 
-    up = g.request_head(call_of(config, b"{}", headers), *upstream_of(api_key=""), 2)
+    up = g.request_head(call_of(config, b"{}", headers), "/v1/messages", *upstream_of(api_key=""), 2)
 
     assert up.endswith(b"\r\naccept-encoding: identity\r\nanthropic-four: 4\r\n\r\n")
     assert g.downstream_headers(headers) == [(b"anthropic-four", b"4")]
@@ -920,12 +925,12 @@ ASKED = [
     (b' {\n "model": "m" } ', b' {"stream_options":{"include_usage":true},\n "model": "m" } '),
     (
         b'{"x": [1 ,2], "stream_options" : {"include_usage": false, "other": false} , "model": "\\u00e9"}',
-        b'{"x": [1 ,2], "stream_options" : {"include_usage":true,"other":false} , "model": "\\u00e9"}',
+        b'{"x": [1 ,2], "stream_options" : {"other":false,"include_usage":true}, "model": "\\u00e9"}',
     ),
     (b'{"stream_options":null,"model":"m"}', b'{"stream_options":{"include_usage":true},"model":"m"}'),
     (
         b'{"stream_options":{"include_usage":true,"Include_Usage":false,"x":1},"model":"m"}',
-        b'{"stream_options":{"include_usage":true,"x":1},"model":"m"}',
+        b'{"stream_options":{"x":1,"include_usage":true},"model":"m"}',
     ),
     (b'{"model":"m","stream_options":{}}', b'{"model":"m","stream_options":{"include_usage":true}}'),
     (b'{"stream\\u005foptions":{},"model":"m"}', b'{"stream\\u005foptions":{"include_usage":true},"model":"m"}'),
@@ -1094,7 +1099,7 @@ def test_a_changed_body_is_no_copy(kind):
 
     tracemalloc.start()
     try:
-        pieces = g.spliced(body, [g.splice_model(body, "b"), g.splice_usage(body)])
+        pieces = g.spliced(body, [g.splice_field(body, "model", b'"b"'), g.splice_usage(body)])
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
