@@ -2088,17 +2088,17 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # and what would be right; the next step begins only where there were none.
 #
 #   step        makes                    of                 and finds, for example
-#   yaml.parse  events                   the text           a tab in the indent, a quote that is not closed
-#   Reader      dicts, lists, scalars    events             a setting given twice, a variable that is not set
+#   NodeLoader  YAML's nodes             the text           a tab in the indent, a quote that is not closed
+#   Reader      dicts, lists, scalars    nodes              a setting given twice, a variable that is not set
 #   convert     ConfigFile               dicts and so on    an unknown setting, `port: http`
 #   Builder     upstreams and keys       ConfigFile         a name taken twice, a seal that cannot be opened
 #
-# `server: {prot: 1}` in line 2 passes the first two. msgspec refuses it and names the first mistake alone, so `explain`
-# walks value and types side by side and notes a Mistake at ("server", "prot"). A plain value does not know its line:
-# Document.locate finds it in the tree of YAML's nodes, which is made for messages and edits only (it is large).
+# `server: {prot: 1}` in line 2 passes the first two. msgspec refuses it and names the first mistake alone, so
+# `find_mistakes` walks value and types side by side and notes a Mistake at ("server", "prot"). A plain value does not
+# know its line: Document.locate finds it in the nodes, which edits work on as well.
 #
 # Messages go into logs and onto screens that others see, and anything in the file may be a secret in the wrong place.
-# So they quote values of at most MAX_SHOWN characters, none that the environment gave, and mask names and quoted lines.
+# So they quote values of at most MAX_SHOWN characters, none that the environment gave, and mask names.
 
 
 class ConfigError(Exception):
@@ -2107,153 +2107,104 @@ class ConfigError(Exception):
     without_revoked: Config | None = None  # the last good snapshot without the keys that the file disables all the same
 
 
-def decode_config(document: Document, environ: Mapping[str, str]) -> ConfigFile:
-    """Type a document. Raises ConfigError."""
-    plain = document.plain(environ)
-    # A section whose settings are all commented out is null: its defaults hold.
-    optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
-    plain = {name: value for name, value in plain.items() if value is not None or name not in optional}
-    try:
-        return cast(ConfigFile, convert(plain, ConfigFile))
-    except Mistakes as mistakes:
-        raise document.error(mistakes.found) from None
-
-
 # YAML to plain values
 
-YAML_LOADER: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 # Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
-TEXT_LOADER: Any = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
-YamlEvent = Any  # of YAML: pyyaml's types do not know which have an anchor, a value, a mark
+TEXT_LOADER = yaml.CBaseLoader
 MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
-SLIPS = {  # what is no mistake in a value, but hardly meant
-    r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
-    "^[“”„‘‚«]|[“”»]$": "typographic quotes belong to the value: YAML's own are \" and '",
-}
+DOLLAR_NAME = re.compile(r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b")  # as a shell would fill it in
 
 
-def line_of(event: YamlEvent) -> int:
-    """Return the line, from 1, in which an event begins."""
-    return int(event.start_mark.line) + 1
+class NodeLoader(yaml.composer.Composer, yaml.CSafeLoader):
+    """Makes nodes of libyaml's events. Its own composer would overflow the stack, and let no stream go on meanwhile."""
+
+    def __init__(self, text: str) -> None:
+        yaml.CSafeLoader.__init__(self, text)
+        yaml.composer.Composer.__init__(self)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Return the next node. Raises YAMLError."""
+        self._depth += 1
+        if self._depth > MAX_NESTING:
+            event: Any = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def line_of(node: yaml.Node) -> int:
+    """Return the line, from 1, in which a node begins."""
+    return int(node.start_mark.line) + 1
 
 
 class Reader:
-    """Makes dicts, lists and scalars of YAML's events, with `${NAME}` and `${NAME:-default}` filled in.
+    """Makes dicts, lists and scalars of YAML's nodes, with `${NAME}` and `${NAME:-default}` filled in."""
 
-    At 10,000 keys the tree of nodes would take 60 MB and twice the time. An alias is a copy of what its anchor has.
-    """
-
-    MAX_REPEATED = 500_000  # values that aliases repeat
+    MAX_VALUES = 200_000  # with those that aliases repeat
     MAX_NUMBER = 64  # characters of a number or a date; what is longer is text
 
-    def __init__(self, text: str, environ: Mapping[str, str]) -> None:
-        self._events = yaml.parse(text, Loader=YAML_LOADER)
+    def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        self._anchors: dict[str, tuple[Any, int]] = {}  # what they have, and how many values that is; 0: not read yet
-        self._count = 0  # values so far, with those that aliases repeat
-        self._repeated = 0
+        self._count = 0
         self._scalars: Any = yaml.SafeLoader("")
-        self._typed = functools.lru_cache(maxsize=256)(self._construct)
-        self._mistakes = Mistakes()
+        self.mistakes = Mistakes()
         self.warnings: list[Mistake] = []
 
-    def read(self) -> dict[str, Any]:
-        """Return the one document. Raises Mistakes, and YAMLError where `compose` does, which says more."""
-        _, _, first = next(self._events), next(self._events), next(self._events, None)
-        if not isinstance(first, yaml.MappingStartEvent):
-            raise yaml.YAMLError("no mapping")
-        plain = self._value(first, ())
-        _, last = next(self._events), next(self._events)
-        if not isinstance(last, yaml.StreamEndEvent):
-            raise yaml.YAMLError("another document")
-        self._mistakes.check()
-        return cast(dict[str, Any], plain)
-
-    def _value(self, event: YamlEvent, at: Steps) -> Any:
-        if len(at) > MAX_NESTING:
-            raise yaml.YAMLError("nested too deep")
-        if isinstance(event, yaml.AliasEvent):
-            return self._repeat(event, at)
-        before, anchor = self._count, event.anchor
-        if anchor in self._anchors:
-            raise yaml.YAMLError("an anchor given twice")
-        if anchor:
-            self._anchors[anchor] = (None, 0)
+    def read(self, node: yaml.Node, at: Steps) -> Any:
+        """Return the value of a node. What is wrong with it is noted; raises Mistakes where that is too much."""
         self._count += 1
-        if isinstance(event, yaml.MappingStartEvent):
-            value: Any = self._mapping(at)
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = self._sequence(at)
-        else:
-            value = self._scalar(event, at)
-        if anchor:
-            self._anchors[anchor] = (value, self._count - before)
-        return value
+        if self._count > self.MAX_VALUES:
+            self.mistakes.note(
+                (), f"more than {self.MAX_VALUES:,} values, with those that aliases repeat", line_of(node)
+            )
+            raise self.mistakes
+        if len(at) > MAX_NESTING:
+            return self.mistakes.note(at[:1], "nested too deep: an alias of what it is a part of?")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, at)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(each, (*at, i)) for i, each in enumerate(node.value)]
+        return self._scalar(cast(yaml.ScalarNode, node), at)
 
-    def _repeat(self, event: YamlEvent, at: Steps) -> Any:
-        """Return a copy of what an alias stands for."""
-        if event.anchor not in self._anchors:
-            raise yaml.YAMLError("an alias without an anchor")
-        value, count = self._anchors[event.anchor]
-        if not count:
-            self._mistakes.note(at, "an alias of what it is a part of", line_of(event))
-        self._count += count
-        self._repeated += count
-        if self._repeated > self.MAX_REPEATED:
-            self._mistakes.note((), f"aliases repeat more than {self.MAX_REPEATED:,} values", line_of(event))
-            raise self._mistakes
-        return copy.deepcopy(value)
-
-    def _mapping(self, at: Steps) -> dict[str, Any]:
+    def _mapping(self, node: yaml.MappingNode, at: Steps) -> dict[str, Any]:
         out: dict[str, Any] = {}
         lines: dict[str, int] = {}
-        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
-            line = line_of(event)
-            if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.value == "<<":
-                self._mistakes.note(at, "expected a plain name", line)
-                self._value(event, (*at, "?"))
-                self._value(next(self._events), (*at, "?"))
-                continue
-            name = sys.intern(event.value)  # 10,000 keys have the same few
-            value = self._value(next(self._events), (*at, name))
-            if name in out:
-                self._mistakes.note((*at, name), f"given twice, first in line {lines[name]}", line)
+        for name_node, value in node.value:
+            name, line = name_node.value, line_of(name_node)
+            if not isinstance(name_node, yaml.ScalarNode) or name == "<<":
+                self.mistakes.note(at, "expected a plain name", line)
+            elif name in out:
+                self.mistakes.note((*at, name), f"given twice, first in line {lines[name]}", line)
             else:
-                out[name], lines[name] = value, line
+                lines[name] = line
+                out[name] = self.read(value, (*at, name))
         return out
 
-    def _sequence(self, at: Steps) -> list[Any]:
-        out: list[Any] = []
-        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            out.append(self._value(event, (*at, len(out))))
-        return out
-
-    def _scalar(self, event: YamlEvent, at: Steps) -> Any:
-        text, line = event.value, line_of(event)
-        if "$" in text or not text.isascii():
-            self.warnings += [Mistake(at, told, line) for slip, told in SLIPS.items() if re.search(slip, text)]
-        try:
-            if "${" not in text:
-                return self._typed(text, event.tag, event.implicit[0])
-            value = self._typed(self._fill(text), None, not event.style)  # in quotes it stays text
+    def _scalar(self, node: yaml.ScalarNode, at: Steps) -> Any:
+        if DOLLAR_NAME.search(node.value):
+            told = "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
+            self.warnings.append(Mistake(at, told, line_of(node)))
+        with self.mistakes.at(*at):
+            if "${" not in node.value:
+                return self._construct(node.value, node.tag)
+            text = self._fill(node.value)
+            value = self._construct(text, self._scalars.resolve(yaml.ScalarNode, text, (not node.style, True)))
             return FromEnvironment(value) if isinstance(value, str) else value
-        except yaml.YAMLError:
-            self._mistakes.note(at, "text that begins with ! must be in quotes", line)
-        except Mistakes:
-            raise
-        except ValueError as error:
-            self._mistakes.note(at, str(error), line)
 
-    def _construct(self, text: str, tag: str | None, is_bare: bool) -> Any:
-        if tag is None or tag == "!":
-            tag = self._scalars.resolve(yaml.ScalarNode, text, (is_bare, False))
-            is_base_60 = ":" in text and tag.endswith((":int", ":float"))  # 1:30 is 90 in YAML 1.1
-            if is_base_60 or len(text) > self.MAX_NUMBER or text in ("<<", "="):
-                return text
+    def _construct(self, text: str, tag: str) -> Any:
+        is_base_60 = ":" in text and tag.endswith((":int", ":float"))  # 1:30 is 90 in YAML 1.1
+        if is_base_60 or len(text) > self.MAX_NUMBER or text in ("<<", "=") or tag.endswith(":str"):
+            return text
         try:
             return self._scalars.construct_document(yaml.ScalarNode(tag, text))
+        except yaml.YAMLError:
+            raise ValueError("text that begins with ! must be in quotes") from None
         except (ValueError, ArithmeticError, AttributeError, LookupError):  # 2027-02-30, !!int x
-            expected = A_DATE if tag.endswith("timestamp") else "what YAML can read, or text in quotes"
+            expected = "what YAML can read, or text in quotes"
+            if tag.endswith("timestamp"):
+                expected = A_DATE
             raise ValueError(f"expected {expected}, got {describe(text)}") from None
 
     def _fill(self, text: str) -> str:
@@ -2269,20 +2220,6 @@ class Reader:
         return re.sub(pattern, fill, text)
 
 
-def compose(text: str) -> yaml.Node | None:
-    """Return the tree of a document's nodes. Raises YAMLError."""
-    depth = 0
-    for event in yaml.parse(text, Loader=YAML_LOADER):  # libyaml's composer would overflow the stack
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        if depth > MAX_NESTING:
-            mark: Any = event.start_mark
-            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=mark)
-    return yaml.compose(text, Loader=YAML_LOADER)
-
-
 # What may be shown
 
 MIXED = (
@@ -2295,7 +2232,7 @@ SECRET_SETTING = re.compile(  # what follows the name of a setting that has a se
 
 
 def mask(text: str) -> str:
-    """Return a name or a line of the config with a * for each character of what may be a secret."""
+    """Return a name of the config with a * for each character of what may be a secret."""
     text = SECRET_SETTING.sub(lambda found: found[1] + "*" * len(found[2]), text)
     return SECRET_TEXT.sub(lambda found: "*" * len(found[0]), text)
 
@@ -2305,67 +2242,36 @@ def join_steps(steps: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
-# A part of what the parser says, what is told instead, and an example.
-YAML_CAUSES = (
-    ("^tab$", "a tab in the indent: put blanks in its place", "a:\n\tb: 1"),
-    ("cannot start", "text that begins with @, ` or % must be in quotes", "a: @b"),
-    ("alphabetic", 'text that begins with * or & must be in quotes, such as "*"', "a: [*]"),
-    ("undefined alias", "text that begins with * must be in quotes", "a: *b"),
-    ("second occurrence", "an anchor of this name is above already", "a: &x 1\nb: &x 2"),
-    ("comment or line break", "text that begins with | or > must be in quotes", "a: |b"),
-    ("sequence entries", "a list begins in the next line, or is written [a, b]", "a: - b"),
-    ("end of stream", "a quote is not closed", 'a: "b'),
-    ("escape", "in double quotes a \\ is doubled; in single quotes it is itself", 'a: "C:\\dir"'),
-    ("',' or", "a bracket is not closed, a comma is missing, or text with `: ` in it needs quotes", "a: {b: 1 c: 2}"),
-    ("expected ':'", "a colon is missing, or the blank behind it", "a: 1\nb\n"),
-    (
-        "mapping values",
-        "text with a colon and a blank in it must be in quotes; or the line above lacks its colon or the blank "
-        "behind it, or has its value already",
-        "a: b: c",
-    ),
-    (
-        "did not find expected",
-        "its indent fits none above (settings of one mapping, and items of one list, begin in the same column), or "
-        "text follows a closing quote or bracket",
-        "a:\n  b: 1\n c: 2",
-    ),
-    ("document", "more than one document: remove the lines --- and ...", "a: 1\n---\nb: 2"),
-    ("control|special", "a character that may not be in a file of YAML: remove it", "a: b\x07"),
-)
-# Here the parser stands where it finds out, and the mistake is where what it read began.
-FOUND_OUT_LATE = re.compile("end of stream|',' or|expected ':'")
-
-
-def quote_lines(lines: Sequence[str], row: int, column: int) -> str:
-    """Return a line of the config and the one above it for a message, without secrets, with a caret under a column."""
-    masked_from, shown_from = max(0, column - 500), max(0, column - 60)  # to mask takes long in a long line
-    shown = []
-    for line in lines[max(0, row - 1) : row + 1]:
-        part = mask(line[masked_from : masked_from + 1000])[shown_from - masked_from :][:100]
-        shown.append(printable("".join("→" if c == "\t" else "·" if c.isspace() and c != " " else c for c in part)))
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in shown[-1][: column - shown_from])
-    return "".join(f"\n    {line}" for line in [*shown, " " * (column - shown_from + wide) + "^"])
+YAML_CAUSES = {  # what PyYAML says, in part, and the likely cause, which is told in its place
+    "cannot start": "text that begins with @, ` or % must be in quotes",
+    "alphabetic|undefined alias": 'text that begins with * or & must be in quotes, such as "*"',
+    "end of stream": "a quote is not closed",
+    "',' or": "a bracket is not closed, a comma is missing, or text with `: ` in it needs quotes",
+    "expected ':'": "a colon is missing, or the blank behind it",
+    "mapping values": "text with a colon and a blank in it must be in quotes; or the line above lacks its colon or the "
+    "blank behind it, or has its value already",
+    "expected (key|'-'|<doc)": "its indent fits none above (settings of one mapping, and items of one list, begin in "
+    "the same column), or text follows a closing quote or bracket",
+}
 
 
 def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
-    """Return the line of a document that is no YAML, why, and that line with a caret."""
+    """Return line and column at which a document is no YAML, and why. It is not quoted: it may have secrets."""
     problem, row, column = str(error), 0, 0
     if isinstance(error, yaml.MarkedYAMLError):
-        problem, mark, start = error.problem or "", error.problem_mark, error.context_mark
-        if start and mark and start.line < mark.line and FOUND_OUT_LATE.search(problem):
-            mark = start
+        context, mark, start = error.context or "", error.problem_mark, error.context_mark
+        problem = f"{context} {error.problem}".strip()
+        if start and mark and start.line < mark.line and re.search("quoted|flow|simple key", context):
+            mark = start  # it is found out late
         if mark:
             row, column = mark.line, mark.column
-    elif found := yaml.reader.Reader.NON_PRINTABLE.search(text):
-        before = f"{text[: found.start()]}^".splitlines()
-        row, column = len(before) - 1, len(before[-1]) - 1
-    lines = [*text.splitlines(), ""]
-    line = lines[min(row, len(lines) - 1)]
+    elif isinstance(error, yaml.reader.ReaderError):
+        problem, row = error.reason, text.encode().count(b"\n", 0, error.position)
+    line = [*text.splitlines(), ""][row]
+    told = next((cause for part, cause in YAML_CAUSES.items() if re.search(part, problem)), mask(problem))
     if re.match(" *\t", line):
-        problem = "tab"
-    told = next((told for part, told, _ in YAML_CAUSES if re.search(part, problem)), problem)
-    return Mistake((), f"not YAML: {told}{odd_character(line)}{quote_lines(lines, row, column)}", row + 1)
+        told = "a tab in the indent: put blanks in its place"
+    return Mistake((), f"not YAML: {told}{odd_character(line)} (column {column + 1})", row + 1)
 
 
 class Document:
@@ -2377,9 +2283,9 @@ class Document:
 
     @functools.cached_property
     def root(self) -> yaml.MappingNode:
-        """The tree of nodes, made when it is asked for. Raises ConfigError."""
+        """The tree of nodes. Raises ConfigError."""
         try:
-            root = compose(self.text)
+            root = NodeLoader(self.text).get_single_node()
         except yaml.YAMLError as error:
             raise self.error([explain_syntax(self.text, error)]) from None
         if not isinstance(root, yaml.MappingNode):
@@ -2388,42 +2294,51 @@ class Document:
 
     def plain(self, environ: Mapping[str, str]) -> dict[str, Any]:
         """Return the document as dicts, lists and scalars. Raises ConfigError."""
-        reader = Reader(self.text, environ)
+        reader = Reader(environ)
+        with contextlib.suppress(Mistakes):
+            plain = reader.read(self.root, ())
+        if reader.mistakes.found:
+            raise self.error(reader.mistakes.found)
+        self.warnings += reader.warnings
+        return cast(dict[str, Any], plain)
+
+    def typed(self, environ: Mapping[str, str]) -> ConfigFile:
+        """Return the document with its settings checked one by one. Raises ConfigError."""
+        # A section whose settings are all commented out is null: its defaults hold.
+        optional = set(ConfigFile.__struct_fields__) - {"upstreams"}
+        plain = {
+            name: value for name, value in self.plain(environ).items() if value is not None or name not in optional
+        }
         try:
-            plain = reader.read()
-        except yaml.YAMLError:
-            _ = self.root  # meets the same, and says where
-            raise
+            return cast(ConfigFile, convert(plain, ConfigFile))
         except Mistakes as mistakes:
             raise self.error(mistakes.found) from None
-        self.warnings += reader.warnings
-        return plain
 
-    def find(self, *steps: str | int) -> yaml.Node | None:
-        """Return the node at a path such as ("keys", 0, "name"), or None."""
-        node: yaml.Node | None = self.root
-        for step in steps:
-            if isinstance(step, int) and isinstance(node, yaml.SequenceNode) and step < len(node.value):
-                node = node.value[step]
-            elif isinstance(node, yaml.MappingNode):
-                node = next((value for key, value in node.value if key.value == step), None)
-            else:
-                return None
-        return node
-
-    def locate(self, steps: Steps) -> int:
-        """Return the line (from 1) of the last step of a path that exists; a name that is a key counts as its line."""
+    def _walk(self, steps: Steps) -> Iterator[tuple[int, yaml.Node]]:
+        """Yield line (from 1) and node of the root and of each step that exists; a setting's line is its name's."""
         line, node = 1, cast(yaml.Node, self.root)
+        yield line, node
         for step in steps:
             if isinstance(node, yaml.MappingNode):
                 pair = next(((key, value) for key, value in node.value if key.value == step), None)
                 if pair is None:
-                    break
+                    return
                 line, node = line_of(pair[0]), pair[1]
             elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
                 node = node.value[step]
                 line = line_of(node)
-        return line
+            else:
+                return
+            yield line, node
+
+    def find(self, *steps: str | int) -> yaml.Node | None:
+        """Return the node at a path such as ("keys", 0, "name"), or None."""
+        nodes = [node for _, node in self._walk(steps)]
+        return nodes[-1] if len(nodes) > len(steps) else None
+
+    def locate(self, steps: Steps) -> int:
+        """Return the line of the last step of a path that exists."""
+        return [line for line, _ in self._walk(steps)][-1]
 
     def problem(self, steps: Steps, problem: str) -> ConfigError:
         """Return a ConfigError at a path."""
@@ -2453,31 +2368,6 @@ PLACEHOLDER = re.compile(  # in a key or a URL
     r"|(?<![a-z0-9])(your(api)?(key|token|secret)?|x{4,})(?![a-z0-9])",
     re.IGNORECASE,
 )
-UNMATCHED = {  # in a glob; the first that is found is told
-    r"\[1m\]$": "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]",
-    r"^[^\[]*(\[!?+\]?+[^\]]*\][^\[]*)*\[(?!!?+\]?+[^\]]*\])": "matches nothing: a bracket in it is not closed",
-    r"[\s,]": "matches nothing: no name has a blank or comma in it; several globs are a list",
-    "[\"'`]": "matches nothing: no name has quotes in it",
-}
-
-
-@functools.lru_cache(maxsize=1024)
-def why_unmatched(glob: str) -> str:
-    """Return why a glob can match no model, "" where it can."""
-    return next((why for pattern, why in UNMATCHED.items() if re.search(pattern, glob)), "")
-
-
-def globs_of(file: ConfigFile) -> Iterator[tuple[Steps, str]]:
-    """Yield every glob of models, and where it is."""
-    yield from ((("routing", "policy", glob), glob) for glob, _ in file.routing.policy)
-    yield from ((("prices", glob), glob) for glob, _ in file.prices)
-    for i, upstream in enumerate(file.upstreams):
-        yield from ((("upstreams", i, "models", glob), glob) for glob in upstream.models)
-        yield from ((("upstreams", i, "betas", "drop", j), glob) for j, glob in enumerate(upstream.betas.drop))
-    for i, key in enumerate(file.keys):
-        yield from ((("keys", i, "models", j), glob) for j, glob in enumerate(key.models))
-
-
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
@@ -2503,6 +2393,16 @@ def check_header_value(value: str) -> None:
         raise ValueError("expected printable ASCII")
 
 
+def time_zone(name: str) -> dt.tzinfo:
+    """Return a time zone of the tz database. Raises ValueError."""
+    if name == "UTC":
+        return dt.UTC
+    try:
+        return zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError(f"expected a time zone such as Europe/Berlin, got {describe(name)}") from None
+
+
 class Builder:
     """Makes upstreams and keys of what the file says: opens seals, and checks what one value alone does not tell."""
 
@@ -2514,22 +2414,15 @@ class Builder:
 
     def build(self) -> tuple[dt.tzinfo, tuple[UpstreamConfig, ...], KeyRing]:
         """Return the time zone, the upstreams with their keys open, and the users' keys. Raises ConfigError."""
+        timezone: dt.tzinfo = dt.UTC
         with contextlib.suppress(Mistakes):
-            timezone = self._timezone(self._file.server.timezone)
-            for steps, glob in globs_of(self._file):
-                if why := why_unmatched(glob):
-                    self._warn(steps, why)
-            upstreams, keys = self._upstreams(), KeyRing(self._keys(timezone))
+            with self._mistakes.at("server", "timezone"):
+                timezone = time_zone(self._file.server.timezone)
+            upstreams = self._upstreams()
+            keys = KeyRing(self._keys(timezone))
         if self._mistakes.found:
             raise self._document.error(self._mistakes.found)
         return timezone, upstreams, keys
-
-    def _timezone(self, name: str) -> dt.tzinfo:
-        with contextlib.suppress(zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            return dt.UTC if name == "UTC" else zoneinfo.ZoneInfo(name)
-        problem = f"expected a time zone such as Europe/Berlin, got {describe(name)}"
-        self._mistakes.note(("server", "timezone"), problem)
-        return dt.UTC
 
     def _upstreams(self) -> tuple[UpstreamConfig, ...]:
         breaker, names = self._file.routing.breaker, set[str]()
@@ -2622,16 +2515,11 @@ class Builder:
                 budgets.append(teams[entry.team])
             elif entry.team:
                 self._mistakes.note((*at, "team"), str(unknown("team", entry.team, teams)))
+            models, networks, last4 = entry.models, entry.allow_ips, entry.key.last4
+            ends = entry.expires.at(timezone) if entry.expires else math.inf
             keys.append(
                 Key(
-                    entry.name,
-                    entry.key.digest,
-                    entry.key.last4,
-                    entry.models,
-                    entry.expires.at(timezone) if entry.expires else math.inf,
-                    entry.allow_ips,
-                    entry.enabled,
-                    entry.team,
+                    *(entry.name, entry.key.digest, last4, models, ends, networks, entry.enabled, entry.team),
                     (*budgets, gateway),
                 )
             )
@@ -2701,8 +2589,6 @@ def read_text(path: Path, if_missing: str = f"`{PROGRAM} init` makes one") -> st
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {why_not(error)}") from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:4]:
-        raise ConfigError(f"{path}:1: is UTF-16: save it as UTF-8")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -2716,23 +2602,17 @@ def config_digest(text: str) -> str:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of memory that this process may use: what the host has, or the least that a cgroup of it allows.
+    """Return the bytes of memory that this process may use: what the host has, or the least that a cgroup (v2) allows.
 
-    `root` is where /proc and /sys are. Of cgroups both versions are known (memory.max, memory.limit_in_bytes); in
-    a container the path of its own is not there, and the root of the mount is its limit.
+    `root` is where /proc and /sys are. In a container the cgroup's own path is not there, and the mount's root has the
+    limit.
     """
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            base, name = root / "sys/fs/cgroup", "memory.max"
-            if "memory" in controllers.split(","):
-                base, name = base / "memory", "memory.limit_in_bytes"
-            folder = base / path.lstrip("/")
-            while folder.is_relative_to(base):
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                    found.append(int((folder / name).read_text()))
-                folder = folder.parent
+        own = (root / "proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        for folder in (root / "sys/fs/cgroup" / own / "x").parents:
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                found.append(int((folder / "memory.max").read_text()))
     return min(found)
 
 
@@ -2740,13 +2620,6 @@ def is_open_to_all(path: Path | None) -> bool:
     """Return whether every user of this host may read a file."""
     with contextlib.suppress(OSError):
         return path is not None and path.stat().st_mode & 0o007 != 0
-    return False
-
-
-def is_rootless(root: Path = Path("/")) -> bool:
-    """Return whether this container was started without root: the users of the host are other ones (`uid_map`)."""
-    with contextlib.suppress(OSError):
-        return (root / "proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]
     return False
 
 
@@ -2768,12 +2641,6 @@ def host_warnings(config: Config, environ: Mapping[str, str], has_plain: bool) -
     if environ.get("GATEWAY_PORT", str(server.port)) != str(server.port):
         asked = environ["GATEWAY_PORT"]
         yield f"server.port is {server.port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
-    for name in ("metrics_from", "trusted_proxies"):
-        if getattr(server, name) and is_rootless():
-            yield (
-                f"server.{name}: in a rootless container every client may come from the same address, so that this "
-                "lets all of them in: `client` in the ledger shows what it sees; [] lets nobody in"
-            )
     if config.body_memory < server.max_body:
         yield (
             f"server.memory (default: a quarter of the host's) is {config.body_memory:,} bytes, and a body of "
@@ -2800,7 +2667,7 @@ class Config:
 
     def __init__(self, document: Document, vault: Vault, clock: Clock, environ: Mapping[str, str]) -> None:
         self.path, self.clock = document.path, clock
-        self.file = decode_config(document, environ)
+        self.file = document.typed(environ)
         self.digest = config_digest(document.text)
         self.index_secret = vault.index_secret
         self.server, self.limits, self.routing = self.file.server, self.file.limits, self.file.routing
@@ -2944,24 +2811,25 @@ class Config:
         return tuple(sorted(found, key=lambda serving: serving.upstream.priority))
 
 
+def setting_of(document: Document, *steps: str, default: str) -> str:
+    """Return a text of a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    node = document.find(*steps)
+    if node is None:
+        return default
+    reader = Reader(os.environ)
+    value = reader.read(node, steps)
+    if not isinstance(value, str) or not value:
+        raise document.problem(steps, "must be known here")
+    return value
+
+
 def ledger_of(document: Document) -> Path:
     """The ledger's folder by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
-    node = document.find("usage", "directory")
-    if node is None:
-        return document.path.parent / UsageConfig().directory
-    written = node.value if isinstance(node, yaml.ScalarNode) else ""
-    alone = Document(f"directory: {json.dumps(written)}", document.path)
-    try:
-        directory = alone.plain(os.environ)["directory"]  # which may be `${NAME}`
-    except ConfigError:
-        directory = None
-    if not isinstance(directory, str) or not directory:
-        raise document.problem(("usage", "directory"), "the ledger's folder must be known here: name it")
-    return document.path.parent / directory
+    return document.path.parent / setting_of(document, "usage", "directory", default=UsageConfig().directory)
 
 
 # --- 7. Editing: config.yaml changed, nothing else with it ------------------------
-# Offers: ConfigEditor, new_file, sync_folder
+# Offers: ConfigEditor, edited, new_file, sync_folder
 
 
 def block_item(fields: dict[str, str], column: int) -> str:
@@ -2970,35 +2838,20 @@ def block_item(fields: dict[str, str], column: int) -> str:
     return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
 
 
-def overwrite(file: io.FileIO, data: bytes) -> None:
-    """Let a file have these bytes alone. Raises OSError."""
-    file.seek(0)
-    left = memoryview(data)
-    while left:
-        left = left[file.write(left) :]
-    file.truncate()
-    os.fsync(file.fileno())
-
-
-def write_in_place(path: Path, data: bytes) -> Path:
-    """Overwrite a file without changing its inode; the copy of what it was. Raises ConfigError.
-
-    Where the disk is too full for the new text, the old one is put back: its blocks are there.
-    """
+def write_in_place(path: Path, data: bytes) -> None:
+    """Overwrite a file without changing its inode; meanwhile a copy beside it has what it was. Raises ConfigError."""
     backup, kept = path.with_name(path.name + ".bak"), ""
     try:
-        with open(path, "r+b", buffering=0) as file:
-            before = file.read()
+        with open(path, "r+b") as file:
             shutil.copy2(path, backup)
             kept = f"; what it was is in {backup}"
-            try:
-                overwrite(file, data)
-            except OSError:
-                overwrite(file, before)
-                raise
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        backup.unlink()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {why_not(error)}{kept}") from None
-    return backup
 
 
 def sync_folder(path: Path) -> None:
@@ -3009,11 +2862,11 @@ def sync_folder(path: Path) -> None:
     os.close(fd)
 
 
-def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> Path | None:
+def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: None) -> None:
     """Put `data` in a file's place at once, with its mode and owner. Raises ConfigError.
 
     `check` is called just before, and raises what speaks against it. A bind-mounted file cannot be replaced (EBUSY):
-    it is written in place, and what it was stays in `….bak`, which is then returned.
+    it is written in place.
     """
     before = path.stat()
     try:
@@ -3034,10 +2887,9 @@ def replace_file(path: Path, data: bytes, check: Callable[[], None] = lambda: No
     except OSError as error:
         if error.errno not in (errno.EBUSY, errno.EXDEV):
             raise ConfigError(f"{path}: cannot be replaced: {why_not(error)}") from None
-        return write_in_place(path, data)
+        write_in_place(path, data)
     finally:
         Path(name).unlink(missing_ok=True)
-    return None
 
 
 EDIT_WAIT_S = 10.0  # for another edit to end
@@ -3071,22 +2923,13 @@ def lock_config(path: Path) -> int:
 
 
 class ConfigEditor:
-    """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces.
+    """Edits config.yaml as text: touches only the lines it must, keeps comments, checks before it replaces."""
 
-    From its beginning until it is saved no other edits the file: of six keys added at once all are there.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._lock = -1
+    def __init__(self, path: Path, lock: int) -> None:
         self.path = path
-        self._lock = lock_config(path)
-        self.backup: Path | None = None  # what the file was, where it could not be replaced at once
-        try:
-            self.original = read_text(path)
-            self.document = Document(self.original, path)
-        except ConfigError:
-            self.unlock()
-            raise
+        self._lock = lock  # a descriptor of the file, or -1
+        self.original = read_text(path)
+        self.document = Document(self.original, path)
 
     def _splice(self, start: int, end: int, text: str, value: object, *steps: str | int) -> None:
         """Replace a piece of the text; that must change the value at `steps` and no other. Raises ConfigError.
@@ -3188,12 +3031,8 @@ class ConfigEditor:
 
     def replace(self) -> None:
         """Replace the file with the new text, good or bad. Raises ConfigError."""
-        try:
-            target = Path(os.path.realpath(self.path))  # a symlink stays one
-            self.backup = replace_file(target, self.document.text.encode(), self._check_unchanged)
-            self.original = self.document.text
-        finally:
-            self.unlock()
+        target = Path(os.path.realpath(self.path))  # a symlink stays one
+        replace_file(target, self.document.text.encode(), self._check_unchanged)
 
     def _check_unchanged(self) -> None:
         """Raise ConfigError where somebody has put another file, or another text, in the place of what was read."""
@@ -3203,20 +3042,16 @@ class ConfigEditor:
                 f"{self.path}: was changed by someone else in the meantime; nothing was written, try again"
             )
 
-    def unlock(self) -> None:
-        """Let others edit the file."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
-    def __enter__(self) -> ConfigEditor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unlock()
-
-    def __del__(self) -> None:
-        self.unlock()
+@contextlib.contextmanager
+def edited(path: Path) -> Iterator[ConfigEditor]:
+    """An editor of a config that nobody else edits until the block ends: of six keys added at once all are there."""
+    lock = lock_config(path)
+    try:
+        yield ConfigEditor(path, lock)
+    finally:
+        if lock >= 0:
+            os.close(lock)
 
 
 @contextlib.contextmanager
@@ -11668,7 +11503,7 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Append it to `keys:`. Raises ActionError and ConfigError."""
         key = new_key()
-        with ConfigEditor(path) as editor:
+        with edited(path) as editor:
             if self.name in key_names(editor):
                 raise ActionError("taken", "key", self.name, f"there is a key named {self.name!r} already")
             fields = {"name": yaml_scalar(self.name), "key": seal_key(key)}
@@ -11703,7 +11538,7 @@ class RotateKey(NamedAction, frozen=True, tag="key rotate"):
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
         """Replace the hash. Raises ActionError and ConfigError."""
         key = new_key()
-        with ConfigEditor(path) as editor:
+        with edited(path) as editor:
             editor.set_scalar(seal_key(key), "keys", key_place(editor, self.name), "key")
             return NewKey(key, editor.save(environ))
 
@@ -11714,7 +11549,7 @@ class RevokeKey(NamedAction, frozen=True, tag="key revoke"):
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> str:
         """Set `enabled: false`; the mistake that the file has elsewhere, or "". Raises ActionError and ConfigError."""
         mistake = ""
-        with ConfigEditor(path) as editor:
+        with edited(path) as editor:
             editor.set_field(("keys", key_place(editor, self.name)), "enabled", "false")
             try:
                 Config.parse(editor.document.text, path, Clock(), environ)
@@ -11767,7 +11602,7 @@ class SealSecrets(Action, frozen=True, tag="seal"):
     def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> Sealed:
         """Raises ActionError, ConfigError and SealError; a bad file is known before anything is changed."""
         places = []
-        with ConfigEditor(path) as editor:
+        with edited(path) as editor:
             config = Config.load(path)
             made = make_secret(path.parent, environ)
             vault = Vault.open(path.parent, environ)
@@ -11778,8 +11613,6 @@ class SealSecrets(Action, frozen=True, tag="seal"):
                     places.append(join_steps(steps))
             if places:
                 editor.save(environ)
-                if editor.backup:
-                    editor.backup.unlink()  # it holds the secrets in clear text
         return Sealed(places, made)
 
 
@@ -13897,7 +13730,7 @@ class LocalDoor:
 
 
 # --- 33. Server: process, signals, watcher, logging -------------------------------
-# Offers: LogWriter, new_event_loop, OTHER_HOST, serve, start_logging
+# Offers: LogWriter, new_event_loop, serve, start_logging
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -14504,22 +14337,9 @@ def command_check_integrity(options: argparse.Namespace) -> int:
     return bool(found.problems)
 
 
-async def try_to_listen(host: str) -> None:
-    """Listen for a moment on some port of a host. Raises OSError."""
-    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, 0)
-    server.close()
-
-
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
-    try:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(try_to_listen(config.server.host))
-    except OSError as error:
-        why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
-        document = Document(read_text(config.path), config.path)
-        config.warnings += [f"line {told}" for told in document.sentences([Mistake(("server", "host"), why)])]
     server = config.server
     print(f"{config.path} is good (digest {config.digest})\n")
     known = f" and is known as {server.url}" if server.url else ""

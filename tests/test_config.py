@@ -717,8 +717,6 @@ def test_no_key_that_was_issued_looks_like_a_placeholder(raw, prefix):
     [
         ("usage: {directory: $LEDGER}\n", "2: usage.directory: $NAME"),
         ("usage:\n  directory: /srv/$LEDGER_FOLDER/usage\n", "3: usage.directory: $NAME"),
-        ("usage: {directory: “usage”}\n", "2: usage.directory: typographic quotes"),
-        ("keys:\n- name: alice\n  key: ${K}\n  models: [“claude-*”]\n", "5: keys[0].models[0]: typographic quotes"),
         ("usage: {directory: '${K}'}\n", None),
         ("usage: {directory: us$age}\n", None),
         ("usage: {directory: a$5}\n", None),
@@ -727,17 +725,12 @@ def test_no_key_that_was_issued_looks_like_a_placeholder(raw, prefix):
 )
 def test_a_value_that_is_hardly_meant_is_warned_about(text, warning):
     """
-    What a shell would fill in, and what a word processor made of quotes, is taken as it stands.
+    What a shell would fill in is taken as it stands.
     """
     config = load(DEMO.replace("\n", "", 1).strip() + "\n" + text, K=KEY)
 
-    told = {
-        "$NAME": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
-        "typographic quotes": "typographic quotes belong to the value: YAML's own are \" and '",
-    }
-    for short, long in told.items():
-        warning = warning and warning.replace(short, long)
-    assert config.warnings == ([f"line {warning}"] if warning else [])
+    told = " is taken as it stands: only ${NAME}, in braces, comes from the environment"
+    assert config.warnings == ([f"line {warning}{told}"] if warning else [])
 
 
 def test_an_api_key_that_is_a_name_without_braces_is_no_secret_in_clear_text(tmp_path):
@@ -749,65 +742,6 @@ def test_an_api_key_that_is_a_name_without_braces_is_no_secret_in_clear_text(tmp
     assert config.warnings == [
         "line 4: upstreams[0].api_key: $NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
     ]
-
-
-@pytest.mark.parametrize(
-    ("glob", "why"),
-    [
-        ("claud-[*", "matches nothing: a bracket in it is not closed"),
-        ("claude-[]", "matches nothing: a bracket in it is not closed"),
-        ("claude-[!]", "matches nothing: a bracket in it is not closed"),
-        ("[ab]-[", "matches nothing: a bracket in it is not closed"),
-        ("claude-* ", "matches nothing: no name has a blank or comma in it; several globs are a list"),
-        ("claude-*, gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
-        ("claude-*,gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
-        ('"claude-*"', "matches nothing: no name has quotes in it"),
-        ("claude-opus-5-5[1m]", "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]"),
-        ("claude-opus-5-5[[]1m]", ""),
-        ("claude-[!a-c]*", ""),
-        ("claude-[]a]", ""),
-        ("claude-[[]*", ""),
-        ("", ""),
-        ("Qwen/Qwen3-8B:free", ""),
-    ],
-)
-def test_a_glob_that_cannot_match_is_warned_about(glob, why):
-    """
-    It is no error: a name may have a bracket in it. `""` stands for requests without a model.
-    """
-    name = json.dumps(glob)
-    config = load(
-        f"""upstreams:
-- {{name: a, format: demo, models: [{name}]}}
-- name: b
-  format: demo
-  models: {{{name}: "*"}}
-  betas: {{drop: ["*", {name}]}}
-keys:
-- {{name: alice, key: "${{K}}", models: ["*", {name}]}}
-routing:
-  policy:
-    {name}: sticky
-prices:
-  "*": {{input: 1, output: 1}}
-  {name}: {{input: 1, output: 1}}
-""",
-        K=KEY,
-    )
-
-    at = f".{glob}" if glob else "."
-    assert config.warnings == (
-        [
-            f"line 2: upstreams[0].models{at}: {why}",
-            f"line 5: upstreams[1].models{at}: {why}",
-            f"line 6: upstreams[1].betas.drop[1]: {why}",
-            f"line 8: keys[0].models[1]: {why}",
-            f"line 11: routing.policy{at}: {why}",
-            f"line 14: prices{at}: {why}",
-        ]
-        if why
-        else []
-    )
 
 
 @pytest.mark.parametrize("models", ["[]", "{}"])
@@ -879,7 +813,7 @@ YAML_VALUES = st.recursive(
 @given(st.dictionaries(YAML_NAMES, YAML_VALUES, max_size=5), st.sampled_from([True, False, None]))
 def test_every_document_is_read_as_pyyaml_reads_it(values, flow):
     """
-    Reading events instead of composing nodes is faster, and nothing else.
+    Names are always text, and there are no merges; else it means what it means elsewhere.
     """
     text = yaml.safe_dump(values, default_flow_style=flow, allow_unicode=True)
 
@@ -927,7 +861,7 @@ def test_every_mistake_is_told_with_file_line_path_and_what_would_be_right(name,
             DEMO
             + "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n"
             + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in ("ab", "bc", "cd", "de", "ef", "fg")),
-            "aliases repeat more than 500,000 values",
+            "more than 200,000 values, with those that aliases repeat",
         ),
     ],
     ids=["settings", "types", "meanings", "prices", "aliases"],
@@ -976,73 +910,56 @@ def test_what_follows_from_a_mistake_is_not_told(name):
 SERVER = DEMO + "server:\n"
 
 
-def cause(text: str) -> str:
-    """What is told of a text that is no YAML."""
-    with pytest.raises(g.ConfigError) as caught:
-        _ = g.Document(text, Path("config.yaml")).root
-    return re.sub("^.*?:[0-9]+: not YAML: ", "", str(caught.value)).partition("\n")[0]
-
-
-@pytest.mark.parametrize(("told", "example"), [(told, example) for _, told, example in g.YAML_CAUSES])
-def test_each_cause_of_what_is_no_yaml_has_an_example(told, example):
-    """
-    A row that no text meets would be one too many.
-    """
-    assert cause(example) == told
-
-
-# The text, an example that has the same cause, the line, and the text of it with a ^ behind the caret's character.
-NOT_YAML = {
-    "a tab": (SERVER + "\tport: 1\n", "a:\n\tb: 1", 3, "→^port: 1"),
-    "a tab behind blanks": (SERVER + "  \tport: 1\n", "a:\n\tb: 1", 3, "  →^port: 1"),
-    "a tab in a later line": (SERVER + "  port: 1\n\thost: x\n", "a:\n\tb: 1", 4, "→^host: x"),
-    "too deep": (SERVER + "  port: 1\n   host: x\n", "a: b: c", 4, "   host:^ x"),
-    "not deep enough": (SERVER + "    port: 1\n  host: x\n", "a:\n  b: 1\n c: 2", 4, "  h^ost: x"),
-    "an item's setting": (DEMO + "keys:\n  - name: a\n   team: x\n", "a:\n  b: 1\n c: 2", 4, "   t^eam: x"),
-    "no colon, a section": (DEMO + "server\n  port: 1\n", "a: 1\nb\n", 2, "s^erver"),
-    "no colon, the first": (SERVER + "  port 1\n  host: x\n", "a: b: c", 4, "  host:^ x"),
-    "no colon, the last": (SERVER + "  host: x\n  port 1\n", "a: 1\nb\n", 4, "  p^ort 1"),
-    "no blank, in a list": (DEMO + "keys:\n  - name:a\n    team: b\n", "a: b: c", 4, "    team:^ b"),
-    "no blank, a secret": (DEMO + "keys:\n  - name: a\n    key:hunter2\n", "a: 1\nb\n", 4, "    k^ey:*******"),
-    "a double quote": (SERVER + '  host: "abc\n  port: 1\n', 'a: "b', 3, '  host: "^abc'),
-    "a quote that the next closes": (
-        SERVER + '  host: "a\n  contact: "x"\n',
-        "a:\n  b: 1\n c: 2",
-        4,
-        '  contact: "x^"',
-    ),
-    "a quote in quotes": (SERVER + "  contact: 'Ann's'\n", "a:\n  b: 1\n c: 2", 3, "  contact: 'Ann's^'"),
-    "a brace": (DEMO + "server: {port: 1\nkeys: []\n", "a: {b: 1 c: 2}", 2, "server: {^port: 1"),
-    "a bracket": ("upstreams: [{name: a}\nserver:\n  port: 1\n", "a: {b: 1 c: 2}", 1, "upstreams: [^{name: a}"),
-    "a comma": (DEMO + "server: {port: 1 host: x}\n", "a: {b: 1 c: 2}", 2, "server: {port: 1 host:^ x}"),
-    "a brace too many": (SERVER + "  port: {}}\n", "a:\n  b: 1\n c: 2", 3, "  port: {}}^"),
-    "a star as a name": (DEMO + "prices:\n  *: {}\n", "a: [*]", 3, "  *:^ {}"),
-    "a glob": (DEMO + "keys:\n- models: [*-opus]\n", "a: *b", 3, "- models: [*^-opus]"),
-    "a percent sign": (SERVER + "  contact: %ann\n", "a: @b", 3, "  contact: %^ann"),
-    "a bar": (SERVER + "  contact: |ann\n", "a: |b", 3, "  contact: |a^nn"),
-    "a backslash": (SERVER + '  contact: "C:\\dir"\n', 'a: "C:\\dir"', 3, '  contact: "C:\\^dir"'),
-    "a control character": (SERVER + "  # é\n  host: a\x07b\n", "a: b\x07", 4, "  host: a�^b"),
-    "a second document": (DEMO + "---\n" + DEMO, "a: 1\n---\nb: 2", 2, "-^--"),
-    "an anchor twice": (DEMO + "server: &a {}\nusage: &a {}\n", "a: &x 1\nb: &x 2", 3, "usage: &^a {}"),
-    "a wide character before it": (SERVER + "  contact: 安: 5\n", "a: b: c", 3, "  contact: 安:^ 5"),
+INDENT, COLON, BRACKET, STAR = (
+    "its indent fits none",
+    "text with a colon",
+    "a bracket is not closed",
+    "text that begins with *",
+)
+NOT_YAML = {  # the text, the cause, line and column
+    "a tab": (SERVER + "\tport: 1\n", "a tab in the indent", 3, 1),
+    "a tab behind blanks": (SERVER + "  \tport: 1\n", "a tab in the indent", 3, 3),
+    "a tab in a later line": (SERVER + "  port: 1\n\thost: x\n", "a tab in the indent", 4, 1),
+    "too deep": (SERVER + "  port: 1\n   host: x\n", COLON, 4, 8),
+    "not deep enough": (SERVER + "    port: 1\n  host: x\n", INDENT, 4, 3),
+    "an item's setting": (DEMO + "keys:\n  - name: a\n   team: x\n", INDENT, 4, 4),
+    "no colon, a section": (DEMO + "server\n  port: 1\n", "a colon is missing", 2, 1),
+    "no colon, the first": (SERVER + "  port 1\n  host: x\n", COLON, 4, 7),
+    "no colon, the last": (SERVER + "  host: x\n  port 1\n", "a colon is missing", 4, 3),
+    "no blank, in a list": (DEMO + "keys:\n  - name:a\n    team: b\n", COLON, 4, 9),
+    "no blank, a secret": (DEMO + "keys:\n  - name: a\n    key:hunter2\n", "a colon is missing", 4, 5),
+    "a double quote": (SERVER + '  host: "abc\n  port: 1\n', "a quote is not closed", 3, 9),
+    "a quote that the next closes": (SERVER + '  host: "a\n  contact: "x"\n', INDENT, 4, 13),
+    "a quote in quotes": (SERVER + "  contact: 'Ann's'\n", INDENT, 3, 17),
+    "a brace": (DEMO + "server: {port: 1\nkeys: []\n", BRACKET, 2, 9),
+    "a bracket": ("upstreams: [{name: a}\nserver:\n  port: 1\n", BRACKET, 1, 12),
+    "a comma": (DEMO + "server: {port: 1 host: x}\n", BRACKET, 2, 22),
+    "a brace too many": (SERVER + "  port: {}}\n", INDENT, 3, 11),
+    "a star as a name": (DEMO + "prices:\n  *: {}\n", STAR, 3, 4),
+    "a glob": (DEMO + "keys:\n- models: [*-opus]\n", STAR, 3, 12),
+    "an alias of nothing": (DEMO + "keys:\n- models: [*opus]\n", STAR, 3, 12),
+    "a percent sign": (SERVER + "  contact: %ann\n", "text that begins with @, ` or %", 3, 12),
+    "a bar": (SERVER + "  contact: |ann\n", "while scanning a block scalar did not find expected comment", 3, 13),
+    "a dash": (SERVER + "  contact: - a\n", "block sequence entries are not allowed in this context", 3, 12),
+    "a backslash": (SERVER + '  contact: "C:\\dir"\n', "while parsing a quoted scalar found unknown escape", 3, 15),
+    "a control character": (SERVER + "  # é\n  host: a\x07b\n", "control characters are not allowed", 4, 1),
+    "a second document": (DEMO + "---\n" + DEMO, "expected a single document", 2, 1),
+    "an anchor twice": (DEMO + "server: &a {}\nusage: &a {}\n", "found duplicate anchor 'a'", 3, 8),
 }
 
 
 @pytest.mark.parametrize("name", NOT_YAML)
 def test_what_is_no_yaml_is_told_with_its_line_and_the_likely_cause(name):
     """
-    The parser's own words help nobody who has forgotten a quote. The line above is quoted as well.
+    For what is common, in place of the parser's own words, which help nobody who has forgotten a quote.
     """
-    text, example, line, quoted = NOT_YAML[name]
+    text, told, line, column = NOT_YAML[name]
 
     with pytest.raises(g.ConfigError) as caught:
         load(text)
 
-    before, _, after = quoted.partition("^")
-    width = len(before) - 1 + before[:-1].count("安")
-    first, *_, last, caret = str(caught.value).split("\n")
-    assert first == f"config.yaml:{line}: not YAML: {cause(example)}"
-    assert (last, caret) == (f"    {before}{after}", f"    {' ' * width}^")
+    assert str(caught.value).startswith(f"config.yaml:{line}: not YAML: {told}")
+    assert str(caught.value).endswith(f" (column {column})")
 
 
 @pytest.mark.parametrize(
@@ -1057,19 +974,8 @@ def test_a_character_that_looks_like_one_of_yamls_is_named(line, hint):
     """
     Word processors and input methods write them, and nobody sees the difference.
     """
-    assert cause(f"{SERVER}  {line}\n").endswith(f"; {hint}")
-
-
-def test_a_line_that_is_no_yaml_is_quoted_in_part_where_it_is_long():
-    """
-    A config may be one line.
-    """
-    with pytest.raises(g.ConfigError) as caught:
-        load(DEMO + f"server: {{contact: {'so ' * 500}, host: @, timezone: {'so ' * 500}}}\n")
-
-    first, _, quoted, caret = str(caught.value).split("\n")
-    assert first == f"config.yaml:2: not YAML: {cause('a: @b')}"
-    assert len(quoted) <= 104 and quoted[len(caret) - 1] == "@"
+    with pytest.raises(g.ConfigError, match=re.escape(f"; {hint} (column ")):
+        load(f"{SERVER}  {line}\n")
 
 
 SECRET = "sk-ant-api03-Zm9vYmFyYmF6cXV4-0123456789"
@@ -1320,8 +1226,7 @@ def make_link_to_nowhere(path: Path) -> None:
             "remove it, and mount the folder in which config.yaml lies",
         ),
         (lambda path: path.write_bytes(b"\n# \xe9t\xe9\n"), ":2: not UTF-8 (the byte 0xe9): save it as UTF-8"),
-        (lambda path: path.write_text(DEMO, "utf-16"), ":1: is UTF-16: save it as UTF-8"),
-        (lambda path: path.write_text(DEMO, "utf-16-le"), ":1: is UTF-16: save it as UTF-8"),
+        (lambda path: path.write_text(DEMO, "utf-16"), ":1: not UTF-8 (the byte 0xff): save it as UTF-8"),
         (lambda path: path.symlink_to(path), ": cannot be read: Too many levels of symbolic links"),
     ],
 )
@@ -1511,9 +1416,9 @@ APPENDED = {
 def edit(path: Path, text: str, change: Callable[[g.ConfigEditor], None]) -> str:
     """What a file's text is after a change."""
     path.write_bytes(text.encode())
-    editor = g.ConfigEditor(path)
-    change(editor)
-    return editor.document.text
+    with g.edited(path) as editor:
+        change(editor)
+        return editor.document.text
 
 
 @pytest.mark.parametrize("name", APPENDED)
@@ -1799,11 +1704,18 @@ def test_setting_a_scalar_changes_one_word(file, text, data):
 # Saving
 
 
-def editor_with_a_change(path: Path) -> g.ConfigEditor:
+@contextlib.contextmanager
+def edited(path: Path) -> Iterator[g.ConfigEditor]:
     """An editor that has just revoked alice's key."""
-    editor = g.ConfigEditor(path)
-    editor.set_field(("keys", 0), "enabled", "false")
-    return editor
+    with g.edited(path) as editor:
+        editor.set_field(("keys", 0), "enabled", "false")
+        yield editor
+
+
+def save(path: Path) -> g.Config:
+    """Revoke alice's key."""
+    with edited(path) as editor:
+        return editor.save({})
 
 
 @pytest.fixture
@@ -1824,7 +1736,7 @@ def test_a_saved_edit_replaces_the_file_and_leaves_nothing_beside_it(saved):
     """
     inode = saved.stat().st_ino
 
-    config = editor_with_a_change(saved).save({})
+    config = save(saved)
 
     assert not keys_of(config)["alice"].enabled
     assert saved.read_text() == REVOKED
@@ -1840,7 +1752,7 @@ def test_a_saved_edit_keeps_mode_and_owner(saved):
     owner = (1234, 5678) if os.geteuid() == 0 else (os.getuid(), os.getgid())
     os.chown(saved, *owner)
 
-    editor_with_a_change(saved).save({})
+    save(saved)
 
     after = saved.stat()
     assert (stat.S_IMODE(after.st_mode), (after.st_uid, after.st_gid)) == (0o604, owner)
@@ -1850,10 +1762,8 @@ def test_an_edit_that_makes_a_bad_config_is_not_saved(saved):
     """
     The result is read again before it replaces anything.
     """
-    editor = g.ConfigEditor(saved)
-    editor.append_key({"name": "alice", "key": HASH2})
-
-    with pytest.raises(g.ConfigError, match=r"keys\[1\]\.name: is taken"):
+    with g.edited(saved) as editor, pytest.raises(g.ConfigError, match=r"keys\[1\]\.name: is taken"):
+        editor.append_key({"name": "alice", "key": HASH2})
         editor.save({})
 
     assert saved.read_text() == ALICE
@@ -1884,10 +1794,8 @@ def test_an_edit_does_not_undo_what_someone_else_saved_meanwhile(saved):
     """
     Two people and one file: the later one is told, and nothing is lost.
     """
-    editor = editor_with_a_change(saved)
-    saved.write_text(ALICE + "# mine\n")
-
-    with pytest.raises(g.ConfigError) as caught:
+    with edited(saved) as editor, pytest.raises(g.ConfigError) as caught:
+        saved.write_text(ALICE + "# mine\n")
         editor.save({})
 
     assert str(caught.value) == f"{saved}: was changed by someone else in the meantime; nothing was written, try again"
@@ -1898,7 +1806,7 @@ def test_an_edit_does_not_undo_a_save_that_comes_at_the_last_moment(saved, monke
     """
     Also while the new text is already on the disk: the file is looked at again right before it is replaced.
     """
-    editor, sync = editor_with_a_change(saved), os.fsync
+    sync = os.fsync
 
     def sync_and_save(handle: int) -> None:
         sync(handle)
@@ -1906,7 +1814,7 @@ def test_an_edit_does_not_undo_a_save_that_comes_at_the_last_moment(saved, monke
 
     monkeypatch.setattr(os, "fsync", sync_and_save)
     with pytest.raises(g.ConfigError, match="was changed by someone else"):
-        editor.save({})
+        save(saved)
 
     assert saved.read_text() == ALICE + "# mine\n"
     assert os.listdir(saved.parent) == ["config.yaml"]
@@ -1916,12 +1824,11 @@ def test_an_edit_of_a_file_that_was_replaced_by_its_like_is_not_saved(saved):
     """
     The lock is on the old file: whoever edits the new one would not know of it, and one of both would be lost.
     """
-    editor = editor_with_a_change(saved)
     again = saved.with_name("again")
     again.write_text(ALICE)
-    os.replace(again, saved)
 
-    with pytest.raises(g.ConfigError, match="was changed by someone else"):
+    with edited(saved) as editor, pytest.raises(g.ConfigError, match="was changed by someone else"):
+        os.replace(again, saved)
         editor.save({})
 
     assert saved.read_text() == ALICE
@@ -1934,7 +1841,7 @@ def test_a_symlink_stays_one_and_what_it_names_is_edited(saved, tmp_path):
     link = tmp_path / "config.yaml"
     link.symlink_to(saved)
 
-    config = editor_with_a_change(link).save({})
+    config = save(link)
 
     assert link.is_symlink() and saved.read_text() == REVOKED
     assert config.usage_directory == tmp_path / "usage"
@@ -1964,15 +1871,14 @@ def bind_mount(saved, tmp_path) -> Iterator[Callable[..., Path]]:
 
 def test_a_bind_mounted_file_is_written_in_place(bind_mount, saved):
     """
-    It cannot be replaced (EBUSY): the file outside the container changes, and what it was lies beside it.
+    It cannot be replaced (EBUSY): the file outside the container changes.
     """
     outside = bind_mount()
 
-    editor_with_a_change(saved).save({})
+    save(saved)
 
     assert outside.read_text() == saved.read_text() == REVOKED
-    assert saved.with_name("config.yaml.bak").read_text() == ALICE
-    assert sorted(os.listdir(saved.parent)) == ["config.yaml", "config.yaml.bak"]
+    assert os.listdir(saved.parent) == ["config.yaml"]
 
 
 def test_a_bind_mounted_file_that_is_read_only_is_said_to_be(bind_mount, saved):
@@ -1982,7 +1888,7 @@ def test_a_bind_mounted_file_that_is_read_only_is_said_to_be(bind_mount, saved):
     bind_mount("ro")
 
     with pytest.raises(g.ConfigError) as caught:
-        editor_with_a_change(saved).save({})
+        save(saved)
 
     assert str(caught.value) == f"{saved}: cannot be written: Read-only file system"
     assert saved.read_text() == ALICE
@@ -2001,36 +1907,34 @@ def busy(monkeypatch) -> None:
 
 def test_writing_in_place_keeps_the_inode_and_leaves_no_rest_of_a_longer_text(busy, saved):
     """
-    The copy beside it is as secret as the file: it has the same mode.
+    Nor a copy, which would keep what was sealed in clear text.
     """
-    saved.chmod(0o600)
     inode = saved.stat().st_ino
 
     g.replace_file(saved, DEMO.encode())
 
-    backup = saved.with_name("config.yaml.bak")
     assert (saved.read_text(), saved.stat().st_ino) == (DEMO, inode)
-    assert (backup.read_text(), stat.S_IMODE(backup.stat().st_mode)) == (ALICE, 0o600)
-    assert sorted(os.listdir(saved.parent)) == ["config.yaml", "config.yaml.bak"]
+    assert os.listdir(saved.parent) == ["config.yaml"]
 
 
 def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(busy, saved, monkeypatch):
     """
-    And the old text is put back: its blocks are there.
+    The copy beside it is as secret as the file: it has the same mode.
     """
 
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    editor, syncs = editor_with_a_change(saved), iter([os.fsync, fail, os.fsync])
+    saved.chmod(0o600)
+    syncs = iter([os.fsync, fail])
     monkeypatch.setattr(os, "fsync", lambda handle: next(syncs)(handle))
 
     with pytest.raises(g.ConfigError) as caught:
-        editor.save({})
+        save(saved)
 
     backup = saved.with_name("config.yaml.bak")
     assert str(caught.value) == f"{saved}: cannot be written: No space left on device; what it was is in {backup}"
-    assert backup.read_text() == saved.read_text() == ALICE
+    assert (backup.read_text(), stat.S_IMODE(backup.stat().st_mode)) == (ALICE, 0o600)
 
 
 @pytest.mark.parametrize("section", ["server", "keys", "teams", "defaults", "limits", "prices", "usage"])

@@ -1949,14 +1949,6 @@ CGROUPS = {
         8000,
     ),
     "v2 in a container": ({"proc/self/cgroup": "0::/docker/x\n", "sys/fs/cgroup/memory.max": "4096\n"}, 4096),
-    "v1": (
-        {
-            "proc/self/cgroup": "5:cpu,cpuacct:/y\n4:memory:/x\n",
-            "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "4096\n",
-            "sys/fs/cgroup/memory/y/memory.limit_in_bytes": "1\n",
-        },
-        4096,
-    ),
     "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, None),
     "no cgroups": ({}, None),
 }
@@ -1965,7 +1957,7 @@ CGROUPS = {
 @pytest.mark.parametrize("name", CGROUPS)
 def test_the_memory_that_there_is(tmp_path, name):
     """
-    The least of what the host has and what the process's cgroups, of either version, allow.
+    The least of what the host has and what the process's cgroups (version 2) allow.
     """
     files, expected = CGROUPS[name]
     for path, content in files.items():
