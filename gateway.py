@@ -3237,11 +3237,17 @@ class Unreadable:
         self.count = 0
         self.names: list[str] = []  # usage-2026-09.jsonl:17
 
-    def note(self, name: Callable[..., str], *place: object) -> None:
-        """Count a line. If it is one of the first, call `name(*place)`, which may read the file, for its name."""
+    def note(self, path: Path, place: int) -> None:
+        """Count the line that begins behind `place` bytes of a file."""
         self.count += 1
-        if len(self.names) < self.NAMED:
-            self.names.append(name(*place))
+        if len(self.names) == self.NAMED:
+            return
+        number = 1
+        with LedgerFiles.open(path) as file:
+            while place > 0 and (block := file.read(min(place, BLOCK))):
+                place -= len(block)
+                number += block.count(b"\n")
+        self.names.append(f"{path.name}:{number}")
 
     def report(self) -> list[str]:
         """Name the first lines, and say how many there are besides."""
@@ -3266,14 +3272,93 @@ class BrokenChain(Exception):
 
 BLOCK = 1 << 18  # bytes that are looked through at once: less than a millisecond
 
+# A gzipped month consists of members of 4 MB each, so that it can be read from any place: a page decompresses the
+# members that it looks through and no others. The head of each has its length in an extra field. RFC 1952 allows both
+# (2.2: members; 2.3.1.1: extra fields): zcat, gzip -d and Python read it as any other file.
+#
+#     1f 8b 08 04 … "GW" length | content 0 … 4 MB | CRC-32, size || 1f 8b 08 04 … "GW" length | content 4 … 8 MB | …
 
-def blocks_before(path: Path, end: int) -> Iterator[bytes]:
-    """The bytes of a file before a place that is in it, the last block first."""
-    with open(path, "rb") as file:
-        while end > 0:
-            start = max(0, end - BLOCK)
-            yield os.pread(file.fileno(), end - start, start)
-            end = start
+MEMBER = 4 << 20  # bytes of content in one
+MEMBER_MAGIC = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x08\0GW\x04\0"  # ten bytes of gzip's; an extra field of 8, ours of 4
+MEMBER_HEAD = struct.Struct(f"<{len(MEMBER_MAGIC)}sI")  # and the length of the member
+MEMBER_END = struct.Struct("<II")  # CRC-32 and size of its content
+
+
+def write_members(plain: IO[bytes], out: IO[bytes]) -> None:
+    """Gzip a file in members. Raises OSError."""
+    while data := plain.read(MEMBER):
+        packer = zlib.compressobj(6, wbits=-15)
+        packed = packer.compress(data) + packer.flush()
+        out.write(MEMBER_HEAD.pack(MEMBER_MAGIC, MEMBER_HEAD.size + len(packed) + MEMBER_END.size))
+        out.write(packed + MEMBER_END.pack(zlib.crc32(data), len(data)))
+
+
+class Content:
+    """What is in a file of the ledger, gzipped or not, to be read backwards.
+
+    A gzipped file that `write_members` has not made is one member, which is decompressed from its beginning, once for
+    each WINDOW. Raises OSError, as its methods do.
+    """
+
+    WINDOW = 16 << 20  # bytes
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size = path, 0
+        self._members: list[tuple[int, int]] = []  # where each begins: in the content and in the file
+        if path.suffix == ".gz":
+            self._find_members()
+        else:
+            self.size = path.stat().st_size
+
+    def _find_members(self) -> None:
+        with open(self.path, "rb") as file:
+            end, offset = file.seek(0, os.SEEK_END), 0
+            while offset < end:
+                self._members.append((self.size, offset))
+                head = os.pread(file.fileno(), MEMBER_HEAD.size, offset)
+                following = end
+                if head.startswith(MEMBER_MAGIC) and len(head) == MEMBER_HEAD.size:
+                    following = offset + max(MEMBER_HEAD.size, MEMBER_HEAD.unpack(head)[1])
+                self.size += int.from_bytes(os.pread(file.fileno(), 4, following - 4), "little")
+                offset = following
+        if offset > end:
+            log.error("ledger: %s is damaged and is shown only up to there: it was cut", self.path.name)
+
+    def blocks_before(self, end: int) -> Iterator[bytes]:
+        """The content before a place that is in it, the last block first; of an archive down to where it is damaged."""
+        if not self._members:
+            with open(self.path, "rb") as file:
+                while end > 0:
+                    start = max(0, end - BLOCK)
+                    yield os.pread(file.fileno(), end - start, start)
+                    end = start
+        try:
+            for place, offset in reversed(self._members):
+                while end > place:
+                    start = max(place, end - self.WINDOW)
+                    part = self._part(offset, start - place, end - place)
+                    for stop in range(len(part), 0, -BLOCK):
+                        yield part[max(0, stop - BLOCK) : stop]
+                    end = start
+        except DAMAGED_GZIP as error:
+            log.error("ledger: %s is damaged and is shown only down to there: %s", self.path.name, error)
+
+    def _part(self, offset: int, start: int, end: int) -> bytes:
+        """Decompress a member; at its end its CRC-32 is checked."""
+        unpacker, place, part = zlib.decompressobj(wbits=31), 0, bytearray()
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            while place <= end and not unpacker.eof:
+                packed = file.read(1 << 16)
+                if not packed:
+                    raise EOFError("it was cut")
+                piece = unpacker.decompress(packed)
+                part += piece[max(0, start - place) : max(0, end - place)]
+                place += len(piece)
+        return bytes(part)
+
+
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a bad archive raises
 
 
 def marked_lines(blocks: Iterable[bytes], end: int, mark: bytes) -> Iterator[tuple[int, bytes]]:
@@ -3292,104 +3377,6 @@ def marked_lines(blocks: Iterable[bytes], end: int, mark: bytes) -> Iterator[tup
             stop = data.rfind(b"\n", 0, found) + 1
             yield place + stop, data[stop : data.find(b"\n", found) + 1 or len(data)]
         yield place + len(rest), b""
-
-
-# A gzipped month consists of members of 4 MB each, so that it can be read from any place: a page decompresses the
-# members that it looks through and no others. The last member is empty, and has the table of the others in its extra
-# field. RFC 1952 allows both (2.2: members; 2.3.1.1: extra fields): zcat, gzip -d and Python read it as any other file.
-#
-#     1f 8b … content 0 … 4 MB | 1f 8b … content 4 … 8 MB | … | 1f 8b 08 04 … "GW" table | empty block, CRC-32 and size
-
-MEMBER = 4 << 20  # bytes of content in one
-MEMBER_MAGIC = b"\x1f\x8b\x08\x04\0\0\0\0\0\xff"  # how the last one begins: flags say that it has an extra field
-MEMBER_HEAD = struct.Struct("<10sH2sH")  # these; the length of the extra field; name and length of its only subfield
-MEMBER_ROW = struct.Struct("<QQ")  # where a member begins: in the content and in the file
-MEMBER_ROWS = (65535 - 4) // MEMBER_ROW.size  # that fit into an extra field
-
-Member = tuple[int, int]  # a row of the table
-
-
-def write_members(plain: IO[bytes], out: IO[bytes], size: int) -> None:
-    """Gzip a file of `size` bytes in members. Raises OSError."""
-    step = max(MEMBER, -(-size // (MEMBER_ROWS - 1)))
-    table, place = b"", 0
-    while data := plain.read(step):
-        table += MEMBER_ROW.pack(place, out.tell())
-        packer = zlib.compressobj(6, wbits=31)
-        out.write(packer.compress(data) + packer.flush())
-        place += len(data)
-    table += MEMBER_ROW.pack(place, out.tell())
-    out.write(MEMBER_HEAD.pack(MEMBER_MAGIC, len(table) + 4, b"GW", len(table)) + table)
-    out.write(b"\x03\0" + bytes(8))
-
-
-def members_of(path: Path) -> list[Member]:
-    """The members of a file that `write_members` made, the last one being its end; [] of any other. Raises OSError."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        start = file.seek(max(0, size - 70_000))
-        end = file.read()
-    place = end.rfind(MEMBER_MAGIC)
-    if place < 0 or len(end) - place < MEMBER_HEAD.size:
-        return []
-    _, extra, name, length = MEMBER_HEAD.unpack_from(end, place)
-    table = end[place + MEMBER_HEAD.size : place + MEMBER_HEAD.size + length]
-    if name != b"GW" or extra != length + 4 or len(end) - place != MEMBER_HEAD.size + length + 10:
-        return []
-    members = list(MEMBER_ROW.iter_unpack(table))
-    return members if members and members[-1][1] == start + place else []
-
-
-class Archive:
-    """A gzipped month that can be read backwards.
-
-    One that has no table (of an older version, or cut) is decompressed from its beginning, once for each WINDOW.
-    """
-
-    WINDOW = 16 << 20  # bytes
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._members = members_of(path)
-        if self._members:
-            self.size = self._members[-1][0]
-        else:
-            self.size = sum(map(len, self._pieces()))
-
-    def _pieces(self) -> Iterator[bytes]:
-        """The content from its beginning, as much as can be had."""
-        try:
-            with gzip.open(self.path) as file:
-                while piece := file.read1(1 << 20):
-                    yield piece
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            log.error("ledger: %s is damaged and is shown only up to there: %s", self.path.name, error)
-
-    def _parts_before(self, end: int) -> Iterator[bytes]:
-        """The content before a place that is in it, the last part first."""
-        with open(self.path, "rb") as file:
-            for (place, offset), (next_place, next_offset) in reversed(list(itertools.pairwise(self._members))):
-                if place < end:
-                    packed = os.pread(file.fileno(), next_offset - offset, offset)
-                    yield zlib.decompress(packed, 31, next_place - place)[: end - place]
-        while end > 0 and not self._members:
-            begin, place, part = max(0, end - self.WINDOW), 0, bytearray()
-            for piece in self._pieces():
-                part += piece[max(0, begin - place) : max(0, end - place)]
-                place += len(piece)
-                if place >= end:
-                    break
-            yield bytes(part)
-            end = begin
-
-    def blocks_before(self, end: int) -> Iterator[bytes]:
-        """The content before a place that is in it, the last block first."""
-        try:
-            for part in self._parts_before(end):
-                for stop in range(len(part), 0, -BLOCK):
-                    yield part[max(0, stop - BLOCK) : stop]
-        except zlib.error as error:
-            log.error("ledger: %s is damaged and is shown only down to there: %s", self.path.name, error)
 
 
 def open_shared(path: str | Path, flags: int) -> int:
@@ -3435,44 +3422,19 @@ class LedgerFiles:
         return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb", BLOCK)
 
     @classmethod
-    def name_at(cls, path: Path, place: int) -> str:
-        """Name the line that begins behind so many bytes: `usage-2026-09.jsonl:17`."""
-        number = 1
-        with cls.open(path) as file:
-            while place > 0 and (block := file.read(min(place, BLOCK))):
-                place -= len(block)
-                number += block.count(b"\n")
-        return f"{path.name}:{number}"
-
-    @classmethod
     def lines_of(cls, path: Path) -> Iterator[bytes]:
         """A file's lines. Raises BrokenChain where a gzipped one is damaged, after the lines before that."""
         with cls.open(path) as file:
             try:
                 yield from file
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            except DAMAGED_GZIP as error:
                 raise BrokenChain(f"{path.name}: the archive is damaged: {error}") from None
-
-    @staticmethod
-    def size(path: Path) -> int:
-        """Bytes of a file's lines; of a gzipped one without a table modulo 4 GB (RFC 1952, ISIZE)."""
-        if path.suffix != ".gz":
-            return path.stat().st_size
-        if members := members_of(path):
-            return members[-1][0]
-        with open(path, "rb") as file:
-            file.seek(-4, os.SEEK_END)
-            return int.from_bytes(file.read(4), "little")
 
     @classmethod
     def last_line(cls, path: Path) -> bytes:
         """A file's last line."""
-        if path.suffix == ".gz":
-            archive = Archive(path)
-            blocks = archive.blocks_before(archive.size)
-        else:
-            blocks = blocks_before(path, cls.size(path))
-        lines = next(blocks, b"").splitlines(keepends=True)
+        content = Content(path)
+        lines = next(content.blocks_before(content.size), b"").splitlines(keepends=True)
         return lines[-1] if lines else b""
 
     def lines(self, since: str = "", until: str = "9") -> Iterator[LedgerLine]:
@@ -3481,42 +3443,42 @@ class LedgerFiles:
         for path in self.paths():
             if month_of(path) < since[:7]:  # a file may hold older times than its name says, never newer ones
                 continue
+            place = 0
             try:
-                for number, line in enumerate(self.lines_of(path), 1):
+                for line in self.lines_of(path):
+                    place += len(line)
                     try:
                         found = decoder.decode(line)
                     except UNREADABLE:
-                        self.unreadable.note("{}:{}".format, path.name, number)
+                        self.unreadable.note(path, place - len(line))
                         continue
                     if since <= found.time < until:
                         yield found
             except BrokenChain as error:
-                self.unreadable.note("the end of {}".format, path.name)
+                self.unreadable.note(path, place)
                 log.error("ledger: %s; what follows in it is not counted", error)
 
-    def backwards(self, before: tuple[str, int], mark: bytes) -> Iterator[tuple[str, int, bytes]]:
-        """Month, place and bytes of the lines with `mark` before a place, newest first; b"" as `marked_lines` does."""
+    def backwards(self, before: tuple[str, int], mark: bytes) -> Iterator[tuple[Path, int, bytes]]:
+        """File, place and bytes of the lines with `mark` before a place, newest first; b"" as `marked_lines` does."""
         for path in reversed(self.paths()):
-            month = month_of(path)
-            if month > before[0]:
+            if month_of(path) > before[0]:
                 continue
-            archive = Archive(path) if path.suffix == ".gz" else None
-            end = archive.size if archive else self.size(path)
-            if month == before[0]:
+            content = Content(path)
+            end = content.size
+            if month_of(path) == before[0]:
                 end = min(end, before[1])
-            blocks = archive.blocks_before(end) if archive else blocks_before(path, end)
-            for place, line in marked_lines(blocks, end, mark):
-                yield month, place, line
+            for place, line in marked_lines(content.blocks_before(end), end, mark):
+                yield path, place, line
 
     def page(self, key: str, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
         """The newest `count` entries of a key before a place that are wanted; at most PAGE_BYTES are looked through."""
         decoder, mark = msgspec.json.Decoder(LedgerLine), b'"key":' + msgspec.json.encode(key) + b","
         found: list[Entry] = []
         unreadable, blocks = Unreadable(), 0
-        for month, place, line in self.backwards(before, mark):
+        for path, place, line in self.backwards(before, mark):
             if line and len(found) == count:
                 return Page(found, before, unreadable)
-            before = (month, place)
+            before = (month_of(path), place)
             if not line:
                 blocks += 1
                 if blocks * BLOCK >= self.PAGE_BYTES:
@@ -3526,15 +3488,11 @@ class LedgerFiles:
             try:
                 entry = decoder.decode(line)
             except UNREADABLE:
-                unreadable.note(self._name_in, month, place)
+                unreadable.note(path, place)
                 continue
             if isinstance(entry, Entry) and entry.key == key and wanted(entry):
                 found.append(entry)
         return Page(found, None, unreadable)
-
-    def _name_in(self, month: str, place: int) -> str:
-        path = next(path for path in self.paths() if month_of(path) == month)
-        return self.name_at(path, place)
 
     def verify(self, seen: str, tell: Callable[[str], None]) -> str:
         """Follow the chain from the first line to the last; the last chain value. Tells how many lines each file has.
@@ -3564,7 +3522,7 @@ class LedgerFiles:
             packed, temporary = path.with_name(path.name + ".gz"), path.with_name(f".{path.name}.gz")
             before = path.stat().st_size
             with open(path, "rb") as plain, open(temporary, "wb", opener=open_shared) as file:
-                write_members(plain, file, before)
+                write_members(plain, file)
                 file.flush()
                 os.fsync(file.fileno())
             shutil.copystat(path, temporary)
@@ -3702,7 +3660,14 @@ class Ledger:
             ledger.close()
 
     def hold(self) -> None:
-        """Be the folder's only gateway until `close`: two would each count only their own calls. Raises OSError."""
+        """Be the only gateway of the folder that has this name now, until `close`. Raises OSError.
+
+        Two would each count only their own calls.
+        """
+        held = self._folder
+        with contextlib.suppress(FileNotFoundError):
+            if held >= 0 and os.path.samestat(os.stat(self.directory), os.fstat(held)):
+                return
         try:
             self._folder = hold_folder(self.directory)
         except BlockingIOError:
@@ -3710,15 +3675,8 @@ class Ledger:
             raise OSError(
                 errno.EBUSY, f"another gateway runs on it, or a backup is being restored there: {remedy}"
             ) from None
-
-    def _hold_again(self) -> None:
-        """Hold the folder that has this name now, where it was replaced after `hold`. Raises OSError."""
-        with contextlib.suppress(FileNotFoundError):
-            if self._folder < 0 or os.path.samestat(os.stat(self.directory), os.fstat(self._folder)):
-                return
-        replaced = self._folder
-        self.hold()
-        os.close(replaced)
+        if held >= 0:
+            os.close(held)
 
     def open(self) -> None:
         """Go on behind the newest line. Raises OSError where the folder cannot be written."""
@@ -3810,7 +3768,8 @@ class Ledger:
     def _open(self, month: str) -> None:
         """Go on in a month's file, without what a crash may have left of its last line. Raises OSError."""
         path = self.directory / f"usage-{month}.jsonl"
-        self._hold_again()
+        if self._folder >= 0:
+            self.hold()  # the folder may have been replaced
         self.directory.mkdir(parents=True, exist_ok=True)
         fd = open_shared(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         try:
@@ -4295,7 +4254,7 @@ def whole_lines(path: Path, offset: int) -> Iterator[list[bytes]]:
                     del lines[-1]
                 if lines:
                     yield lines
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except DAMAGED_GZIP as error:
         log.error("ledger: %s is damaged and counts only up to there: %s", path.name, error)
 
 
@@ -4350,7 +4309,7 @@ class Position(msgspec.Struct, array_like=True):
                 break
             except UNCOUNTABLE:  # `postings` goes on behind it
                 number = len(lines) - operator.length_hint(rest) - 1
-                unreadable.note(LedgerFiles.name_at, path, self.offset + sum(map(len, lines[:number])))
+                unreadable.note(path, self.offset + sum(map(len, lines[:number])))
         self.offset += sum(map(len, lines))
         self.entries += len(lines)
         self.tail = lines[-1][-LINE_END:].decode("latin-1")
@@ -4779,7 +4738,7 @@ class Index:
     def _fresh_since(self) -> float:
         """When the last sliding windows began, whether the clock is ahead now or was at the last line."""
         now = self._now
-        with contextlib.suppress(*UNCOUNTABLE, OSError, EOFError, zlib.error, IndexError):
+        with contextlib.suppress(*UNCOUNTABLE, OSError, IndexError):
             last = LedgerFiles.last_line(self.ledger.paths()[-1])
             now = min(now, POSTING_DECODER.decode(last).time.timestamp())
         return now - self.calendar.sliding_s - STEP_S
