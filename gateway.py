@@ -3079,9 +3079,9 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 # === Floor B. Books: what was spent, and what may be ================================
 
 # --- 8. Ledger: what was spent, line by line --------------------------------------
-# Offers: Adjustment, AttemptEntry, BLOCK, BrokenChain, COUNT_TOKENS, Discarded, Entry, Held, hold_folder,
-#   hold_ledger, is_time, Ledger, LedgerFiles, LedgerLine, LINE_END, month_of, open_shared, Page, Reset, Unreadable,
-#   utc_time
+# Offers: Adjustment, AttemptEntry, BLOCK, BrokenChain, COUNT_TOKENS, DAMAGED_GZIP, Discarded, Entry, Held,
+#   hold_folder, hold_ledger, is_time, Ledger, LedgerFiles, LedgerLine, LINE_END, month_of, open_shared, Page,
+#   Reset, Unreadable, utc_time
 
 FIRST_CHAIN = b"0" * 32
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
