@@ -3080,8 +3080,8 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 # --- 8. Ledger: what was spent, line by line --------------------------------------
 # Offers: Adjustment, AttemptEntry, BLOCK, BrokenChain, COUNT_TOKENS, DAMAGED_GZIP, Discarded, Entry, Held,
-#   hold_folder, hold_ledger, is_time, Ledger, LedgerFiles, LedgerLine, LINE_END, month_of, open_shared, Page,
-#   Reset, Unreadable, utc_time
+#   hold_folder, hold_ledger, is_time, Ledger, LedgerFiles, LedgerLine, LINE_END, month_of, open_month, open_shared,
+#   Page, Reset, Unreadable, utc_time
 
 FIRST_CHAIN = b"0" * 32
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
@@ -3228,6 +3228,17 @@ def month_of(path: Path) -> str:
     return path.name.removeprefix("usage-")[:7]
 
 
+BLOCK = 1 << 18  # bytes that are looked through at once: less than a millisecond
+DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a bad archive raises
+
+
+def open_month(path: Path) -> IO[bytes]:
+    """A month's lines, whether gzipped or not."""
+    if path.suffix == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    return open(path, "rb", BLOCK)
+
+
 class Unreadable:
     """Lines of the ledger that cannot be read and count nothing: how many there are, and where the first are."""
 
@@ -3243,7 +3254,7 @@ class Unreadable:
         if len(self.names) == self.NAMED:
             return
         number = 1
-        with LedgerFiles.open(path) as file:
+        with open_month(path) as file:
             while place > 0 and (block := file.read(min(place, BLOCK))):
                 place -= len(block)
                 number += block.count(b"\n")
@@ -3269,8 +3280,6 @@ class Page(NamedTuple):
 class BrokenChain(Exception):
     """A line of the ledger was changed, removed or inserted; the message names the first that does not follow."""
 
-
-BLOCK = 1 << 18  # bytes that are looked through at once: less than a millisecond
 
 # A gzipped month consists of members of 4 MB each, so that it can be read from any place: a page decompresses the
 # members that it looks through and no others. The head of each has its length in an extra field. RFC 1952 allows both
@@ -3358,9 +3367,6 @@ class Content:
         return bytes(part)
 
 
-DAMAGED_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a bad archive raises
-
-
 def marked_lines(blocks: Iterable[bytes], end: int, mark: bytes) -> Iterator[tuple[int, bytes]]:
     """The lines with `mark` in the blocks before a place, last first, with where each begins.
 
@@ -3417,21 +3423,16 @@ class LedgerFiles:
         return {month_of(path): path for path in map(self.directory.joinpath, names)}
 
     @staticmethod
-    def open(path: Path) -> IO[bytes]:
-        """A file's lines, whether gzipped or not."""
-        return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else open(path, "rb", BLOCK)
-
-    @classmethod
-    def lines_of(cls, path: Path) -> Iterator[bytes]:
+    def lines_of(path: Path) -> Iterator[bytes]:
         """A file's lines. Raises BrokenChain where a gzipped one is damaged, after the lines before that."""
-        with cls.open(path) as file:
+        with open_month(path) as file:
             try:
                 yield from file
             except DAMAGED_GZIP as error:
                 raise BrokenChain(f"{path.name}: the archive is damaged: {error}") from None
 
-    @classmethod
-    def last_line(cls, path: Path) -> bytes:
+    @staticmethod
+    def last_line(path: Path) -> bytes:
         """A file's last line."""
         content = Content(path)
         lines = next(content.blocks_before(content.size), b"").splitlines(keepends=True)
@@ -4247,7 +4248,7 @@ def whole_lines(path: Path, offset: int) -> Iterator[list[bytes]]:
     What has no end is torn, or is being written. Raises OSError.
     """
     try:
-        with LedgerFiles.open(path) as file:
+        with open_month(path) as file:
             file.seek(offset)
             while lines := file.readlines(BLOCK):
                 if not lines[-1].endswith(b"\n"):
