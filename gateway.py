@@ -3393,10 +3393,6 @@ def open_shared(path: str | Path, flags: int) -> int:
 class LedgerFiles:
     """The ledger as it is read: its lines in the order in which they were written, gzipped months included."""
 
-    WHY = (
-        "carries no chain value: it was changed, or did not come from the gateway",
-        "does not follow from the line before: it was changed, or lines before it were removed or inserted",
-    )
     PAGE_BYTES = 64 << 20  # that are looked through for one page: about 90,000 lines
     PAUSE_S = 0.001  # after each block, in which the event loop goes on
 
@@ -3409,18 +3405,16 @@ class LedgerFiles:
 
         Raises OSError where the folder is there and cannot be listed.
         """
+        found: dict[str, Path] = {}
         # The plain ones first: a month that is gzipped meanwhile is then seen twice, and never not at all.
-        plain = self._named("usage-????-??.jsonl")
-        found = self._named("usage-????-??.jsonl.gz") | plain
+        for pattern in ("usage-????-??.jsonl", "usage-????-??.jsonl.gz"):
+            try:
+                names = os.listdir(self.directory)  # `Path.glob` would find none where it may not look
+            except FileNotFoundError:
+                return []
+            for path in map(self.directory.joinpath, fnmatch.filter(names, pattern)):
+                found.setdefault(month_of(path), path)
         return [found[month] for month in sorted(found)]
-
-    def _named(self, pattern: str) -> dict[str, Path]:
-        """Files by month. `Path.glob` would find none where it may not look."""
-        try:
-            names = fnmatch.filter(os.listdir(self.directory), pattern)
-        except FileNotFoundError:
-            return {}
-        return {month_of(path): path for path in map(self.directory.joinpath, names)}
 
     @staticmethod
     def lines_of(path: Path) -> Iterator[bytes]:
@@ -3506,8 +3500,13 @@ class LedgerFiles:
             number = 0
             for number, line in enumerate(self.lines_of(path), 1):
                 value = chain_of(line)
-                if not value or value != chain_value(chain, unchained(line)):
-                    raise BrokenChain(f"{path.name}:{number}: {self.WHY[bool(value)]}")
+                if value != chain_value(chain, unchained(line)):
+                    why = (
+                        "does not follow from the line before: it was changed, or lines were removed or inserted there"
+                    )
+                    if not value:
+                        why = "carries no chain value: it was changed, or did not come from the gateway"
+                    raise BrokenChain(f"{path.name}:{number}: {why}")
                 chain = value
                 wanted = b"" if wanted == value else wanted
             tell(f"{path.name}: {number:,} lines")
@@ -3957,20 +3956,25 @@ class Counters(msgspec.Struct, array_like=True):
 
     def turn_to(self, rows: Sequence[LimitWindow], at: float, began: float, calendar: Calendar) -> None:
         """Open the windows that a call counts in which began and ended at these times."""
-        self.since, self.turn = -math.inf, math.inf
+        since, turn = -math.inf, math.inf
         for row in rows:
             window = self.windows.get(row.name)
             # A call that ended a little before a rolling window was opened counts in it.
             if window is None or not window.start - row.seconds <= at < window.end:
                 span = self._rolling(row, at, began) if row.seconds else calendar.spans(at)[row.name]
                 window = self.windows[row.name] = self._enter(row.name, span, window)
-            self.since = max(self.since, window.start - row.seconds)
-            self.turn = min(self.turn, window.end)
+            if window.start - row.seconds > since:  # not `max`: a fold of a million lines comes here often
+                since = window.start - row.seconds
+            if window.end < turn:
+                turn = window.end
+        self.since, self.turn = since, turn
 
     def _rolling(self, row: LimitWindow, at: float, began: float) -> Span:
         """Find the rolling window around a time among those remembered; else begin a new one, behind those before."""
         start, current = began, self.windows.get(row.name)
-        for window in (*self.left.get(row.name, ()), *filter(None, [current])):
+        if current and start < current.end <= at:
+            start = current.end
+        for window in self.left.get(row.name, ()):
             if window.start <= at < window.end:
                 return Span(window.start, window.end)
             if start < window.end <= at:
@@ -3982,7 +3986,8 @@ class Counters(msgspec.Struct, array_like=True):
     def _enter(self, name: str, span: Span, before: Window | None) -> Window:
         left = self.left.setdefault(name, [])
         if before:
-            left.append(Window(before.start, before.end, self._since_mark(before)))
+            spent = [total - mark for total, mark in zip(self.totals, before.mark, strict=True)]
+            left.append(Window(before.start, before.end, spent))
         window = Window(span.start, span.end, self.totals.copy())
         for again in left:
             if again.start == span.start:
@@ -3991,9 +3996,6 @@ class Counters(msgspec.Struct, array_like=True):
                 break
         del left[: -self.LEFT]
         return window
-
-    def _since_mark(self, window: Window) -> list[int]:
-        return [total - mark for total, mark in zip(self.totals, window.mark, strict=True)]
 
     def post_step(self, at: float, admitted: float, spent: tuple[int, int, int], sliding_s: int) -> None:
         """Count for sliding windows: tokens and money where the call ended, the call itself where it was admitted."""
@@ -4156,7 +4158,7 @@ SUMS = (
     Cut("day", ("model", "upstream", "outcome")),
 )
 OTHERS = "(others)"
-MODELS = 100  # of a key in an hour: names come from clients, who may think up new ones all day
+MODELS = 200  # of a key: names come from clients, who may think up new ones all day
 
 
 def add_to(sums: list[int], posting: Posting) -> None:
@@ -4300,7 +4302,7 @@ class Position(msgspec.Struct, array_like=True):
         self.is_whole = self.is_whole and before == now
         return not self.is_whole
 
-    def count(self, view: View, lines: list[bytes], path: Path, unreadable: Unreadable) -> None:
+    def count(self, view: AnyView, lines: list[bytes], path: Path, unreadable: Unreadable) -> None:
         """Have a view count whole lines, which follow those that were read."""
         rest = iter(lines)
         postings = map(POSTING_DECODER.decode, rest)
@@ -4317,10 +4319,12 @@ class Position(msgspec.Struct, array_like=True):
 
 
 class View:
-    """A fold over the ledger's lines that is kept in tables of the index, with its own position in each month."""
+    """A fold over the ledger's lines that is kept in tables of the index, with its own position in each month.
 
-    name: ClassVar[str]
-    tables: ClassVar[tuple[str, ...]]
+    Each has a `fingerprint` of what must be the same for what is kept to mean the same. `post` counts lines, as
+    `Fold.post` does; `load` goes on from what is kept (and raises sqlite3.Error or UNCOUNTABLE); `save` keeps what has
+    changed since the last time.
+    """
 
     def __init__(self, calendar: Calendar) -> None:
         self.calendar = calendar
@@ -4335,26 +4339,9 @@ class View:
         """Lines that were read."""
         return sum(position.entries for position in self.positions.values())
 
-    @property
-    def fingerprint(self) -> bytes:
-        """Of what must be the same for what is kept to mean the same."""
-        raise NotImplementedError
-
     def _digest(self, *meaning: object) -> bytes:
         timezone = str(self.calendar.timezone)
         return hashlib.blake2b(msgspec.json.encode([timezone, *meaning]), digest_size=16).digest()
-
-    def post(self, postings: Iterable[Posting]) -> None:
-        """Count lines, as `Fold.post`."""
-        raise NotImplementedError
-
-    def load(self, db: sqlite3.Connection) -> None:
-        """Go on from what is kept. Raises sqlite3.Error or UNCOUNTABLE."""
-        raise NotImplementedError
-
-    def save(self, db: sqlite3.Connection) -> None:
-        """Keep what has changed since the last time. Raises sqlite3.Error."""
-        raise NotImplementedError
 
 
 class CounterView(View):
@@ -4396,15 +4383,13 @@ def clamped(sums: list[int]) -> list[int]:
     return [max(-LINE_MAX, min(LINE_MAX, amount)) for amount in sums]
 
 
-class HourSums:
+class HourSums(msgspec.Struct):
     """What one key, team, model, upstream and outcome adds up to in the hour that its last line was in."""
 
-    __slots__ = ("end", "labels", "start", "sums")
-
-    def __init__(self, labels: tuple[int, ...]) -> None:
-        self.labels = labels  # the numbers of LABELS
-        self.start = self.end = 0.0
-        self.sums = [0] * len(COLUMNS)
+    labels: tuple[int, ...]  # the numbers of LABELS
+    start: float = 0.0
+    end: float = 0.0
+    sums: list[int] = msgspec.field(default_factory=lambda: [0] * len(COLUMNS))
 
 
 class SumView(View):
@@ -4419,10 +4404,8 @@ class SumView(View):
         self._kept = 0  # names that are in the table
         self._series: dict[tuple[str, ...], HourSums] = {}
         self._over: list[tuple[int, tuple[int, ...], list[int]]] = []  # hours of series that are over
-        self._models: dict[tuple[int, int], set[int]] = {}  # by key and hour
+        self._models: dict[int, set[int]] = {}  # by key
         self._hour = Span(0.0, 0.0)
-        self._newest = -math.inf  # hours up to this one may have rows in the table
-        self._db: sqlite3.Connection | None = None
 
     @property
     def fingerprint(self) -> bytes:
@@ -4454,33 +4437,23 @@ class SumView(View):
             self._hour = self.calendar.spans(at)["clock_hour"]
         series.start, series.end = self._hour
         key, team, model, upstream, outcome = series.labels
-        models = self._models_of(key, int(series.start))
-        if model not in models:
-            if len(models) < MODELS:
-                models.add(model)
-            else:
-                series.labels = (key, team, self.number(OTHERS), upstream, outcome)
+        models = self._models.setdefault(key, set())
+        if len(models) < MODELS:
+            models.add(model)
+        elif model not in models:
+            series.labels = (key, team, self.number(OTHERS), upstream, outcome)
 
     def _end(self, series: HourSums) -> None:
         if any(series.sums):
             self._over.append((int(series.start), series.labels, series.sums))
             series.sums = [0] * len(COLUMNS)
 
-    def _models_of(self, key: int, hour: int) -> set[int]:
-        """The models that a key has in an hour, those in the table included."""
-        models = self._models.get((key, hour))
-        if models is None:
-            models = self._models[key, hour] = set()
-            if self._db and hour <= self._newest:
-                query = "SELECT DISTINCT model FROM sums WHERE cut = 0 AND key = ? AND start = ?"
-                models.update(model for (model,) in self._db.execute(query, (key, hour)))
-        return models
-
     def load(self, db: sqlite3.Connection) -> None:
         """Go on from what is kept."""
-        self._db, self._newest = db, math.inf
         self.numbers = {name: number for number, name in db.execute("SELECT number, name FROM names ORDER BY number")}
         self._kept = len(self.numbers)
+        for key, model in db.execute("SELECT DISTINCT key, model FROM sums WHERE cut = 1"):
+            self._models.setdefault(key, set()).add(model)
 
     def save(self, db: sqlite3.Connection) -> None:
         """Add what was counted to the table."""
@@ -4489,11 +4462,9 @@ class SumView(View):
         db.executemany(ADD_SUMS, self._rows())
         names = [(number, name) for name, number in itertools.islice(self.numbers.items(), self._kept, None)]
         db.executemany("INSERT INTO names VALUES (?, ?)", names)
-        self._newest = max([self._newest, *(start for start, _, _ in self._over)])
-        self._db, self._kept = db, len(self.numbers)
+        self._kept = len(self.numbers)
         self._over.clear()
         self._series.clear()
-        self._models.clear()
 
     def _rows(self) -> Iterator[list[int]]:
         """What is to be added to the table, for each row of SUMS; the finest comes as it was counted."""
@@ -4512,8 +4483,9 @@ class SumView(View):
                 yield [number, key, start, *others, *clamped(sums)]
 
 
-# The index
+AnyView = CounterView | SumView
 
+# The index
 
 SQLITE_DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)  # the last: a table is missing
 
@@ -4547,7 +4519,7 @@ class Index:
         self.is_stopping = False  # set by another thread: whatever takes long ends soon
         self.calendar = calendar
         self.counters, self.sums = CounterView(calendar), SumView(calendar)
-        self.views: tuple[View, ...] = (self.counters, self.sums)  # in the order in which a start needs them
+        self.views: tuple[AnyView, ...] = (self.counters, self.sums)  # in the order in which a start needs them
         self._now, self._secret = now, secret
         self._db: sqlite3.Connection
 
@@ -4611,7 +4583,7 @@ class Index:
         for suffix in ("-wal", "-journal", "-shm", ""):
             (directory / f"{cls.FILE}{suffix}").unlink(missing_ok=True)
 
-    def _load(self, view: View, kept: dict[str, bytes], is_signed: bool) -> None:
+    def _load(self, view: AnyView, kept: dict[str, bytes], is_signed: bool) -> None:
         """Go on from what is kept of a view. Raises Misfit."""
         if view.name not in kept:
             raise Misfit
@@ -4624,7 +4596,7 @@ class Index:
         self._check_files(view)
         view.load(self._db)
 
-    def _empty(self, view: View, why: str = "") -> None:
+    def _empty(self, view: AnyView, why: str = "") -> None:
         """Let a view begin from nothing."""
         if why:
             log.warning("index: all entries are read again for the %s: %s", view.name, why)
@@ -4635,7 +4607,7 @@ class Index:
             self._db.execute("DELETE FROM positions WHERE view = ?", (view.name,))
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (view.name, view.fingerprint))
 
-    def _check_files(self, view: View) -> None:
+    def _check_files(self, view: AnyView) -> None:
         """Raise Misfit where what was read is not what is there."""
         paths = {month_of(path): path for path in self.ledger.paths()}
         last = max(view.positions, default="")
@@ -4685,18 +4657,24 @@ class Index:
 
     # Follow the files
 
-    def catch_up(self, view: View, pause_s: float = 0.0) -> None:
+    def catch_up(self, view: AnyView, pause_s: float = 0.0) -> None:
         """Count the lines that have come, a step at a time; all lines again where some are gone."""
+        self._caught_up(view, lambda: Groups(), pause_s)
+
+    def _caught_up(self, view: AnyView, answer: Callable[[], Groups], pause_s: float = 0.0) -> Groups:
+        """Catch up, and answer; once more in an index made anew where the disk is full, or the file turns out damaged."""
         try:
             self._catch_up(view, pause_s)
-        except sqlite3.Error as error:  # the disk is full, or the file was overwritten
+            return answer()
+        except (sqlite3.Error, TypeError, *UNCOUNTABLE) as error:
             if self.failure:
                 raise  # it is in memory: a bug
             self._begin_anew(error)
-            for each in self.views[: self.views.index(view) + 1]:
-                self._catch_up(each, pause_s)
+        for each in self.views[: self.views.index(view) + 1]:
+            self._catch_up(each, pause_s)
+        return answer()
 
-    def _catch_up(self, view: View, pause_s: float) -> None:
+    def _catch_up(self, view: AnyView, pause_s: float) -> None:
         try:
             self._check_files(view)
         except Misfit as error:
@@ -4711,7 +4689,7 @@ class Index:
             log.warning("ledger: %s", unreadable)
         self.counters.fold.fresh_since = -math.inf
 
-    def _follow(self, view: View, path: Path, pause_s: float, unreadable: Unreadable) -> None:
+    def _follow(self, view: AnyView, path: Path, pause_s: float, unreadable: Unreadable) -> None:
         """Count what has come to a file."""
         month = month_of(path)
         position = view.positions.setdefault(month, Position())
@@ -4730,7 +4708,7 @@ class Index:
         position.is_whole = True
         self._save(view, month)
 
-    def _save(self, view: View, month: str) -> None:
+    def _save(self, view: AnyView, month: str) -> None:
         with self._transaction():
             view.save(self._db)
             row = (view.name, month, msgspec.json.encode(view.positions[month]))
@@ -4760,36 +4738,33 @@ class Index:
         Groups are of `by` (hour, day, month and LABELS), of calls that are `where` (LABELS). `most_rows` bounds what is
         read of the table, where it is not -1: about 31 rows make a month, one an hour or a day.
         """
-        self.catch_up(self.sums)
-        is_daily = "hour" not in by and self._is_midnight(since) and self._is_midnight(until)
-        labels = [name for name in by if name in LABELS]
-        cut = max(
-            number
-            for number, row in enumerate(SUMS)
-            if {*labels, *where} <= set(row.labels) and (is_daily or row.span == "clock_hour")
-        )
-        conditions = ["cut = ?", "start >= ?", "start < ?"]
-        values: list[float] = [cut, max(since, -1e15), min(until, 1e15)]
-        for name, value in where.items():
-            conditions.append(f"{name} = ?")
-            values.append(self.sums.numbers.get(value, -1))
-        if "key" not in where:  # the rows of a key lie together: so the time is looked up in each of them
-            conditions.append(f"key IN ({', '.join(map(str, self._key_numbers()))})")
-        groups = labels.copy()
-        if len(labels) < len(by):
-            groups.append("start")
-        amounts = ", ".join(f"sum({name})" for name in columns)
-        query = f"SELECT {', '.join([*groups, amounts])} FROM sums WHERE {' AND '.join(conditions)}"
-        if groups:
-            query += f" GROUP BY {', '.join(groups)}"
-        query += f" LIMIT {most_rows}"
-        try:
-            return self._grouped(by, labels, self._db.execute(query, values).fetchall(), len(groups))
-        except (sqlite3.Error, TypeError, *UNCOUNTABLE) as error:  # it turns out to be damaged
-            self._begin_anew(error)
-            for view in self.views:
-                self.catch_up(view)
-            return self._grouped(by, labels, self._db.execute(query, values).fetchall(), len(groups))
+
+        def answer() -> Groups:
+            is_daily = "hour" not in by and self._is_midnight(since) and self._is_midnight(until)
+            labels = [name for name in by if name in LABELS]
+            cut = max(
+                number
+                for number, row in enumerate(SUMS)
+                if {*labels, *where} <= set(row.labels) and (is_daily or row.span == "clock_hour")
+            )
+            conditions = ["cut = ?", "start >= ?", "start < ?"]
+            values: list[float] = [cut, max(since, -1e15), min(until, 1e15)]
+            for name, value in where.items():
+                conditions.append(f"{name} = ?")
+                values.append(self.sums.numbers.get(value, -1))
+            if "key" not in where:  # the rows of a key lie together: so the time is looked up in each of them
+                conditions.append(f"key IN ({', '.join(map(str, self._key_numbers()))})")
+            groups = labels.copy()
+            if len(labels) < len(by):
+                groups.append("start")
+            amounts = ", ".join(f"sum({name})" for name in columns)
+            query = f"SELECT {', '.join([*groups, amounts])} FROM sums WHERE {' AND '.join(conditions)}"
+            if groups:
+                query += f" GROUP BY {', '.join(groups)}"
+            rows = self._db.execute(f"{query} LIMIT {most_rows}", values).fetchall()
+            return self._grouped(by, labels, rows, len(groups))
+
+        return self._caught_up(self.sums, answer)
 
     def _grouped(self, by: Sequence[str], labels: list[str], rows: list[Any], count: int) -> Groups:
         """Rows with numbers of labels (and the start of an hour or day) as groups with names."""
@@ -4873,15 +4848,13 @@ class Books:
     def _open(self) -> Scopes:
         started, view = time.monotonic(), self._index.counters
         self._index.open()
-        with contextlib.suppress(OSError):
-            (self.ledger.directory / "counters.checkpoint").unlink()  # what versions before the index have left
         before = view.entries
         self._index.catch_up(view)
         if view.entries > before:
             count, seconds = view.entries - before, time.monotonic() - started
             log.info("ledger: %s entries read in %.1f s", f"{count:,}", seconds)
-        copies = {name: msgspec.json.encode(counters) for name, counters in view.fold.scopes.items()}
-        return {name: msgspec.json.decode(state, type=Counters) for name, state in copies.items()}
+        scopes = view.fold.scopes.items()
+        return {name: msgspec.json.decode(msgspec.json.encode(each), type=Counters) for name, each in scopes}
 
     def begin(self, counted: Scopes) -> None:
         """Go on from what the thread has counted; it goes on with the sums. No line was appended since the start."""

@@ -1288,7 +1288,7 @@ def test_verify_finds_the_line_that_was_changed(shell):
     assert cut_error == f"error: no line has the chain value {last}: what it stood for was rewritten or removed\n"
     assert shell.err == (
         f"error: {file.name}:2: does not follow from the line before: "
-        "it was changed, or lines before it were removed or inserted\n"
+        "it was changed, or lines before it were removed or added\n"
     )
 
 

@@ -241,7 +241,7 @@ def test_hours_are_asked_for_where_days_do_not_suffice(tmp_path, since, until, c
 
 def test_thought_up_models_do_not_fill_the_index(tmp_path):
     """
-    Their names come from clients. What is too much for an hour of a key is summed up as (others), over restarts, too.
+    Their names come from clients. What is too much for a key is summed up as (others), over restarts, too.
     """
     rng = random.Random(1)
     lines = [encoded(line(rng, NOW - 100, key="eve", model=f"m{number}", path="")) for number in range(700)]
