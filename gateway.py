@@ -4662,7 +4662,7 @@ class Index:
         self._caught_up(view, lambda: Groups(), pause_s)
 
     def _caught_up(self, view: AnyView, answer: Callable[[], Groups], pause_s: float = 0.0) -> Groups:
-        """Catch up, and answer; once more in an index made anew where the disk is full, or the file turns out damaged."""
+        """Catch up, and answer; once more in an index made anew where the disk is full, or its file damaged."""
         try:
             self._catch_up(view, pause_s)
             return answer()
