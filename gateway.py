@@ -3218,11 +3218,6 @@ def chain_of(line: bytes) -> bytes:
     return value if line.endswith(b'"}\n') and line[-LINE_END - 9 : -LINE_END] == b'"chain":"' else b""
 
 
-def unchained(line: bytes) -> bytes:
-    """A whole line as it was before it was given its chain value."""
-    return line[:-LINE_END] + b'"}'
-
-
 def month_of(path: Path) -> str:
     """`2026-09` of usage-2026-09.jsonl and of usage-2026-09.jsonl.gz."""
     return path.name.removeprefix("usage-")[:7]
@@ -3500,13 +3495,9 @@ class LedgerFiles:
             number = 0
             for number, line in enumerate(self.lines_of(path), 1):
                 value = chain_of(line)
-                if value != chain_value(chain, unchained(line)):
-                    why = (
-                        "does not follow from the line before: it was changed, or lines were removed or inserted there"
-                    )
-                    if not value:
-                        why = "carries no chain value: it was changed, or did not come from the gateway"
-                    raise BrokenChain(f"{path.name}:{number}: {why}")
+                if value != chain_value(chain, line[:-LINE_END] + b'"}'):
+                    why = "it was changed, or lines before it were removed or added"
+                    raise BrokenChain(f"{path.name}:{number}: does not follow from the line before: {why}")
                 chain = value
                 wanted = b"" if wanted == value else wanted
             tell(f"{path.name}: {number:,} lines")
@@ -3637,10 +3628,9 @@ class Ledger:
         self.month = ""  # of the file that is written to
         self._clock = clock
         self._waiting: deque[tuple[str, bytes]] = deque()  # month and line, not chained yet
-        self._chain = FIRST_CHAIN  # the value of the last line
+        self._chain = b""  # the value of the last line; unknown until a file is opened
         self._fd = self._folder = -1
         self._dirty = False
-        self._knows_chain = False
         self._synced_at = clock.monotonic()
         self._syncing: ThreadFuture[None] | None = None
         self._disk = ThreadPoolExecutor(1, "ledger")  # one thread: syncs and closes keep their order
@@ -3779,16 +3769,15 @@ class Ledger:
             raise
         self._let_go()
         self._fd, self.month = fd, month
-        if not self._knows_chain:
-            self._chain = self._last_chain() or self._chain
-            self._knows_chain = True
+        if not self._chain:
+            self._chain = self._last_chain()
 
     def _last_chain(self) -> bytes:
-        """The chain value of the newest line."""
+        """The chain value of the newest line, or that before the first one."""
         for file in reversed(LedgerFiles(self.directory).paths()):
             if last := LedgerFiles.last_line(file):
-                return chain_of(last)
-        return b""
+                return chain_of(last) or FIRST_CHAIN
+        return FIRST_CHAIN
 
     def _let_go(self) -> None:
         if self._fd >= 0:
@@ -3804,7 +3793,7 @@ class Ledger:
         except OSError:
             kept = False
         if not kept:
-            self._knows_chain = False
+            self._chain = b""  # the folder may be another one, with a ledger of its own
             self._let_go()  # the month stays: the next line goes into a new file of its name
 
     def _sync(self) -> None:
@@ -4195,8 +4184,8 @@ class Total(msgspec.Struct):
     def of(cls, group: dict[str, str], sums: Sequence[int]) -> Total:
         """Sums (in the order of AMOUNTS) as people read them."""
         spent = dict(zip(AMOUNTS, sums, strict=False))
-        total = cls(group, spent["calls"], spent["failed"], cost_usd=spent["nano_usd"] / 1e9)
         tokens = Tokens(*sums[: len(Tokens.__struct_fields__)])
+        total = cls(group, spent["calls"], spent["failed"], cost_usd=spent["nano_usd"] / 1e9)
         for kind, count in zip(TOKEN_KINDS, token_counts(tokens), strict=True):
             name = f"{kind}_tokens"
             setattr(total, name, getattr(total, name) + count)
