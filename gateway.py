@@ -3888,8 +3888,7 @@ class Calendar:
     def __init__(self, timezone: dt.tzinfo, windows: Windows = WINDOWS) -> None:
         self.timezone, self.windows = timezone, windows
         self.calendar = [window for window in windows.values() if window.kind == "calendar"]
-        self.rolling = [window for window in windows.values() if window.kind == "rolling"]
-        self.turning = [*self.calendar, *self.rolling]
+        self.turning = [*self.calendar, *(window for window in windows.values() if window.kind == "rolling")]
         self.sliding_s = max((window.seconds for window in windows.values() if window.kind == "sliding"), default=0)
         # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
         self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
@@ -3950,41 +3949,33 @@ class Counters(msgspec.Struct, array_like=True):
             window = self.windows.get(row.name)
             # A call that ended a little before a rolling window was opened counts in it.
             if window is None or not window.start - row.seconds <= at < window.end:
-                span = self._rolling(row, at, began) if row.seconds else calendar.spans(at)[row.name]
-                window = self.windows[row.name] = self._enter(row.name, span, window)
+                window = self.windows[row.name] = self._enter(row, at, began, calendar)
             if window.start - row.seconds > since:  # not `max`: a fold of a million lines comes here often
                 since = window.start - row.seconds
             if window.end < turn:
                 turn = window.end
         self.since, self.turn = since, turn
 
-    def _rolling(self, row: LimitWindow, at: float, began: float) -> Span:
-        """Find the rolling window around a time among those remembered; else begin a new one, behind those before."""
-        start, current = began, self.windows.get(row.name)
-        if current and start < current.end <= at:
-            start = current.end
-        for window in self.left.get(row.name, ()):
+    def _enter(self, row: LimitWindow, at: float, began: float, calendar: Calendar) -> Window:
+        """Leave a row's window for the one that `at` lies in: one of those left before, or a new one."""
+        left, current = self.left.setdefault(row.name, []), self.windows.get(row.name)
+        if current:
+            spent = [total - mark for total, mark in zip(self.totals, current.mark, strict=True)]
+            left.append(Window(current.start, current.end, spent))
+        start = began
+        for window in left:
             if window.start <= at < window.end:
-                return Span(window.start, window.end)
+                left.remove(window)
+                mark = [total - spent for total, spent in zip(self.totals, window.mark, strict=True)]
+                return Window(window.start, window.end, mark)
             if start < window.end <= at:
-                start = window.end
+                start = window.end  # a rolling window begins behind those before
+        del left[: -self.LEFT]
+        if row.kind == "calendar":
+            return Window(*calendar.spans(at)[row.name], self.totals.copy())
         if at >= start + row.seconds:  # the call took longer than the window
             start = at
-        return Span(start, start + row.seconds)
-
-    def _enter(self, name: str, span: Span, before: Window | None) -> Window:
-        left = self.left.setdefault(name, [])
-        if before:
-            spent = [total - mark for total, mark in zip(self.totals, before.mark, strict=True)]
-            left.append(Window(before.start, before.end, spent))
-        window = Window(span.start, span.end, self.totals.copy())
-        for again in left:
-            if again.start == span.start:
-                left.remove(again)
-                window.mark = [total - spent for total, spent in zip(self.totals, again.mark, strict=True)]
-                break
-        del left[: -self.LEFT]
-        return window
+        return Window(start, start + row.seconds, self.totals.copy())
 
     def post_step(self, at: float, admitted: float, spent: tuple[int, int, int], sliding_s: int) -> None:
         """Count for sliding windows: tokens and money where the call ended, the call itself where it was admitted."""
@@ -4489,7 +4480,6 @@ class Index:
     FILE = "index.sqlite"
     BATCH = 32 << 20  # bytes of lines in one transaction, while much is read
     PAGE = 4096  # bytes of SQLite's pages
-    PAUSE_S = 0.001  # between two steps that nobody waits for: the event loop goes on meanwhile
     # Derived, of one process and one thread: nobody else may lock it, and no shared memory is needed (EXCLUSIVE). A
     # power cut may take the last seconds, but must not tear it (NORMAL: the WAL is synced before it is moved).
     PRAGMAS = (
@@ -4506,6 +4496,7 @@ class Index:
         self.directory, self.ledger = directory, LedgerFiles(directory)
         self.failure = ""  # why it is in memory
         self.is_stopping = False  # set by another thread: whatever takes long ends soon
+        self.pause_s = 0.0  # between two steps, in which the event loop goes on
         self.calendar = calendar
         self.counters, self.sums = CounterView(calendar), SumView(calendar)
         self.views: tuple[AnyView, ...] = (self.counters, self.sums)  # in the order in which a start needs them
@@ -4646,24 +4637,24 @@ class Index:
 
     # Follow the files
 
-    def catch_up(self, view: AnyView, pause_s: float = 0.0) -> None:
+    def catch_up(self, view: AnyView) -> None:
         """Count the lines that have come, a step at a time; all lines again where some are gone."""
-        self._caught_up(view, lambda: Groups(), pause_s)
+        self._caught_up(view, Groups)
 
-    def _caught_up(self, view: AnyView, answer: Callable[[], Groups], pause_s: float = 0.0) -> Groups:
+    def _caught_up(self, view: AnyView, answer: Callable[[], Groups]) -> Groups:
         """Catch up, and answer; once more in an index made anew where the disk is full, or its file damaged."""
         try:
-            self._catch_up(view, pause_s)
+            self._catch_up(view)
             return answer()
         except (sqlite3.Error, TypeError, *UNCOUNTABLE) as error:
             if self.failure:
                 raise  # it is in memory: a bug
             self._begin_anew(error)
         for each in self.views[: self.views.index(view) + 1]:
-            self._catch_up(each, pause_s)
+            self._catch_up(each)
         return answer()
 
-    def _catch_up(self, view: AnyView, pause_s: float) -> None:
+    def _catch_up(self, view: AnyView) -> None:
         try:
             self._check_files(view)
         except Misfit as error:
@@ -4673,12 +4664,12 @@ class Index:
         newest, unreadable = max(view.positions, default=""), Unreadable()
         for path in self.ledger.paths():
             if month_of(path) >= newest and not self.is_stopping:
-                self._follow(view, path, pause_s, unreadable)
+                self._follow(view, path, unreadable)
         if unreadable.count and view is self.counters:
             log.warning("ledger: %s", unreadable)
         self.counters.fold.fresh_since = -math.inf
 
-    def _follow(self, view: AnyView, path: Path, pause_s: float, unreadable: Unreadable) -> None:
+    def _follow(self, view: AnyView, path: Path, unreadable: Unreadable) -> None:
         """Count what has come to a file."""
         month = month_of(path)
         position = view.positions.setdefault(month, Position())
@@ -4692,8 +4683,8 @@ class Index:
                 saved = position.offset
             if self.is_stopping:
                 return self._save(view, month)
-            if pause_s:
-                time.sleep(pause_s)
+            if self.pause_s:
+                time.sleep(self.pause_s)
         position.is_whole = True
         self._save(view, month)
 
@@ -4809,6 +4800,7 @@ class Books:
     """The counters of a running gateway on its event loop, and the index in a thread of its own."""
 
     FOLLOW_S = 1.0
+    PAUSE_S = 0.001  # between two steps of the index that no call waits for
     MOST_ROWS = 200_000  # that are read for an answer: whoever gets so many has more groups than anybody is shown
 
     def __init__(
@@ -4848,6 +4840,7 @@ class Books:
     def begin(self, counted: Scopes) -> None:
         """Go on from what the thread has counted; it goes on with the sums. No line was appended since the start."""
         self.fold.adopt(counted)
+        self._index.pause_s = self.PAUSE_S
         self._following = self._thread.submit(self._follow)
 
     def load(self) -> None:
@@ -4868,7 +4861,7 @@ class Books:
     def _follow(self) -> None:
         try:
             for view in self._index.views:
-                self._index.catch_up(view, Index.PAUSE_S)
+                self._index.catch_up(view)
         except OSError as error:
             log.warning("index: the ledger cannot be read: %s", why_not(error))
 
