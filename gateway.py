@@ -2082,7 +2082,7 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 # --- 6. Config: YAML to a checked, frozen snapshot --------------------------------
 # Offers: available_memory, Config, config_digest, ConfigError, Document, is_mounted, join_steps, ledger_of,
-#   read_text, TEXT_LOADER
+#   read_text, setting_of, TEXT_LOADER, time_zone
 
 # A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
 # and what would be right; the next step begins only where there were none.
@@ -2961,14 +2961,16 @@ class ConfigEditor:
         self._splice(start, end, " " * (start == end) + value, yaml.load(value, TEXT_LOADER), *steps)
 
     def set_field(self, item: tuple[str | int, ...], name: str, value: str) -> None:
-        """Set a field of a mapping; a new one comes after the last."""
+        """Set a field of a mapping; a new one comes after the last, or first in braces."""
         if self.document.find(*item, name) is not None:
             return self.set_scalar(value, *item, name)
         node = cast(yaml.MappingNode, self.document.find(*item))
         if node.flow_style:
-            at, text = self._pair_end(*node.value[-1]), f", {name}: {value}"
+            at = self.document.text.index("{", node.start_mark.index) + 1
+            text = f"{name}: {value}, "
         else:
-            at, text = self._line_after(node), f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}"
+            at = self._line_after(node)
+            text = f"\n{' ' * node.value[0][0].start_mark.column}{name}: {value}"
         self._splice(at, at, text, yaml.load(value, TEXT_LOADER), *item, name)
 
     def append_key(self, fields: dict[str, str]) -> None:
@@ -2996,32 +2998,17 @@ class ConfigEditor:
         start, end = node.start_mark.index, node.end_mark.index
         return start + len(self.document.text[start:end].rstrip())
 
-    def _pair_end(self, name: yaml.Node, value: yaml.Node) -> int:
-        """Where a setting ends. An alias has its anchor's node, which stands elsewhere."""
-        if value.start_mark.index > name.start_mark.index:
-            return self._end(value)
-        alias = re.compile(r"\s*:\s*\*[\w-]+").match(self.document.text, name.end_mark.index)
-        return alias.end() if alias else name.end_mark.index
-
     def _line_end(self, at: int) -> int:
         text = self.document.text
         end = text.find("\n", at)
         return len(text) if end < 0 else end - (text[end - 1] == "\r")
 
     def _line_after(self, node: yaml.Node) -> int:
-        """The end of the line on which a node's last scalar, bracket or alias stands."""
-        # A block's own end mark is where the next thing begins, behind the comments that belong to that.
-        end = self._end(node)
-        while isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-            last = node.value[-1]
-            if isinstance(last, tuple):
-                end, last = self._pair_end(*last), last[1]
-            else:
-                end = self._end(last)
-            if last.start_mark.index < node.start_mark.index:
-                break
-            node = last
-        return self._line_end(end)
+        """The end of the last line of a node: its mark stands behind the comments that belong to the next thing."""
+        start, end = node.start_mark.index, self._line_end(self._end(node))
+        while re.fullmatch(r"\s*(#.*)?", line := self.document.text[start:end].rpartition("\n")[2]):
+            end -= len(line) + 1
+        return self._line_end(end - 1)
 
     def save(self, environ: Mapping[str, str] = os.environ) -> Config:
         """Check the new text, then replace the file with it; mode and owner stay. Raises ConfigError."""
@@ -11572,15 +11559,22 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
             parts.append(repr(printable(self.note)))
         return ", ".join(parts)
 
+    def limits(self, config: Config) -> Sequence[Limit]:
+        """The limits that the scope has."""
+        if self.scope == "key":
+            return next(key.budgets[0].limits for key in config.keys if key.name == self.name)
+        if self.scope == "team":
+            return next(team.limits for team in config.file.teams if team.name == self.name)
+        return config.limits.gateway
+
     def run(self, house: House) -> None:
         """Append the line. Raises ActionError, and OSError as `append` does."""
         self.check(house.config)
-        if self.limit == "concurrent":
-            raise ActionError("invalid", "limit", self.limit, "counts what runs, there is nothing to reset")
-        try:
-            LimitSet.parse({self.limit: 0} if self.limit else {})
-        except ValueError as error:
-            raise ActionError("invalid", "limit", self.limit, str(error)) from None
+        # `concurrent` counts what runs: there is nothing to reset.
+        known = [limit.name for limit in self.limits(house.config) if limit.unit != "concurrent"]
+        if self.limit and self.limit not in known:
+            why = f"{self.whom} has no such limit to reset; it has: {', '.join(known) or 'none'}"
+            raise ActionError("invalid", "limit", self.limit, why)
         now = utc_time(house.config.clock.wall())
         house.append(Reset(time=now, scope=self.scope, name=self.name, limit=self.limit, note=self.note))
 
@@ -13397,7 +13391,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
 
 
 # --- 32. Local door: commands at the running gateway ------------------------------
-# Offers: ask, EditMade, LocalDoor, NoGateway, perform, ReadHealth
+# Offers: ask, EditMade, LocalDoor, NoGateway, perform
 
 # A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
 # ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
@@ -13415,13 +13409,9 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
 LOCAL_SOCKET = "gateway.sock"
 MOST_ADDRESS = 104  # bytes of a Unix socket's address, as macOS and the BSDs have it; Linux takes 108
 MOST_LINE = 64 << 10  # bytes of a request
-MOST_ANSWER = 4 << 20  # bytes of an answer: the state of 10,000 upstream keys
+MOST_ANSWER = 64 << 10  # bytes of an answer
 ASK_S = 5.0  # for an answer
 HELD_S = 3.0  # for a folder that is held by one who does not answer
-
-
-class ReadHealth(Action, frozen=True, tag="health"):
-    """What /health says."""
 
 
 class EditMade(Action, frozen=True, tag="edit made"):
@@ -13431,7 +13421,7 @@ class EditMade(Action, frozen=True, tag="edit made"):
     subject: str
 
 
-REQUEST_DECODER = msgspec.json.Decoder(Change | ReadHealth | EditMade)
+REQUEST_DECODER = msgspec.json.Decoder(Change | EditMade)
 
 
 class Result(msgspec.Struct):
@@ -13459,11 +13449,11 @@ def local_address(directory: Path) -> Iterator[str]:
         os.close(fd)
 
 
-def ask(directory: Path, action: Action, within_s: float = ASK_S) -> Any:
+def ask(directory: Path, action: Action) -> Any:
     """Have the gateway that runs on a ledger's folder do something. Raises NoGateway, and ActionError."""
     try:
         with socket.socket(socket.AF_UNIX) as client, local_address(directory) as address:
-            client.settimeout(within_s)
+            client.settimeout(ASK_S)
             client.connect(address)
             client.sendall(msgspec.json.encode(action) + b"\n")
             with client.makefile("rb") as file:
@@ -13471,7 +13461,7 @@ def ask(directory: Path, action: Action, within_s: float = ASK_S) -> Any:
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         raise NoGateway from None
     except TimeoutError:
-        late = f"the running gateway did not answer within {within_s:g} s; it may still do what it was asked for"
+        late = f"the running gateway did not answer within {ASK_S:g} s; it may still do what it was asked for"
         raise ActionError.of_gateway(late) from None
     except OSError as error:
         raise ActionError.of_gateway(f"cannot ask the gateway that runs on {directory}: {why_not(error)}") from None
@@ -13629,12 +13619,10 @@ class LocalDoor:
         async with asyncio.timeout(self.LINE_S):
             await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
 
-    async def _do(self, action: Change | ReadHealth | EditMade, peer: Peer) -> Any:
+    async def _do(self, action: Change | EditMade, peer: Peer) -> Any:
         """Do what is asked. Raises ActionError."""
         if peer.uid not in (os.geteuid(), 0):
             raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
-        if isinstance(action, ReadHealth):
-            return self._gateway.health()
         if isinstance(action, EditMade):
             await self._gateway.reload()
             return self._gateway.emit(ChangeMade(str(peer), action.edit, action.subject))
@@ -14072,10 +14060,8 @@ keys:
 """
 
 INTEGRITY_HELP = """\
-instead of the config look at the installed files: are they those that the image was built with or, elsewhere, those of
-each package's RECORD, in the versions of requirements.txt, and does nothing foreign run when Python starts? It finds
-what was changed after the installation. It does not prove that a release was good, nor can it find what already runs in
-its own process
+instead of the config look at the installed files: are they those of the image's list or, elsewhere, of each package's
+RECORD, and does nothing foreign run when Python starts?
 """
 
 
@@ -14096,17 +14082,15 @@ def first_key(path: Path, is_named: bool) -> str:
     `is_named`: --config named the file, which was to be there. What GATEWAY_CONFIG names is made in an empty folder: a
     volume of a container. Only a terminal is shown the key: a container's log keeps it for good. Raises CommandError.
     """
-    remedy = f"look at the name, or make it: {PROGRAM} --config {path} init"
-    if is_named:
-        raise CommandError(f"there is no {path}: {remedy}")
-    for left in (*path.parent.glob(".restore-*"), *path.parent.glob("before-restore-*")):
-        raise CommandError(
-            f"there is no {path}, but {left.name} is there: put the config back, or run the restore again"
-        )
+    others: set[str] = set()
     with contextlib.suppress(OSError):  # there is no folder yet, or `init_config` says what is wrong with it
         others = {each.name for each in path.parent.iterdir()} - {"lost+found", Vault.FILE}
-        if others and os.environ.get("GATEWAY_CONFIG"):
-            raise CommandError(f"there is no {path}, but {sorted(others)[0]} is there: {remedy}")
+    if not os.environ.get("GATEWAY_CONFIG"):
+        others = {name for name in others if name.startswith((".restore-", "before-restore-"))}
+    if is_named or others:
+        beside = "".join(f", but {name} is there" for name in sorted(others)[:1])
+        remedy = f"look at the name, put it back, run the restore again, or make it: {PROGRAM} --config {path} init"
+        raise CommandError(f"there is no {path}{beside}: {remedy}")
     key = init_config(path)
     if sys.stdout.isatty():
         return key
@@ -14207,38 +14191,12 @@ def key_table(config: Config) -> str:
 
 
 def upstream_text(upstream: UpstreamConfig) -> str:
-    """An upstream in a line; what is as by default is left out, but for what everybody asks."""
+    """An upstream in a line."""
     models = [name_text(a) if b == "*" else f"{name_text(a)} as {name_text(b)}" for a, b in upstream.models.items()]
-    texts = [f"{upstream.name}: {upstream.format} {upstream.url}".rstrip(), f"models {', '.join(models)}"]
-    texts += [f"priority {upstream.priority}", f"weight {upstream.weight:g}"]
-    keys, rules = len(upstream.api_key), upstream.headers
-    others = {
-        "no API key": not keys and upstream.format != "demo",
-        f"{keys} API keys": keys > 1,
-        f"at most {upstream.max_concurrent} calls a key": upstream.max_concurrent,
-        f"own verdicts for {', '.join(upstream.verdicts)}": upstream.verdicts,
-        f"on_disconnect {upstream.on_disconnect}": upstream.on_disconnect != "auto",
-        "chat streams are not asked for their usage": not upstream.include_usage,
-        f"sets headers {', '.join(rules.set)}": rules.set,
-        f"removes headers {', '.join(rules.remove)}": rules.remove,
-        f"passes on headers {', '.join(rules.passes)}": rules.passes,
-    }
-    return ", ".join(texts + [text for text, is_so in others.items() if is_so])
-
-
-def surcharge_text(surcharges: Mapping[str, float]) -> str:
-    """Premiums and extras, as the config writes them."""
-    return ", ".join(f"{name} {amount:g}" for name, amount in surcharges.items())
-
-
-def prices_text(table: PriceTable) -> str:
-    """The price table in short: its rows, and what models without one and surcharges cost."""
-    unknown = {"": 'costs what "*" does', "refuse": "is refused", "dearest": "costs what the dearest does"}
-    texts = [f"{len(table)} rows; a model without one {unknown[table.unknown]}"]
-    if table.surcharges:
-        texts.append(f"for all models {surcharge_text(table.surcharges)}")
-    texts += [f"for {pattern} {surcharge_text(price.surcharges)}" for pattern, price in table if price.surcharges]
-    return "; ".join(texts)
+    keys = f"{len(upstream.api_key)} API keys".replace("1 API keys", "1 API key")
+    where = f"{upstream.format} {upstream.url}".rstrip()
+    order = f"priority {upstream.priority}, weight {upstream.weight:g}"
+    return f"{upstream.name}: {where}, models {', '.join(models)}, {order}, {keys}"
 
 
 def command_check_integrity(options: argparse.Namespace) -> int:
@@ -14255,20 +14213,14 @@ def command_check_integrity(options: argparse.Namespace) -> int:
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
-    server = config.server
+    server, prices = config.server, config.file.prices
     print(f"{config.path} is good (digest {config.digest})\n")
-    known = f" and is known as {server.url}" if server.url else ""
-    print(f"listens on {server.host}:{server.port}{known}, time zone {server.timezone}, ", end="")
-    print(f"bodies to {server.max_body:,} bytes, all together to {config.body_memory:,}")
-    print(f"ledger in {config.usage_directory}\n\nupstreams, of those that serve a model the lowest priority is asked:")
+    print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, ledger in {config.usage_directory}\n")
+    print("upstreams, of those that serve a model the lowest priority is asked:")
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")
-    policies = ", ".join(f"{policy} for {pattern}" for pattern, policy in config.routing.policy) or "sticky"
-    routing, breaker = config.routing, config.routing.breaker
-    print(f"\nchoice: {policies}; at most {routing.max_attempts} attempts in {routing.deadline:g} s")
-    print(f"an upstream: left alone after {breaker.failures} failures in a row, for {breaker.cooldown:g} s to ", end="")
-    print(f"{breaker.max_cooldown:g} s")
-    print(f"prices: {prices_text(config.file.prices)}")
+    unknown = prices.unknown or 'as "*"'
+    print(f"\nprices: {len(prices)} rows; a model without one: {unknown}")
     print("\nkeys:")
     print(key_table(config) or f"  none: nobody can call; {PROGRAM} key add NAME")
     if config.warnings:
@@ -14312,15 +14264,13 @@ def command_key_list(options: argparse.Namespace) -> None:
 def command_key_rotate(options: argparse.Namespace) -> None:
     """Give a key's holder a new key; the old one ends now."""
     made: NewKey = edit(RotateKey(options.name), options.config)
-    told = f"{options.name}'s new key, shown only now; the old one is refused within a second"
-    show_key(options.name, f"{told}:\n\n  {made.key}")
+    show_key(options.name, f"{options.name}'s new key, shown only now; it takes the old one's place:\n\n  {made.key}")
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
     """Disable a key; its name stays for the ledger."""
     mistake = edit(RevokeKey(options.name), options.config)
-    back = f"`enabled: true` in {options.config.name} brings it back."
-    print(f"{options.name}'s key is refused within a second. {back}")
+    print(f"{options.name}'s key is revoked. `enabled: true` in {options.config.name} brings it back.")
     if mistake:
         print(
             "But the file has a mistake. If the gateway meets it as well (it may have variables that this shell lacks),"
@@ -14336,33 +14286,14 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
 
 
-def cooldowns(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """By upstream, what of it the running gateway leaves alone: rows of /health with `until` in the future."""
-    health: dict[str, Any] = {}
-    with contextlib.suppress(NoGateway, ActionError):
-        health = ask(config.usage_directory, ReadHealth(), 2.0)
-    now, found = utc_time(config.clock.wall()), {}
-    for upstream in health.get("upstreams", ()):
-        rows = [upstream, *upstream.pop("keys", ())]
-        found[upstream["name"]] = [row for row in rows if row.get("until", "") > now]
-    return found
-
-
-def cooldown_line(name: str, row: dict[str, Any]) -> str:
-    """What `upstream test` says of a row of /health."""
-    key = f"key {row['number']}" if row.get("number") else "all  "
-    whose = [f" for {whom.replace('_', ' ')}" for whom in ("one_user", "one_model") if row.get(f"for_{whom}")]
-    ends = f"until {row['until']} ({row['why']}): `{PROGRAM} upstream reset {name}` ends that"
-    return f"  {key}  warn                the running gateway leaves it alone{''.join(whose)} {ends}"
-
-
 def command_upstream_test(options: argparse.Namespace) -> int:
     """Make one small real call with each API key of each upstream, and tell how it went."""
     config = Config.load(options.config)
     upstreams = [upstream for upstream in config.upstreams if options.name in ("", upstream.name)]
     if not upstreams:
         raise unknown_name("upstream", options.name, [upstream.name for upstream in config.upstreams])
-    left_alone, reports, found = cooldowns(config), [], list[Tried]()
+    reports: list[dict[str, Any]] = []
+    found: list[Tried] = []
 
     def tell(text: str) -> None:
         if not options.json:
@@ -14378,12 +14309,9 @@ def command_upstream_test(options: argparse.Namespace) -> int:
             tell(f"{upstream.name}  {upstream.url or 'built in'}")
             before = len(found)
             runner.run(UpstreamTest(config, upstream, options.model, options.timeout).run(tell_key))
-            rows = left_alone.get(upstream.name, [])
-            for row in rows:
-                tell(cooldown_line(upstream.name, row))
             tell("")
             keys = msgspec.to_builtins(found[before:])
-            reports.append({"name": upstream.name, "url": upstream.url, "keys": keys, "cooldowns": rows})
+            reports.append({"name": upstream.name, "url": upstream.url, "keys": keys})
         runner.run(asyncio.sleep(0))  # closed transports let go of their sockets a turn later
     answered = sum(each.state != "FAILED" for each in found)
     cost_usd = round(sum(each.cost_usd for each in found), 9)
@@ -14394,9 +14322,7 @@ def command_upstream_test(options: argparse.Namespace) -> int:
     return 0 if answered == len(found) else 1
 
 
-USAGE_GROUPS = {
-    *("key", "team", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client"),
-}
+USAGE_GROUPS = ("key", "team", "model", "model_served", "day", "month", "upstream", "session", "outcome", "client")
 USAGE_COLUMNS = ("calls", "failed", "input_tokens", "cache_write_tokens", "cache_read_tokens", "output_tokens")
 
 
@@ -14443,27 +14369,40 @@ def usage_table(totals: Sequence[Total], by: Sequence[str]) -> str:
     return text_table(rows, len(by))
 
 
+def books(path: Path) -> tuple[LedgerFiles, dt.tzinfo]:
+    """A config's ledger and time zone, for reports. A mistake elsewhere in it is told. Raises ConfigError."""
+    document = Document(read_text(path), path)
+    files = LedgerFiles(ledger_of(document))
+    try:
+        timezone = time_zone(setting_of(document, "server", "timezone", default="UTC"))
+    except ValueError as error:
+        raise document.problem(("server", "timezone"), str(error)) from None
+    try:
+        Config.parse(document.text, path, Clock(), os.environ)
+    except ConfigError as error:
+        print(f"warning: a mistake in the config: {str(error).splitlines()[0]}", file=sys.stderr)
+    return files, timezone
+
+
 def command_usage(options: argparse.Namespace) -> None:
     """Sum up the ledger."""
-    config = Config.load(options.config)
-    files = LedgerFiles(config.usage_directory)
+    files, timezone = books(options.config)
     by = list(dict.fromkeys(name.strip() for name in options.by.split(",")))
-    unknown = sorted(set(by) - USAGE_GROUPS)
+    unknown = sorted(set(by) - set(USAGE_GROUPS))
     if unknown:
-        known = "key, model, day, month, upstream, session, …"
-        raise CommandError(f"cannot group by {', '.join(unknown)}; by {known}")
+        raise CommandError(f"cannot group by {', '.join(unknown)}; by {', '.join(USAGE_GROUPS)}")
     if options.json and options.csv:
         raise CommandError("--json or --csv, not both")
     for name, text in (("--since", options.since), ("--until", options.until)):
         if text not in ("", "9") and not is_time(text):
             raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
-    totals = summarize(files.lines(options.since, options.until), by, config.timezone)
+    totals = summarize(files.lines(options.since, options.until), by, timezone)
     if options.json:
         print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
     elif options.csv:
         write_csv(totals, by, sys.stdout)
     else:
-        print(usage_table(totals, by) if totals else f"No calls in {config.usage_directory} yet.")
+        print(usage_table(totals, by) if totals else f"No calls in {files.directory} yet.")
     if files.unreadable.count:
         print(files.unreadable, file=sys.stderr)
 
@@ -14485,20 +14424,18 @@ def difference_table(pairs: Sequence[Pair]) -> str:
 
 def command_reconcile(options: argparse.Namespace) -> int:
     """Compare the ledger with a provider's own usage or cost export (CSV); exit code 1 where they differ."""
-    files = LedgerFiles(Config.load(options.config).usage_directory)
+    files, _ = books(options.config)
     found = reconcile(files, Export(options.file), options.upstream)
     if options.json:
         print(json.dumps(msgspec.to_builtins(found), indent=2))
     else:
         if found.pairs:
             print(difference_table(found.pairs) + "\n")
-        print(
-            f"{found.first_day} to {found.last_day} (UTC), {found.agree + len(found.pairs)} pairs of day and model:",
-            end=" ",
+        pairs = f"{found.agree + len(found.pairs)} pairs of day and model"
+        counts = (
+            f"{found.agree} agree, {found.differ} differ, {found.only_ours} only ours, {found.only_theirs} only theirs"
         )
-        print(
-            f"{found.agree} agree, {found.differ} differ, {found.only_ours} only ours, {found.only_theirs} only theirs."
-        )
+        print(f"{found.first_day} to {found.last_day} (UTC), {pairs}: {counts}.")
     if files.unreadable.count:
         print(files.unreadable, file=sys.stderr)
     return 1 if found.pairs else 0
@@ -14528,55 +14465,56 @@ def command_usage_reset(options: argparse.Namespace) -> None:
     """Let limits count from zero again, from now on; reports stay as they are."""
     action = ResetLimits(*corrected(options), options.note, options.limit)
     correct(action, options.config)
-    print(f"{options.limit or 'All limits'} of {action.whom}: from zero, within a second.")
+    print(f"{options.limit or 'All limits'} of {action.whom}: from zero.")
 
 
 def command_usage_adjust(options: argparse.Namespace) -> None:
     """Add to what was spent, or take away from it (negative amounts)."""
     action = AdjustUsage(*corrected(options), options.note, options.usd, options.tokens, options.requests)
     if not (action.usd or action.tokens or action.requests):
-        raise CommandError("say what to adjust: --usd, --tokens or --requests")
+        raise CommandError("say what to adjust, by how much other than 0: --usd, --tokens or --requests")
     team = correct(action, options.config)
-    also = {"key": f", and with it team {team} and the gateway", "team": ", and with it the gateway", "gateway": ""}
-    if not team:
-        also["key"] = also["team"]
-    print(f"Adjusted: {action.whom}{also[action.scope]}.")
+    counted = [action.whom]
+    if team and action.scope == "key":
+        counted.append(f"team {team}")
+    if action.scope != "gateway":
+        counted.append("the gateway")
+    print(f"Adjusted: {', '.join(counted)}.")
 
 
 def command_usage_verify(options: argparse.Namespace) -> None:
     """Find the first line of the ledger that was changed, removed or inserted; compare the index with the lines."""
-    config = Config.load(options.config)
-    files = LedgerFiles(config.usage_directory)
+    files, timezone = books(options.config)
     try:
         last = files.verify(options.seen, print)
     except BrokenChain as error:
         raise CommandError(str(error)) from None
     print(f"Every line follows from the one before. The last chain value is {last}")
     print("Keep it elsewhere: `usage verify --seen VALUE` proves later that nothing before it was rewritten.")
-    if not (config.usage_directory / Index.FILE).exists():
+    if not (files.directory / Index.FILE).exists():
         return
     try:
-        os.close(hold_folder(config.usage_directory))
+        os.close(hold_folder(files.directory))
     except BlockingIOError:
         print("The index was not compared with the lines: a gateway runs on it.")
         return
-    index = Index(config.usage_directory, Calendar(config.timezone), config.clock.wall(), config.index_secret)
+    secret = Vault.open(options.config.parent).index_secret
+    index = Index(files.directory, Calendar(timezone), Clock().wall(), secret)
     index.open()
     differences = index.differences()
     index.close()
     if differences:
-        Index.remove(config.usage_directory)
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        Index.remove(files.directory)
+        found = f"{differences[0]} and {len(differences)} places in all"
         raise CommandError(
-            f"the index differed from the lines in {'; '.join(differences[:3])}{more}. It was deleted: the next start "
-            "counts all lines"
+            f"the index differed from the lines in {found}. It was deleted: the next start counts all lines"
         )
     print("The index has what the lines add up to.")
 
 
 def command_usage_archive(options: argparse.Namespace) -> None:
     """Gzip the months that are over; they go on counting in limits and reports."""
-    config = Config.load(options.config)
+    files, _ = books(options.config)
     packed: list[str] = []
 
     def tell(text: str) -> None:
@@ -14584,9 +14522,9 @@ def command_usage_archive(options: argparse.Namespace) -> None:
         print(text, flush=True)
 
     try:
-        LedgerFiles(config.usage_directory).archive(tell)
+        files.archive(tell)
     except OSError as error:
-        raise CommandError(f"cannot archive in {config.usage_directory}: {why_not(error)}") from None
+        raise CommandError(f"cannot archive in {files.directory}: {why_not(error)}") from None
     if not packed:
         print("Nothing to archive: no month is over that is not gzipped.")
 
@@ -14645,37 +14583,27 @@ def command_restore(options: argparse.Namespace) -> None:
     print("\n".join(told))
 
 
-def bounded_usd(text: str) -> float:
-    """Dollars for the command line: an amount that sums and counters can take."""
-    with contextlib.suppress(ValueError):
-        if abs(float(text)) <= MOST_USD:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"expected dollars such as -3.50, got {text!r}")
-
-
-def bounded_count(text: str) -> int:
-    """A count for the command line, likewise."""
-    with contextlib.suppress(ValueError):
-        if abs(int(text)) <= MOST_COUNT:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected a whole number such as 1000, got {text!r}")
-
-
 def command_upstream_reset(options: argparse.Namespace) -> None:
     """Let an upstream that is left alone be asked again at once."""
     perform(ResetUpstream(options.name), Config.load(options.config))
     print(f"{options.name}: what spoke against it is forgotten, it is asked again.")
 
 
-def bounded_time(text: str) -> float:
-    """A time to wait for the command line."""
-    try:
-        seconds = parse_scaled(text, TIME_UNITS, A_DURATION)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if not 0 < seconds <= 3600:
-        raise argparse.ArgumentTypeError("expected more than 0s and at most 1h")
-    return seconds
+def bounded(read: Callable[[str], float], most: float, expected: str) -> Callable[[str], float]:
+    """A type of a command's argument: a number of at most `most`, or as much below zero."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if abs(read(text)) <= most:
+                return read(text)
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+    return parse
+
+
+USD = bounded(float, MOST_USD, f"dollars such as -3.50, at most {MOST_USD:,.0f} either way")
+COUNT = bounded(int, MOST_COUNT, f"a whole number such as 1000, at most {MOST_COUNT:,} either way")
+WAIT = bounded(Duration.parse, 3600, "a duration such as 30s, at most 1h")
 
 
 def takes(*names: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -14694,7 +14622,7 @@ WHOSE = (  # limits are corrected
 )
 BACKUP_HELP = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
 MODEL_HELP = "default: the first in `models`, else the cheapest that is listed"
-BY_HELP = "groups, of key, model, day, month, upstream, session, … (default: %(default)s)"
+BY_HELP = f"groups, of {', '.join(USAGE_GROUPS)} (default: %(default)s)"
 COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are only others below it; then what it takes
     "serve": [command_serve],
     "init": [command_init],
@@ -14719,7 +14647,7 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
         command_upstream_test,
         takes("name", nargs="?", default="", metavar="NAME", help="only this upstream"),
         takes("--model", default="", metavar="MODEL", help=MODEL_HELP),
-        takes("--timeout", type=bounded_time, default=30.0, metavar="TIME", help="for each key; default: 30s"),
+        takes("--timeout", type=WAIT, default=30.0, metavar="TIME", help="for each key; default: 30s"),
         takes("--json"),
     ],
     "upstream reset": [command_upstream_reset, ONE_NAME],
@@ -14745,9 +14673,9 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
     "usage adjust": [
         command_usage_adjust,
         *WHOSE,
-        takes("--usd", type=bounded_usd, default=0.0, metavar="N", help="such as -3.50"),
-        takes("--tokens", type=bounded_count, default=0, metavar="N", help="counted as input"),
-        takes("--requests", type=bounded_count, default=0, metavar="N"),
+        takes("--usd", type=USD, default=0.0, metavar="N", help="such as -3.50"),
+        takes("--tokens", type=COUNT, default=0, metavar="N", help="counted as input"),
+        takes("--requests", type=COUNT, default=0, metavar="N"),
     ],
     "usage verify": [
         command_usage_verify,
@@ -14814,7 +14742,6 @@ class Terminal:
 
     def __init__(self, stream: IO[str], name: str) -> None:
         self._stream, self._name = stream, name
-        self._failure: OSError | None = None
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
@@ -14823,25 +14750,20 @@ class Terminal:
 
     def write(self, text: str) -> int:
         """Write text. Raises OSError with the stream's name."""
-        with self._discarding():
-            self._stream.write("\n".join(printable(line, len(line)) for line in text.split("\n")))
+        self._do(lambda: self._stream.write("\n".join(printable(line, len(line)) for line in text.split("\n"))))
         return len(text)
 
     def flush(self) -> None:
         """Write what is buffered. Raises OSError with the stream's name."""
-        with self._discarding():
-            self._stream.flush()
+        self._do(self._stream.flush)
 
-    @contextlib.contextmanager
-    def _discarding(self) -> Iterator[None]:
-        if self._failure:  # argparse passes over it
-            raise self._failure
+    def _do(self, action: Callable[[], object]) -> None:
         try:
-            yield
+            action()
         except OSError as error:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-            error.filename, self._failure = self._name, error
+            error.filename = self._name
             raise
 
 

@@ -12,7 +12,7 @@ import gateway as g
 
 CONFIG = f"""\
 upstreams: [{{name: demo, format: demo}}]
-teams: [{{name: red}}]
+teams: [{{name: red, limits: {{usd/day: 50}}}}]
 keys:
   - name: alice
     key: {KEY}

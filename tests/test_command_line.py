@@ -38,6 +38,7 @@ keys:
     key: {HASH}
 # the end
 """
+WHOLE = "expected a whole number such as 1000, at most 1,000,000,000,000,000 either way"
 A_KEY = re.compile(r"sk-proxy-[A-Za-z0-9]{32}")
 PLAIN = "sk-ant-0123456789abcdef"
 
@@ -195,20 +196,15 @@ upstreams:
     format: openai
     models: ["", "gpt-*"]
     priority: 2
-    include_usage: false
   - name: open
     url: http://10.0.0.1:8080/v1
     priority: 3
-    on_disconnect: drain
-    headers: {{set: {{x-team: a}}, remove: [anthropic-beta], pass: [x-a, x-b-*]}}
     weight: 0.5
   - {{name: demo, format: demo}}
-routing: {{policy: {{"gpt-*": least_busy}}, max_attempts: 3}}
 prices:
   unknown: refuse
-  us: 1.1
   "claude-*": {{input: 3, output: 15}}
-  "gpt-*": {{input: 1, output: 4, fast: 2, web_search: 0.02}}
+  "gpt-*": {{input: 1, output: 4}}
   "*": {{input: 10, output: 50}}
 keys:
   - name: alice
@@ -231,20 +227,15 @@ keys:
         == f"""\
 {shell.folder}/config.yaml is good (digest {digest})
 
-listens on 0.0.0.0:9000, time zone UTC, bodies to 33,554,432 bytes, all together to {g.available_memory() // 4:,}
-ledger in {shell.folder}/usage
+listens on 0.0.0.0:9000, time zone UTC, ledger in {shell.folder}/usage
 
 upstreams, of those that serve a model the lowest priority is asked:
-  anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*, priority 1, weight 1
-  demo: demo, models *, priority 1, weight 1
-  openai: openai https://api.openai.com, models "", gpt-*, priority 2, weight 1, 2 API keys, \
-chat streams are not asked for their usage
-  open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, no API key, on_disconnect drain, \
-sets headers x-team, removes headers anthropic-beta, passes on headers x-a, x-b-*
+  anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*, priority 1, weight 1, 1 API key
+  demo: demo, models *, priority 1, weight 1, 0 API keys
+  openai: openai https://api.openai.com, models "", gpt-*, priority 2, weight 1, 2 API keys
+  open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, 0 API keys
 
-choice: least_busy for gpt-*; at most 3 attempts in 600 s
-an upstream: left alone after 3 failures in a row, for 10 s to 600 s
-prices: 3 rows; a model without one is refused; for all models us 1.1; for gpt-* fast 2, web_search 0.02
+prices: 3 rows; a model without one: refuse
 
 keys:
   alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, "", \
@@ -254,7 +245,7 @@ limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
 
 warnings:
   line 6: upstreams[0].api_key: is in clear text: run `gateway.py seal`
-  line 31: keys[0].key: is in clear text: run `gateway.py seal`
+  line 26: keys[0].key: is in clear text: run `gateway.py seal`
   {path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}
 """
     )
@@ -383,12 +374,10 @@ def test_what_users_are_to_set_is_the_public_address(shell, url):
     shell.run("key", "add", "alice")
     added = shell.out
     greeting = g.greeting(g.Config.load(shell.folder / "config.yaml"), 8123, "")
-    shell.run("check")
 
     line = f"  export ANTHROPIC_BASE_URL={url.rstrip('/')}\n"
     assert line in added and line in greeting
     assert greeting.startswith(f"claude-gateway {g.VERSION} listens on http://127.0.0.1:8123 (config.yaml)\n")
-    assert f"\nlistens on 127.0.0.1:8000 and is known as {url}, time zone UTC" in shell.out
 
 
 def test_key_add_writes_limits_models_and_the_last_day(shell):
@@ -418,26 +407,10 @@ def test_key_add_writes_limits_models_and_the_last_day(shell):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "bob",
-        "Zoë",
-        "张伟",
-        "😀",
-        "bob@example.org",
-        "Bob B. & co",
-        "null",
-        "12",
-        "-",
-        "a: b",
-        "#1",
-        "it's",
-        'say "hi"',
-        "{a}",
-        "*",
-    ],
-)
+NAMES = ["bob", "Zoë", "张伟", "😀", "bob@example.org", "Bob B. & co", "null", "12", "-", "a: b", "#1"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "it's", 'say "hi"', "{a}", "*"])
 def test_a_key_may_have_any_name_that_can_be_read(shell, name):
     """
     Teams are named by people; what YAML would misread is put in quotes, and what is readable stays so.
@@ -476,13 +449,11 @@ def test_any_text_can_be_written_into_yaml(text):
         (["bob", "--limit", "usd/day="], "--limit usd/day=: "),
         (["bob", "--limit", "usd/day=lots"], "(without the $ sign), got text: 'lots'"),
         (["bob", "--limit", "usd/year=5"], "--limit usd/year=5: unknown limit, did you mean usd/day?"),
-        (["bob", "--expires", "tomorrow"], "expected a date such as 2027-01-31, got 'tomorrow'"),
-        (["bob", "--expires", "20270131"], "expected a date such as 2027-01-31, got '20270131'"),
-        (["bob", "--expires", "1" * 5000], "expected a date such as 2027-01-31, got '11111"),
-        (
-            ["bob", "--expires", "2027-01-31, enabled: false"],
-            "expected a date such as 2027-01-31, got '2027-01-31, enabled: false'",
+        *(
+            (["bob", "--expires", date], f"--expires: expected a date such as 2027-01-31, got {date!r}\n")
+            for date in ("tomorrow", "2027", "01.02.2027", "20270131", "2027-13-45", "2027-02-30", "1" * 5000)
         ),
+        (["bob", "--expires", "2027-01-31, enabled: false"], "got '2027-01-31, enabled: false'"),
     ],
 )
 def test_a_key_that_cannot_be_added_is_said_and_nothing_is_written(shell, arguments, message):
@@ -531,7 +502,7 @@ def test_key_rotate_gives_a_new_key_and_touches_one_line(shell):
     assert shell.run("key", "rotate", "alice") == 0
 
     (key,) = A_KEY.findall(shell.out)
-    assert shell.out == f"alice's new key, shown only now; the old one is refused within a second:\n\n  {key}\n"
+    assert shell.out == f"alice's new key, shown only now; it takes the old one's place:\n\n  {key}\n"
     assert shell.config == ALICE.replace(HASH, g.seal_key(key))
 
 
@@ -543,7 +514,7 @@ def test_key_revoke_disables_a_key_and_touches_nothing_else(shell):
 
     assert shell.run("key", "revoke", "alice") == 0
 
-    assert shell.out == "alice's key is refused within a second. `enabled: true` in config.yaml brings it back.\n"
+    assert shell.out == "alice's key is revoked. `enabled: true` in config.yaml brings it back.\n"
     assert shell.config == ALICE.replace("# the end", "    enabled: false\n# the end")
 
 
@@ -569,7 +540,7 @@ def test_a_key_is_revoked_beside_somebody_elses_mistake(shell, mistake):
 
     assert shell.run("key", "revoke", "alice") == 0
 
-    assert shell.out.startswith("alice's key is refused within a second.")
+    assert shell.out.startswith("alice's key is revoked.")
     assert "But the file has a mistake" in shell.out
     assert shell.config == bad.replace("  - name: bob", "    enabled: false\n  - name: bob")
 
@@ -653,52 +624,51 @@ def test_seal_turns_every_plain_secret_into_its_sealed_form(shell, monkeypatch):
     assert sorted(shell.files()) == ["config.yaml", "gateway.secret"]
 
 
-def test_a_second_seal_changes_nothing(shell):
+LAYOUTS = {  # how a secret may be written, and where `seal` says that it is
+    "braces": (f"- {{name: a, url: https://a.test, api_key: {PLAIN}}}\n", ".api_key"),
+    "a list": (f"- {{name: a, url: https://a.test, api_key: [{PLAIN}]}}\n", ".api_key[0]"),
+    "lines of its own": (f"- name: a\n  api_key: >-\n    {PLAIN}\n  # b\n  url: https://a.test\n", ".api_key"),
+    "a token's header": (
+        f"- {{name: a, format: demo, headers: {{set: {{X-Token: {PLAIN}}}}}}}\n",
+        ".headers.set.X-Token",
+    ),
+    "a header named key": (f"- {{name: a, format: demo, headers: {{set: {{key: {PLAIN}}}}}}}\n", ".headers.set.key"),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_secret_is_sealed_wherever_and_however_it_is_written(shell, name):
     """
-    Neither does one where there is nothing to seal.
+    What goes upstream is encrypted, not hashed: it must open again. A second `seal` finds nothing.
     """
+    written, place = LAYOUTS[name]
+    text = "# first\nupstreams:\n" + written + "  # last\n"
     shell.run("init")
-    shell.write(f"upstreams: [{{name: a, url: https://a.test, api_key: {PLAIN}}}]\n")
-    shell.run("seal")
+    shell.write(text)
+
+    assert shell.run("seal") == 0
+    assert shell.out == f"Sealed: upstreams[0]{place}\n"
     sealed = shell.config
-
     assert shell.run("seal") == 0
-
     assert shell.out == "Nothing to seal: no secret stands there in clear text.\n"
-    assert shell.config == sealed
+
+    (secret,) = re.findall(r"enc:[\w=-]+", sealed)
+    assert shell.config == sealed == text.replace(f">-\n    {PLAIN}", PLAIN).replace(PLAIN, secret)
+    config = g.Config.load(shell.folder / "config.yaml")
+    assert [*config.upstreams[0].api_key, *config.upstreams[0].headers.set.values()] == [PLAIN]
+    assert [warning for warning in config.warnings if "clear text" in warning] == []
 
 
-def test_seal_finds_each_of_several_keys_and_headers_that_carry_one(shell):
+def test_a_header_that_carries_no_secret_stays_readable(shell):
     """
-    A list of API keys and a header by the name of a token are secrets as well; other headers stay readable.
+    By its name.
     """
-    shell.run("init")
-    shell.write(
-        f"upstreams: [{{name: a, url: https://a.test, api_key: [{PLAIN}-1, {PLAIN}-2],\n"
-        "  headers: {set: {X-Token: hidden, x-team: red}}}]\n"
-    )
+    text = "upstreams: [{name: a, format: demo, headers: {set: {x-team: red}}}]\n"
+    shell.write(text)
 
     assert shell.run("seal") == 0
 
-    assert shell.out == "Sealed: upstreams[0].api_key[0], upstreams[0].api_key[1], upstreams[0].headers.set.X-Token\n"
-    config = g.Config.load(shell.folder / "config.yaml")
-    assert config.upstreams[0].api_key == (f"{PLAIN}-1", f"{PLAIN}-2")
-    assert config.upstreams[0].headers.set == {"X-Token": "hidden", "x-team": "red"}
-    assert PLAIN not in shell.config and "hidden" not in shell.config and "x-team: red" in shell.config
-    assert config.warnings == []
-
-
-def test_a_header_named_key_is_encrypted_and_not_hashed(shell):
-    """
-    Only a user's key is kept as a hash: what goes upstream must open again.
-    """
-    shell.run("init")
-    shell.write("upstreams: [{name: a, url: https://a.test, headers: {set: {key: hidden}}}]\n")
-
-    assert shell.run("seal") == 0
-
-    config = g.Config.load(shell.folder / "config.yaml")
-    assert config.upstreams[0].headers.set == {"key": "hidden"} and "hidden" not in shell.config
+    assert shell.config == text
 
 
 def test_seal_rotate_encrypts_with_the_newest_secret(shell):
@@ -790,20 +760,6 @@ def test_any_plain_key_can_be_sealed_whatever_its_last_characters(shell, key, wr
 
     assert shell.keys()["alice"].last4 == key[-4:]
     assert g.Config.load(shell.folder / "config.yaml").keys.find([key]).name == "alice"
-
-
-def test_a_key_on_lines_of_its_own_can_be_sealed(shell):
-    """
-    Block scalars are a way to write long secrets.
-    """
-    shell.run("init")
-    shell.write(f"upstreams:\n  - name: a\n    api_key: >-\n      {PLAIN}\n    # b\n    url: https://a.test\n")
-
-    assert shell.run("seal") == 0
-
-    assert re.fullmatch(
-        r"upstreams:\n  - name: a\n    api_key: enc:[\w=-]+\n    # b\n    url: https://a\.test\n", shell.config
-    )
 
 
 def test_seal_through_a_symlink_uses_the_secret_that_the_gateway_uses(shell):
@@ -1028,14 +984,10 @@ def test_usage_of_a_time_counts_from_its_start_up_to_its_end(shell, ledger, opti
     ("by", "groups"),
     [
         ("month", [{"month": "2026-09"}, {"month": "2026-10"}]),
-        ("upstream", [{"upstream": "anthropic"}]),
-        ("model_served", [{"model_served": "claude-opus-5-5"}]),
         ("session", [{"session": "s1"}, {"session": "s2"}]),
-        ("outcome", [{"outcome": "completed"}]),
         ("client", [{"client": "127.0.0.1"}]),
         ("session,month", [{"session": "s1", "month": "2026-09"}, {"session": "s2", "month": "2026-10"}]),
         ("key, month", [{"key": "alice", "month": "2026-09"}, {"key": "alice", "month": "2026-10"}]),
-        ("key,key", [{"key": "alice"}]),
     ],
 )
 @pytest.mark.parametrize("shape", ["--json", "--csv", None])
@@ -1060,7 +1012,7 @@ def test_usage_by_something_else_says_what_there_is(shell, ledger):
     """
     assert shell.run("usage", "--by", "key,colour") == 1
 
-    assert shell.err == "error: cannot group by colour; by key, model, day, month, upstream, session, …\n"
+    assert shell.err == f"error: cannot group by colour; by {', '.join(g.USAGE_GROUPS)}\n"
 
 
 @pytest.mark.parametrize("option", ["--since", "--until"])
@@ -1113,6 +1065,51 @@ def test_lines_of_the_ledger_that_cannot_be_read_are_counted_and_said(shell, led
         "3 lines of the ledger cannot be read and count nothing: "
         "usage-2026-09.jsonl:2, usage-2026-09.jsonl:3, usage-2026-09.jsonl:4\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        ("keys: [{name: alice}]", "6: keys[0].key: is required, and missing"),
+        ("teams: 5\nlimits: 6", "6: teams: expected a list such as [a, b], got a whole number: 5"),
+        ("server: {port: 1}", "6: server: given twice, first in line 3"),
+    ],
+)
+def test_reports_are_made_beside_a_mistake_which_is_told(shell, ledger, mistake, line):
+    """
+    In one line. Ledger and time zone are those of the config all the same.
+    """
+    demo = "upstreams: [{name: demo, format: demo}]\n"
+    shell.write(f"# mine\n{demo}server:\n  timezone: ${{TZ:-Asia/Shanghai}}\nusage: {{directory: usage}}\n{mistake}\n")
+    ledger(entry(), entry(time="2026-09-21T16:00:00.000Z"))
+    warning = f"warning: a mistake in the config: {shell.folder}/config.yaml:{line}\n"
+
+    assert (shell.run("usage", "--by", "day", "--csv"), shell.err) == (0, warning)
+    assert [row[:13] for row in shell.out.splitlines()] == ["day,calls,fai", "2026-09-21,1,", "2026-09-22,1,"]
+    assert (shell.run("usage", "archive"), shell.err) == (0, warning)
+    assert (shell.run("usage", "verify"), shell.err[: len(warning)]) == (1, warning)  # no chain in these lines
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error"),
+    [
+        ("usage: {directory: 5}", "usage.directory: must be known here"),
+        (
+            "server: {timezone: Europe}",
+            "server.timezone: expected a time zone such as Europe/Berlin, got text: 'Europe'",
+        ),
+        ("server: }", "not YAML: "),
+    ],
+)
+def test_no_report_is_made_where_it_would_be_of_something_else(shell, mistake, error):
+    """
+    Of another ledger, or with days of another time zone.
+    """
+    shell.write("upstreams: [{name: demo, format: demo}]\n" + mistake)
+
+    assert shell.run("usage") == 1
+
+    assert shell.err.startswith(f"error: {shell.folder}/config.yaml:2: {error}")
 
 
 # The command itself
@@ -1170,15 +1167,18 @@ def test_missing_rights_are_told_with_the_user_who_misses_them(error, reason):
 
 # Corrections, the chain, the archive
 
-UNITS = (
-    "there are: tokens, usd, requests, alone or with a window (minute, hour, 5h, day, week, month) as in usd/day; "
-    "concurrent"
-)
 LEDGER_CONFIG = f"""
 upstreams: [{{name: demo, format: demo}}]
 teams: [{{name: red}}]
-keys: [{{name: alice, team: red, key: {KEY}}}, {{name: bob, key: sk-proxy-bob0123456789abcdefghijklmnopqrs}}]
+limits: {{gateway: {{requests/minute: 9}}}}
+keys:
+  - {{name: alice, team: red, limits: {{usd/day: 5, concurrent: 2}}, key: {KEY}}}
+  - {{name: bob, key: sk-proxy-bob0123456789abcdefghijklmnopqrs}}
 """
+
+
+NO_SUCH = "--limit {}: {} has no such limit to reset; it has: {}"
+NOTHING = "say what to adjust, by how much other than 0: --usd, --tokens or --requests"
 
 
 def ledger_lines(shell) -> list[dict]:
@@ -1195,9 +1195,9 @@ def test_a_reset_is_a_line_of_the_ledger(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "reset", "alice", "--limit", "usd/day", "--note", "holiday") == 0
-    assert shell.out == "usd/day of key alice: from zero, within a second.\n"
+    assert shell.out == "usd/day of key alice: from zero.\n"
     assert shell.run("usage", "reset", "--team", "red") == 0
-    assert shell.out == "All limits of team red: from zero, within a second.\n"
+    assert shell.out == "All limits of team red: from zero.\n"
     assert shell.run("usage", "reset", "--gateway") == 0
 
     assert ledger_lines(shell) == [
@@ -1214,7 +1214,7 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "adjust", "alice", "--usd", "-3.5", "--tokens", "1000", "--note", "refund") == 0
-    assert shell.out == "Adjusted: key alice, and with it team red and the gateway.\n"
+    assert shell.out == "Adjusted: key alice, team red, the gateway.\n"
     assert shell.run("usage", "adjust", "bob", "--requests", "2") == 0
     assert shell.run("usage", "--by", "key,team,model", "--csv") == 0
 
@@ -1241,15 +1241,12 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
         (("reset", "alice", "--team", "red"), "name one: a KEY, --team TEAM, or --gateway"),
         (("reset", "alise"), "there is no key named 'alise', did you mean alice?"),
         (("reset", "--team", "blue"), "there is no team named 'blue'; there are: red"),
-        (
-            ("reset", "alice", "--limit", "concurrent"),
-            "--limit concurrent: counts what runs, there is nothing to reset",
-        ),
-        (
-            ("reset", "alice", "--limit", "usd/year"),
-            f"--limit usd/year: unknown limit, did you mean usd/day? ({UNITS})",
-        ),
-        (("adjust", "alice"), "say what to adjust: --usd, --tokens or --requests"),
+        (("reset", "alice", "--limit", "concurrent"), NO_SUCH.format("concurrent", "key alice", "usd/day")),
+        (("reset", "alice", "--limit", "usd/month"), NO_SUCH.format("usd/month", "key alice", "usd/day")),
+        (("reset", "--team", "red", "--limit", "usd/day"), NO_SUCH.format("usd/day", "team red", "none")),
+        (("reset", "--gateway", "--limit", "usd/year"), NO_SUCH.format("usd/year", "gateway", "requests/minute")),
+        (("adjust", "alice"), NOTHING),
+        (("adjust", "alice", "--usd", "0"), NOTHING),
         (("adjust", "--usd", "1"), "name one: a KEY, --team TEAM, or --gateway"),
     ],
 )
@@ -1353,20 +1350,6 @@ def test_archived_months_go_on_counting(shell):
 # --- one sentence for whatever goes wrong --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("date", ["2027-13-45", "2027-02-30", "nonsense", "2027", "01.02.2027"])
-def test_a_date_that_is_none_is_told(shell, date):
-    """
-    Also one that YAML takes for a date, for which it raised from within.
-    """
-    shell.run("init")
-    before = shell.config
-
-    assert shell.run("key", "add", "bob", "--expires", date) == 1
-
-    assert shell.err == f"error: --expires: expected a date such as 2027-01-31, got {date!r}\n"
-    assert shell.config == before
-
-
 def run_process(folder: Path, *arguments: str, python: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
     """A command in a process of its own."""
     command = [sys.executable, *python, g.__file__, *arguments]
@@ -1406,24 +1389,18 @@ def test_a_reader_that_has_seen_enough_is_no_error(shell):
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-@pytest.mark.parametrize("is_buffered", [True, False])
 @pytest.mark.parametrize(
     ("path", "code", "error"),
     [("/dev/full", 1, "error: stdout: No space left on device\n"), (closed_pipe, 0, "")],
 )
-def test_help_that_cannot_be_printed_ends_as_other_commands_do(
-    shell, monkeypatch, option, is_buffered, path, code, error
-):
+def test_help_that_cannot_be_printed_ends_as_other_commands_do(shell, monkeypatch, path, code, error):
     """
-    Also where Python does not buffer (PYTHONUNBUFFERED), and argparse passes over what goes wrong.
+    Argparse passes over what goes wrong.
     """
-    with open(path if isinstance(path, str) else path(), "wb", 0) as file:
-        stdout = io.TextIOWrapper(io.BufferedWriter(file) if is_buffered else file, write_through=not is_buffered)
+    with open(path if isinstance(path, str) else path(), "w") as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
 
-        assert (shell.run(option), shell.err) == (code, error)
-        stdout.flush()  # as the process does at its end
+        assert (shell.run("--help"), shell.err) == (code, error)
 
 
 @pytest.mark.parametrize(
@@ -1467,8 +1444,8 @@ def test_an_output_that_is_not_utf_8_has_escapes_in_place_of_what_it_lacks(shell
     shown = Path("out").read_text(encoding)
     name = "müller日本".encode(encoding, "backslashreplace").decode(encoding)
     assert (codes, shell.err) == ([0, 0], "")
-    assert shown.startswith(f"{name}'s key is refused within a second.")
-    assert f"{name} (\\u2026last): disabled" in shown and "session, \\u2026" in " ".join(shown.split())
+    assert shown.startswith(f"{name}'s key is revoked.")
+    assert f"{name} (\\u2026last): disabled" in shown
 
 
 @pytest.mark.parametrize("char", "\u034f\u115f\u1160\u2800\u3164\ufe0f\uffa0\U000e0101\u200b\u202e\x1b\n\ud800")
@@ -1549,11 +1526,11 @@ def test_an_argument_that_is_no_line_of_text_is_refused(shell, arguments):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--usd", "lots"], "argument --usd: expected dollars such as -3.50, got 'lots'"),
-        (["--usd", "nan"], "argument --usd: expected dollars such as -3.50, got 'nan'"),
-        (["--usd", "1e300"], "argument --usd: expected dollars such as -3.50, got '1e300'"),
-        (["--tokens", "1.5"], "argument --tokens: expected a whole number such as 1000, got '1.5'"),
-        (["--requests", "9" * 16], f"argument --requests: expected a whole number such as 1000, got '{'9' * 16}'"),
+        (["--usd", "lots"], "argument --usd: expected dollars such as -3.50, at most 9,007,199 either way, got 'lots'"),
+        (["--usd", "nan"], "argument --usd: expected dollars such as -3.50, at most 9,007,199 either way, got 'nan'"),
+        (["--usd", "1e9"], "argument --usd: expected dollars such as -3.50, at most 9,007,199 either way, got '1e9'"),
+        (["--tokens", "1.5"], f"argument --tokens: {WHOLE}, got '1.5'"),
+        (["--requests", "9" * 16], f"argument --requests: {WHOLE}, got '{'9' * 16}'"),
     ],
 )
 def test_a_number_that_is_none_is_answered_with_one_that_is(shell, arguments, expected):

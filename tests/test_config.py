@@ -1455,15 +1455,15 @@ SET = {
     "a field that is empty": (f"{ALICE}    enabled:\n", f"{ALICE}    enabled: false\n"),
     "braces": (
         f"{DEMO}keys:\n  - {{name: alice, key: {HASH}}}  # hers\n",
-        f"{DEMO}keys:\n  - {{name: alice, key: {HASH}, enabled: false}}  # hers\n",
+        f"{DEMO}keys:\n  - {{enabled: false, name: alice, key: {HASH}}}  # hers\n",
     ),
     "braces with a comma at the end": (
         f"{DEMO}keys: [{{name: alice, key: {HASH},}}]\n",
-        f"{DEMO}keys: [{{name: alice, key: {HASH}, enabled: false,}}]\n",
+        f"{DEMO}keys: [{{enabled: false, name: alice, key: {HASH},}}]\n",
     ),
     "braces on several lines": (
         f"{DEMO}keys:\n  - {{name: alice,  # a\n     key: {HASH}  # b\n    }}\n",
-        f"{DEMO}keys:\n  - {{name: alice,  # a\n     key: {HASH}, enabled: false  # b\n    }}\n",
+        f"{DEMO}keys:\n  - {{enabled: false, name: alice,  # a\n     key: {HASH}  # b\n    }}\n",
     ),
     "a key in a block scalar": (
         f"{DEMO}keys:\n  - name: alice\n    key: >-\n      {HASH}\n\nserver: {{}}\n",
@@ -1475,7 +1475,7 @@ SET = {
 
 
 @pytest.mark.parametrize("name", SET)
-def test_a_field_is_set_where_it_is_or_after_the_last(tmp_path, name):
+def test_a_field_is_set_where_it_is_or_after_the_last_or_first_in_braces(tmp_path, name):
     """
     A revoked key is one more line, or one word on a line.
     """

@@ -20,7 +20,7 @@ import gateway as g
 CONFIG = f"""
 server: {{host: 127.0.0.1, port: 0}}
 upstreams: [{{name: demo, format: demo}}]
-teams: [{{name: red}}]
+teams: [{{name: red, limits: {{usd/week: 5}}}}]
 keys: [{{name: alice, team: red, key: {KEY}, limits: {{usd/day: 1, requests/day: 10}}}}]
 usage: {{directory: usage, fsync: never}}
 """
@@ -61,21 +61,19 @@ async def test_a_correction_is_written_by_the_running_gateway(listening, capsys,
 
     codes = [
         await command(listening, "usage", "adjust", "alice", "--usd", "0.5", "--note", "refund"),
-        await command(listening, "usage", "reset", "--team", "red", "--limit", "usd/day"),
+        await command(listening, "usage", "reset", "--team", "red", "--limit", "usd/week"),
     ]
     await listening.post("/v1/messages", HELLO)
 
     assert codes == [0, 0]
-    assert capsys.readouterr().out == (
-        "Adjusted: key alice, and with it team red and the gateway.\nusd/day of team red: from zero, within a second.\n"
-    )
+    assert capsys.readouterr().out == "Adjusted: key alice, team red, the gateway.\nusd/week of team red: from zero.\n"
     used = {row["limit"]: row["used"] for row in (await listening.get("/v1/usage")).json["limits"]}
     assert used["usd/day"] > 0.5
     assert [line["type"] for line in listening.entries()] == ["call", "adjust", "reset", "call"]
     assert len(g.LedgerFiles(listening.gateway.ledger.directory).verify("", print)) == 32
     assert audits(caplog) == [
         f"audit: usage adjust key alice: +0.5 usd, 'refund', {BY}",
-        f"audit: usage reset team red: usd/day, {BY}",
+        f"audit: usage reset team red: usd/week, {BY}",
     ]
 
 
@@ -92,7 +90,7 @@ async def test_what_speaks_against_it_comes_back_as_it_would_without_a_gateway(l
     assert (codes, listening.entries()) == ([1, 1, 1], [])
     assert capsys.readouterr().err.splitlines() == [
         "error: there is no key named 'alise', did you mean alice?",
-        "error: --limit concurrent: counts what runs, there is nothing to reset",
+        "error: --limit concurrent: key alice has no such limit to reset; it has: usd/day, requests/day",
         "error: there is no upstream named 'demi', did you mean demo?",
     ]
 
@@ -155,7 +153,7 @@ async def test_another_user_is_refused_whatever_the_mode(listening):
             os.setuid(65534)
             with contextlib.suppress(BaseException), socket.socket(socket.AF_UNIX) as client:
                 client.connect(g.LOCAL_SOCKET)
-                client.sendall(b'{"action":"health"}\n')
+                client.sendall(b'{"action":"upstream reset","name":"demo"}\n')
                 os.write(writer, client.recv(9999))
             os.write(writer, b".")
             os._exit(0)
