@@ -3982,11 +3982,6 @@ class Counters(msgspec.Struct, array_like=True):
         here = now // STEP_S
         return {step: spent for step, spent in self.steps.items() if abs(here - step) * STEP_S <= seconds}
 
-    def steps_of(self, unit: str, now: float, seconds: int) -> dict[int, int]:
-        """Return what counts of a unit in a sliding window, by steps."""
-        place = UNIT_PLACES[unit]
-        return {step: spent[place] for step, spent in self._last_steps(now, seconds).items()}
-
     def reset(self, unit: str, window: LimitWindow) -> None:
         """Let a limit count from zero."""
         place = UNIT_PLACES[unit]
@@ -3998,9 +3993,9 @@ class Counters(msgspec.Struct, array_like=True):
 
     def spent(self, unit: str, window: LimitWindow, now: float) -> int:
         """What counts in the window of `now`: weighted tokens, nano-USD or requests."""
-        if window.kind == "sliding":
-            return sum(self.steps_of(unit, now, window.seconds).values())
         place, current = UNIT_PLACES[unit], self.windows.get(window.name)
+        if window.kind == "sliding":
+            return sum(spent[place] for spent in self._last_steps(now, window.seconds).values())
         if current is None:
             return 0
         if current.start - window.seconds <= now < current.end:
@@ -5032,7 +5027,8 @@ class WaitQueues(Generic[W]):
 #     new      -> waiting    enter: a budget has no slot left; the slots that the call has so far stay its own
 #     waiting  -> waiting    a slot was returned, and the next budget has none: the call waits there
 #     waiting  -> admitted   a slot was returned, the last that was missing
-#     waiting  -> refused    `limits.queue` is over, a full queue dropped it, its client left, a reload took its key
+#     waiting  -> refused    `limits.queue` is over, a full queue dropped it, its client left, a reload took its key,
+#                            a limit is spent, or the store failed
 #     admitted -> deferred   its body is not whole after 5 s: slots and request go back, and it is new once it is whole
 #     admitted -> reserved   admit: the tokens and the money of its estimate; or refused
 #     any      -> over       release: all goes back, and whoever waits for a slot of these budgets is served
@@ -5053,27 +5049,34 @@ class WaitQueues(Generic[W]):
 # process in advance (a limit of 5 requests cannot be shared out among 4 processes).
 
 NANO = {"tokens": 1.0, "requests": 1.0, "usd": 1e9}  # money is counted in nano-USD
-IMAGE_USD = 0.25  # of a generated image, which is billed by its tokens: the largest in high quality
+
+
+def short_number(number: float) -> str:
+    """`12.3M`, `50k`, `7`."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}".removesuffix(".0") + letter
+    return f"{number:g}"
 
 
 def amount_text(unit: str, *amounts: float) -> str:
-    """Return amounts of a limit in words: `$3.20 of $20.00`, `12,000 of 50,000 tokens`. USD are given in nano-USD."""
-    if unit != "usd":
-        return " of ".join(f"{amount:,.0f}" for amount in amounts) + f" {unit}"
+    """Return amounts of a limit in words: `$3.20 of $20.00`, `12.3M of 50M tokens`; money in USD."""
     texts = []
     for amount in amounts:
-        digits = 4 if 0 < amount < 0.1e9 else 2
-        texts.append(f"${amount / 1e9:,.{digits}f}")
-    return " of ".join(texts)
+        if unit != "usd":
+            texts.append(short_number(amount))
+        elif 0 < amount < 0.1:
+            texts.append(f"${amount:.4f}")
+        else:
+            texts.append(f"${amount:,.2f}")
+    words = " of ".join(texts)
+    return words if unit == "usd" else f"{words} {unit}"
 
 
-def reset_text(at: float | None, now: float, timezone: dt.tzinfo) -> str:
-    """`resets Mon 00:00 UTC`; with the date where that is more than six days ahead; "" where nothing resets."""
-    if at is None:
-        return ""
+def reset_text(at: float, timezone: dt.tzinfo) -> str:
+    """`resets Mon 28 Sep 00:00 UTC`."""
     local = dt.datetime.fromtimestamp(at, timezone)
-    day = f"{local:%a}" if at - now < 6 * 86400 else f"{local.day} {local:%b}"
-    return f"resets {day} {local:%H:%M} {local.tzname()}"
+    return f"resets {local:%a} {local.day} {local:%b %H:%M} {local.tzname()}"
 
 
 class Standing(NamedTuple):
@@ -5086,20 +5089,9 @@ class Standing(NamedTuple):
     allowed: float
     resets_at: float | None = None  # seconds since 1970; None where it does not reset
     need: float = 0
-    wait_s: int = 0  # of a sliding window that is in the way: when it has room again
+    wait_s: int = 0  # of a sliding window that is in the way: when it has room again; 0 where it never will
 
-    def text(self) -> str:
-        """Say what is in the way."""
-        unit, whose = self.limit.unit, f"The limit {self.limit.name} of {self.budget}"
-        spent = amount_text(unit, self.used, self.allowed)
-        if self.used >= self.allowed:
-            return f"{whose} is used up: {spent}"
-        if self.used + self.need > self.allowed:
-            need = amount_text(unit, self.need)
-            return f"{whose} has too little left: {spent} used, and this call needs about {need}"
-        return f"{whose} is held by running calls: {spent} used, {amount_text(unit, self.held)} reserved"
-
-    def row(self, now: float, timezone: dt.tzinfo) -> dict[str, Any]:
+    def row(self, timezone: dt.tzinfo) -> dict[str, Any]:
         """Return it for people, money in USD."""
         scale = NANO.get(self.limit.unit, 1)
         used, allowed = round(self.used / scale, 9), self.limit.amount
@@ -5111,27 +5103,15 @@ class Standing(NamedTuple):
             "allowed": allowed,
             "remaining": round(max(0, allowed - used), 9),
             "resets_at": self.resets_at and utc_time(self.resets_at),
-            "resets": reset_text(self.resets_at, now, timezone) or None,
+            "resets": self.resets_at and reset_text(self.resets_at, timezone),
         }
-
-
-def short_number(number: float) -> str:
-    """`12.3M`, `50k`, `7`."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}".removesuffix(".0") + letter
-    return f"{number:g}"
 
 
 def limit_phrase(row: Mapping[str, Any]) -> str:
     """`$3.20 of $20.00 today`, `12.3M of 50M tokens this month (team)`, of a row of `Limits.standings`."""
     unit, _, window = row["limit"].partition("/")
-    if unit == "usd":
-        amounts = f"${row['used']:,.2f} of ${row['allowed']:,.2f}"
-    else:
-        amounts = f"{short_number(row['used'])} of {short_number(row['allowed'])} {unit}"
     scope = "" if row["scope"] == "key" else f" ({row['scope']})"
-    return f"{amounts} {WINDOWS[window].phrase}{scope}"
+    return f"{amount_text(unit, row['used'], row['allowed'])} {WINDOWS[window].phrase}{scope}"
 
 
 class Demand(NamedTuple):
@@ -5140,6 +5120,10 @@ class Demand(NamedTuple):
     need: Mapping[str, int]
     output: float
     per_token: Mapping[str, float]  # of an output token
+
+
+NOTHING_MORE = Demand({"tokens": 0, "usd": 0}, 0, {})  # fits where no limit is used up
+ONE_REQUEST = Demand({"tokens": 0, "usd": 0, "requests": 1}, 0, {})
 
 
 class Hold:
@@ -5154,40 +5138,35 @@ class Hold:
         self.step: int | None = None  # in which its request counts (`STEP_S`)
         self.amounts: dict[str, int] = {}
 
-    def rebind(self, budgets: Sequence[Budget]) -> None:
-        """Count in other budgets from now on; its slots must have been returned."""
-        self.budgets, self.scopes = budgets, ()
-
 
 Reply = Standing | asyncio.Future[Standing | None] | None
 CONCURRENT = "concurrent"  # the unit of slots
-NOTHING_MORE = {"tokens": 0, "usd": 0}
-ONE_REQUEST = {"requests": 1}
-ANYTHING_MORE = NOTHING_MORE | ONE_REQUEST
 
 
 class CounterStore(Protocol):
     """The numbers of all budgets: what is spent, by the ledger's counters, and what running calls hold. By unit.
 
     Each method is one step: nothing of another call comes between its look and its change. `enter` and `reserve` return
-    the limit that is in the way, None where none is; a store that has to ask elsewhere returns a future of that. It
-    does what concerns one hold in the order in which it was asked (`settle` may come before an answer), and answers
-    `find_spent` and `standings` by what it knows at the moment.
+    the limit that is in the way, None where none is; a store that has to ask elsewhere returns a future of that, which
+    raises if it cannot be asked, and is cancelled by whoever waits no longer. It does what concerns one hold in the
+    order in which it was asked (`settle` may come before an answer, and after an error), and answers `find_spent` and
+    `standings` by what it knows at the moment.
 
-    enter       take the slots that are missing, one budget after the other: a standing of the unit CONCURRENT says
-                which has none left. With all of them, hold a request, if `need` fits. What was taken stays held.
+    enter       return a limit that has no room for one request more. Else take the slots that are missing, one budget
+                after the other: a standing of the unit CONCURRENT says which has none left. With all of them, hold the
+                request. What was taken stays held.
     reserve     hold what `demand` asks for in all windows, or nothing
     charge      hold more, though it may pass a limit: it is spent already
     settle      give everything back, or the slots alone
-    find_spent  return a limit that has no room for `need`; only its units are looked at
+    find_spent  return a limit of tokens or money that is used up, by what is spent and held
     standings   return how each limit of the hold's budgets stands
     """
 
-    def enter(self, hold: Hold, need: Mapping[str, int]) -> Reply: ...
+    def enter(self, hold: Hold) -> Reply: ...
     def reserve(self, hold: Hold, demand: Demand) -> Reply: ...
     def charge(self, hold: Hold, amounts: Mapping[str, int]) -> None: ...
     def settle(self, hold: Hold, slots_only: bool = False) -> None: ...
-    def find_spent(self, hold: Hold, need: Mapping[str, int]) -> Standing | None: ...
+    def find_spent(self, hold: Hold) -> Standing | None: ...
     def standings(self, hold: Hold) -> list[Standing]: ...
 
 
@@ -5204,28 +5183,21 @@ class Scope:
     def __init__(self, counters: Counters) -> None:
         self.counters = counters  # what is spent
         self.running = 0
-        self.reserved = {"tokens": 0, "usd": 0, "requests": 0}  # usd in nano-USD
-        self.admitted: dict[int, int] = {}  # running calls, by the step (`STEP_S`) in which they were admitted
+        self.reserved = {"tokens": 0, "usd": 0}  # usd in nano-USD
+        self.admitted = defaultdict[int, int](int)  # running calls, by the step (`STEP_S`) in which they were admitted
 
-    def held(self, limit: Limit, now: float) -> float:
+    def held(self, limit: Limit, now: float) -> int:
         """What running calls hold of a limit. In a sliding window a request counts when it is admitted, not later."""
-        if limit.unit == "requests" and limit.window.kind == "sliding":
-            here, seconds = now // STEP_S, limit.window.seconds
-            return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
-        return self.reserved[limit.unit]
+        if limit.unit != "requests":
+            return self.reserved[limit.unit]
+        if limit.window.kind != "sliding":
+            return sum(self.admitted.values())
+        here, seconds = now // STEP_S, limit.window.seconds
+        return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
 
-    def wait_s(self, limit: Limit, excess: float, now: float) -> int:
-        """In how many seconds so much of a limit will have left its sliding window; at least 1."""
-        seconds = limit.window.seconds
-        amounts = self.counters.steps_of(limit.unit, now, seconds)
-        if limit.unit == "requests":
-            for step, calls in self.admitted.items():
-                amounts[step] = amounts.get(step, 0) + calls
-        for step in sorted(amounts):
-            excess -= amounts[step]
-            if excess <= 0:
-                return max(1, min(seconds, math.ceil((step + 1) * STEP_S + seconds - now)))
-        return seconds
+    def taken(self, limit: Limit, now: float) -> int:
+        """What of a limit is spent or held."""
+        return self.counters.spent(limit.unit, limit.window, now) + self.held(limit, now)
 
 
 class MemoryStore:
@@ -5240,65 +5212,62 @@ class MemoryStore:
         for budget in hold.budgets:
             place = budget.scope, budget.name
             if place not in self._scopes:
-                is_free = budget.scope == "count_tokens"  # nothing is ever spent there
-                counters = Counters() if is_free else self._fold.scope(cast(ScopeKind, budget.scope), budget.name)
+                counters = Counters()  # nothing is ever spent on count_tokens
+                if budget.scope != "count_tokens":
+                    counters = self._fold.scope(budget.scope, budget.name)
                 self._scopes[place] = Scope(counters)
             pairs.append((budget, self._scopes[place]))
         hold.scopes = pairs
         return pairs
 
-    def _fit(
-        self,
-        hold: Hold,
-        need: Mapping[str, int],
-        now: float,
-        output: float = math.inf,
-        per_token: Mapping[str, float] = NOTHING_MORE,
-    ) -> Standing | float:
-        """Return how many of `output` tokens fit beside `need` in every limit, or a limit in which `need` does not."""
+    def _fit(self, hold: Hold, demand: Demand, now: float) -> Standing | float:
+        """Return how many output tokens fit beside what is needed in every limit, or a limit in which that does not."""
+        output = demand.output
         for budget, scope in hold.scopes or self._open(hold):
             for limit in budget.limits:
-                unit = limit.unit
-                if unit not in need:
+                need = demand.need.get(limit.unit)
+                if need is None:
                     continue
-                allowed = limit.amount * NANO[unit]
-                used = scope.counters.spent(unit, limit.window, now)
-                held = scope.held(limit, now)
-                if used >= allowed or used + held + need[unit] > allowed:
-                    return self._standing(budget, scope, limit, now, need[unit])
-                if per_token.get(unit):
-                    output = min(output, (allowed - used - held - need[unit]) / per_token[unit])
+                allowed = limit.amount * NANO[limit.unit]
+                used = scope.counters.spent(limit.unit, limit.window, now)
+                held = scope.reserved.get(limit.unit)
+                if held is None:
+                    held = scope.held(limit, now)
+                if used >= allowed or used + held + need > allowed:
+                    return self._standing(budget, scope, limit, now, need)
+                per_token = demand.per_token.get(limit.unit)
+                if per_token:
+                    output = min(output, (allowed - used - held - need) / per_token)
         return output
 
     def _standing(self, budget: Budget, scope: Scope, limit: Limit, now: float, need: int = 0) -> Standing:
-        allowed = limit.amount * NANO[limit.unit]
-        used = scope.counters.spent(limit.unit, limit.window, now)
-        held = scope.held(limit, now)
-        resets_at = scope.counters.resets_at(limit.window, now, self._fold.calendar)
+        allowed, window = limit.amount * NANO[limit.unit], limit.window
+        used, held = scope.counters.spent(limit.unit, window, now), scope.held(limit, now)
         wait_s = 0
-        if limit.window.kind == "sliding":
-            wait_s = scope.wait_s(limit, used + held + max(need, 1) - allowed, now)
+        if window.kind == "sliding" and need <= allowed:
+            waits = range(STEP_S - int(now) % STEP_S, window.seconds, STEP_S)
+            fitting = (s for s in waits if scope.taken(limit, now + s) + max(need, 1) <= allowed)
+            wait_s = next(fitting, window.seconds)
+        resets_at = scope.counters.resets_at(window, now, self._fold.calendar)
         return Standing(budget, limit, used, held, allowed, resets_at, need, wait_s)
 
-    def enter(self, hold: Hold, need: Mapping[str, int]) -> Standing | None:
-        scopes = hold.scopes or self._open(hold)
-        for budget, scope in scopes[hold.slots :]:
+    def enter(self, hold: Hold) -> Standing | None:
+        now = self._now()
+        fits = self._fit(hold, ONE_REQUEST, now)
+        if isinstance(fits, Standing):
+            return fits
+        for budget, scope in hold.scopes[hold.slots :]:
             if scope.running >= budget.concurrent:
                 return slots_standing(budget, scope.running)
             scope.running += 1
             hold.slots += 1
-        now = self._now()
-        fits = self._fit(hold, need, now)
-        if isinstance(fits, Standing):
-            return fits
         step = hold.step = int(now // STEP_S)
-        for _, scope in scopes:
-            scope.reserved["requests"] += 1
-            scope.admitted[step] = scope.admitted.get(step, 0) + 1
+        for _, scope in hold.scopes:
+            scope.admitted[step] += 1
         return None
 
     def reserve(self, hold: Hold, demand: Demand) -> Standing | None:
-        output = self._fit(hold, demand.need, self._now(), demand.output, demand.per_token)
+        output = self._fit(hold, demand, self._now())
         if isinstance(output, Standing):
             return output
         amounts = {}
@@ -5319,19 +5288,18 @@ class MemoryStore:
         hold.slots = 0
         if slots_only:
             return
-        step, amounts = hold.step, hold.amounts
-        hold.step, hold.amounts = None, {}
+        step = hold.step
         for _, scope in hold.scopes:
-            for unit, amount in amounts.items():
+            for unit, amount in hold.amounts.items():
                 scope.reserved[unit] -= amount
             if step is not None:
-                scope.reserved["requests"] -= 1
                 scope.admitted[step] -= 1
                 if not scope.admitted[step]:
                     del scope.admitted[step]
+        hold.step, hold.amounts, hold.scopes = None, {}, ()
 
-    def find_spent(self, hold: Hold, need: Mapping[str, int]) -> Standing | None:
-        fits = self._fit(hold, need, self._now())
+    def find_spent(self, hold: Hold) -> Standing | None:
+        fits = self._fit(hold, NOTHING_MORE, self._now())
         return fits if isinstance(fits, Standing) else None
 
     def standings(self, hold: Hold) -> list[Standing]:
@@ -5359,35 +5327,30 @@ class BodyMemory:
     def __init__(self, total: int) -> None:
         self.total = total
         self.held = 0
-        self._by_key: dict[str, int] = {}
+        self._by_key = defaultdict[str, int](int)
 
     def take(self, reservation: Reservation, size: int) -> None:
         """Hold so many bytes (more) for the body of a call. Raises TooLarge or Unavailable."""
-        name, free, why = reservation.call.key.name, self.total - self.held - size, ""
-        of_key = self._by_key.get(name, 0)
-        has_others = of_key > reservation.body_bytes  # of this key
+        name = reservation.call.key.name
+        free = self.total - self.held - size
+        of_key = self._by_key[name]
         if reservation.body_bytes + size > self.total:
             raise TooLarge(f"The request body is larger than {self.total:,} bytes, the limit of all: server.memory.")
-        if free < 0:
-            why = f"the bodies of all calls would hold {self.held + size:,} bytes"
-        elif has_others and of_key + size > free:
-            of_this = f"calls of the key {reservation.call.key} would hold {of_key + size:,} bytes"
-            why = f"{of_this}, and only {free:,} would be left for all others"
-        if why:
-            text = f"This gateway has no memory for the request's body: {why} (limit {self.total:,}: server.memory)."
+        has_others = of_key > reservation.body_bytes  # of this key
+        if free < 0 or (has_others and of_key + size > free):
+            text = (
+                f"The bodies of all calls, or those of this key, take too much memory (server.memory: {self.total:,})."
+            )
             raise Unavailable(f"{text} Try again in a moment.", retry_after_s=5)
         self.held += size
-        self._by_key[name] = of_key + size
+        self._by_key[name] += size
         reservation.body_bytes += size
 
     def give_back(self, reservation: Reservation) -> None:
         """Hold a call's body no more."""
-        size, reservation.body_bytes = reservation.body_bytes, 0
-        name = reservation.call.key.name
-        self.held -= size
-        self._by_key[name] -= size
-        if not self._by_key[name]:
-            del self._by_key[name]
+        self.held -= reservation.body_bytes
+        self._by_key[reservation.call.key.name] -= reservation.body_bytes
+        reservation.body_bytes = 0
 
 
 class Reservation(Hold):
@@ -5442,175 +5405,47 @@ class Reservation(Hold):
         self.release()
 
 
-class InputRatios:
-    """How much more input calls have than was estimated, learnt per key and model from what upstreams say.
+class Estimates:
+    """What a call may cost, by its request and by what upstreams said of earlier calls.
 
-    No rule by bytes holds for each script and each model's tokenizer, and a prompt may refer to what lies upstream. A
-    ratio goes half of the way up to a larger one and a fiftieth of the way down to a smaller: it is near to the largest
-    of the last fifty. At least 1, so that padding does not talk it down; what one key sends changes no other key's.
+    No rule by bytes holds for each script and each model's tokenizer. So it is learnt per key and model how much more
+    input calls have than was estimated: a ratio goes half of the way up to a larger one and a fiftieth of the way down
+    to a smaller, and is near to the largest of the last fifty. At least 1, so that padding does not talk it down; what
+    one key sends changes no other key's. And it is remembered which models are served by a dearer one.
     """
 
     MAX_RATIO = 4.0
     MIN_TOKENS = 100  # estimated; of less, what the upstream adds by itself is the larger part
     MAX_PAIRS = 4096
-    STORED = 100_000, 1_000_000  # tokens of input that lies upstream: the least and the most that are reserved for it
+    STORED = 200_000  # tokens that are reserved for input that lies upstream (`previous_response_id`)
+    CONTEXT = 1_000_000  # tokens of input that it may have at most, which counts for the price's tier
+    IMAGE_USD = 0.25  # of a generated image, which is billed by its tokens: the largest in high quality
+    MAX_SERVED = 1000
 
     def __init__(self) -> None:
         self._ratios: dict[tuple[str, str], float] = {}
-        self._largest: dict[str, int] = {}  # input by key, where it is above the least of STORED
+        self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
 
-    def stored(self, call: Call) -> int:
-        """The tokens that a call may refer to (`previous_response_id`): as many as its key has ever sent at once.
-
-        What lies upstream was sent before, and was counted then. At least a quarter of a usual context of 400,000.
-        """
-        return self._largest.get(call.key.name, self.STORED[0])
-
-    def of(self, call: Call) -> float:
-        """The ratio for a call, 1 to MAX_RATIO."""
-        return self._ratios.get((call.key.name, call.model), 1.0)
-
-    def learn(self, call: Call, input_tokens: int) -> None:
-        """Take in how much input a call had, cached or not, by its upstream's count."""
-        if input_tokens > self._largest.get(call.key.name, self.STORED[0]):
-            self._largest[call.key.name] = min(input_tokens, self.STORED[1])
+    def learn(self, call: Call, asked: str, entry: Entry) -> None:
+        """Take in how much input a call had, cached or not, and who answered for the model `asked` of its upstream."""
+        served, config = entry.model_served, call.config
+        if served not in ("", asked) and config.has_price(served) and len(self._served) < self.MAX_SERVED:
+            mine, theirs = config.price(asked).base, config.price(served).base
+            if theirs.input > mine.input or theirs.output > mine.output:
+                self._served[asked] = served
         if call.input_estimate < self.MIN_TOKENS or (call.besides and call.besides.has_stored):
             return
         pair = (call.key.name, call.model)
         before = self._ratios.get(pair, 1.0)
-        ratio = min(self.MAX_RATIO, max(1.0, input_tokens / call.input_estimate))
+        ratio = min(self.MAX_RATIO, max(1.0, entry.total_input_tokens / call.input_estimate))
         if ratio == before:
             return
         if pair not in self._ratios and len(self._ratios) >= self.MAX_PAIRS:
             del self._ratios[next(iter(self._ratios))]  # the oldest
-        self._ratios[pair] = before + (ratio - before) * (0.5 if ratio > before else 0.02)
-
-
-class Limits:
-    """The policy of admission: which budgets a call counts in, what it may cost, who waits, what a refusal says.
-
-    count_tokens is free and counts in no budget. It has a few slots for each key, which are waited for likewise.
-    """
-
-    SHORT_BODY = 64 << 10  # bytes
-    COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28 …
-    COUNT_WAIT_S = 10.0  # … of which the others wait, at most so long
-    STORE_S = 5.0  # how long the store may take to answer, beside the time in a queue
-    SILENT = "The gateway's counters do not answer."
-    SERVED = 1000  # models of which it is remembered who serves them
-
-    def __init__(self, store: CounterStore, clock: Clock, pace: Pace, timezone: dt.tzinfo) -> None:
-        self.store = store
-        self._clock, self._timezone = clock, timezone
-        self.ratios = InputRatios()
-        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's place
-        self._served: dict[str, str] = {}  # by the model that was asked: a dearer one that answered in its place
-
-    def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
-        """Return the budgets that a key's calls of a kind count in."""
-        if kind == "count_tokens":
-            return (Budget("count_tokens", key.name, (), self.COUNTS),)
-        return key.budgets
-
-    @property
-    def waiting(self) -> int:
-        """How many calls wait for a slot."""
-        return self._queues.size
-
-    # The first step: slots and a request
-
-    def enter(self, reservation: Reservation, length: int) -> None:
-        """Take slots and count a request before the body of `length` bytes is read, or wait: `reservation.waiter`.
-
-        Raises LimitSpent or LimitFull. What is held by then, the reservation gives back.
-        """
-        call = reservation.call
-        # The second step asks for tokens and money anyway: before a short body they are not asked for twice.
-        is_short = 0 < length <= self.SHORT_BODY
-        reply = self.store.enter(reservation, ONE_REQUEST if is_short else ANYTHING_MORE)
-        if reply is None:
-            return
-        wait_s = self.COUNT_WAIT_S if call.route.kind == "count_tokens" else call.config.limits.queue
-        waiter = reservation.waiter = Waiter[bool](call, self._clock.monotonic() + wait_s)
-        self._queues.push(None, waiter)
-        self._take_in(waiter, reply)
-        if waiter.turn.done():
-            raise cast(GatewayError, waiter.turn.result())
-
-    def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
-        """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
-        call, place = waiter.call, waiter.place
-        waiter.asked = None
-        if isinstance(reply, asyncio.Future):
-            waiter.asked = reply
-            waiter.until += self.STORE_S
-            return reply.add_done_callback(lambda reply: self._heard(waiter, reply))
-        if waiter.turn.done() or call.reservation.waiter is not waiter:
-            return None  # it has left, or its time is over: its slots come back in a moment
-        if reply and reply.limit.unit == CONCURRENT and place is None:
-            # Who could not go on with a slot does not wait for one.
-            reply = self.store.find_spent(call.reservation, ANYTHING_MORE) or reply
-        if reply is None or reply.limit.unit != CONCURRENT:
-            self._queues.remove(waiter, is_served=True)
-            call.admitted = self._clock.monotonic()
-            waiter.end(self._refusal(call.config, reply) if reply else True)
-        elif waiter.until <= self._clock.monotonic():
-            waiter.end(self._too_many(call.reservation))
-        elif reply.budget.place == place:
-            return None
-        else:
-            self._queues.remove(waiter, is_served=True)
-            self._queues.push(reply.budget.place, waiter)
-        return self._serve(place)
-
-    def _heard(self, waiter: Waiter[bool], reply: asyncio.Future[Standing | None]) -> None:
-        waiter.until -= self.STORE_S
-        if waiter.asked is reply:  # else a reload came between
-            self._take_in(waiter, reply.result())
-
-    def _serve(self, place: Hashable) -> None:
-        """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
-        queue = self._queues.queues.get(place)
-        waiter = next(queue.firsts(), None) if queue else None
-        if waiter and not waiter.asked:
-            self._take_in(waiter, self.store.enter(waiter.call.reservation, ANYTHING_MORE))
-
-    def _too_many(self, reservation: Reservation) -> LimitFull:
-        call, budget = reservation.call, reservation.budgets[reservation.slots]
-        what = f"{budget.concurrent:,.0f} calls at once, the limit of {budget}"
-        if budget.scope == "count_tokens":
-            what = f"{budget.concurrent} calls of count_tokens at once, which the key {budget.name} may have"
-        return LimitFull(f"More than {what}. Try again in a moment.{call.config.contact}", retry_after_s=5)
-
-    def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
-        if waiter.place is None:
-            return Unavailable(self.SILENT, retry_after_s=5)
-        return self._too_many(waiter.call.reservation)
-
-    # The second step: tokens and money
-
-    async def admit(self, call: Call, gone: asyncio.Future[Any]) -> None:
-        """Hold what a call may cost, once its body is read and it has its slots. `gone`: resolved if the client leaves.
-
-        Raises LimitSpent, LimitFull, ClientLeft, or what is wrong with the key by now.
-        """
-        reservation = call.reservation
-        if reservation.is_deferred:
-            self.enter(reservation, len(call.body))
-        if reservation.waiter:
-            await reservation.waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
-        if call.route.kind == "count_tokens":
-            return
-        reply = self.store.reserve(reservation, self.demand(call))
-        if isinstance(reply, asyncio.Future):
-            await asyncio.wait((reply, gone), timeout=self.STORE_S, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
-                raise ClientLeft("The client left while its call waited for the counters.")
-            if not reply.done():
-                raise Unavailable(self.SILENT, retry_after_s=5)
-            reply = reply.result()
-        if reply:
-            raise self._refusal(call.config, reply)
+        share = 0.02
+        if ratio > before:
+            share = 0.5
+        self._ratios[pair] = before + (ratio - before) * share
 
     def demand(self, call: Call) -> Demand:
         """Return what a call may cost.
@@ -5626,14 +5461,16 @@ class Limits:
         and output 4000 x 25 / 1e6 = $0.10: together $0.9646.
         """
         config, besides = call.config, call.besides
-        input_tokens = call.input_estimate * self.ratios.of(call)
-        if besides and besides.has_stored:
-            input_tokens += self.ratios.stored(call)
-        weights, price = config.limits.weights, self._expected_price(call, math.ceil(input_tokens))
-        per_token = {"tokens": weights.output, "usd": price.output * 1e3}  # USD per million, in nano-USD
+        weights = config.limits.weights
         input_weight = weights.input
-        if besides and besides.write:
-            input_weight = max(weights.input, weights.cache_write)
+        input_tokens = call.input_estimate * self._ratios.get((call.key.name, call.model), 1.0)
+        if besides:
+            if besides.has_stored:
+                input_tokens += self.STORED
+            if besides.write:
+                input_weight = max(weights.input, weights.cache_write)
+        price = self._price(call, math.ceil(input_tokens))
+        per_token = {"tokens": weights.output, "usd": price.output * 1e3}  # USD per million, in nano-USD
         need = {
             "tokens": math.ceil(input_tokens * input_weight),
             "usd": math.ceil(input_tokens * price.input * 1e3),
@@ -5643,24 +5480,17 @@ class Limits:
             for unit in need:
                 run = need[unit] + config.limits.reserve_output * per_token[unit]
                 need[unit] += math.ceil(besides.runs * run)
-            pieces = sum(extras.get(name, IMAGE_USD) * count for name, count in besides.extras)
+            pieces = sum(extras.get(name, self.IMAGE_USD) * count for name, count in besides.extras)
             need["usd"] += math.ceil(pieces * NANO["usd"])
         return Demand(need, call.reserved_output, per_token)
 
-    def note_served(self, config: Config, asked: str, served: str) -> None:
-        """Remember that an upstream answers for a model with a dearer one: the next call is held at that price."""
-        mine, theirs = config.price(asked).base, config.price(served).base
-        is_dearer = theirs.input > mine.input or theirs.output > mine.output
-        if is_dearer and config.has_price(served) and len(self._served) < self.SERVED:
-            self._served[asked] = served
-
-    def _expected_price(self, call: Call, input_tokens: int) -> Price:
+    def _price(self, call: Call, input_tokens: int) -> Price:
         """The dearest of those who may serve a call, as far as is known; `input` is what its input costs at most."""
         config, besides = call.config, call.besides or NOTHING_BESIDES
         if not (call.besides or call.premiums or len(call.servings) > 1 or call.upstream_model in self._served):
             return config.price(call.upstream_model).at(input_tokens)  # as most calls are
         if besides.has_stored:
-            input_tokens = InputRatios.STORED[1]  # nobody knows how much: the dearest tier
+            input_tokens = self.CONTEXT
         names = {call.upstream_model, *(serving.model for serving in call.servings), *besides.models}
         names |= {self._served[name] for name in names if name in self._served}
         rates = []
@@ -5672,31 +5502,183 @@ class Limits:
                 rates.append((row.audio, factor))
         if besides.is_unclear:
             rates.append((config.file.prices.dearest().base, max(factor for _, factor in rates)))
-        classes = ("input", besides.write) if besides.write else ("input",)
-        return Price(
-            max(getattr(price, name) * factor for price, factor in rates for name in classes),
-            max(price.output * factor for price, factor in rates),
-        )
+        inputs = [price.input * factor for price, factor in rates]
+        if besides.write:
+            inputs += [getattr(price, besides.write) * factor for price, factor in rates]
+        return Price(max(inputs), max(price.output * factor for price, factor in rates))
+
+
+class Limits:
+    """The policy of admission: which budgets a call counts in, who waits, what a refusal says.
+
+    count_tokens is free and counts in no budget. It has a few slots for each key, which are waited for likewise.
+    """
+
+    COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28
+    STORE_S = 5.0  # how long the store may take to answer, beside the time in a queue
+
+    def __init__(self, store: CounterStore, clock: Clock, pace: Pace, timezone: dt.tzinfo) -> None:
+        self.store = store
+        self._clock, self._timezone = clock, timezone
+        self.estimates = Estimates()
+        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's place
+        self._has_failed = False  # the store, when it was asked last
+
+    def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
+        """Return the budgets that a key's calls of a kind count in."""
+        if kind == "count_tokens":
+            return (Budget("count_tokens", f"calls of {key.name}", (), self.COUNTS),)
+        return key.budgets
+
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a slot."""
+        return self._queues.size
+
+    # The first step: slots and a request
+
+    def enter(self, reservation: Reservation) -> None:
+        """Take slots and count a request before the body is read, or wait: `reservation.waiter`.
+
+        Raises LimitSpent or LimitFull. What is held by then, the reservation gives back.
+        """
+        reply = self.store.enter(reservation)
+        if reply is None:
+            return
+        call = reservation.call
+        waiter = reservation.waiter = Waiter[bool](call, self._clock.monotonic() + call.config.limits.queue)
+        self._queues.push(None, waiter)
+        self._take_in(waiter, reply)
+        if waiter.turn.done():
+            raise cast(GatewayError, waiter.turn.result())
+
+    def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
+        """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
+        call, place, now = waiter.call, waiter.place, self._clock.monotonic()
+        waiter.asked = None
+        if isinstance(reply, asyncio.Future):
+            waiter.asked = reply
+            waiter.until += self.STORE_S
+            reply.add_done_callback(lambda reply: self._heard(waiter, reply))
+            return
+        if waiter.turn.done() or call.reservation.waiter is not waiter:
+            return  # it has left, or its time is over: its slots come back in a moment
+        if reply is None:
+            self._queues.remove(waiter, is_served=True)
+            call.admitted = now
+            waiter.end(True)
+        elif reply.limit.unit != CONCURRENT:
+            self._queues.remove(waiter, is_served=True)
+            waiter.end(self._refusal(call.config, reply))
+        elif waiter.until <= now:
+            waiter.end(self._too_many(call.reservation))
+        elif reply.budget.place == place:
+            return
+        else:
+            self._queues.remove(waiter, is_served=True)
+            self._queues.push(reply.budget.place, waiter)
+        self._serve(place)
+
+    def _heard(self, waiter: Waiter[bool], reply: asyncio.Future[Standing | None]) -> None:
+        waiter.until -= self.STORE_S
+        place, is_current = waiter.place, waiter.asked is reply  # else a reload came between
+        try:
+            standing = self._result(reply)
+        except Unavailable as error:
+            if is_current:
+                waiter.asked = None
+                self._queues.remove(waiter)
+                waiter.end(error)
+                self._serve(place)
+            return
+        if is_current:
+            self._take_in(waiter, standing)
+
+    def _result(self, reply: asyncio.Future[Standing | None]) -> Standing | None:
+        """Return what the store has answered. Raises Unavailable where it failed, or is silent until now."""
+        reply.cancel()
+        if reply.cancelled():
+            raise self._no_answer("it is silent")
+        error = reply.exception()
+        if error:
+            raise self._no_answer(str(error))
+        self._has_failed = False
+        return reply.result()
+
+    def _no_answer(self, why: str) -> Unavailable:
+        if not self._has_failed:
+            log.error("limits: the store of counters does not answer (%s): calls are refused", why)
+        self._has_failed = True
+        return Unavailable("The gateway's counters do not answer.", retry_after_s=5)
+
+    def _serve(self, place: Hashable) -> None:
+        """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
+        queue = self._queues.queues.get(place)
+        waiter = next(queue.firsts(), None) if queue else None
+        if waiter and not waiter.asked:
+            self._take_in(waiter, self.store.enter(waiter.call.reservation))
+
+    def _too_many(self, reservation: Reservation) -> LimitFull:
+        budget, contact = reservation.budgets[reservation.slots], reservation.call.config.contact
+        what = f"More than {budget.concurrent:,.0f} calls at once, the limit of {budget}"
+        return LimitFull(f"{what}. Try again in a moment.{contact}", retry_after_s=5)
+
+    def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
+        if waiter.place is None:
+            return self._no_answer("it is silent")
+        return self._too_many(waiter.call.reservation)
+
+    # The second step: tokens and money
+
+    async def admit(self, call: Call, gone: asyncio.Future[Any]) -> None:
+        """Hold what a call may cost, once its body is read and it has its slots. `gone`: resolved if the client leaves.
+
+        Raises LimitSpent, LimitFull, ClientLeft, Unavailable, or what is wrong with the key by now.
+        """
+        reservation = call.reservation
+        if reservation.is_deferred:
+            self.enter(reservation)
+        if reservation.waiter:
+            await reservation.waiter.wait(gone, ClientLeft("The client left while its call waited for its turn."))
+        if call.route.kind == "count_tokens":
+            return
+        reply = self.store.reserve(reservation, self.estimates.demand(call))
+        if isinstance(reply, asyncio.Future):
+            await asyncio.wait((reply, gone), timeout=self.STORE_S, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                reply.cancel()
+                raise ClientLeft("The client left while its call waited for the counters.")
+            reply = self._result(reply)
+        if reply:
+            raise self._refusal(call.config, reply)
 
     def _refusal(self, config: Config, standing: Standing) -> GatewayError:
-        """Say which limit is in the way: LimitFull where a moment may help, else LimitSpent until the window ends."""
-        text, contact, now = standing.text(), config.contact, self._clock.wall()
-        if standing.limit.window.kind == "sliding" and standing.need <= standing.allowed:
-            wait_s = standing.wait_s
-            return LimitFull(f"{text}. Try again in {wait_s} s.{contact}", retry_after_s=wait_s)
-        if standing.used < standing.allowed and standing.used + standing.need <= standing.allowed:
-            return LimitFull(f"{text}. Try again in a moment.{contact}", retry_after_s=5)
+        """Say which limit is in the way: LimitFull where waiting may help, else LimitSpent until the window ends."""
+        limit, scale, wait_s = standing.limit, NANO[standing.limit.unit], standing.wait_s
+        used, held, need = standing.used / scale, standing.held / scale, standing.need / scale
+        text = f"The limit {limit.name} of {standing.budget}"
+        spent = amount_text(limit.unit, used, limit.amount)
+        if used >= limit.amount:
+            text += f" is used up: {spent}"
+        elif used + need > limit.amount:
+            text += f" has too little left: {spent} used, and this call needs about {amount_text(limit.unit, need)}"
+        else:
+            text += f" is held by running calls: {spent} used, {amount_text(limit.unit, held)} reserved"
+            wait_s = wait_s or 5
+        if wait_s:
+            return LimitFull(f"{text}. Try again in {wait_s} s.{config.contact}", retry_after_s=wait_s)
         if standing.resets_at is None:
-            return LimitSpent(f"{text}.{contact}")
-        reset = reset_text(standing.resets_at, now, self._timezone)
-        return LimitSpent(f"{text}; {reset}.{contact}", retry_after_s=max(1, math.ceil(standing.resets_at - now)))
+            return LimitSpent(f"{text}.{config.contact}")
+        reset = reset_text(standing.resets_at, self._timezone)
+        after_s = max(1, math.ceil(standing.resets_at - self._clock.wall()))
+        return LimitSpent(f"{text}; {reset}.{config.contact}", retry_after_s=after_s)
 
     # While it runs, and its end
 
     def charge(self, reservation: Reservation, amounts: Mapping[str, int]) -> bool:
         """Hold more, by unit, that a failed attempt has cost; whether the limits still allow another attempt."""
         self.store.charge(reservation, amounts)
-        return self.store.find_spent(reservation, NOTHING_MORE) is None
+        return self.store.find_spent(reservation) is None
 
     def settle(self, reservation: Reservation, slots_only: bool = False) -> None:
         """Give back what the store holds for a call, or its slots alone, and serve those who wait for them."""
@@ -5711,8 +5693,6 @@ class Limits:
 
     def take_config(self, config: Config) -> None:
         """Let those who wait see a new config's limits; who may not use its key any more is told so."""
-        if not self._queues.size:
-            return
         # All queues are made anew, those first who were nearest to their turn: a key may have another team now.
         waiters = sorted(self._queues, key=lambda waiter: -waiter.call.reservation.slots)
         for waiter in waiters:
@@ -5725,8 +5705,8 @@ class Limits:
             except GatewayError as refusal:
                 waiter.end(refusal)
             else:
-                reservation.rebind(self.budgets(key, waiter.call.route.kind))
-                self._take_in(waiter, self.store.enter(reservation, ANYTHING_MORE))
+                reservation.budgets = self.budgets(key, waiter.call.route.kind)
+                self._take_in(waiter, self.store.enter(reservation))
 
     def check(self, stood_s: float = 0.0) -> None:
         """End the waits that have lasted long enough, and see whether the store has slots that others gave back."""
@@ -5740,8 +5720,7 @@ class Limits:
 
     def standings(self, key: Key) -> list[dict[str, Any]]:
         """Return how each limit of a key stands, as rows for people; money in USD."""
-        now, hold = self._clock.wall(), Hold(self.budgets(key))
-        return [standing.row(now, self._timezone) for standing in self.store.standings(hold)]
+        return [standing.row(self._timezone) for standing in self.store.standings(Hold(self.budgets(key)))]
 
 
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
@@ -6273,7 +6252,7 @@ def check_names(body: bytes, peek: RequestPeek) -> None:
 # A byte ÷ 4 holds for English alone. Bytes are counted by class: Chinese is about 1.5 tokens for the 3 bytes of a
 # character, code is full of signs that are tokens of their own, and base64 or hexadecimal noise has a token for every
 # 1.5 to 2 characters. Of a larger body a sample is counted, from places that a client cannot know.
-# What is left over is learnt from the answers, per key and model (`InputRatios`).
+# What is left over is learnt from the answers, per key and model (`Estimates`).
 
 SMALL_LETTERS = b"abcdefghijklmnopqrstuvwxyz \t\r\n"  # words, and white space: a quarter of a token for each
 CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # one token: 3 % of a text, 40 % of base64
@@ -10892,11 +10871,11 @@ class Gateway:
                 break
         return peer or "unknown"
 
-    def enter(self, call: Call, length: int, expects: bool = False) -> None:
-        """Take what a call needs before its body of so many bytes is read, or asked for. Raises GatewayError."""
+    def enter(self, call: Call, length: int) -> None:
+        """Take what a call needs before its body of so many bytes is read. Raises GatewayError."""
         call.reservation = Reservation(self.limits, self.memory, call)
         try:
-            self.limits.enter(call.reservation, 0 if expects else length)
+            self.limits.enter(call.reservation)
             call.reservation.hold_body(length)
         except GatewayError:
             call.reservation.release()
@@ -11003,8 +10982,9 @@ class Gateway:
                 self.emit(AttemptDiscarded(exchange.call, line))
         exchange.is_written = True
         self.ledger.append(entry)
-        if exchange.attempt and exchange.attempt.reader.seen_input:
-            self.limits.ratios.learn(exchange.call, entry.total_input_tokens)
+        last = exchange.attempt
+        if last and last.reader.seen_input:
+            self.limits.estimates.learn(exchange.call, last.ticket.model, entry)
         self.emit(CallEnded(exchange.call, entry, exchange.attempts))
 
     def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
@@ -11018,8 +10998,6 @@ class Gateway:
             log.error(
                 "%s: %s of upstream %s is not believed, and estimated", call.id, meter.absurd, attempt.upstream.name
             )
-        if served and served != asked:
-            self.limits.note_served(call.config, asked, served)
         return bill
 
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
@@ -12840,7 +12818,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin_call(self, route: Route, expects: bool) -> None:
         """Begin a call by its head, and have its body sent. Raises GatewayError."""
-        self._call = call = self._door.accept(self, self.request, route, expects)
+        self._call = call = self._door.accept(self, self.request, route)
         self._owes_continue = expects
         if call.reservation.waiter:
             # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
@@ -13034,8 +13012,8 @@ class Door:
         self.leave(stranger)
         stranger.transport.abort()
 
-    def accept(self, connection: Client, request: Request, route: Route, expects: bool) -> Call:
-        """Begin a call by its head, before its body is read, or asked for (`expects`). Raises GatewayError."""
+    def accept(self, connection: Client, request: Request, route: Route) -> Call:
+        """Begin a call by its head, before its body is read. Raises GatewayError."""
         gateway, named = self.gateway, request.named
         key, address = gateway.authenticate(request.headers, named, connection.peer)
         if not connection.key_name:
@@ -13055,7 +13033,7 @@ class Door:
         if length > config.server.max_body:
             raise too_large(config.server.max_body)
         call = Call(config, key, route, request.query, request.headers, address, named)
-        gateway.enter(call, length, expects)
+        gateway.enter(call, length)
         return call
 
     def refuse(self, connection: Client, request: Request, error: GatewayError) -> str:

@@ -21,23 +21,27 @@ class FarStore:
     def __init__(self, fold: g.Fold, clock: g.Clock) -> None:
         self.fold, self.clock = fold, clock
         self.held: dict[g.Hold, dict[str, Any]] = {}
-        self._commands: deque[tuple[asyncio.Future[Any], Callable[[], Any]]] = deque()
+        self.error: Exception | None = None  # what every answer is, where it cannot be asked
+        self._commands: deque[tuple[asyncio.Future[Any], Callable[[], Any], bool]] = deque()
 
     # What a store must do
 
-    def enter(self, hold: g.Hold, need: Mapping[str, int]) -> asyncio.Future[g.Standing | None]:
-        return self._send(lambda: self._enter(hold, need))
+    def enter(self, hold: g.Hold) -> asyncio.Future[g.Standing | None]:
+        return self._send(lambda: self._enter(hold))
 
     def reserve(self, hold: g.Hold, demand: g.Demand) -> asyncio.Future[g.Standing | None]:
         return self._send(lambda: self._reserve(hold, demand))
 
     def charge(self, hold: g.Hold, amounts: Mapping[str, int]) -> None:
-        self._send(lambda: self._row(hold)["amounts"].update(amounts))
+        self._send(lambda: self._row(hold)["amounts"].update(amounts), is_asked=False)
 
     def settle(self, hold: g.Hold, slots_only: bool = False) -> None:
-        self._send(lambda: self._settle(hold, slots_only))
+        self._send(lambda: self._settle(hold, slots_only), is_asked=False)
 
-    def find_spent(self, hold: g.Hold, need: Mapping[str, int]) -> g.Standing | None:
+    def find_spent(self, hold: g.Hold) -> g.Standing | None:
+        return self._find_full(hold, {"tokens": 0, "usd": 0})
+
+    def _find_full(self, hold: g.Hold, need: Mapping[str, int]) -> g.Standing | None:
         for budget in hold.budgets:
             for limit in budget.limits:
                 if limit.unit in need:
@@ -56,21 +60,30 @@ class FarStore:
 
     # How it does it
 
-    def _send(self, command: Callable[[], Any]) -> asyncio.Future[Any]:
+    def _send(self, command: Callable[[], Any], is_asked: bool = True) -> asyncio.Future[Any]:
+        """Carry out a command later. What is only said is carried out even where nothing can be asked."""
         loop = asyncio.get_running_loop()
         answer = loop.create_future()
-        self._commands.append((answer, command))
+        self._commands.append((answer, command, is_asked))
         loop.call_later(0.001, self._carry_out)
         return answer
 
     def _carry_out(self) -> None:
-        answer, command = self._commands.popleft()
-        answer.set_result(command())
+        answer, command, is_asked = self._commands.popleft()
+        if self.error and is_asked:
+            answer.set_exception(self.error)
+            return
+        result = command()
+        if not answer.cancelled():
+            answer.set_result(result)
 
     def _row(self, hold: g.Hold) -> dict[str, Any]:
         return self.held.setdefault(hold, {"slots": [], "counts in": [], "step": None, "amounts": Counter()})
 
-    def _enter(self, hold: g.Hold, need: Mapping[str, int]) -> g.Standing | None:
+    def _enter(self, hold: g.Hold) -> g.Standing | None:
+        standing = self._find_full(hold, {"tokens": 0, "usd": 0, "requests": 1})
+        if standing:
+            return standing
         row = self._row(hold)
         row["counts in"] = [budget.place for budget in hold.budgets]
         for budget in hold.budgets[len(row["slots"]) :]:
@@ -78,13 +91,11 @@ class FarStore:
                 return g.slots_standing(budget, self.running()[budget.place])
             row["slots"].append(budget.place)
             hold.slots = len(row["slots"])
-        standing = self.find_spent(hold, need)
-        if standing is None:
-            row["step"] = self.clock.wall() // 5
-        return standing
+        row["step"] = self.clock.wall() // 5
+        return None
 
     def _reserve(self, hold: g.Hold, demand: g.Demand) -> g.Standing | None:
-        standing = self.find_spent(hold, demand.need)
+        standing = self._find_full(hold, demand.need)
         if standing:
             return standing
         output = demand.output
@@ -128,5 +139,10 @@ class FarStore:
         used, held = self._amounts(budget, limit, now)
         resets_at = self.fold.scope(budget.scope, budget.name).resets_at(limit.window, now, self.fold.calendar)
         seconds = limit.window.seconds
-        waits = (s for s in range(1, seconds) if sum(self._amounts(budget, limit, now + s)) + max(need, 1) <= allowed)
-        return g.Standing(budget, limit, used, held, allowed, resets_at, need, next(waits, seconds))
+        wait_s = 0
+        if limit.window.kind == "sliding" and need <= allowed:
+            waits = (
+                s for s in range(1, seconds) if sum(self._amounts(budget, limit, now + s)) + max(need, 1) <= allowed
+            )
+            wait_s = next(waits, seconds)
+        return g.Standing(budget, limit, used, held, allowed, resets_at, need, wait_s)

@@ -24,7 +24,7 @@ BUDGETS = {
     "Counters": 320,
     "Index": 820,
     "Waiting": 160,
-    "Limits": 740,
+    "Limits": 730,
     "Wire": 340,
     "Requests": 740,
     "Formats": 815,

@@ -243,7 +243,7 @@ class Memory(RuleBasedStateMachine):
         self.furthest = max(self.furthest, self.clock.now)
         self.running.clear()
         for scope in gateway.limits.store._scopes.values():
-            assert (scope.running, scope.reserved, scope.admitted) == (0, {"tokens": 0, "usd": 0, "requests": 0}, {})
+            assert (scope.running, scope.reserved, scope.admitted) == (0, {"tokens": 0, "usd": 0}, {})
         assert gateway.limits.waiting == gateway.memory.held == 0
 
     @rule(

@@ -232,10 +232,10 @@ async def test_what_serves_in_a_models_place_is_reserved_at_its_price_the_next_t
     call = g.Call(config, config.keys.find([KEY]), g.ROUTES["/v1/messages"], b"", [], "")
     call.upstream_model, call.servings = "claude-haiku-4-5", ()
 
-    before = limits._expected_price(call, 1000)
+    before = limits.estimates.demand(call).per_token["usd"]
     await gateway.post("/v1/messages", ask)
 
-    assert (before.output, limits._expected_price(call, 1000).output) == (5, 25)
+    assert (before, limits.estimates.demand(call).per_token["usd"]) == (5000, 25_000)
     assert gateway.entries()[0]["price"]["output"] == 25
 
 

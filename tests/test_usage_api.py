@@ -75,8 +75,8 @@ def standing(limit: str, scope: str, used: float, allowed: float, remaining: flo
     return values | {"resets_at": None, "resets": None} | fields
 
 
-MONTH_END = {"resets_at": "2026-09-30T16:00:00.000Z", "resets": "resets 1 Oct 00:00 CST"}
-FIVE_HOURS = {"resets_at": "2026-09-22T02:13:20.000Z", "resets": "resets Tue 10:13 CST"}
+MONTH_END = {"resets_at": "2026-09-30T16:00:00.000Z", "resets": "resets Thu 1 Oct 00:00 CST"}
+FIVE_HOURS = {"resets_at": "2026-09-22T02:13:20.000Z", "resets": "resets Tue 22 Sep 10:13 CST"}
 
 # GET /v1/usage
 
@@ -101,7 +101,7 @@ async def test_a_key_sees_its_limits_its_teams_and_the_gateways_and_what_it_spen
                 0.01,
                 0.00343,
                 resets_at="2026-09-22T16:00:00.000Z",
-                resets="resets Wed 00:00 CST",
+                resets="resets Wed 23 Sep 00:00 CST",
             ),
             standing("requests/minute", "key", 2, 5, 3),
             standing("concurrent", "key", 0, 2, 2),
@@ -548,9 +548,11 @@ async def test_the_line_for_the_status_line_shows_the_limits_nearest_to_their_en
     bob = await gateway.get("/api/usage?format=line", KEY_B)
 
     assert alice.headers["content-type"] == "text/plain; charset=utf-8"
-    assert alice.body.decode() == ("alice: $0.01 of $0.01 today, resets Wed 00:00 CST · 2 of 5 requests this minute\n")
+    assert alice.body.decode() == (
+        "alice: $0.0066 of $0.0100 today, resets Wed 23 Sep 00:00 CST · 2 of 5 requests this minute\n"
+    )
     assert bob.body.decode() == (
-        "bob: 51 of 1k tokens in 5 hours (team), resets Tue 10:13 CST · $0.02 of $50.00 this month (gateway)\n"
+        "bob: 51 of 1k tokens in 5 hours (team), resets Tue 22 Sep 10:13 CST · $0.0190 of $50.00 this month (gateway)\n"
     )
 
 

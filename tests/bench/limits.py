@@ -30,7 +30,8 @@ async def run(calls: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         config = g.Config.parse(CONFIG, Path(directory) / "config.yaml", g.Clock(), {})
         fold = g.Fold(g.Calendar(config.timezone))
-        limits, memory = g.Limits(fold, config.clock, g.Pace()), g.BodyMemory(1 << 20)
+        store, memory = g.MemoryStore(fold, config.clock), g.BodyMemory(1 << 20)
+        limits = g.Limits(store, config.clock, g.Pace(), config.timezone)
         headers = [(b"x-api-key", KEY.encode())]
         gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", headers, "127.0.0.1")
@@ -45,7 +46,7 @@ async def run(calls: int) -> None:
             posting = g.POSTING_DECODER.decode(line % g.utc_time(config.clock.wall()).encode())
             begun = time.perf_counter()
             with g.Reservation(limits, memory, call) as call.reservation:
-                limits.enter(call.reservation, 0)
+                limits.enter(call.reservation)
                 call.reservation.hold_body(len(BODY))
                 await limits.admit(call, gone)
                 admitted = time.perf_counter()
