@@ -1106,7 +1106,7 @@ def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
 
 
 # --- 3. Prices: what a call costs -------------------------------------------------
-# Offers: Bill, BUILT_IN_PRICES, Charge, CHAT_SEARCH, Dollars, EXTRAS, Factor, ModelPrice, NO_PREMIUM, Premium,
+# Offers: Bill, BUILT_IN_PRICES, Charge, CHAT_SEARCH, Dollars, EXTRAS, Factor, ModelPrice, ORDINARY, Premium,
 #   PREMIUMS, Price, PriceConfig, PriceTable, SURCHARGE_NAMES, SURCHARGES, Unknown
 
 Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, title=DOLLARS)]
@@ -1230,7 +1230,6 @@ CHAT_SEARCH = "web_search"  # what a chat with `web_search_options` is billed fo
 # Which premiums a field of an answer can name; a word that is not known counts as the dearest of them.
 PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "inference_geo": ("us",)}
 ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
-NO_PREMIUM = frozenset((b"null", *(b'"%b"' % word.encode() for word in ORDINARY)))  # as they stand in JSON
 
 
 class AudioPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -5726,8 +5725,8 @@ class Limits:
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
 # --- 13. Wire: heads, header rules, events, no I/O --------------------------------
-# Offers: api_of, downstream_headers, error_event, event_data, EVENT_HEADERS, EventReader, FRAMED_BY, HOST,
-#   http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
+# Offers: api_of, downstream_headers, error_event, EVENT_HEADERS, EventReader, FRAMED_BY, HOST, http_date,
+#   models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -5980,8 +5979,8 @@ def event_data(block: bytes) -> bytes:
 #   "\ndata: 2\r"              "1"             "data: 2\n", and an LF that comes next belongs to the CR
 #   "\n\r\ndata"              "2"             "data"
 #
-# What waits is kept in two parts, what came before the last read and in it: joined at each read of 1,400 bytes, 8 MB
-# took 18 s. An event that is longer than that is dropped as a whole, and only its beginning is kept, which names it.
+# What waits is appended to as it comes: joined anew at each read of 1,400 bytes, 8 MB took 18 s. Of an event that is
+# too long only the beginning is kept, which names it, and its last byte, which may be half of its end.
 
 
 class EventReader:
@@ -5990,62 +5989,40 @@ class EventReader:
     MAX_EVENT = 8 << 20  # bytes; a longer event is dropped, and `dropped` says how it began
     MAX_START = 256  # bytes of that: its name, and the type that its JSON begins with
 
-    __slots__ = ("_dropping", "_first", "_held", "_rest", "_skip_newline", "_start", "dropped")
+    __slots__ = ("_held", "_is_long", "_skip_newline", "dropped")
 
     def __init__(self) -> None:
-        self._held = bytearray()  # of an event that has begun: what came before the last read …
-        self._rest = b""  # … and in it
-        self._first = True  # a byte order mark may stand before the first event
+        self._held = bytearray()  # what came of an event that has begun
+        self._is_long = False  # and is longer than MAX_EVENT
         self._skip_newline = False
-        self._dropping = False  # in the middle of an event that is too long …
-        self._start = b""  # … and began so
         self.dropped: list[bytes] = []  # the start of each that was too long, once it has come to its end
 
     @property
     def between_events(self) -> bool:
         """Whether something of one's own could be said here without breaking an event."""
-        return not self._rest and not self._skip_newline
+        return not self._held and not self._skip_newline
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Return the data of each event that `chunk` completes."""
         # Bytes, not text: str.splitlines would also split at U+2028, which is legal inside JSON strings.
         if self._skip_newline or b"\r" in chunk:
             chunk = self._newlines(chunk)
-        if self._rest:
-            if self._goes_on(chunk):
-                return []
-            chunk = bytes(self._held) + self._rest + chunk if self._held else self._rest + chunk
-            self._held.clear()
-        blocks = chunk.split(b"\n\n")
-        self._rest = blocks.pop()
-        if blocks and (self._first or self._dropping):
-            if self._dropping:
-                self.dropped.append(self._start)
-            blocks[0] = b"" if self._dropping else blocks[0].removeprefix(b"\xef\xbb\xbf")
-            self._first = self._dropping = False
-        if len(self._rest) > self.MAX_EVENT + 1:  # with the newline that may be half of its end
-            if not self._dropping:
-                self._start = self._rest[: self.MAX_START]
-            self._dropping = True
-            self._rest = self._rest[-1:]
-        read = self._data if len(chunk) > self.MAX_EVENT else event_data
-        return [data for block in blocks if block and (data := read(block))]
-
-    def _goes_on(self, chunk: bytes) -> bool:
-        """Hold a chunk in which the event that has begun neither ends nor becomes too long; False if it does."""
-        has_end = b"\n\n" in chunk or (chunk.startswith(b"\n") and self._rest.endswith(b"\n"))
-        if has_end or len(self._held) + len(self._rest) + len(chunk) > self.MAX_EVENT + 1:
-            return False
-        if chunk:
-            self._held += self._rest
-            self._rest = chunk
-        return True
-
-    def _data(self, block: bytes) -> bytes:
-        if len(block) > self.MAX_EVENT:
-            self.dropped.append(block[: self.MAX_START])
-            return b""
-        return event_data(block)
+        held = self._held
+        if chunk.startswith(b"\n") and held.endswith(b"\n"):  # the end came in two reads
+            del held[-1:]
+            chunk = b"\n" + chunk
+        *blocks, rest = chunk.split(b"\n\n")
+        if blocks and held:
+            blocks[0] = bytes(held) + blocks[0]
+            held.clear()
+            if self._is_long:
+                self.dropped.append(blocks.pop(0)[: self.MAX_START])
+                self._is_long = False
+        held += rest
+        if self._is_long or len(held) > self.MAX_EVENT:
+            self._is_long = True
+            del held[self.MAX_START : -1]
+        return [data for block in blocks if block and (data := event_data(block))]
 
     def _newlines(self, chunk: bytes) -> bytes:
         """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
@@ -6059,7 +6036,7 @@ class EventReader:
 
 # --- 14. Requests: what is read of a request --------------------------------------
 # Offers: cache_write, decode_short, Decoded, ENCODER, END, find_affinity, list_items, MAX_NAME, PEEK_DECODER,
-#   premium_word, read_request, Turn, walk_fields
+#   read_request, Turn, walk_fields
 
 # What is read of a request's body, and what for
 #
@@ -6613,13 +6590,6 @@ def read_besides(call: Call, peek: RequestPeek, write: str, is_escaped: bool) ->
     return None if besides == NOTHING_BESIDES else besides
 
 
-def premium_word(raw: Raw) -> str:
-    """What of PREMIUMS a value names; "" where it is nothing that has a price."""
-    if raw is msgspec.UNSET or len(raw) > 64 or bytes(raw) in NO_PREMIUM:
-        return ""
-    return decode_short(raw, str, "")
-
-
 # Sessions, and what else keeps together the calls that share a prompt cache
 
 SESSION_HEADERS = (
@@ -6742,8 +6712,8 @@ def read_request(call: Call) -> None:
     call.input_estimate = estimate_input(body, conversation, kind, is_escaped)
     call.max_output = max_output(call.route, peek)
     if peek.speed or peek.service_tier or peek.inference_geo:
-        asked = {field: premium_word(getattr(peek, field)) for field in PREMIUMS}
-        call.premiums = tuple((field, word) for field, word in asked.items() if word)
+        asked = [(field, decode_short(getattr(peek, field), str, "")) for field in PREMIUMS]
+        call.premiums = tuple((field, word) for field, word in asked if word not in ORDINARY)
     write = cache_write(body, is_escaped)
     more = (
         *(write, peek.tools, peek.mcp_servers, peek.modalities, peek.web_search_options, peek.models, peek.plugins),
@@ -6787,7 +6757,6 @@ def read_request(call: Call) -> None:
 Count = int | float  # as JSON has it: some servers write 12.0
 MAX_COUNT = 10**9  # tokens of one class in one call; the largest context of today is a thousandth of that
 NOT_SAID = msgspec.Raw(b"")
-FAILED = msgspec.Raw(b'"failed"')
 
 
 STATUS_OF_ERROR = {
@@ -6917,10 +6886,10 @@ class AnthropicUsage(msgspec.Struct):
     cache_read_input_tokens: Count | None = None
     cache_creation: AnthropicCacheCreation | None = None
     iterations: msgspec.Raw = NOT_SAID
-    server_tool_use: msgspec.Raw = NOT_SAID
-    speed: msgspec.Raw = NOT_SAID
-    service_tier: msgspec.Raw = NOT_SAID
-    inference_geo: msgspec.Raw = NOT_SAID
+    server_tool_use: dict[str, Count | None] | None = None
+    speed: str | None = None
+    service_tier: str | None = None
+    inference_geo: str | None = None
     type: str | None = None  # of an iteration
     model: str | None = None
 
@@ -6947,7 +6916,6 @@ class AnthropicMessage(msgspec.Struct):
     """`message` of message_start, or a whole non-stream answer."""
 
     model: str | None = None
-    content: msgspec.Raw = NOT_SAID
     usage: AnthropicUsage | None = None
     error: ApiError | None = None
 
@@ -6994,21 +6962,27 @@ class OpenAIUsage(msgspec.Struct):
     num_requests: Count | None = None  # of searches
 
 
+class ToolUsage(msgspec.Struct):
+    """`tool_usage` of a response: what hosted tools have used, beside the model."""
+
+    image_gen: OpenAIUsage | None = None
+    web_search: OpenAIUsage | None = None
+
+
 class OpenAIAnswer(msgspec.Struct):
     """A non-stream answer, or the `response` of a responses event."""
 
     model: str | None = None
-    choices: msgspec.Raw = NOT_SAID
-    output: msgspec.Raw = NOT_SAID
-    status: msgspec.Raw = NOT_SAID  # of a response
-    service_tier: msgspec.Raw = NOT_SAID
-    tool_usage: msgspec.Raw = NOT_SAID
+    output: msgspec.Raw = NOT_SAID  # of a response
+    status: str | None = None
+    service_tier: str | None = None
+    tool_usage: ToolUsage | None = None
     usage: OpenAIUsage | None = None
     error: ApiError | None = None
 
 
 class ChatCall(msgspec.Struct):
-    """A piece of a call of a tool: `tool_calls` have it in their `function`, `function_call` is one."""
+    """A piece of a call of a tool, or the `function` within it."""
 
     arguments: str | None = None
     function: ChatCall | None = None
@@ -7022,20 +6996,13 @@ class ChatDelta(msgspec.Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ChatCall] | None = None
-    function_call: ChatCall | None = None
     audio: Any = None
 
     def text_bytes(self) -> int:
         """How much was said, as UTF-8."""
         texts = [self.content, self.refusal, self.reasoning, self.reasoning_content]
-        if self.tool_calls or self.function_call:
-            calls = [*(call.function for call in self.tool_calls or ()), self.function_call]
-            texts += [call.arguments for call in calls if call]
-        size = 0
-        for text in texts:
-            if text:
-                size += len(text.encode())
-        return size
+        texts += [call.function.arguments for call in self.tool_calls or () if call.function]
+        return sum([len(text.encode()) for text in texts if text])
 
 
 class ChatChoice(msgspec.Struct):
@@ -7051,7 +7018,7 @@ class ChatChunk(msgspec.Struct):
     model: str | None = None
     choices: list[ChatChoice] | None = None
     usage: OpenAIUsage | None = None
-    service_tier: msgspec.Raw = NOT_SAID
+    service_tier: str | None = None
     error: ApiError | None = None
 
 
@@ -7059,16 +7026,9 @@ class OutputItem(msgspec.Struct):
     """What a response consists of: messages, calls of hosted tools and others."""
 
     type: str | None = None
-    status: msgspec.Raw = NOT_SAID
-    action: msgspec.Raw = NOT_SAID
-    container_id: msgspec.Raw = NOT_SAID
-
-
-class ToolUsage(msgspec.Struct):
-    """`tool_usage` of a response: what hosted tools have used, beside the model."""
-
-    image_gen: OpenAIUsage | None = None
-    web_search: OpenAIUsage | None = None
+    status: str | None = None
+    action: Block | None = None
+    container_id: str | None = None
 
 
 class ResponsesEvent(msgspec.Struct):
@@ -7094,10 +7054,9 @@ class Meter:
     """
 
     MAX_BODY = 8 << 20  # bytes of a non-stream answer that are kept for reading
-    EMPTY = 256  # bytes of the JSON around a text: an answer that has more than that has said something
+    EMPTY = 1024  # bytes; a longer answer has said something
     EVENT_NAME = re.compile(rb'^(?:event: ?|data: ?\{\s*"type"\s*:\s*")([\w.]+)', re.MULTILINE)
     TERMINAL: frozenset[str] = frozenset()  # the types of events that end a stream
-    TEXTS: tuple[str, ...] = ()  # the fields of a whole answer that may have its text
 
     events: msgspec.json.Decoder[Any] = msgspec.json.Decoder(AnthropicEvent)
     answer_type: type[msgspec.Struct] = AnthropicMessage
@@ -7140,8 +7099,10 @@ class Meter:
         """Read bytes of the answer and return them. What cannot be read is left alone: the client gets it as well."""
         if self._events is None:
             self._body_size += len(chunk)
-            if self._body_size <= self.MAX_BODY:
-                self._body.append(chunk)
+            self._body.append(chunk)
+            if self._body_size > self.MAX_BODY:
+                self.is_unread = True
+                self._body.clear()
             if last:
                 self.is_finished = True
                 self._read_body(b"".join(self._body))
@@ -7192,9 +7153,6 @@ class Meter:
         self.read_error(answer.error)
         if answer.usage:
             self.read_usage(answer.usage)
-        if self._said_output == 0 and self._events is None:
-            text = sum(len(getattr(answer, field)) for field in self.TEXTS)
-            self._text_bytes = max(0, text - self.EMPTY)
 
     def read_usage(self, usage: Any) -> None:
         """Overwrite what a usage object says. Raises AbsurdCount."""
@@ -7214,20 +7172,19 @@ class Meter:
         except msgspec.ValidationError:
             pass  # no object
         except UNREADABLE:
-            self.is_broken = self._body_size <= self.MAX_BODY
+            self.is_broken = not self.is_unread
 
     def read_output(self, count: Count | None) -> None:
         """Remember the count of the output in a usage that is not the first of several."""
         if count is not None:
             self._said_output = max(count, self._said_output or 0)
 
-    def read_premium(self, field: str, raw: msgspec.Raw) -> None:
+    def read_premium(self, field: str, word: str) -> None:
         """Take in what tier, speed or place an answer names."""
-        word = premium_word(raw)
-        if word:
-            self.premiums[field] = word
-        elif self.premiums:
+        if word in ORDINARY:
             self.premiums.pop(field, None)
+        else:
+            self.premiums[field] = word[:MAX_PIECE_NAME]
 
     # What is booked
 
@@ -7259,7 +7216,8 @@ class Meter:
         if not self.seen_input:
             usage.input_tokens = max(usage.input_tokens, self._call.input_estimate)  # that of iterations may be known
             usage.estimated = True
-        is_counted = self._said_output or (self._said_output == 0 and not self._text_bytes)
+        is_empty = not self._text_bytes and self._body_size <= self.EMPTY
+        is_counted = self._said_output or (self._said_output == 0 and is_empty)
         if self.speaks and not (is_counted and self.is_finished):
             usage.output_tokens = max(usage.output_tokens, self._estimated_output())
             usage.estimated = True
@@ -7277,7 +7235,7 @@ class Meter:
         """
         if not self.speaks:
             return 0
-        if self.is_unread or self._body_size > self.MAX_BODY:
+        if self.is_unread:
             return max(self._text_bytes // 4, int(self._call.reserved_output))
         return (self._text_bytes or self._body_size) // 4
 
@@ -7289,7 +7247,6 @@ class MessagesMeter(Meter):
     MAX_ITERATIONS = 256 << 10  # bytes of what is read of them: a thousand, in 10 ms
     TERMINAL = frozenset(("message_stop",))
     BEFORE_CONTENT = frozenset(("message_start", "ping", "error"))
-    TEXTS = ("content",)
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -7328,19 +7285,15 @@ class MessagesMeter(Meter):
             if len(usage.iterations) <= self.MAX_ITERATIONS:
                 self._iterations, is_whole = decode_items(usage.iterations, AnthropicUsage)
             self._is_partial = not is_whole
-        if usage.server_tool_use:
-            self._read_pieces(decode_short(usage.server_tool_use, dict[str, msgspec.Raw], {}))
+        if usage.server_tool_use:  # what hosted tools were used for, such as `web_search_requests`
+            for name, count in itertools.islice(usage.server_tool_use.items(), MAX_PIECE_NAMES):
+                piece = name[:MAX_PIECE_NAME].removesuffix("_requests")
+                if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
+                    self.extras[piece] = read_count(count or 0)
         for field in PREMIUMS:
-            said = getattr(usage, field)
-            if said:
-                self.read_premium(field, said)
-
-    def _read_pieces(self, said: dict[str, msgspec.Raw]) -> None:
-        """Take in what hosted tools were used for, such as `web_search_requests`; what is no count counts 0."""
-        for name, count in itertools.islice(said.items(), MAX_PIECE_NAMES):
-            piece = name[:MAX_PIECE_NAME].removesuffix("_requests")
-            if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
-                self.extras[piece] = read_count(decode_short(count, float, 0.0))
+            word = getattr(usage, field)
+            if word:
+                self.read_premium(field, word)
 
     def sum_up(self) -> Usage:
         """The counts with the iterations that are beside them.
@@ -7389,7 +7342,6 @@ class OpenAIMeter(Meter):
     """What chat completions, embeddings and responses have in common."""
 
     answer_type = OpenAIAnswer
-    TEXTS = ("choices", "output")
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
@@ -7498,7 +7450,7 @@ class ResponsesMeter(OpenAIMeter):
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self._containers: set[bytes] = set()  # digests of their names
+        self._containers: set[str] = set()
 
     def read_event(self, event: ResponsesEvent) -> None:
         if event.type not in self.BEFORE_CONTENT:
@@ -7515,7 +7467,7 @@ class ResponsesMeter(OpenAIMeter):
 
     def read_answer(self, answer: OpenAIAnswer) -> None:
         super().read_answer(answer)
-        if answer.status == FAILED:
+        if answer.status == "failed":
             self.has_failed = True
             self.error_type = self.error_type or "response_failed"
         if answer.output:
@@ -7527,21 +7479,18 @@ class ResponsesMeter(OpenAIMeter):
             for item in items:
                 self._count_item(item)
         if answer.tool_usage:
-            self._read_tools(decode_short(answer.tool_usage, ToolUsage, ToolUsage()))
+            self._read_tools(answer.tool_usage)
 
     def _count_item(self, item: OutputItem) -> None:
-        """Count what a hosted tool was called for: a search, or another container of Code Interpreter.
-
-        Nothing of the item is kept: it would keep its whole event in memory.
-        """
+        """Count what a hosted tool was called for: a search, or another container of Code Interpreter."""
         piece = ""
-        if item.type == "web_search_call" and item.status != FAILED:
-            if decode_short(item.action, Block, Block()).type in ("", "search"):  # opening a page is free
+        if item.type == "web_search_call" and item.status != "failed":
+            if item.action is None or item.action.type in ("", "search"):  # opening a page is free
                 piece = "web_search"
         elif item.type == "file_search_call":
             piece = "file_search"
         elif item.type == "code_interpreter_call":
-            container = hashlib.blake2b(item.container_id, digest_size=8).digest()
+            container = (item.container_id or "")[:MAX_PIECE_NAME]
             if container not in self._containers:
                 piece = "code_interpreter"
                 if len(self._containers) < self.MAX_CONTAINERS:
@@ -7640,56 +7589,6 @@ def without_thinking(body: bytes) -> bytes:
     return ENCODER.encode(fields)
 
 
-class UsageFilter:
-    """Keeps the chunk with a chat stream's usage from a client that did not ask for it.
-
-    All other bytes are the client's as they came, however they are cut. An event is held until it is whole, for it
-    may be that chunk; what is longer than any such chunk goes on at once.
-    """
-
-    MAX_CHUNK = 16 << 10
-    # Of an event, and the empty lines behind it; what follows a CR at the end of a read is not known.
-    END = re.compile(rb"((?:\r\n|\r(?!\n|\Z)|\n){2})([\r\n]*+)")
-    NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
-
-    __slots__ = ("_is_long", "_rest")
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._is_long = False  # in the middle of an event that goes on unseen
-
-    def feed(self, data: bytes, last: bool) -> bytes:
-        """What of the stream is the client's, after `data`."""
-        text, kept, start = self._rest + data, [], 0
-        if not self._rest and not self._is_long:
-            start = len(text) - len(text.lstrip(b"\r\n"))
-            kept.append(text[:start])
-        for end in self.END.finditer(text, start):
-            event, start = text[start : end.end(1)], end.end()
-            if self._is_long or not self._is_usage(event):
-                kept.append(event)
-            kept.append(end[2])  # as one: 20 MB of CRs, an event each two of them, took 5 s
-            self._is_long = False
-        rest = text[start:]
-        self._is_long = self._is_long or len(rest) > self.MAX_CHUNK
-        passed = len(rest.rstrip(b"\r\n")) if self._is_long else 0  # without half of its end
-        if last and (self._is_long or not self._is_usage(rest)):
-            passed = len(rest)
-        kept.append(rest[:passed])
-        self._rest = rest[passed:]
-        return b"".join(kept)
-
-    def _is_usage(self, event: bytes) -> bool:
-        if not self.NO_CHOICES.search(event):
-            return False
-        lines = event.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
-        try:
-            chunk = decode_known(event_data(lines), ChatChunk)
-        except UNREADABLE:
-            return False
-        return not chunk.choices and chunk.usage is not None
-
-
 class AnswerReader(Protocol):
     """Bytes of an upstream's answer in, bytes for the client out, and what is known of the answer so far. No I/O.
 
@@ -7720,15 +7619,41 @@ class AnswerReader(Protocol):
 
 
 class HiddenUsageReader(ChatMeter):
-    """Reads a chat stream that has its usage because the gateway asked for it, and hides that from the client."""
+    """Reads a chat stream that has its usage because the gateway asked for it, and hides that from the client.
+
+    All other bytes are the client's as they came, however they are cut. An event is held until it is whole, for it
+    may be the chunk with the usage; what is longer than any such chunk goes on at once.
+    """
+
+    MAX_CHUNK = 16 << 10
+    WHOLE = re.compile(rb".*\n\r?\n", re.DOTALL)  # up to the last empty line
+    NO_CHOICES = re.compile(
+        rb"(?:\A|(?<=\n\n)|(?<=\n\r\n))data:([^\r\n]*"
+        rb'"choices"\s*:\s*(?:\[\s*\]|null)[^\r\n]*)(?:\r?\n\r?\n|\Z)'
+    )
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self._filter = UsageFilter()
+        self._held = b""
 
     def read(self, chunk: bytes, last: bool) -> bytes:
         super().read(chunk, last)
-        return chunk if self._events is None else self._filter.feed(chunk, last)
+        if self._events is None:
+            return chunk
+        text = self._held + chunk
+        whole = self.WHOLE.match(text)
+        end = whole.end() if whole else 0
+        if last or len(text) - end > self.MAX_CHUNK:
+            end = len(text)
+        self._held = text[end:]
+        return self.NO_CHOICES.sub(self._without_usage, text[:end])
+
+    def _without_usage(self, event: re.Match[bytes]) -> bytes:
+        with contextlib.suppress(*UNREADABLE):
+            chunk = decode_known(event[1], ChatChunk)
+            if chunk.usage and not chunk.choices:
+                return b""
+        return event[0]
 
 
 class Remedy(enum.Enum):
