@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -43,6 +44,8 @@ START_LIMIT_S = 90
 DECIMALS = ((2, 10), (1, 1000))  # two below ten, one below a thousand, else none
 SLOW_STREAMS = [(1000, 200), (2000, 400)]  # s3: streams at once, ms between the events of each
 FAILURES = (OSError, RuntimeError, ValueError, http.client.HTTPException)  # of one target; the others go on
+
+USD_PER_CALL = (25 * 3 + 7 * 3.75 + 11 * 0.3 + 42 * 15) / 1e6  # the mock's JSON answer at the prices of `ours`
 
 Row = dict[str, float | None]
 
@@ -189,8 +192,11 @@ class Gateway:
         self.process = self.folder = None
         self.headers = {}
 
-    def start(self, tls: bool = False) -> float:
-        """Start it with the plain or the TLS upstream; return the seconds until its first 200."""
+    def start(self, tls: bool = False, is_limited: bool = False) -> float:
+        """Start it with the plain or the TLS upstream; return the seconds until its first 200.
+
+        `is_limited`: with the files by which the key may spend 1 USD.
+        """
         if not self.target.command:
             return 0.0
         if not self.target.needs.exists():
@@ -199,7 +205,7 @@ class Gateway:
         self.port = free_port()
         marks = {"PORT": self.port, "DIR": self.folder, **self.bench.upstream_marks(tls)}
         self.headers = {name: filled(value, marks) for name, value in self.target.headers.items()}
-        for name, text in self.target.files.items():
+        for name, text in (self.target.limited if is_limited else self.target.files).items():
             (self.folder / name).write_text(filled(text, marks))
         # Without the proxy settings: no target may leave the loopback.
         env = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -220,9 +226,12 @@ class Gateway:
         return self.wait_for_200(began)
 
     def wait_for_200(self, began: float) -> float:
-        headers = {**self.headers, "Content-Type": "application/json"}
         last = None
+        made = self.folder / "headers.json"  # of a target whose key is made at its start
         while time.monotonic() - began < START_LIMIT_S and self.process.poll() is None:
+            if made.exists():
+                self.headers |= json.loads(made.read_text())
+            headers = {**self.headers, "Content-Type": "application/json"}
             try:
                 last = call(self.port, "POST", "/v1/messages", self.bench.bodies["one"], headers)
                 if last[0] == http.HTTPStatus.OK:
@@ -239,9 +248,14 @@ class Gateway:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.process = None
 
-    def restart(self, tls: bool = False) -> float:
+    def kill(self) -> None:
+        """End it as a power cut would, from one moment to the next."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def restart(self, tls: bool = False, is_limited: bool = False) -> float:
         self.stop()
-        return self.start(tls)
+        return self.start(tls, is_limited)
 
     def is_down(self) -> bool:
         return bool(self.target.command) and (self.process is None or self.process.poll() is not None)
@@ -381,9 +395,9 @@ def s5(gateway: Gateway) -> Row:
     try:
         gateway.restart(tls=True)
         gateway.load("one", conns=8, seconds=10, limit=100)
-        before = bench.tls_connections()
+        before = bench.upstream_stats()["tls_connections"]
         tls = gateway.load("one", conns=8, seconds=30, limit=1000)
-        new = bench.tls_connections() - before
+        new = bench.upstream_stats()["tls_connections"] - before
     finally:
         gateway.restart()
     tls_p50 = tls["total_ms"].get("p50")
@@ -412,7 +426,35 @@ def s6(gateway: Gateway) -> Row:
     }
 
 
-SCENARIOS = {"s1": s1, "s2": s2, "s3": s3, "s4": s4, "s5": s5, "s6": s6}
+def s7(gateway: Gateway) -> Row:
+    """The books: what 64 clients at once spend of a limit of 1 USD, and what kill -9 takes from the record."""
+    row: Row = {"usd_of_1": None, "lost_at_kill": None}
+    if gateway.target.limited:
+        began = calls = gateway.bench.upstream_stats()["requests"]
+        gateway.restart(is_limited=True)
+        before = 0
+        while before < calls:  # until nothing more is let through
+            before = calls
+            gateway.load_once("one", {"conns": 64, "seconds": 2})
+            calls = gateway.bench.upstream_stats()["requests"]
+        row["usd_of_1"] = (calls - began) * USD_PER_CALL
+    if gateway.target.booked:
+        gateway.restart()
+        time.sleep(1)  # the call of the start is on record then
+        booked_before = gateway.target.booked(gateway.folder)
+        killer = threading.Timer(2, gateway.kill)
+        killer.start()
+        got = gateway.load_once("one", {"conns": 64, "seconds": 3})
+        killer.join()
+        booked = gateway.target.booked(gateway.folder)
+        refused = sum(count for kind, count in got["error_kinds"].items() if kind.startswith("status"))
+        row["lost_at_kill"] = got["requests"] - refused - (booked - booked_before)
+    if gateway.process:
+        gateway.restart()
+    return row
+
+
+SCENARIOS = {"s1": s1, "s2": s2, "s3": s3, "s4": s4, "s5": s5, "s6": s6, "s7": s7}
 
 
 # --- The bench: what all targets share, and the turns -----------------------------
@@ -468,9 +510,9 @@ class Bench:
         url = f"{scheme}://{host}:{port}"
         return {"SCHEME": scheme, "UPHOST": host, "UPPORT": port, "UP": url, "CA": self.ca}
 
-    def tls_connections(self) -> int:
-        """Return how many TLS connections the mock upstream has been asked for so far."""
-        return json.loads(call(self.port, "GET", "/__stats")[1])["tls_connections"]
+    def upstream_stats(self) -> dict[str, int]:
+        """Return how many connections, TLS connections and requests the mock upstream has had so far."""
+        return json.loads(call(self.port, "GET", "/__stats")[1])
 
     def start_gateways(self) -> None:
         """Start and warm up every target; one that does not start is left out."""
