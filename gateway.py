@@ -2362,11 +2362,6 @@ class Document:
 
 # What types cannot check
 
-PLACEHOLDER = re.compile(  # in a key or a URL
-    r"\.\.\.|\*{4,}|<[^<>]*>|\{[^{}]*\}|placeholder|(change|replace)[-_]?me"
-    r"|(?<![a-z0-9])(your(api)?(key|token|secret)?|x{4,})(?![a-z0-9])",
-    re.IGNORECASE,
-)
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
@@ -2379,11 +2374,6 @@ def check_url(url: str, schemes: str) -> str:
     except ValueError:  # of a port that is none
         pass
     raise ValueError(f"expected {' or '.join(f'{scheme}://' for scheme in schemes.split())} and a host")
-
-
-def check_proxy(url: str) -> None:
-    """Raise ValueError where a proxy's URL cannot be used."""
-    check_url(url, "http")
 
 
 def check_header_value(value: str) -> None:
@@ -2441,8 +2431,6 @@ class Builder:
                 host = check_url(upstream.url, "http https")
                 if not upstream.allow_private and is_forbidden(host):  # a name's address is looked at when connecting
                     raise ValueError("is a link-local or metadata address; see allow_private")
-        if PLACEHOLDER.search(upstream.url):
-            self._warn((*at, "url"), "looks like a placeholder: put the real one in its place")
         self._check_verdicts((*at, "verdicts"), upstream.verdicts)
         ca_file = upstream.ca_file and str(self._document.path.parent / upstream.ca_file)
         if ca_file and upstream.url.startswith("https:") and not Path(ca_file).is_file():
@@ -2459,7 +2447,8 @@ class Builder:
             self._warn((*at, "models"), 'no model is served: name some, or "*"')
         proxy = upstream.proxy
         if proxy:
-            proxy = self._open((*at, "proxy"), proxy, check_proxy, is_secret="@" in proxy)
+            check = functools.partial(check_url, schemes="http")
+            proxy = self._open((*at, "proxy"), proxy, check, is_secret="@" in proxy)
         headers = self._headers((*at, "headers"), upstream.headers)
         return msgspec.structs.replace(upstream, api_key=Secrets(keys), headers=headers, ca_file=ca_file, proxy=proxy)
 
@@ -2507,7 +2496,7 @@ class Builder:
             if entry.key.digest in digests:
                 self._mistakes.note((*at, "key"), "the same key stands here twice")
             digests.add(entry.key.digest)
-            self._warn_of_secret((*at, "key"), entry.key, entry.key)
+            self._warn_of_secret((*at, "key"), entry.key)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
             budgets = [limits.budget("key", entry.name)]
             if entry.team in teams:
@@ -2537,22 +2526,20 @@ class Builder:
             self._mistakes.note(at, "is taken: names tell entries apart in the ledger")
         names.add(name)
 
-    def _open(self, at: Steps, written: Secret, check: Callable[[str], None], is_secret: bool = True) -> Secret:
+    def _open(self, at: Steps, written: Secret, check: Callable[[str], object], is_secret: bool = True) -> Secret:
         """Return a secret without its seal. A mistake in it is noted."""
         secret = Secret("")
         with self._mistakes.at(*at):
             secret = self._vault.unseal(written)
             check(secret)
             if is_secret:
-                self._warn_of_secret(at, secret, written)
+                self._warn_of_secret(at, written)
         return secret
 
-    def _warn_of_secret(self, at: Steps, secret: Secret, written: Secret) -> None:
+    def _warn_of_secret(self, at: Steps, written: Secret) -> None:
         if written.is_written and not SEALED_OR_ELSEWHERE.search(written):
             self.has_plain = True
             self._warn(at, f"is in clear text: run `{PROGRAM} seal`")
-        if PLACEHOLDER.search(secret) and not SEALED_KEY.fullmatch(secret):
-            self._warn(at, "looks like a placeholder: put the real one in its place")
 
     def _warn(self, at: Steps, text: str) -> None:
         self.warnings.append(Mistake(at, text))
@@ -14006,7 +13993,10 @@ def first_key(path: Path, is_named: bool) -> str:
 def local_url(config: Config, port: int) -> str:
     """Where a client on this host finds the gateway."""
     host = config.server.host
-    host = "127.0.0.1" if host in ("", "0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    if host in ("", "0.0.0.0", "::"):
+        host = "127.0.0.1"
+    if ":" in host:
+        host = f"[{host}]"
     return f"http://{host}:{port}"
 
 
@@ -14175,10 +14165,7 @@ def command_key_revoke(options: argparse.Namespace) -> None:
     mistake = edit(RevokeKey(options.name), options.config)
     print(f"{options.name}'s key is revoked. `enabled: true` in {options.config.name} brings it back.")
     if mistake:
-        print(
-            "But the file has a mistake. If the gateway meets it as well (it may have variables that this shell lacks),"
-        )
-        print(f"nothing else of the file is live until it is mended:\n  {mistake}")
+        print(f"But the file has a mistake, until which is mended nothing else of it is live:\n  {mistake}")
 
 
 def command_seal(options: argparse.Namespace) -> None:
@@ -14218,7 +14205,7 @@ def command_upstream_test(options: argparse.Namespace) -> int:
         runner.run(asyncio.sleep(0))  # closed transports let go of their sockets a turn later
     answered = sum(each.state != "FAILED" for each in found)
     cost_usd = round(sum(each.cost_usd for each in found), 9)
-    sums = {"keys": len(found), "answered": answered, "cost_usd": cost_usd, "booked": False}
+    sums = {"keys": len(found), "answered": answered, "cost_usd": cost_usd}
     tell(f"{answered} of {len(found)} keys answered (not booked; cost about ${cost_usd:.6f} in all)")
     if options.json:
         print(json.dumps({"upstreams": reports, **sums, "ok": answered == len(found)}, indent=2))
@@ -14272,24 +14259,29 @@ def usage_table(totals: Sequence[Total], by: Sequence[str]) -> str:
     return text_table(rows, len(by))
 
 
-def books(path: Path) -> tuple[LedgerFiles, dt.tzinfo]:
-    """A config's ledger and time zone, for reports. A mistake elsewhere in it is told. Raises ConfigError."""
+def books(path: Path) -> LedgerFiles:
+    """A config's ledger. A mistake elsewhere in the config is told. Raises ConfigError."""
     document = Document(read_text(path), path)
     files = LedgerFiles(ledger_of(document))
-    try:
-        timezone = time_zone(setting_of(document, "server", "timezone", default="UTC"))
-    except ValueError as error:
-        raise document.problem(("server", "timezone"), str(error)) from None
     try:
         Config.parse(document.text, path, Clock(), os.environ)
     except ConfigError as error:
         print(f"warning: a mistake in the config: {str(error).splitlines()[0]}", file=sys.stderr)
-    return files, timezone
+    return files
+
+
+def time_zone_of(path: Path) -> dt.tzinfo:
+    """A config's time zone, also beside a mistake. Raises ConfigError."""
+    document = Document(read_text(path), path)
+    try:
+        return time_zone(setting_of(document, "server", "timezone", default="UTC"))
+    except ValueError as error:
+        raise document.problem(("server", "timezone"), str(error)) from None
 
 
 def command_usage(options: argparse.Namespace) -> None:
     """Sum up the ledger."""
-    files, timezone = books(options.config)
+    files = books(options.config)
     by = list(dict.fromkeys(name.strip() for name in options.by.split(",")))
     unknown = sorted(set(by) - set(USAGE_GROUPS))
     if unknown:
@@ -14299,7 +14291,7 @@ def command_usage(options: argparse.Namespace) -> None:
     for name, text in (("--since", options.since), ("--until", options.until)):
         if text not in ("", "9") and not is_time(text):
             raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
-    totals = summarize(files.lines(options.since, options.until), by, timezone)
+    totals = summarize(files.lines(options.since, options.until), by, time_zone_of(options.config))
     if options.json:
         print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
     elif options.csv:
@@ -14317,17 +14309,19 @@ def difference_table(pairs: Sequence[Pair]) -> str:
         for measure, difference in pair.difference.items():
             shape = ",.4f" if measure == "USD" else ",.0f"
             theirs = (pair.theirs or {}).get(measure, 0)
-            share = f"{difference / theirs:+.1%}" if theirs else "-"
-            note = "only ours" if pair.theirs is None else "only theirs" if pair.ours is None else share
-            numbers = (pair.ours or {}).get(measure, 0), theirs
-            cells = [format(number, shape) for number in numbers]
+            note = f"{difference / theirs:+.1%}" if theirs else "-"
+            if pair.theirs is None:
+                note = "only ours"
+            if pair.ours is None:
+                note = "only theirs"
+            cells = [format(number, shape) for number in ((pair.ours or {}).get(measure, 0), theirs)]
             rows.append([pair.day, pair.model, measure, *cells, format(difference, "+" + shape), note])
     return text_table(rows, 3)
 
 
 def command_reconcile(options: argparse.Namespace) -> int:
     """Compare the ledger with a provider's own usage or cost export (CSV); exit code 1 where they differ."""
-    files, _ = books(options.config)
+    files = books(options.config)
     found = reconcile(files, Export(options.file), options.upstream)
     if options.json:
         print(json.dumps(msgspec.to_builtins(found), indent=2))
@@ -14387,7 +14381,7 @@ def command_usage_adjust(options: argparse.Namespace) -> None:
 
 def command_usage_verify(options: argparse.Namespace) -> None:
     """Find the first line of the ledger that was changed, removed or inserted; compare the index with the lines."""
-    files, timezone = books(options.config)
+    files = books(options.config)
     try:
         last = files.verify(options.seen, print)
     except BrokenChain as error:
@@ -14402,7 +14396,7 @@ def command_usage_verify(options: argparse.Namespace) -> None:
         print("The index was not compared with the lines: a gateway runs on it.")
         return
     secret = Vault.open(options.config.parent).index_secret
-    index = Index(files.directory, Calendar(timezone), Clock().wall(), secret)
+    index = Index(files.directory, Calendar(time_zone_of(options.config)), Clock().wall(), secret)
     index.open()
     differences = index.differences()
     index.close()
@@ -14417,7 +14411,7 @@ def command_usage_verify(options: argparse.Namespace) -> None:
 
 def command_usage_archive(options: argparse.Namespace) -> None:
     """Gzip the months that are over; they go on counting in limits and reports."""
-    files, _ = books(options.config)
+    files = books(options.config)
     packed: list[str] = []
 
     def tell(text: str) -> None:
@@ -14443,15 +14437,8 @@ def standard(stream: IO[str], mode: str) -> Iterator[IO[bytes]]:
 
 def command_backup(options: argparse.Namespace) -> None:
     """Copy config, sealing secret and ledger into one file, as they are at one moment; the gateway may be running."""
-    text = read_text(options.config)
-    try:
-        config = Config.parse(text, options.config, Clock(), os.environ)
-        directory = config.usage_directory
-        missing = [f"the ca_file {upstream.ca_file}" for upstream in config.upstreams if upstream.ca_file]
-    except ConfigError as error:  # no reason to be without the ledger until somebody mends it
-        directory, missing = ledger_of(Document(text, options.config)), []
-        print(f"note: the config is in it as it is, with a mistake:\n{error}", file=sys.stderr)
-    files = {"config.yaml": text.encode()}
+    directory = books(options.config).directory
+    files = {"config.yaml": read_text(options.config).encode()}
     secret = Vault.file(options.config.parent)
     if secret and secret.exists() and not options.without_secret:
         files[Vault.FILE] = secret.read_bytes()
@@ -14463,9 +14450,7 @@ def command_backup(options: argparse.Namespace) -> None:
     except OSError as error:
         raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
     if Vault.FILE not in files:
-        missing.append("the sealing secret, without which no upstream's key can be read,")
-    for what in missing:
-        print(f"note: {what} is not in it: keep it elsewhere", file=sys.stderr)
+        print("note: the sealing secret, without which no upstream's key can be read, is not in it", file=sys.stderr)
     found, size = ", ".join(member.name for member in members[1:]), sum(member.size for member in members)
     told = f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain or 'not known'}"
     print(told, file=sys.stderr if to == "-" else sys.stdout)

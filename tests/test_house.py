@@ -18,8 +18,8 @@ BUDGETS = {
     "Prices": 280,
     "Types": 400,
     "Settings": 360,
-    "Config": 880,
-    "Editing": 300,
+    "Config": 760,
+    "Editing": 245,
     "Ledger": 800,
     "Counters": 320,
     "Index": 820,
@@ -46,7 +46,7 @@ BUDGETS = {
     "API": 280,
     "Local door": 260,
     "Server": 420,
-    "Command line": 880,
+    "Command line": 810,
 }
 
 
