@@ -134,6 +134,7 @@ import logging
 import math
 import operator
 import os
+import posixpath
 import random
 import re
 import resource
@@ -5756,15 +5757,10 @@ def normalize_target(target: bytes) -> tuple[str, bytes]:
         # Absolute form: the host decides nothing. Else `*` or an authority, which nothing here answers to.
         raw = b"/" + raw.partition(b"://")[2].partition(b"/")[2] if b"://" in raw else b"/*"
     path = urllib.parse.unquote(raw.decode("latin-1"))
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            del parts[-1:]
-        elif part not in ("", "."):
-            parts.append(part)
-    if parts[:2] == ["v1", "v1"]:
-        del parts[0]
-    return "/" + "/".join(parts), query
+    path = posixpath.normpath("/" + path.lstrip("/"))
+    if path.startswith("/v1/v1/"):
+        path = path.removeprefix("/v1")
+    return path, query
 
 
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]++|%[0-9A-Fa-f]{2})*+)(:\d{0,5})?", re.ASCII)
@@ -6044,39 +6040,6 @@ class EventReader:
 Raw = msgspec.Raw | msgspec.UnsetType
 
 
-class RequestPeek(msgspec.Struct, gc=False):
-    """The fields of a request's body that the gateway looks at; wrong types elsewhere are the upstream's matter."""
-
-    model: str | msgspec.UnsetType = msgspec.UNSET
-    stream: bool | msgspec.UnsetType | None = msgspec.UNSET
-    background: Raw = msgspec.UNSET
-    tools: Raw = msgspec.UNSET
-    plugins: Raw = msgspec.UNSET
-    models: Raw = msgspec.UNSET
-    fallbacks: Raw = msgspec.UNSET
-    context_window_fallbacks: Raw = msgspec.UNSET
-    content_policy_fallbacks: Raw = msgspec.UNSET
-    prompt_cache_key: Raw = msgspec.UNSET
-    metadata: Raw = msgspec.UNSET
-    max_tokens: Raw = msgspec.UNSET
-    max_completion_tokens: Raw = msgspec.UNSET
-    max_output_tokens: Raw = msgspec.UNSET
-    n: Raw = msgspec.UNSET
-    max_tool_calls: Raw = msgspec.UNSET
-    previous_response_id: Raw = msgspec.UNSET
-    conversation: Raw = msgspec.UNSET
-    prompt: Raw = msgspec.UNSET
-    speed: Raw = msgspec.UNSET
-    service_tier: Raw = msgspec.UNSET
-    inference_geo: Raw = msgspec.UNSET
-    stream_options: Raw = msgspec.UNSET
-    mcp_servers: Raw = msgspec.UNSET
-    modalities: Raw = msgspec.UNSET
-    web_search_options: Raw = msgspec.UNSET
-    messages: Raw = msgspec.UNSET
-    input: Raw = msgspec.UNSET
-
-
 UNSAID = (msgspec.UNSET, msgspec.Raw(b"null"))  # values of a field that say nothing
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
@@ -6136,6 +6099,17 @@ def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
 # honest body is spared: what was decoded of it, written again without white space, is as long as the body, and each
 # further name would have made that longer. A body with white space, as json.dumps makes it, has as many quotes.
 
+# The fields that the gateway looks at, beside `model` and `stream`; wrong types in them are the upstream's matter.
+LOOKED_AT = b"""
+    messages input max_tokens max_completion_tokens max_output_tokens n metadata prompt_cache_key stream_options
+    tools max_tool_calls mcp_servers web_search_options models fallbacks modalities speed service_tier inference_geo
+    background previous_response_id conversation prompt
+"""
+# Those by which LiteLLM and OpenRouter turn to other models, or to another router.
+ROUTER_NAMES = b"""
+    context_window_fallbacks content_policy_fallbacks default_fallbacks plugins preset
+    user_config model_list router_settings_override api_base base_url
+"""
 # The other names that the APIs have, so that a body of these alone is known by its length.
 OTHER_NAMES = b"""
     system tool_choice temperature thinking context_management output_config stop_sequences top_p top_k
@@ -6144,16 +6118,17 @@ OTHER_NAMES = b"""
     reasoning_effort verbosity user instructions reasoning text store include parallel_tool_calls
     prompt_cache_retention client_metadata safety_identifier
     truncation encoding_format dimensions
-""".split()
-# Those by which LiteLLM and OpenRouter turn to other models, or to another router.
-ROUTER_NAMES = b"user_config model_list router_settings_override default_fallbacks api_base base_url preset".split()
-KnownFields = msgspec.defstruct(
-    "KnownFields",
-    [(name.decode(), Raw, msgspec.UNSET) for name in OTHER_NAMES + ROUTER_NAMES],
-    bases=(RequestPeek,),
+"""
+RequestPeek = msgspec.defstruct(
+    "RequestPeek",
+    [
+        ("model", str | msgspec.UnsetType, msgspec.UNSET),
+        ("stream", bool | msgspec.UnsetType | None, msgspec.UNSET),
+        *((name.decode(), Raw, msgspec.UNSET) for name in (LOOKED_AT + ROUTER_NAMES + OTHER_NAMES).split()),
+    ],
     gc=False,
 )
-PEEK_DECODER = cast(msgspec.json.Decoder[RequestPeek], msgspec.json.Decoder(KnownFields))
+PEEK_DECODER = msgspec.json.Decoder[Any](RequestPeek)
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
 NAME = re.compile(  # of an object's field, and its value if that is no object or list
@@ -6183,7 +6158,7 @@ def walk_fields(body: bytes) -> Iterator[tuple[str, int, int]]:
         raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
 
 
-def check_names(body: bytes, peek: RequestPeek) -> None:
+def check_names(body: bytes, peek: Any) -> None:
     """Refuse a body in which a name stands twice, or one that the gateway knows is spelled in another case.
 
     Raises BadRequest, and as decoding does.
@@ -6221,8 +6196,7 @@ def check_names(body: bytes, peek: RequestPeek) -> None:
 SMALL_LETTERS = b"abcdefghijklmnopqrstuvwxyz \t\r\n"  # words, and white space: a quarter of a token for each
 CAPITALS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # one token: 3 % of a text, 40 % of base64
 CAPITALS_AND_DIGITS = CAPITALS + b"0123456789"  # a digit: three quarters; any other byte, sign or script: a half
-SAMPLED_BYTES = 256  # at least: single bytes from all over a body
-SAMPLES, SAMPLE_SIZE = 32, 256  # beside attachments
+SAMPLES, SAMPLE_SIZE = 32, 256  # of bytes from all over a body
 BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
 
@@ -6231,15 +6205,15 @@ def token_rate(body: bytes, attached: int) -> float:
 
     Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
     """
-    if attached:
-        step = max(SAMPLE_SIZE, len(body) // SAMPLES)
+    text = body
+    if len(body) > SAMPLES * SAMPLE_SIZE:
+        step = len(body) // SAMPLES
         starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
         samples = [body[start : start + SAMPLE_SIZE] for start in starts]
-        samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
-        text = b"".join(samples[round(len(samples) * attached / len(body)) :])
-    else:
-        step = len(body) // SAMPLED_BYTES or 1
-        text = body[int(random.random() * step) :: step]
+        if attached:
+            samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
+            del samples[: round(len(samples) * attached / len(body))]
+        text = b"".join(samples)
     if not text:
         return 0.25
     rest = text.translate(None, SMALL_LETTERS)
@@ -6391,7 +6365,7 @@ def read_most(value: Raw) -> float:
     return count if count >= 0 else math.inf
 
 
-def max_output(route: Route, peek: RequestPeek) -> float:
+def max_output(route: Route, peek: Any) -> float:
     """The output tokens that a request allows, by the fields that its route has; infinite where they say nothing.
 
     A field that the upstream does not read must not make the reservation small. The larger one counts, for each of the
@@ -6414,19 +6388,11 @@ def max_output(route: Route, peek: RequestPeek) -> float:
 # Other models
 #
 # A key may be for some models only, and a call is reserved at the price of the dearest that may serve it. Beside
-# `model`, a request can name others where the upstream turns to them, or runs them as tools: Anthropic's and LiteLLM's
-# fallbacks, OpenRouter's `models` and `plugins`, tools such as advisors. What stands at one of these places and cannot
-# be read as names, or leaves the choice to the upstream, is refused for such a key; for the others it counts as the
-# dearest model of all.
+# `model`, a request can name others where the upstream turns to them, or runs them as tools: `fallbacks`, OpenRouter's
+# `models`, tools such as advisors. What stands there and cannot be read as names, and what makes a router choose others
+# (ROUTER_NAMES), is refused for such a key; for the others it counts as the dearest model of all.
 
-MODEL_LISTS = ("models", "fallbacks", "context_window_fallbacks", "content_policy_fallbacks")
 MAX_TOOLS = 512 << 10  # bytes of tools that are decoded, into 70 bytes for each
-
-
-def chooses_model(*values: Raw) -> bool:
-    """Whether a plugin or tool of OpenRouter's may name models, or is one that chooses some."""
-    text = b"".join(map(bytes_of, values)).lower()
-    return b"model" in text or b"fusion" in text or b"\\u" in text
 
 
 class NamesModel(msgspec.Struct, gc=False):
@@ -6442,7 +6408,6 @@ class Tool(msgspec.Struct, gc=False):
     max_uses: Raw = msgspec.UNSET
     model: Raw = msgspec.UNSET
     advisor: Raw = msgspec.UNSET
-    parameters: Raw = msgspec.UNSET
 
     def models(self) -> list[str]:
         """The models that run for it; "" for what cannot be read."""
@@ -6451,7 +6416,7 @@ class Tool(msgspec.Struct, gc=False):
             found.append(decode_short(self.model, str, ""))
         if self.advisor not in UNSAID:
             found.append(decode_short(self.advisor, NamesModel, NamesModel("")).model)
-        if decode_short(self.type, str, "").startswith("openrouter:") and chooses_model(self.type, self.parameters):
+        if decode_short(self.type, str, "").startswith("openrouter:"):  # some have models of their own choice
             found.append("")
         return found
 
@@ -6470,9 +6435,9 @@ def decode_tools(tools: Raw) -> list[Tool]:
     return UNREAD_TOOLS
 
 
-def other_models(peek: RequestPeek, tools: list[Tool]) -> Iterator[tuple[str, str]]:
+def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
     """The models that a request names beside `model`: each one's place, and its name, "" where that cannot be read."""
-    for field in MODEL_LISTS:
+    for field in ("models", "fallbacks"):
         value = getattr(peek, field)
         if value in UNSAID:
             continue
@@ -6483,26 +6448,24 @@ def other_models(peek: RequestPeek, tools: list[Tool]) -> Iterator[tuple[str, st
             names = [""]
         for name in names:
             yield field, name if isinstance(name, str) else name.model
-    if chooses_model(peek.plugins):
-        yield "plugins", ""
+    for field in ROUTER_NAMES.decode().split():
+        if getattr(peek, field) not in UNSAID:
+            yield field, ""
     for number, tool in enumerate(tools):
         for name in tool.models():
             yield f"tools[{number}]", name
 
 
-def check_other_models(call: Call, peek: RequestPeek) -> None:
+def check_other_models(call: Call, peek: Any) -> None:
     """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked."""
     key, why = call.key, f"the key {call.key} may use only some models"
     if b"model" in urllib.parse.unquote_to_bytes(call.query).lower():
         raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
     if "," in (peek.model or ""):
         raise PolicyBlocked(f"model: {why}, and servers may read several here. Name one.")
-    for name in map(bytes.decode, ROUTER_NAMES):
-        if getattr(peek, name):
-            raise PolicyBlocked(f"{name}: {why}, and this can turn to others. Leave it out.")
     for place, name in other_models(peek, decode_tools(peek.tools)):
         if not name:
-            raise PolicyBlocked(f"{place}: {why}, and which it names here cannot be told. Leave it out.")
+            raise PolicyBlocked(f"{place}: {why}, and which this turns to cannot be told. Leave it out.")
         if not key.allows_model(name):
             raise PolicyBlocked(
                 f"The key {key} may not use the model {printable(name)!r}, which {place} names. "
@@ -6537,7 +6500,7 @@ def cache_write(body: bytes, is_escaped: bool) -> str:
     return "cache_write_1h" if is_escaped or ONE_HOUR.search(body) else "cache_write_5m"
 
 
-def has_stored_input(call: Call, peek: RequestPeek, tools: bytes, is_escaped: bool) -> bool:
+def has_stored_input(call: Call, peek: Any, tools: bytes, is_escaped: bool) -> bool:
     """Whether a request refers to input that lies upstream, or that the upstream fetches."""
     if peek.mcp_servers or b'"web_fetch' in tools or b'"mcp"' in tools:
         return True
@@ -6547,7 +6510,7 @@ def has_stored_input(call: Call, peek: RequestPeek, tools: bytes, is_escaped: bo
     return is_escaped or b"item_reference" in call.body or any(value not in UNSAID for value in stored)
 
 
-def read_besides(call: Call, peek: RequestPeek, write: str, is_escaped: bool) -> Besides | None:
+def read_besides(call: Call, peek: Any, write: str, is_escaped: bool) -> Besides | None:
     """Find what a request may be billed for beside its text and its answer; None for nothing.
 
     `write` is the price of its input in a cache.
@@ -6597,7 +6560,7 @@ def session_of(metadata: Raw) -> str:
     return (found[1] or found[2]).decode(errors="replace") if found else ""
 
 
-def find_session(call: Call, peek: RequestPeek) -> str:
+def find_session(call: Call, peek: Any) -> str:
     """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
     if not call.named.keys().isdisjoint(SESSION_HEADERS):
         for name in SESSION_HEADERS:
@@ -6659,15 +6622,10 @@ class StreamOptions(msgspec.Struct, gc=False):
 
 
 def asks_for_usage(options: Raw) -> bool | None:
-    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
-
-    Where readers could differ, or the value is longer than any honest one, it does not.
-    """
+    """Whether `stream_options` of a chat stream asks for its usage; None where there is none."""
     if options is msgspec.UNSET:
         return None
-    text = bytes(options).lower()
-    is_plain = text.count(b"include_usage") == 1 and b"\\" not in text
-    return is_plain and decode_short(options, StreamOptions, StreamOptions()).include_usage is True
+    return decode_short(options, StreamOptions, StreamOptions()).include_usage is True
 
 
 def read_request(call: Call) -> None:
@@ -6703,8 +6661,8 @@ def read_request(call: Call) -> None:
         call.premiums = tuple((field, word) for field, word in asked if word not in ORDINARY)
     write = cache_write(body, is_escaped)
     more = (
-        *(write, peek.tools, peek.mcp_servers, peek.modalities, peek.web_search_options, peek.models, peek.plugins),
-        *(peek.fallbacks, peek.context_window_fallbacks, peek.content_policy_fallbacks),
+        *(write, peek.tools, peek.mcp_servers, peek.modalities, peek.web_search_options, peek.models, peek.fallbacks),
+        *(peek.context_window_fallbacks, peek.content_policy_fallbacks, peek.plugins, peek.preset),
     )
     if any(more) or kind == "responses":
         call.besides = read_besides(call, peek, write, is_escaped)
@@ -6761,9 +6719,6 @@ STATUS_OF_ERROR = {
     "api_error": 500,
     "server_error": 500,
     "context_length_exceeded": 400,
-    "failed_to_download_image": 400,
-    "empty_image_file": 400,
-    "unsupported_image_media_type": 400,
 }  # platform.claude.com/docs/en/api/errors; OpenAI's codes: `ResponseError` in its API reference
 
 
@@ -7034,7 +6989,10 @@ MAX_PIECE_NAME = 64  # … and so many characters of each: they stand in the led
 
 
 class Meter:
-    """Reads the usage out of an answer while its bytes pass. Knows nothing of I/O.
+    """Reads the usage out of an answer while its bytes pass, and returns those for the client. Knows nothing of I/O.
+
+    Gate and ledger go by the facts below alone, so that a translated answer is held back and booked as a native one.
+    An answer that passes as it came is returned as the very bytes objects that came.
 
     Subclasses read one format's events and bodies. Every event is decoded, into the few typed fields above: 0.2 µs
     with msgspec, less than looking for words that may also stand in a user's text.
@@ -7523,9 +7481,7 @@ def splice_field(body: bytes, name: str, text: bytes) -> Splice:
 
 def splice_usage(body: bytes) -> Splice:
     """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
-    said = decode_short(PEEK_DECODER.decode(body).stream_options, dict[str, msgspec.Raw], {})
-    # In any case: a reader that does not mind it could take `Include_Usage: false` for ours.
-    options = {name: value for name, value in said.items() if name.casefold() != "include_usage"}
+    options = decode_short(PEEK_DECODER.decode(body).stream_options, dict[str, msgspec.Raw], {})
     options["include_usage"] = msgspec.Raw(b"true")
     return splice_field(body, "stream_options", ENCODER.encode(options))
 
@@ -7574,35 +7530,6 @@ def without_thinking(body: bytes) -> bytes:
         fields.pop("thinking", None)
         fields.pop("context_management", None)  # its clear_thinking edits need `thinking`
     return ENCODER.encode(fields)
-
-
-class AnswerReader(Protocol):
-    """Bytes of an upstream's answer in, bytes for the client out, and what is known of the answer so far. No I/O.
-
-    Gate and ledger go by these facts alone, so that a translated answer is held back and booked as a native one.
-    A `Meter` is the reader of an answer that passes as it came: it returns the very bytes objects that it is given.
-    """
-
-    has_content: bool  # more than what only announces an answer
-    is_finished: bool  # the format's terminal event came, or the whole body did
-    error_type: str
-    has_failed: bool  # it is an answer all the same, which says of itself that it failed
-    is_broken: bool  # the whole body, or an event, is no JSON
-    is_unread: bool  # a part cannot be read: too large, or compressed
-    seen_input: bool  # the input's tokens were counted by the upstream
-    model: str  # that answers
-    absurd: str  # a count that cannot be true, or ""
-
-    @property
-    def charged(self) -> bool: ...
-    @property
-    def did_work(self) -> bool: ...
-    @property
-    def between_events(self) -> bool: ...
-    def start(self, streaming: bool) -> None: ...
-    def read(self, chunk: bytes, last: bool) -> bytes: ...
-    def spend(self, reached_upstream: bool) -> Usage: ...
-    def estimate(self) -> Usage: ...
 
 
 class HiddenUsageReader(ChatMeter):
@@ -7661,7 +7588,7 @@ class Dialect:
     # A 400 of Anthropic's that is no fault of the request begins so; further on it may be what the client had said.
     NO_CREDIT = re.compile(r"(your )?credit balance is too low", re.IGNORECASE)
 
-    def __init__(self, reader: Callable[[Call], AnswerReader], with_usage: Dialect | None = None) -> None:
+    def __init__(self, reader: Callable[[Call], Meter], with_usage: Dialect | None = None) -> None:
         self.reader = reader
         self.with_usage = with_usage  # the same, which asks for a stream's usage that the client did not ask for
 

@@ -1196,8 +1196,6 @@ OTHER_MODELS = {
     "tools[0]": {"tools": [{"type": "advisor", "advisor": {"model": OPUS}}]},
     "fallbacks": {"fallbacks": [{"model": "claude-test"}, {"model": OPUS}]},
     "models": {"models": ["claude-test", OPUS]},
-    "context_window_fallbacks": {"context_window_fallbacks": [OPUS]},
-    "content_policy_fallbacks": {"content_policy_fallbacks": [OPUS]},
 }
 
 
@@ -1231,12 +1229,12 @@ AROUND = {
     "a preset": ("", {"preset": "best"}, "preset: "),
     "a tool that chooses": ("", {"tools": [{"type": "openrouter:fusion"}]}, "tools[0]: "),
     "a plugin that chooses": ("", {"plugins": [{"id": "fusion"}]}, "plugins: "),
+    "a fallback of LiteLLM's": ("", {"context_window_fallbacks": ["claude-test"]}, "context_window_fallbacks: "),
     "a tool with models": (
         "",
         {"tools": [{"type": "openrouter:advisor", "parameters": {"model": OPUS}}]},
         "tools[0]: ",
     ),
-    "a plugin with models": ("", {"plugins": [{"id": "fusion", "model": OPUS}]}, "plugins: "),
 }
 
 
@@ -1271,8 +1269,6 @@ LONG = json.dumps(OPUS + " " * (8 << 10))
         ('"tools": {"0": {"model": "claude-opus-9"}}', "tools[0]: "),
         ('"tools": [%s{}]' % ("{}," * 300_000), "tools[0]: "),
         ('"tools": [ {"\\u006dodel" : "claude-opus-9" } ]', "The key alice"),
-        ('"plugins": [{"analysis_models": "claude-opus-9"}]', "plugins: "),
-        ('"plugins": [{"\\u006dodel": "claude-opus-9"}]', "plugins: "),
         ('"models": "claude-test,claude-opus-9"', "models: "),
         ('"models": [["claude-opus-9"]]', "models: "),
         ('"models": [%s""]' % ('"claude-test",' * 3000), "models: "),
@@ -1304,7 +1300,7 @@ async def test_a_request_that_names_no_model_that_is_forbidden_passes(start_gate
     gateway = await start_gateway(text)
     upstream.script = hello_json()
     tools = [{"model": None}, {"parameters": {"type": "object", "required": ["model"]}}]
-    nothing = {"models": None, "fallbacks": [], "plugins": [{"id": "web"}], "tools": tools}
+    nothing = {"models": None, "fallbacks": [], "tools": tools}
 
     assert (await gateway.post("/v1/messages", HELLO | nothing)).status == 200
 
