@@ -225,12 +225,11 @@ log = logging.getLogger("gateway")
 # --- 1. Words: Call, Spend, Limit, WINDOWS, the errors ----------------------------
 # Offers: A_DATE, A_DURATION, A_SIZE, A_TEXT, Api, BadRequest, Besides, Budget, Call, ClientLeft, Clock,
 #   CommandError, COUNT_UNITS, describe, DOLLARS, EncodingRefused, error_body, error_headers, first_values,
-#   FromEnvironment, GatewayError, Headers, HeadTooLarge, inherited_after, INTERNAL_ERROR, KeyForbidden, KeyRefused,
-#   Limit, LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES,
-#   odd_character, os_reason, Overloaded, Pace, parse_scaled, PLAIN_TARGETS, PolicyBlocked, printable,
-#   RequestTimeout, Route, ROUTES, ScopeKind, Share, Spend, STEP_S, TIME_UNITS, token_counts, TOKEN_KINDS, Tokens,
-#   TooLarge, Unavailable, UNREADABLE, UpstreamFailed, UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused,
-#   why_not, WINDOWS, Windows
+#   FromEnvironment, GatewayError, Headers, HeadTooLarge, INTERNAL_ERROR, KeyForbidden, KeyRefused, Limit,
+#   LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES, odd_character,
+#   os_reason, Overloaded, Pace, parse_scaled, PLAIN_TARGETS, PolicyBlocked, printable, RequestTimeout, Route,
+#   ROUTES, ScopeKind, Share, Spend, STEP_S, TIME_UNITS, token_counts, TOKEN_KINDS, Tokens, TooLarge, Unavailable,
+#   UNREADABLE, UpstreamFailed, UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused, why_not, WINDOWS, Windows
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -295,41 +294,7 @@ class Pace(NamedTuple):
     demo_s: float = 0.02  # between two words of the demo upstream
 
 
-S = TypeVar("S", bound=msgspec.Struct)
-
-
-def inherited_after(after: str, **config: Any) -> Callable[[type[S]], type[S]]:
-    """Make a struct anew whose inherited fields follow its own field `after`; msgspec puts them in front.
-
-    For the ledger's lines, whose order stays. `config` are options of the struct. Its properties come along; at run
-    time it is no subclass of its base.
-    """
-
-    def reorder(made: type[S]) -> type[S]:
-        fields = {field.name: field for field in msgspec.structs.fields(made)}
-        base = cast(type[msgspec.Struct], made.__base__)
-        inherited = [fields.pop(name) for name in base.__struct_fields__]
-        place = list(fields).index(after) + 1
-        ordered = list(fields.values())
-        ordered[place:place] = inherited
-        default = cast(Any, msgspec.field)  # one of its two arguments is NODEFAULT, which its types do not allow
-        namespace: dict[str, Any] = {"__doc__": made.__doc__}
-        for parent in made.__mro__:
-            namespace |= {name: found for name, found in vars(parent).items() if isinstance(found, property)}
-        remade = msgspec.defstruct(
-            made.__name__,
-            [(f.name, f.type, default(default=f.default, default_factory=f.default_factory)) for f in ordered],
-            namespace=namespace,
-            module=__name__,
-            kw_only=True,
-            **config,
-        )
-        return cast(type[S], remade)
-
-    return reorder
-
-
-class Tokens(msgspec.Struct):
+class Tokens(msgspec.Struct, kw_only=True):
     """Counts of tokens by class. `input_tokens` are those neither written to nor read from a cache."""
 
     input_tokens: int = 0
@@ -502,72 +467,41 @@ class Besides(NamedTuple):
 NOTHING_BESIDES = Besides()
 
 
-class Call:
+class Call(msgspec.Struct, eq=False):
     """One request of a client, from its head to its entry in the ledger."""
 
-    __slots__ = (
-        "address",
-        "admitted",
-        "affinity",
-        "besides",
-        "blamed",
-        "body",
-        "bytes_up",
-        "config",
-        "headers",
-        "id",
-        "includes_usage",
-        "input_estimate",
-        "key",
-        "max_output",
-        "model",
-        "named",
-        "premiums",
-        "query",
-        "reservation",
-        "route",
-        "servings",
-        "session",
-        "started",
-        "stream",
-        "upstream_model",
-        "user_agent",
-    )
+    config: Config  # one snapshot: a reload never changes a running call
+    key: Key
+    route: Route
+    query: bytes
+    headers: Headers
+    address: str
+    named: dict[bytes, bytes] = {}  # `first_values` of the headers, which need not be told
+    id: str = ""
+    user_agent: str = ""
+    started: float = 0.0
+    admitted: float = 0.0  # later where it waits for a slot
+    reservation: Reservation = cast("Reservation", None)  # what it holds, from its admission on
+    body: bytes = b""
+    bytes_up: int = 0
+    input_estimate: int = 0  # tokens
+    max_output: float = math.inf  # tokens that the client allows
+    model: str = ""
+    upstream_model: str = ""
+    session: str = ""
+    servings: tuple[Serving, ...] = ()  # who may be asked, the best first
+    affinity: str = ""  # what has a home upstream, where that has been looked for
+    blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
+    stream: bool = False
+    premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
+    besides: Besides | None = None  # None as most calls have it
+    includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
 
-    def __init__(
-        self,
-        config: Config,
-        key: Key,
-        route: Route,
-        query: bytes,
-        headers: Headers,
-        address: str,
-        named: dict[bytes, bytes] | None = None,  # `first_values` of the headers, where they are known
-    ) -> None:
+    def __post_init__(self) -> None:
         self.id = "req_" + secrets.token_hex(12)
-        self.config = config  # one snapshot: a reload never changes a running call
-        self.key = key
-        self.route = route
-        self.query = query
-        self.headers = headers
-        self.named = first_values(headers) if named is None else named
-        self.user_agent = printable(self.header(b"user-agent").partition(" ")[0], 64)
-        self.address = address
-        self.started = config.clock.monotonic()
-        self.admitted = self.started  # later where it waits for a slot
-        self.reservation = cast("Reservation", None)  # what it holds, from its admission on
-        self.body = b""
-        self.bytes_up = 0
-        self.input_estimate = 0  # tokens
-        self.max_output: float = math.inf  # tokens that the client allows
-        self.model = self.upstream_model = self.session = ""
-        self.servings: tuple[Serving, ...] = ()  # who may be asked, the best first
-        self.affinity = ""  # what has a home upstream, where that has been looked for
-        self.blamed: tuple[object, ...] = ()  # for whose failures in a row it has counted: once for each
-        self.stream = False
-        self.premiums: tuple[tuple[str, str], ...] = ()  # what it asks for that makes it dearer: speed, fast
-        self.besides: Besides | None = None  # None as most calls have it
-        self.includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
+        self.named = self.named or first_values(self.headers)
+        self.user_agent = printable(self.named.get(b"user-agent", b"").decode("latin-1").partition(" ")[0], 64)
+        self.started = self.admitted = self.config.clock.monotonic()
 
     @property
     def reserved_output(self) -> float:
@@ -597,124 +531,91 @@ class GatewayError(Exception):
     code = "internal_error"
     should_retry: bool | None = None
 
+    def __init_subclass__(cls, *, status: int, type: str, code: str, should_retry: bool | None = None) -> None:
+        cls.status, cls.type, cls.code, cls.should_retry = status, type, code, should_retry
+
     def __init__(self, message: str, *, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
 
 
-class BadRequest(GatewayError):
+class BadRequest(GatewayError, status=400, type="invalid_request_error", code="bad_request"):
     """The request itself is wrong."""
 
-    status, type, code = 400, "invalid_request_error", "bad_request"
 
-
-class PolicyBlocked(GatewayError):
+class PolicyBlocked(GatewayError, status=400, type="policy_blocked", code="policy_blocked", should_retry=False):
     """The operator does not allow this; asking again changes nothing."""
 
-    status, type, code, should_retry = 400, "policy_blocked", "policy_blocked", False
 
-
-class KeyRefused(GatewayError):
+class KeyRefused(GatewayError, status=401, type="authentication_error", code="invalid_api_key", should_retry=False):
     """No key, an unknown one, or one that has expired."""
 
-    status, type, code, should_retry = 401, "authentication_error", "invalid_api_key", False
 
-
-class KeyForbidden(GatewayError):
+class KeyForbidden(GatewayError, status=403, type="permission_error", code="permission_denied", should_retry=False):
     """A good key that must not be used: disabled, or from this address, which may also not read /metrics."""
 
-    status, type, code, should_retry = 403, "permission_error", "permission_denied", False
 
-
-class NotFound(GatewayError):
+class NotFound(GatewayError, status=404, type="not_found_error", code="not_found"):
     """Nothing is served under this path or name."""
 
-    status, type, code = 404, "not_found_error", "not_found"
 
-
-class MethodNotAllowed(GatewayError):
+class MethodNotAllowed(GatewayError, status=405, type="invalid_request_error", code="method_not_allowed"):
     """The path is served, with another method."""
 
-    status, type, code = 405, "invalid_request_error", "method_not_allowed"
 
-
-class RequestTimeout(GatewayError):
+class RequestTimeout(GatewayError, status=408, type="invalid_request_error", code="request_timeout"):
     """The client did not send its request in time."""
 
-    status, type, code = 408, "invalid_request_error", "request_timeout"
 
-
-class TooLarge(GatewayError):
+class TooLarge(GatewayError, status=413, type="request_too_large", code="request_too_large"):
     """The body is larger than `server.max_body`, or than all bodies together may be, `server.memory`."""
 
-    status, type, code = 413, "request_too_large", "request_too_large"
 
-
-class EncodingRefused(GatewayError):
+class EncodingRefused(GatewayError, status=415, type="invalid_request_error", code="unsupported_media_type"):
     """The body is compressed."""
 
-    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
 
-
-class HeadTooLarge(GatewayError):
+class HeadTooLarge(GatewayError, status=431, type="invalid_request_error", code="headers_too_large"):
     """The request's head has more bytes than any honest one."""
 
-    status, type, code = 431, "invalid_request_error", "headers_too_large"
 
-
-class VersionRefused(GatewayError):
+class VersionRefused(GatewayError, status=505, type="invalid_request_error", code="http_version_not_supported"):
     """The request is in a version of HTTP that is not spoken here."""
 
-    status, type, code = 505, "invalid_request_error", "http_version_not_supported"
 
-
-class LimitSpent(GatewayError):
+class LimitSpent(GatewayError, status=429, type="billing_error", code="insufficient_quota", should_retry=False):
     """A limit is used up: asking again before its reset changes nothing."""
 
-    status, type, code, should_retry = 429, "billing_error", "insufficient_quota", False
 
-
-class LimitFull(GatewayError):
+class LimitFull(GatewayError, status=429, type="rate_limit_error", code="rate_limit_exceeded"):
     """Too much at once: in a moment there may be room."""
 
-    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
 
-
-class ClientLeft(GatewayError):
+class ClientLeft(GatewayError, status=499, type="client_left", code="client_left"):
     """Nobody is there any more to read this."""
 
-    status, type, code = 499, "client_left", "client_left"
 
-
-class UpstreamFailed(GatewayError):
+class UpstreamFailed(GatewayError, status=502, type="api_error", code="upstream_failed"):
     """The upstream could not be reached, or what it said was not HTTP."""
 
-    status, type, code = 502, "api_error", "upstream_failed"
 
-
-class Unavailable(GatewayError):
+class Unavailable(GatewayError, status=503, type="overloaded_error", code="unavailable"):
     """Not now: the gateway is stopping, or its ledger cannot be written."""
 
-    status, type, code = 503, "overloaded_error", "unavailable"
 
-
-class UpstreamRefusesUs(GatewayError):
+class UpstreamRefusesUs(
+    GatewayError, status=502, type="api_error", code="upstream_refuses_gateway", should_retry=False
+):
     """The upstream does not take the gateway's own key: the client's is good, and asking again changes nothing."""
 
-    status, type, code, should_retry = 502, "api_error", "upstream_refuses_gateway", False
 
-
-class Overloaded(GatewayError):
+class Overloaded(GatewayError, status=529, type="overloaded_error", code="overloaded"):
     """Every upstream is left alone for a while, or has as many calls as it may."""
 
-    status, type, code = 529, "overloaded_error", "overloaded"
 
-
-class UpstreamTimeout(GatewayError):
+class UpstreamTimeout(GatewayError, status=504, type="timeout_error", code="upstream_timeout"):
     """The upstream did not answer in time."""
-
-    status, type, code = 504, "timeout_error", "upstream_timeout"
 
 
 INTERNAL_ERROR = "The gateway failed; its log says how."
@@ -1150,56 +1051,6 @@ class Tier(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
     above: Amount
 
 
-class ModelPrice(NamedTuple):
-    """What a model costs: `tiers` are for larger inputs, by the tokens above which they hold, ascending."""
-
-    base: Price
-    tiers: tuple[tuple[int, Price], ...] = ()
-    audio: Price | None = None  # of tokens that are sound; None: as text
-    surcharges: Mapping[str, float] = {}  # where they are not those of SURCHARGES
-
-    def at(self, input_tokens: int) -> Price:
-        """The price of a call with so much input."""
-        found = self.base
-        for above, price in self.tiers:
-            if input_tokens > above:
-                found = price
-        return found
-
-
-UNDATED = re.compile(r"([-@]\d{8}|-\d{4}-\d\d-\d\d|-latest|\[1m\])$")  # what names a version of the same price
-Unknown = Literal["", "refuse", "dearest"]
-
-
-class PriceTable(tuple[tuple[str, ModelPrice], ...]):
-    """Globs and prices in the file's order; the first match wins, and a date at a name's end is looked past."""
-
-    unknown: Unknown = ""  # what becomes of a model that only "*" matches
-    surcharges: Mapping[str, float] = {}  # for all models
-
-    def find(self, model: str) -> tuple[str, ModelPrice]:
-        """The row of a model, and its glob."""
-        plain = UNDATED.sub("", model)
-        for pattern, price in self:
-            if matches(pattern, model) or matches(pattern, plain):
-                return pattern, price
-        return "*", self.dearest()
-
-    def knows(self, model: str) -> bool:
-        """Whether a model has a row of its own."""
-        return self.find(model)[0] != "*"
-
-    def price(self, model: str) -> ModelPrice:
-        """The price of a model."""
-        pattern, price = self.find(model)
-        return self.dearest() if pattern == "*" and self.unknown else price
-
-    def dearest(self) -> ModelPrice:
-        """The highest price of each class in the table."""
-        every = [price for _, row in self for price in (row.base, *(price for _, price in row.tiers))]
-        return ModelPrice(Price(*(max(getattr(price, name) for price in every) for name in Price.__struct_fields__)))
-
-
 # What is billed beside tokens at their price: name, glob of models, amount; the first row that matches counts. A
 # premium is a factor on what all tokens of a call cost; several multiply. An extra is USD a piece.
 # Claude (platform.claude.com/docs/en/about-claude/pricing and /build-with-claude/fast-mode, November 2026): fast mode
@@ -1233,18 +1084,39 @@ PREMIUMS = {"speed": ("fast",), "service_tier": ("priority", "flex", "batch"), "
 ORDINARY = ("", "standard", "standard_only", "default", "auto", "scale", "global", "not_available")
 
 
-class AudioPrice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """USD per million tokens of sound."""
+class ModelPrice(NamedTuple):
+    """What a model costs: `tiers` are for larger inputs, by the tokens above which they hold, ascending."""
 
-    input: Dollars
-    output: Dollars
+    base: Price
+    tiers: tuple[tuple[int, Price], ...] = ()
+    audio: Price | None = None  # of tokens that are sound; None: as text
+    surcharges: Mapping[str, float] = {}  # by the names of SURCHARGES; in a row of a table only those it sets itself
+    is_known: bool = True  # whether a row other than "*" matches
+
+    def at(self, input_tokens: int) -> Price:
+        """Return the price of a call with so much input."""
+        found = self.base
+        for above, price in self.tiers:
+            if input_tokens > above:
+                found = price
+        return found
+
+    def premiums(self, words: Iterable[tuple[str, str]]) -> dict[str, float]:
+        """Return the factors of a call's premiums: fields and words of its answer, or of its request."""
+        found = {}
+        for field, word in words:
+            names = PREMIUMS[field]
+            if word in names:
+                names = (word,)
+            found[word] = max(self.surcharges[name] for name in names)
+        return found
 
 
 class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A row of the price table as the file has it."""
 
     tiers: tuple[Tier, ...] = ()
-    audio: AudioPrice | None = None
+    audio: Price | None = None
     fast: Premium | None = None
     priority: Premium | None = None
     flex: Premium | None = None
@@ -1260,20 +1132,15 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if len({tier.above for tier in self.tiers}) < len(self.tiers):
             raise ValueError("two tiers hold above the same number of tokens")
 
-    @property
-    def surcharges(self) -> dict[str, float]:
-        """Those that the row names."""
-        named = {name: getattr(self, name) for name in SURCHARGE_NAMES}
-        return {name: amount for name, amount in named.items() if amount is not None}
-
     def flat(self) -> ModelPrice:
-        """The same without names: what is looked up and booked."""
+        """Return the same as it is looked up and booked."""
+        named = {name: getattr(self, name) for name in SURCHARGE_NAMES}
         tiers = sorted(self.tiers, key=lambda tier: tier.above)
         return ModelPrice(
             self.plain(),
             tuple((tier.above, tier.plain()) for tier in tiers),
-            Price(self.audio.input, self.audio.output) if self.audio else None,
-            self.surcharges,
+            self.audio,
+            {name: amount for name, amount in named.items() if amount is not None},
         )
 
 
@@ -1352,8 +1219,7 @@ BUILT_IN_PRICES = {
 }
 
 
-@inherited_after("factor", omit_defaults=True)
-class Charge(Tokens, kw_only=True):
+class Charge(Tokens, omit_defaults=True):
     """A line of a call's bill beside its own tokens: tokens with a price of their own, or things billed by the piece.
 
     `usd` is `price` x tokens x `factor`, or what `count` pieces cost; tokens stand in the entry's counts as well.
@@ -1373,6 +1239,86 @@ class Bill(Spend, kw_only=True):
     price: Price = Price(0, 0)
     premiums: dict[str, float] = {}  # factors on the call's own tokens
     charges: list[Charge] = []  # what else is in `cost_usd`
+
+
+UNDATED = re.compile(r"([-@]\d{8}|-\d{4}-\d\d-\d\d|-latest|\[1m\])$")  # what names a version of the same price
+Unknown = Literal["", "refuse", "dearest"]
+
+
+class PriceTable:
+    """Globs and prices in the file's order; the first match wins, and a date at a name's end is looked past.
+
+    `surcharges` are for all models. `unknown` says what becomes of a model that only "*" matches.
+    """
+
+    def __init__(
+        self, rows: Mapping[str, ModelPrice], surcharges: Mapping[str, float] = {}, others: Unknown = ""
+    ) -> None:
+        self.rows, self.surcharges, self.unknown = rows, surcharges, others
+        self.price = functools.lru_cache(maxsize=1024)(self._price)
+
+    def _price(self, model: str) -> ModelPrice:
+        """Return what a model costs, with all its surcharges."""
+        plain = UNDATED.sub("", model)
+        pattern = next((glob for glob in self.rows if matches(glob, model) or matches(glob, plain)), "*")
+        row = self.rows.get(pattern) or self.dearest()
+        surcharges = {name: amount for name, glob, amount in reversed(SURCHARGES) if matches(glob, model)}
+        surcharges |= {**self.surcharges, **row.surcharges}
+        if pattern == "*" and self.unknown:
+            row = self.dearest()
+        return row._replace(surcharges=surcharges, is_known=pattern != "*")
+
+    def dearest(self) -> ModelPrice:
+        """Return the highest price of each class in the table."""
+        prices = [price for row in self.rows.values() for price in (row.base, *(price for _, price in row.tiers))]
+        by_class = zip(*map(class_prices, prices), strict=True)
+        return ModelPrice(Price(*map(max, by_class)))
+
+    def bill(self, asked: str, served: str, usage: Usage) -> Bill:
+        """Return what a call costs at the price of the model that was asked, or of the one that served if it is dearer.
+
+        A served name that has no row says nothing: servers answer with paths and aliases of their own.
+        """
+        counts: dict[str, Any] = dict(zip(Tokens.__struct_fields__, token_counts(usage), strict=True))
+        prompt = usage.prompt_tokens or usage.total_input_tokens
+        names = [asked]
+        if served and served != asked and self.price(served).is_known:
+            names.append(served)
+        if usage.is_fallback:
+            names = names[-1:]  # what the asked model did is a share of its own
+        own: Tokens = usage
+        if usage.shares:
+            own = Tokens(**counts)
+            for share in usage.shares:
+                own.add(share, -1)
+        offers = []
+        for name in names:
+            row, premiums = self.price(name), dict[str, float]()
+            price = row.at(prompt)
+            if usage.premiums:
+                premiums = row.premiums(usage.premiums)
+            offers.append((price.cost_usd(own) * math.prod(premiums.values()), price, premiums, row))
+        cost, price, premiums, row = max(offers, key=operator.itemgetter(0))
+        charges = [self._charge(share, asked, row, price, usage) for share in usage.shares]
+        for name, count in usage.extras:
+            if name in EXTRAS and row.surcharges[name]:
+                charges.append(Charge(what=name, usd=round(count * row.surcharges[name], 9), count=count))
+        cost_usd = round(cost + sum(map(operator.attrgetter("usd"), charges)), 9)
+        bill = Bill(**counts, estimated=usage.estimated, cost_usd=cost_usd)
+        bill.price, bill.premiums, bill.charges = price, premiums, charges
+        return bill
+
+    def _charge(self, share: Share, asked: str, row: ModelPrice, price: Price, usage: Usage) -> Charge:
+        """Return what a share costs: sound at the call's model's price for it, another model's run at that model's."""
+        if share.kind == "audio":
+            price = row.audio or price
+        else:
+            row = self.price(share.model or asked)
+            price = row.at(share.prompt_tokens)
+        factor = math.prod(row.premiums(usage.premiums).values())
+        usd = round(price.cost_usd(share) * factor, 9)
+        counts: dict[str, Any] = dict(zip(Tokens.__struct_fields__, token_counts(share), strict=True))
+        return Charge(share.kind, usd, share.model, price=price, factor=factor, **counts)
 
 
 # --- 4. Types: a setting's text to a value, and what is wrong with it -------------
@@ -1692,10 +1638,11 @@ class Prices(PriceTable):
         if value and not rows:
             rows = BUILT_IN_PRICES
         if "*" not in rows and not unpriced:
-            raise ValueError('"*" must be in the table: no model is free')
-        table = cls(rows.items())
-        table.unknown, table.surcharges = unpriced, surcharges
-        return table
+            raise ValueError(
+                '"*" is missing: rows replace the whole built-in table, and no model is free; add `"*": {input: …, '
+                "output: …}`, or `unknown: dearest` or `refuse`"
+            )
+        return cls(rows, surcharges, unpriced)
 
 
 class Secrets(tuple[Secret, ...]):
@@ -2076,7 +2023,7 @@ class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     defaults: Annotated[Defaults, about("for keys that do not say")] = Defaults()
     limits: LimitsConfig = LimitsConfig()
     routing: RoutingConfig = RoutingConfig()
-    prices: Annotated[Prices, about("USD per million tokens")] = Prices(BUILT_IN_PRICES.items())
+    prices: Annotated[Prices, about("USD per million tokens")] = Prices(BUILT_IN_PRICES)
     usage: UsageConfig = UsageConfig()
 
 
@@ -2666,9 +2613,7 @@ class Config:
         self.timezone, self.upstreams, self.keys = builder.build()
         self.warnings = [f"line {sentence}" for sentence in document.sentences(document.warnings)]
         self.warnings += host_warnings(self, environ, builder.has_plain)
-        self.price = functools.lru_cache(maxsize=1024)(self.file.prices.price)
-        self.has_price = functools.lru_cache(maxsize=1024)(self.file.prices.knows)
-        self.surcharges = functools.lru_cache(maxsize=1024)(self._surcharges)
+        self.price = self.file.prices.price
         self.serving = functools.lru_cache(maxsize=1024)(self._serving)
 
     @classmethod
@@ -2708,65 +2653,11 @@ class Config:
         key.check(call.address, self.clock.wall())
         return key
 
-    def _surcharges(self, model: str) -> dict[str, float]:
-        table = self.file.prices
-        built_in = {name: amount for name, pattern, amount in reversed(SURCHARGES) if matches(pattern, model)}
-        return {**built_in, **table.surcharges, **table.find(model)[1].surcharges}
-
-    def premiums(self, model: str, words: Iterable[tuple[str, str]]) -> dict[str, float]:
-        """The factors of a call's premiums (fields and words of its answer, or of its request) for a model."""
-        found, known = {}, self.surcharges(model)
-        for field, word in words:
-            names = PREMIUMS[field]
-            found[word] = known[word] if word in names else max(known[name] for name in names)
-        return found
-
     def bill(self, asked: str, served: str, usage: Usage) -> Bill:
-        """What a call costs: at the price of the model that was asked, or of the one that served if that is dearer.
-
-        A name that has no row says nothing: servers answer with paths and aliases of their own.
-        """
-        served = served if served != asked and self.has_price(served) else ""
-        prompt = usage.prompt_tokens or usage.total_input_tokens
-        weighted = self.limits.weights.weigh(usage)
-        bill = Bill(*token_counts(usage), weighted_tokens=weighted, estimated=usage.estimated)
-        if not (usage.shares or usage.extras or usage.premiums):  # as most calls are
-            bill.price = self.price(asked).at(prompt)
-            bill.cost_usd = bill.price.cost_usd(usage)
-            if served:
-                other = self.price(served).at(prompt)
-                if other.cost_usd(usage) > bill.cost_usd:
-                    bill.price, bill.cost_usd = other, other.cost_usd(usage)
-            return bill
-        tokens = Tokens(*token_counts(usage))
-        for share in usage.shares:
-            tokens.add(share, -1)
-        names = [name for name in (asked, served) if name]
-        if usage.is_fallback:
-            names = names[-1:]  # what the asked model did is a share of its own
-        rates = [(self.price(name).at(prompt), self.premiums(name, usage.premiums), name) for name in names]
-        costs = [price.cost_usd(tokens) * math.prod(premiums.values()) for price, premiums, _ in rates]
-        cost = max(costs)
-        bill.price, bill.premiums, model = rates[costs.index(cost)]
-        bill.charges = [self._charge(share, asked, model, bill.price, usage) for share in usage.shares]
-        for name, count in usage.extras:
-            each = self.surcharges(model).get(name) if name in EXTRAS else None
-            if each:
-                bill.charges.append(Charge(what=name, usd=round(count * each, 9), count=count))
-        bill.cost_usd = round(cost + sum(charge.usd for charge in bill.charges), 9)
+        """What a call costs (`PriceTable.bill`), and what counts of it in limits of tokens."""
+        bill = self.file.prices.bill(asked, served, usage)
+        bill.weighted_tokens = self.limits.weights.weigh(usage)
         return bill
-
-    def _charge(self, share: Share, asked: str, model: str, price: Price, usage: Usage) -> Charge:
-        """What a share costs: sound at the call's model's price for it, another model's run at that model's price."""
-        if share.kind == "audio":
-            price = self.price(model).audio or price
-        else:
-            model = share.model or asked
-            price = self.price(model).at(share.prompt_tokens)
-        factor = math.prod(self.premiums(model, usage.premiums).values())
-        usd = round(price.cost_usd(share) * factor, 9)
-        counts = dict(zip(Tokens.__struct_fields__, token_counts(share), strict=True))
-        return Charge(what=share.kind, usd=usd, model=share.model, price=price, factor=factor, **counts)
 
     def route(self, call: Call) -> tuple[Serving, ...]:
         """Those that speak the call's format and serve its model, by priority, then in the file's order."""
@@ -2789,7 +2680,7 @@ class Config:
         if not found:
             raise PolicyBlocked(f"No upstream of this gateway serves the model {model!r}.")
         if self.file.prices.unknown == "refuse" and route.kind != "count_tokens":  # which costs nothing
-            found = [serving for serving in found if self.has_price(serving.model)]
+            found = [serving for serving in found if self.price(serving.model).is_known]
             if not found:
                 raise PolicyBlocked(
                     f"The model {model!r} has no price here, and this gateway serves only what it can price: "
@@ -3074,8 +2965,26 @@ class AttemptEntry(msgspec.Struct):
     ms: float = 0.0
 
 
-@inherited_after("attempts", tag_field="type", tag="call")
-class Entry(Bill, kw_only=True):
+# The order of a line's fields: msgspec puts those that are given by name only behind the others, so a line begins
+# with its own, then come its bill and what its `…End` has, last of all the chain.
+
+
+class EntryEnd(Bill, kw_only=True):
+    """What stands behind the bill of an Entry."""
+
+    first_byte_ms: float | None = None
+    duration_ms: float = 0.0
+    queued_ms: float = 0.0  # of these, until a slot was free and the call was admitted
+    bytes_up: int = 0
+    bytes_down: int = 0
+    session: str = ""
+    client: str = ""
+    user_agent: str = ""
+    upstream_request_id: str = ""
+    chain: str = ""
+
+
+class Entry(EntryEnd, tag_field="type", tag="call"):
     """One call as the ledger keeps it: one line of JSON. Times are UTC.
 
     `time` is when the call ended. `chain` is a hash over this line and the `chain` of the line before. A new field has
@@ -3095,16 +3004,6 @@ class Entry(Bill, kw_only=True):
     outcome: str = "completed"
     error_type: str = ""
     attempts: list[AttemptEntry] | int = 0  # in their order; a number in the first months' entries
-    first_byte_ms: float | None = None
-    duration_ms: float = 0.0
-    queued_ms: float = 0.0  # of these, until a slot was free and the call was admitted
-    bytes_up: int = 0
-    bytes_down: int = 0
-    session: str = ""
-    client: str = ""
-    user_agent: str = ""
-    upstream_request_id: str = ""
-    chain: str = ""
 
 
 class Adjustment(msgspec.Struct, kw_only=True, tag_field="type", tag="adjust"):
@@ -3132,8 +3031,16 @@ class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
     chain: str = ""
 
 
-@inherited_after("outcome", tag_field="type", tag="discarded")
-class Discarded(Bill, kw_only=True):
+class DiscardedEnd(Bill, kw_only=True):
+    """What stands behind the bill of a Discarded."""
+
+    session: str = ""
+    upstream_request_id: str = ""
+    requests: int = 0
+    chain: str = ""
+
+
+class Discarded(DiscardedEnd, tag_field="type", tag="discarded"):
     """What an upstream charges for an attempt of whose content the client saw nothing: it failed, another one followed.
 
     Counts as tokens and cost, not as a request; `request_id` is that of the call.
@@ -3148,10 +3055,6 @@ class Discarded(Bill, kw_only=True):
     model_served: str = ""
     path: str = ""
     outcome: str = ""
-    session: str = ""
-    upstream_request_id: str = ""
-    requests: int = 0
-    chain: str = ""
 
 
 LedgerLine = Entry | Discarded | Adjustment | Reset
@@ -4144,7 +4047,7 @@ class Total(msgspec.Struct):
     def of(cls, group: dict[str, str], sums: Sequence[int]) -> Total:
         """Sums (in the order of AMOUNTS) as people read them."""
         spent = dict(zip(AMOUNTS, sums, strict=False))
-        tokens = Tokens(*sums[: len(Tokens.__struct_fields__)])
+        tokens = Tokens(**dict(zip(Tokens.__struct_fields__, sums, strict=False)))
         total = cls(group, spent["calls"], spent["failed"], cost_usd=spent["nano_usd"] / 1e9)
         for kind, count in zip(TOKEN_KINDS, token_counts(tokens), strict=True):
             name = f"{kind}_tokens"
@@ -5416,7 +5319,7 @@ class Estimates:
     def learn(self, call: Call, asked: str, entry: Entry) -> None:
         """Take in how much input a call had, cached or not, and who answered for the model `asked` of its upstream."""
         served, config = entry.model_served, call.config
-        if served not in ("", asked) and config.has_price(served) and len(self._served) < self.MAX_SERVED:
+        if served not in ("", asked) and config.price(served).is_known and len(self._served) < self.MAX_SERVED:
             mine, theirs = config.price(asked).base, config.price(served).base
             if theirs.input > mine.input or theirs.output > mine.output:
                 self._served[asked] = served
@@ -5463,7 +5366,7 @@ class Estimates:
             "usd": math.ceil(input_tokens * price.input * 1e3),
         }
         if besides:
-            extras = config.surcharges(call.upstream_model)
+            extras = config.price(call.upstream_model).surcharges
             for unit in need:
                 run = need[unit] + config.limits.reserve_output * per_token[unit]
                 need[unit] += math.ceil(besides.runs * run)
@@ -5482,8 +5385,8 @@ class Estimates:
         names |= {self._served[name] for name in names if name in self._served}
         rates = []
         for name in names:
-            factor = max(1.0, math.prod(config.premiums(name, call.premiums).values()))
             row = config.price(name)
+            factor = max(1.0, math.prod(row.premiums(call.premiums).values()))
             rates.append((row.at(input_tokens), factor))
             if besides.has_sound and row.audio:
                 rates.append((row.audio, factor))
@@ -7140,7 +7043,7 @@ class Meter:
 
     def sum_up(self) -> Usage:
         """What the upstream said, in one. Raises AbsurdCount."""
-        usage = Usage(*token_counts(self.counts))
+        usage = msgspec.convert(self.counts, Usage, from_attributes=True)
         if self.extras:
             usage.extras = tuple(self.extras.items())
         if self.premiums:

@@ -93,7 +93,7 @@ def test_a_config_of_one_upstream_has_a_default_for_everything_else():
     assert (list(config.keys), config.file.usage) == ([], g.UsageConfig("usage", 1.0))
     assert config.warnings == [f"line 1: upstreams[0].api_key: {NO_API_KEY}"]
     assert (config.file.teams, config.limits) == ((), g.LimitsConfig((), 8192, 10.0, g.Weights(1.0, 1.0, 1.0, 0.1)))
-    assert config.file.prices == tuple(g.BUILT_IN_PRICES.items())
+    assert config.file.prices.rows == g.BUILT_IN_PRICES
     assert config.routing == g.RoutingConfig((), 4, 600.0, 120.0, 30.0, g.BreakerConfig(3, 10.0, 600.0))
 
 
@@ -379,8 +379,8 @@ def test_cache_prices_follow_from_the_input_price():
     """
     config = load(DEMO + 'prices: {"claude-*": {input: 3, output: 15, cache_read: 0.25}, "*": {input: 0, output: 0}}')
 
-    assert config.price("claude-x") == g.ModelPrice(g.Price(3.0, 15.0, 3.75, 6.0, 0.25))
-    assert config.price("gpt-x") == g.ModelPrice(g.Price(0.0, 0.0, 0.0, 0.0, 0.0))
+    assert config.price("claude-x").base == g.Price(3.0, 15.0, 3.75, 6.0, 0.25)
+    assert config.price("gpt-x").base == g.Price(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_the_first_price_that_matches_counts():
@@ -454,7 +454,7 @@ def test_tiers_are_sorted_whatever_their_order_in_the_file():
     turned = TIERED.replace(first + second, second + first)
 
     assert load(DEMO + TIERED).price("claude-x") == load(DEMO + turned).price("claude-x")
-    assert load(DEMO + TIERED).price("claude-x") == g.ModelPrice(BASE, ((200_000, LARGE), (1_000_000, HUGE)))
+    assert load(DEMO + TIERED).price("claude-x").tiers == ((200_000, LARGE), (1_000_000, HUGE))
 
 
 @pytest.mark.parametrize(
@@ -1214,10 +1214,10 @@ def test_the_example_names_every_setting():
     plain = g.Document(uncommented(), EXAMPLE).plain({"ANTHROPIC_API_KEY": "sk-ant"})
     plain["upstreams"] = [plain["upstreams"][0] | plain["upstreams"][1]]
     price = next(row for row in plain.pop("prices").values() if isinstance(row, dict))
-    tiers = [price | tier for tier in price["tiers"]]  # which take what a price takes
+    tiers = [price | tier for tier in price["tiers"]]  # which take what a price takes, and so does sound
 
     assert missing_settings(g.ConfigFile, plain) == ["prices"]
-    assert missing_settings(g.PriceConfig, price | {"tiers": tiers}) == []
+    assert missing_settings(g.PriceConfig, price | {"tiers": tiers, "audio": price}) == []
 
 
 def described(kind: type, at: str = "") -> Iterator[tuple[str, str]]:

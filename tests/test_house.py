@@ -15,7 +15,7 @@ BANNER = re.compile(r"^# --- \d+\. (.*?): .* -+\n(?:\n?# Offers: ((?:.+\n)(?:#  
 BUDGETS = {
     "Words": 600,
     "Secrets": 300,
-    "Prices": 280,
+    "Prices": 320,
     "Types": 400,
     "Settings": 360,
     "Config": 760,

@@ -44,7 +44,7 @@ def script_of(answer: dict | list) -> list:
 
 def recomputed(entry: g.Entry) -> float:
     """The bill of an entry, from nothing but the entry."""
-    own = g.Tokens(*(getattr(entry, name) for name in g.Tokens.__struct_fields__))
+    own = msgspec.convert(entry, g.Tokens, from_attributes=True)
     for charge in entry.charges:
         own.add(charge, -1)
         if charge.price:
@@ -134,7 +134,12 @@ def test_a_surcharge_can_be_set_for_a_model_or_for_all():
     A number beside the models is for all of them, a number in a model's row for that one; else the built-in one holds.
     """
     config = load(OWN + STAR + "  fast: 4\n  us: 1.25\n")
-    usage = g.Usage(1000, 100, premiums=(("speed", "fast"), ("inference_geo", "us")), extras=(("web_search", 2),))
+    usage = g.Usage(
+        input_tokens=1000,
+        output_tokens=100,
+        premiums=(("speed", "fast"), ("inference_geo", "us")),
+        extras=(("web_search", 2),),
+    )
 
     haiku, gpt = config.bill("claude-haiku-4-5", "", usage), config.bill("gpt-5", "", usage)
 
@@ -322,7 +327,7 @@ def test_whatever_an_answer_says_its_bill_is_a_number_and_can_be_added_up_again(
         usage = meter.spend(True)
         bill = SHIPPED.bill("claude-haiku-4-5", meter.model, usage)
 
-        own = g.Tokens(*(getattr(usage, name) for name in g.Tokens.__struct_fields__))
+        own = msgspec.convert(usage, g.Tokens, from_attributes=True)
         for charge in bill.charges:
             own.add(charge, -1)
         assert all(getattr(own, name) >= 0 for name in g.Tokens.__struct_fields__)
@@ -337,7 +342,7 @@ def test_a_name_that_has_no_price_says_nothing_of_who_served():
     """
     config = load("prices:\n  llama: {input: 0.1, output: 0.1}\n" + STAR)
 
-    assert config.bill("llama", "/models/llama-4.gguf", g.Usage(1_000_000)).cost_usd == 0.1
+    assert config.bill("llama", "/models/llama-4.gguf", g.Usage(input_tokens=1_000_000)).cost_usd == 0.1
 
 
 # Streams that break off, attempts that were billed in vain
@@ -381,7 +386,7 @@ def test_the_usage_of_a_plain_call_makes_nothing_more_than_it_did():
     What is absent costs nothing: no shares, no premiums, no dictionaries.
     """
     config = load("")
-    usage = g.Usage(1000, 100)
+    usage = g.Usage(input_tokens=1000, output_tokens=100)
 
     bill = config.bill("claude-opus-5-5", "claude-opus-5-5", usage)
 

@@ -38,8 +38,7 @@ def test_the_ledger_line_that_is_shown_is_one():
     entry = msgspec.json.decode(shown, type=g.Entry)
 
     assert list(json.loads(shown)) == ["type"] + [field.name for field in msgspec.structs.fields(g.Entry)]
-    usage = g.Usage(entry.input_tokens, entry.output_tokens, 0, 0, entry.cache_read_tokens)
-    assert entry.price.cost_usd(usage) == entry.cost_usd
+    assert entry.price.cost_usd(entry) == entry.cost_usd
     assert re.fullmatch("[0-9a-f]{32}", entry.chain)
 
 
