@@ -223,13 +223,12 @@ log = logging.getLogger("gateway")
 # === Floor A. Values: plain data and pure functions =================================
 
 # --- 1. Words: Call, Spend, Limit, WINDOWS, the errors ----------------------------
-# Offers: A_DATE, A_DURATION, A_SIZE, A_TEXT, Api, BadRequest, Besides, Budget, Call, ClientLeft, Clock,
-#   CommandError, COUNT_UNITS, describe, DOLLARS, EncodingRefused, error_body, error_headers, first_values,
-#   FromEnvironment, GatewayError, Headers, HeadTooLarge, INTERNAL_ERROR, KeyForbidden, KeyRefused, Limit,
-#   LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES, odd_character,
-#   os_reason, Overloaded, Pace, parse_scaled, PLAIN_TARGETS, PolicyBlocked, printable, RequestTimeout, Route,
-#   ROUTES, ScopeKind, Share, Spend, STEP_S, TIME_UNITS, token_counts, TOKEN_KINDS, Tokens, TooLarge, Unavailable,
-#   UNREADABLE, UpstreamFailed, UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused, why_not, WINDOWS, Windows
+# Offers: Api, BadRequest, Besides, Budget, Call, ClientLeft, Clock, CommandError, EncodingRefused, error_body,
+#   error_headers, first_values, FromEnvironment, GatewayError, Headers, HeadTooLarge, INTERNAL_ERROR, KeyForbidden,
+#   KeyRefused, Limit, LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES,
+#   os_reason, Overloaded, Pace, PLAIN_TARGETS, PolicyBlocked, printable, RequestTimeout, Route, ROUTES, ScopeKind,
+#   Share, Spend, STEP_S, token_counts, TOKEN_KINDS, Tokens, TooLarge, Unavailable, UNREADABLE, UpstreamFailed,
+#   UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused, why_not, WINDOWS, Windows
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -645,8 +644,6 @@ def error_headers(error: GatewayError, request_id: str) -> list[tuple[str, str]]
     return headers
 
 
-COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
-TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 LIMIT_UNITS = ("tokens", "usd", "requests")
 
 ROUTES = {
@@ -658,66 +655,9 @@ ROUTES = {
 }  # all POST; GET /v1/models and /v1/models/ID are answered from lists, and nothing else reaches an upstream
 PLAIN_TARGETS = frozenset(path.encode() for path in ROUTES)
 
-A_DURATION, A_SIZE, A_DATE = "a duration such as 30s", "a size such as 64MB", "a date such as 2027-01-31"
-A_TEXT = "text (in quotes, where it looks like a number or a date)"
-DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
-MAX_SHOWN = 13  # characters of a value in a message: what is longer may be a secret
-VALUE_WORDS: dict[type, str] = {
-    list: "a list",
-    dict: "a mapping",
-    str: "text",
-    int: "a whole number",
-    float: "a number",
-    dt.date: "a date",
-    object: "a value",
-}
-
 
 class FromEnvironment(str):
     """Text of config.yaml in which `${NAME}` was filled in. No message shows it."""
-
-
-def describe(value: object) -> str:
-    """Return what is in the file, in YAML's words: `a list`, `a whole number: 5`, `text: 'http'`."""
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return str(value).lower()
-    kind = next(word for kind, word in VALUE_WORDS.items() if isinstance(value, kind))
-    if isinstance(value, (list, dict)):
-        return kind
-    if isinstance(value, FromEnvironment):
-        return f"{kind} from the environment"
-    text = str(value)
-    if len(text) > MAX_SHOWN:
-        return f"{kind} of {len(text):,} characters"
-    return f"{kind}: {value!r}" if isinstance(value, str) else f"{kind}: {text}"
-
-
-# Characters that look like those that mean something to YAML, and what is told of them.
-ODD_CHARACTERS = {
-    "\u00a0\u1680\u2000-\u200d\u202f\u205f\u2060\u3000\ufeff": "is no blank for YAML: put an ordinary one in its place",
-    "“”„‟‘’‚‛«»": "is no quote for YAML: its own are \" and '",
-    "：﹕，；": "is no punctuation for YAML: put the ASCII one in its place",
-}
-
-
-def odd_character(text: str) -> str:
-    """Return what is to be told of the first odd character in a text, behind a semicolon; "" where there is none."""
-    for characters, told in ODD_CHARACTERS.items():
-        found = re.search(f"[{characters}]", text)
-        if found:
-            return f"; U+{ord(found[0]):04X} ({unicodedata.name(found[0]).lower()}) {told}"
-    return ""
-
-
-def parse_scaled(value: object, units: Mapping[str, float], expected: str) -> float:
-    """Read a number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
-    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", str(value).strip().replace("_", ""), re.ASCII)
-    if not found or found[2] not in units:
-        hint = f" (units: {', '.join(filter(None, units))})" if found else ""
-        raise ValueError(f"expected {expected}, got {describe(value)}{hint}")
-    return float(found[1]) * units[found[2]]
 
 
 # --- 2. Secrets: sealed and hashed, user keys, networks ---------------------------
@@ -741,7 +681,7 @@ class Secret(str):
     def parse(cls, value: object) -> Self:
         """Make one of a plain value of config.yaml. Raises ValueError, which does not quote what is no text, either."""
         if not isinstance(value, str):
-            raise ValueError(f"expected {A_TEXT}")
+            raise ValueError("expected text in quotes")
         secret = cls(value)
         secret.is_written = not isinstance(value, FromEnvironment)
         return secret
@@ -769,17 +709,9 @@ def seal_key(key: str) -> str:
 
 
 def check_pasted(secret: str) -> None:
-    """Raise ValueError, without echoing it, where a pasted secret holds more than the secret."""
-    stripped = secret.strip()
-    for bad, why in (
-        (not stripped, "is empty"),
-        (secret != stripped or re.search(r"\s", re.sub("(?i)^bearer ", "", stripped)), "has white space in it"),
-        (stripped[:1] in "\"'`“‘" or stripped[-1:] in "\"'`”’", "has quotes around it"),
-        (stripped.lower().startswith("bearer "), "starts with 'Bearer '"),
-        (not stripped.isascii() or not stripped.isprintable(), "has characters no key has"),
-    ):
-        if bad:
-            raise ValueError(f"{why}: paste only the key itself")
+    """Raise ValueError, without echoing it, where a pasted secret is empty or holds more than the secret."""
+    if not re.fullmatch("(?![\"'`])[!-~]+(?<![\"'`])", secret):
+        raise ValueError("is empty, or has blanks, quotes or other characters that no key has: paste only the key")
 
 
 class Vault:
@@ -877,25 +809,23 @@ def parse_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | 
     return getattr(address, "ipv4_mapped", None) or address
 
 
+def address_in(text: str, networks: Iterable[Network]) -> bool:
+    """Whether the address lies in one of the networks."""
+    address = parse_address(text)
+    return address is not None and any(address in network for network in networks)
+
+
 # Link-local networks, and where clouds tell their machines' credentials (AWS, Google, Azure, Alibaba, Oracle).
-FORBIDDEN = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        *("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128"),
-        *("fd20:ce::254/128", "100.100.100.200/32", "192.0.0.192/32"),
-    )
-)
+FORBIDDEN_TEXT = "169.254.0.0/16 fe80::/10 fd00:ec2::254/128 fd20:ce::254/128 100.100.100.200/32 192.0.0.192/32"
+FORBIDDEN = tuple(map(ipaddress.ip_network, FORBIDDEN_TEXT.split()))
 
 
 def is_forbidden(text: str) -> bool:
     """Whether an address is link-local or a cloud's metadata service; names are not."""
-    address = parse_address(text.partition("%")[0])
-    return address is not None and any(address in net for net in FORBIDDEN)
+    return address_in(text.partition("%")[0], FORBIDDEN)
 
 
-HOP = re.compile(
-    r"\[([0-9A-Fa-f:.%\w]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+"
-)  # an address with brackets, a port or both
+HOP = re.compile(r"\[([0-9A-Fa-f:.%\w]+)\](?::\d+)?|(\d+\.\d+\.\d+\.\d+):\d+")  # with brackets, a port or both
 
 
 def read_hop(text: str) -> str:
@@ -906,12 +836,6 @@ def read_hop(text: str) -> str:
     if found := HOP.fullmatch(text):
         text = found[1] or found[2]
     return text if parse_address(text) else ""
-
-
-def address_in(text: str, networks: Iterable[Network]) -> bool:
-    """Whether the address lies in one of the networks."""
-    address = parse_address(text)
-    return address is not None and any(address in network for network in networks)
 
 
 class Key(msgspec.Struct, frozen=True):
@@ -1008,9 +932,10 @@ def credentials(headers: Headers, named: Mapping[bytes, bytes]) -> list[str]:
 
 
 # --- 3. Prices: what a call costs -------------------------------------------------
-# Offers: Bill, BUILT_IN_PRICES, Charge, CHAT_SEARCH, Dollars, EXTRAS, Factor, ModelPrice, ORDINARY, Premium,
-#   PREMIUMS, Price, PriceConfig, PriceTable, SURCHARGE_NAMES, SURCHARGES, Unknown
+# Offers: Bill, BUILT_IN_PRICES, CHAT_SEARCH, DOLLARS, Dollars, EXTRAS, Factor, ModelPrice, ORDINARY, Premium,
+#   PREMIUMS, Price, PriceConfig, PriceTable, SURCHARGE_NAMES, Unknown
 
+DOLLARS = "a number of dollars such as 20 or 0.50 (without the $ sign)"
 Dollars = Annotated[float, msgspec.Meta(ge=0, le=1e9, title=DOLLARS)]
 Factor = Annotated[float, msgspec.Meta(ge=0, le=1000, title="a number from 0 to 1000 such as 1.5")]
 Premium = Annotated[float, msgspec.Meta(gt=0, le=1000, title="a factor above 0 such as 1.5 (1: no premium)")]
@@ -1153,7 +1078,7 @@ SONNET_4 = Price(3, 15, 3.75, 6, 0.3)
 
 
 def gpt_price(
-    input_usd: float, output_usd: float, read_usd: float, write: float = 1.0, is_long: bool = True
+    input_usd: float, output_usd: float, read_usd: float, write: float = 1.0, is_long: bool = False
 ) -> ModelPrice:
     """A row of OpenAI's: writes to the cache cost so many times the input, and prompts above 272k tokens more."""
     base = Price(input_usd, output_usd, input_usd * write, input_usd * write, read_usd)
@@ -1177,44 +1102,46 @@ BUILT_IN_PRICES = {
     "claude-haiku-4-5": ModelPrice(Price(1, 5, 1.25, 2, 0.1)),
     "claude-3-5-haiku": ModelPrice(Price(0.8, 4, 1, 1.6, 0.08)),
     "claude-3-haiku": ModelPrice(Price(0.25, 1.25, 0.3, 0.5, 0.03)),
-    "gpt-6.2-astra": gpt_price(8, 40, 0.4, 1.25),
-    "gpt-6-astra": gpt_price(10, 50, 1, 1.25),
-    **dict.fromkeys(("gpt-6.2-sol", "gpt-6.1-sol"), gpt_price(2, 10, 0.1, 1.25)),
-    "gpt-6-sol": gpt_price(2, 10, 0.2, 1.25),
-    "gpt-6-luna": gpt_price(0.1, 0.5, 0.01, 1.25),
-    **dict.fromkeys(("gpt-5.6-sol", "gpt-5.6"), gpt_price(5, 30, 0.5, 1.25)),  # $4/$20 was promised until 21 November
-    "gpt-5.6-terra": gpt_price(2, 12, 0.2, 1.25),
-    "gpt-5.6-luna": gpt_price(0.2, 1.2, 0.02, 1.25),
-    "gpt-5.5": gpt_price(5, 30, 0.5),
-    **dict.fromkeys(("gpt-5.5-pro", "gpt-5.4-pro"), gpt_price(30, 180, 30)),
-    "gpt-5.4": gpt_price(2.5, 15, 0.25),
-    "gpt-5.4-mini": gpt_price(0.75, 4.5, 0.075, is_long=False),
-    "gpt-5.4-nano": gpt_price(0.2, 1.25, 0.02, is_long=False),
-    **dict.fromkeys(("gpt-5.3-codex", "gpt-5.2", "gpt-5.2-codex"), gpt_price(1.75, 14, 0.175, is_long=False)),
-    "gpt-5.2-pro": gpt_price(21, 168, 21, is_long=False),
-    "gpt-5-pro": gpt_price(15, 120, 15, is_long=False),
-    **dict.fromkeys(("gpt-5.1", "gpt-5.1-codex", "gpt-5.1-codex-max"), gpt_price(1.25, 10, 0.125, is_long=False)),
-    **dict.fromkeys(("gpt-5", "gpt-5-codex"), gpt_price(1.25, 10, 0.125, is_long=False)),
-    **dict.fromkeys(("gpt-5-mini", "gpt-5.1-codex-mini"), gpt_price(0.25, 2, 0.025, is_long=False)),
-    "gpt-5-nano": gpt_price(0.05, 0.4, 0.005, is_long=False),
-    "gpt-4.1": gpt_price(2, 8, 0.5, is_long=False),
-    "gpt-4.1-mini": gpt_price(0.4, 1.6, 0.1, is_long=False),
-    "gpt-4.1-nano": gpt_price(0.1, 0.4, 0.025, is_long=False),
-    "gpt-4o": gpt_price(2.5, 10, 1.25, is_long=False),
-    "gpt-4o-mini": gpt_price(0.15, 0.6, 0.075, is_long=False),
-    "gpt-audio": gpt_price(2.5, 10, 2.5, is_long=False)._replace(audio=Price(32, 64)),
-    "gpt-audio-mini": gpt_price(0.6, 2.4, 0.6, is_long=False)._replace(audio=Price(10, 20)),
-    "gpt-4o-audio-preview": gpt_price(2.5, 10, 2.5, is_long=False)._replace(audio=Price(40, 80)),
-    "gpt-4o-mini-audio-preview": gpt_price(0.15, 0.6, 0.15, is_long=False)._replace(audio=Price(10, 20)),
-    "gpt-image-*": gpt_price(10, 40, 2.5, is_long=False),  # of the models that draw, the dearest
-    "o1": gpt_price(15, 60, 7.5, is_long=False),
-    "o3": gpt_price(2, 8, 0.5, is_long=False),
-    "o3-pro": gpt_price(20, 80, 20, is_long=False),
-    "o3-mini": gpt_price(1.1, 4.4, 0.55, is_long=False),
-    "o4-mini": gpt_price(1.1, 4.4, 0.275, is_long=False),
-    "text-embedding-3-small": gpt_price(0.02, 0, 0.02, is_long=False),
-    "text-embedding-3-large": gpt_price(0.13, 0, 0.13, is_long=False),
-    "text-embedding-ada-002": gpt_price(0.1, 0, 0.1, is_long=False),
+    "gpt-6.2-astra": gpt_price(8, 40, 0.4, 1.25, is_long=True),
+    "gpt-6-astra": gpt_price(10, 50, 1, 1.25, is_long=True),
+    **dict.fromkeys(("gpt-6.2-sol", "gpt-6.1-sol"), gpt_price(2, 10, 0.1, 1.25, is_long=True)),
+    "gpt-6-sol": gpt_price(2, 10, 0.2, 1.25, is_long=True),
+    "gpt-6-luna": gpt_price(0.1, 0.5, 0.01, 1.25, is_long=True),
+    **dict.fromkeys(
+        ("gpt-5.6-sol", "gpt-5.6"), gpt_price(5, 30, 0.5, 1.25, is_long=True)
+    ),  # $4/$20 was promised until 21 November
+    "gpt-5.6-terra": gpt_price(2, 12, 0.2, 1.25, is_long=True),
+    "gpt-5.6-luna": gpt_price(0.2, 1.2, 0.02, 1.25, is_long=True),
+    "gpt-5.5": gpt_price(5, 30, 0.5, is_long=True),
+    **dict.fromkeys(("gpt-5.5-pro", "gpt-5.4-pro"), gpt_price(30, 180, 30, is_long=True)),
+    "gpt-5.4": gpt_price(2.5, 15, 0.25, is_long=True),
+    "gpt-5.4-mini": gpt_price(0.75, 4.5, 0.075),
+    "gpt-5.4-nano": gpt_price(0.2, 1.25, 0.02),
+    **dict.fromkeys(("gpt-5.3-codex", "gpt-5.2", "gpt-5.2-codex"), gpt_price(1.75, 14, 0.175)),
+    "gpt-5.2-pro": gpt_price(21, 168, 21),
+    "gpt-5-pro": gpt_price(15, 120, 15),
+    **dict.fromkeys(("gpt-5.1", "gpt-5.1-codex", "gpt-5.1-codex-max"), gpt_price(1.25, 10, 0.125)),
+    **dict.fromkeys(("gpt-5", "gpt-5-codex"), gpt_price(1.25, 10, 0.125)),
+    **dict.fromkeys(("gpt-5-mini", "gpt-5.1-codex-mini"), gpt_price(0.25, 2, 0.025)),
+    "gpt-5-nano": gpt_price(0.05, 0.4, 0.005),
+    "gpt-4.1": gpt_price(2, 8, 0.5),
+    "gpt-4.1-mini": gpt_price(0.4, 1.6, 0.1),
+    "gpt-4.1-nano": gpt_price(0.1, 0.4, 0.025),
+    "gpt-4o": gpt_price(2.5, 10, 1.25),
+    "gpt-4o-mini": gpt_price(0.15, 0.6, 0.075),
+    "gpt-audio": gpt_price(2.5, 10, 2.5)._replace(audio=Price(32, 64)),
+    "gpt-audio-mini": gpt_price(0.6, 2.4, 0.6)._replace(audio=Price(10, 20)),
+    "gpt-4o-audio-preview": gpt_price(2.5, 10, 2.5)._replace(audio=Price(40, 80)),
+    "gpt-4o-mini-audio-preview": gpt_price(0.15, 0.6, 0.15)._replace(audio=Price(10, 20)),
+    "gpt-image-*": gpt_price(10, 40, 2.5),  # of the models that draw, the dearest
+    "o1": gpt_price(15, 60, 7.5),
+    "o3": gpt_price(2, 8, 0.5),
+    "o3-pro": gpt_price(20, 80, 20),
+    "o3-mini": gpt_price(1.1, 4.4, 0.55),
+    "o4-mini": gpt_price(1.1, 4.4, 0.275),
+    "text-embedding-3-small": gpt_price(0.02, 0, 0.02),
+    "text-embedding-3-large": gpt_price(0.13, 0, 0.13),
+    "text-embedding-ada-002": gpt_price(0.1, 0, 0.1),
     "*": ModelPrice(FABLE_5, audio=Price(40, 80)),
 }
 
@@ -1322,8 +1249,9 @@ class PriceTable:
 
 
 # --- 4. Types: a setting's text to a value, and what is wrong with it -------------
-# Offers: Amount, AtLeastOne, Attempts, convert, Duration, Expiry, Fsync, LimitSet, MAX_TOLD, Mistake, Mistakes,
-#   ModelNames, Name, Networks, Policies, Port, Prices, read_date, Secrets, Size, Steps, unknown, Url, UserKey
+# Offers: A_DATE, Amount, AtLeastOne, Attempts, convert, describe, Duration, Expiry, Fsync, LimitSet, MAX_TOLD,
+#   Mistake, Mistakes, ModelNames, Name, Networks, odd_character, Policies, Port, Prices, read_date, Secrets, Size,
+#   Steps, unknown, Url, UserKey
 
 # A setting is a field of a struct: its type says what may be written, its default what holds where nothing is written,
 # and `about` what it means, in the words that config.example.yaml has beside it (a test compares them).
@@ -1380,6 +1308,49 @@ class Mistakes(ValueError):
             raise self
 
 
+A_TEXT = "text (in quotes, where it looks like a number or a date)"
+A_DATE = "a date such as 2027-01-31"
+TYPE_WORDS: dict[Any, str] = {
+    tuple: "a list such as [a, b]",
+    dict: "a mapping such as {name: value}",
+    str: A_TEXT,
+    int: "a whole number such as 8",
+    float: "a number such as 1.5",
+    bool: "true or false",
+}
+VALUE_WORDS: dict[type, str] = {
+    list: "a list",
+    dict: "a mapping",
+    types.NoneType: "nothing",
+    FromEnvironment: "text from the environment",
+}
+MAX_SHOWN = 13  # characters of a value in a message: what is longer may be a secret
+ODD_CHARACTER = re.compile(  # looks like one that means something to YAML: a blank, a quote, punctuation
+    "[\u00a0\u1680\u2000-\u200d\u202f\u205f\u2060\u3000\ufeff“”„‟‘’‚‛«»：﹕，；]"
+)
+
+
+def describe(value: object) -> str:
+    """Return what is in the file for a message: `a list`, `'http'`, `5`, `a value of 40 characters`."""
+    text = str(value)
+    if type(value) in VALUE_WORDS:
+        return VALUE_WORDS[type(value)]
+    if len(text) > MAX_SHOWN:
+        return f"a value of {len(text):,} characters"
+    if isinstance(value, str):
+        return repr(value)
+    return text.lower()  # as YAML has them: true, .inf
+
+
+def odd_character(text: str) -> str:
+    """Return what is to be told of the first odd character in a text, behind a semicolon; "" where there is none."""
+    found = ODD_CHARACTER.search(text)
+    if not found:
+        return ""
+    name = unicodedata.name(found[0]).lower()
+    return f"; U+{ord(found[0]):04X} ({name}) means nothing to YAML: put the ASCII character in its place"
+
+
 def unknown(what: str, name: str, known: Collection[str], there_are: str = "") -> ValueError:
     """Return the mistake that `name` is none of the `known` ones, with the one that is probably meant."""
     close = difflib.get_close_matches(name, known, 1)
@@ -1391,14 +1362,6 @@ def unknown(what: str, name: str, known: Collection[str], there_are: str = "") -
     )
 
 
-TYPE_WORDS: dict[Any, str] = {
-    tuple: "a list such as [a, b]",
-    dict: "a mapping such as {name: value}",
-    str: A_TEXT,
-    int: "a whole number such as 8",
-    float: "a number such as 1.5",
-    bool: "true or false",
-}
 fields_of = functools.cache(msgspec.structs.fields)  # which compiles the annotations each time
 
 
@@ -1473,12 +1436,22 @@ def convert(value: object, kind: Any) -> Any:
 
 # Types of settings. `parse` makes one of a plain value.
 
+COUNT_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "万": 10**4, "亿": 10**8}
+TIME_UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 SIZE_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30}
+A_DURATION = "a duration such as 30s (units: ms, s, m, h, d)"
 LIMIT_AMOUNTS = {
     "usd": DOLLARS,
     "tokens": "a number of tokens such as 200k or 50M",
     "requests": "a number of requests such as 60",
     "concurrent": "a number of calls such as 16",
+}
+LIMIT_NAMES = {
+    limit.name: limit
+    for limit in (
+        *(Limit(unit, window, 0) for unit in LIMIT_UNITS for window in WINDOWS.values()),
+        Limit("concurrent", WINDOWS[""], 0),
+    )
 }
 Name = Annotated[
     str,
@@ -1500,12 +1473,20 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1, le=1_000_000, title="a whole numb
 Policy = Literal["sticky", "round_robin", "least_busy"]
 
 
+def parse_scaled(value: object, units: Mapping[str, float], expected: str) -> float:
+    """Read a number with a unit: `50M`, `32MB`, `10s`. Raises ValueError that says what is expected."""
+    found = re.fullmatch(r"(\d{1,30}(?:\.\d{1,30})?)\s*(\D*)", str(value).strip().replace("_", ""), re.ASCII)
+    if not found or found[2] not in units:
+        raise ValueError(f"expected {expected}, got {describe(value)}")
+    return float(found[1]) * units[found[2]]
+
+
 class Size(int):
     """Bytes: `32MB`."""
 
     @classmethod
     def parse(cls, value: object) -> Size:
-        return cls(parse_scaled(value, SIZE_UNITS, A_SIZE))
+        return cls(parse_scaled(value, SIZE_UNITS, "a size such as 64MB (units: B, KB, MB, GB)"))
 
 
 class Duration(float):
@@ -1523,7 +1504,7 @@ class Fsync(float):
     def parse(cls, value: object) -> Fsync:
         if value in ("always", "never"):
             return cls(0.0 if value == "always" else math.inf)
-        return cls(parse_scaled(value, TIME_UNITS, "always, never or a duration such as 1s"))
+        return cls(parse_scaled(value, TIME_UNITS, f"always, never or {A_DURATION}"))
 
 
 class Networks(tuple[Network, ...]):
@@ -1593,20 +1574,15 @@ class LimitSet(tuple[Limit, ...]):
     """`<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent: amount`."""
 
     @classmethod
-    def parse(cls, value: object, windows: Windows = WINDOWS) -> LimitSet:
+    def parse(cls, value: object) -> LimitSet:
         limits, mistakes = [], Mistakes()
         for name, amount in items_of(value, "{usd/day: 20, tokens/month: 50M, concurrent: 16}"):
-            unit, _, window = name.partition("/")
-            is_known = name == "concurrent" or (unit in LIMIT_UNITS and window in windows and not name.endswith("/"))
             with mistakes.at(name):
-                if not is_known:
-                    names = [
-                        "concurrent",
-                        *(f"{unit}/{window}".rstrip("/") for unit in LIMIT_UNITS for window in windows),
-                    ]
-                    there_are = f"{', '.join(LIMIT_UNITS)}, alone or with a window ({', '.join(filter(None, windows))})"
-                    raise unknown("limit", name, names, f"{there_are} as in usd/day; concurrent")
-                limits.append(Limit(unit, windows[window], parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[unit])))
+                if name not in LIMIT_NAMES:
+                    raise unknown("limit", name, LIMIT_NAMES)
+                limit = LIMIT_NAMES[name]
+                number = parse_scaled(amount, COUNT_UNITS, LIMIT_AMOUNTS[limit.unit])
+                limits.append(limit._replace(amount=number))
         mistakes.check()
         return cls(limits)
 
@@ -1648,15 +1624,10 @@ class Prices(PriceTable):
 class Secrets(tuple[Secret, ...]):
     """The API keys of an upstream: one, or a list of them."""
 
-    is_list = False  # as the file writes them
-
     @classmethod
     def parse(cls, value: object) -> Secrets:
-        is_list = isinstance(value, list)
-        found = convert(value, tuple[Secret, ...]) if is_list else (Secret.parse(value),)
-        secrets = cls(filter(None, found))
-        secrets.is_list = is_list
-        return secrets
+        found = [Secret.parse(value)] if not isinstance(value, list) else convert(value, tuple[Secret, ...])
+        return cls(filter(None, found))
 
 
 class UserKey(Secret):
@@ -1707,7 +1678,7 @@ class Policies(tuple[tuple[str, Policy], ...]):
 
 # --- 5. Settings: every setting as a typed field ----------------------------------
 # Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED, UpstreamConfig,
-#   UsageConfig, VERDICT_MEANINGS, VerdictConfig, VERDICTS, Weights
+#   UsageConfig, VerdictConfig, VERDICTS, Weights
 
 # The settings
 
@@ -1749,6 +1720,7 @@ Blame = Literal["none", "key", "upstream"]
 class Verdict(NamedTuple):
     """What a failed attempt means: for the call, for who failed it, and for the client if nobody does better."""
 
+    meaning: str
     try_next: bool  # is another upstream or key asked?
     blame: Blame  # who is left alone for it: this API key, or the whole upstream?
     cooldown_s: float = 0.0  # at once, for so long; 0: only after `breaker.failures` of them in a row
@@ -1757,42 +1729,23 @@ class Verdict(NamedTuple):
 
 # The answer's status (of an error event, that of its type), or how an attempt failed without one.
 VERDICTS = {
-    "own_trouble": Verdict(True, "none"),
-    "unreachable": Verdict(True, "upstream"),
-    "connect_timeout": Verdict(True, "upstream"),
-    "first_byte_timeout": Verdict(True, "upstream"),
-    "cut": Verdict(True, "upstream"),
-    "not_http": Verdict(True, "upstream"),
-    "unexpected": Verdict(True, "upstream"),
-    "unmetered": Verdict(False, "upstream"),  # it is paid for, and the next one would be written the same way
-    "mid_stream": Verdict(False, "upstream"),  # bytes are out: never twice
-    "401": Verdict(True, "key", 1800.0),
-    "402": Verdict(True, "key", 1800.0),
-    "403": Verdict(True, "key", 1800.0),
-    "404": Verdict(True, "none", passes=True),
-    "408": Verdict(True, "upstream", passes=True),
-    "429": Verdict(True, "key", 10.0, passes=True),
-    "4xx": Verdict(False, "none", passes=True),
-    "5xx": Verdict(True, "upstream", passes=True),
-}
-VERDICT_MEANINGS = {
-    "own_trouble": "the gateway itself lacks descriptors, ports or memory: 503 with `retry-after`",
-    "unreachable": "no address, refused, TLS failed",
-    "connect_timeout": "not connected within `timeouts.connect`",
-    "first_byte_timeout": "no content within `timeouts.first_byte` (or `routing.patience`)",
-    "cut": "the answer ended before its first content",
-    "not_http": "what came is not HTTP",
-    "unexpected": "HTML, a redirect, an empty answer",
-    "unmetered": "an answer that is compressed, or has a status like 201: paid for, but not to be read",
-    "mid_stream": "the answer broke off after its first content",
-    "401": "the upstream refuses our API key: left alone when that is sure, and told as an error in the log",
-    "402": "its account has no credit (also a 400 whose message begins so): left alone when that is sure",
-    "403": "our API key may not do this: left alone when that is sure",
-    "404": "the model is not known there, or not to our project",
-    "408": "the upstream gave up waiting",
-    "429": "too much for this key with that model: for as long as the answer's headers say, at most 30 minutes",
-    "4xx": "the request itself is wrong: 400, 413, 422 and all others",
-    "5xx": "the upstream is broken or overloaded: 500, 502, 503, 529 and all others",
+    "own_trouble": Verdict("the gateway lacks descriptors, ports or memory: 503 with `retry-after`", True, "none"),
+    "unreachable": Verdict("no address, refused, TLS failed", True, "upstream"),
+    "connect_timeout": Verdict("not connected within `timeouts.connect`", True, "upstream"),
+    "first_byte_timeout": Verdict("no content within `timeouts.first_byte` (or `routing.patience`)", True, "upstream"),
+    "cut": Verdict("the answer ended before its first content", True, "upstream"),
+    "not_http": Verdict("what came is not HTTP", True, "upstream"),
+    "unexpected": Verdict("HTML, a redirect, an empty answer", True, "upstream"),
+    "unmetered": Verdict("compressed, or of a status like 201: paid for, but not to be read", False, "upstream"),
+    "mid_stream": Verdict("the answer broke off after its first content", False, "upstream"),
+    "401": Verdict("our API key is refused: left alone when that is sure, an error in the log", True, "key", 1800.0),
+    "402": Verdict("no credit (also a 400 that begins so): left alone when that is sure", True, "key", 1800.0),
+    "403": Verdict("our API key may not do this: left alone when that is sure", True, "key", 1800.0),
+    "404": Verdict("the model is not known there, or not to our project", True, "none", passes=True),
+    "408": Verdict("the upstream gave up waiting", True, "upstream", passes=True),
+    "429": Verdict("too much for this key and model: as long as headers say, at most 30 m", True, "key", 10.0, True),
+    "4xx": Verdict("the request itself is wrong: 400, 413, 422 and all others", False, "none", passes=True),
+    "5xx": Verdict("broken or overloaded: 500, 502, 503, 529 and all others", True, "upstream", passes=True),
 }
 REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure (`Upstreams._blame`)
 UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a client's can bring these about
@@ -1801,19 +1754,15 @@ UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a cl
 class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What one upstream has different from a row of VERDICTS. The README's table describes the settings."""
 
-    next: bool | None = None
+    try_next: bool | None = msgspec.field(default=None, name="next")
     blame: Blame | None = None
-    cooldown: Duration | None = None
+    cooldown_s: Duration | None = msgspec.field(default=None, name="cooldown")
     passes: bool | None = msgspec.field(default=None, name="pass")
 
     def over(self, verdict: Verdict) -> Verdict:
         """Return `verdict` with the configured fields replaced."""
-        return Verdict(
-            verdict.try_next if self.next is None else self.next,
-            self.blame or verdict.blame,
-            verdict.cooldown_s if self.cooldown is None else self.cooldown,
-            verdict.passes if self.passes is None else self.passes,
-        )
+        given = {name: value for name, value in msgspec.structs.asdict(self).items() if value is not None}
+        return verdict._replace(**given)
 
 
 # What no client's header of such a name does upstream, even where `headers.pass` names it: it frames this hop, it is
@@ -2385,7 +2334,7 @@ class Builder:
             self._mistakes.note((*at, "ca_file"), "no such file, seen from the folder of the config")
         keys, steps = [], (*at, "api_key")
         for i, written in enumerate(upstream.api_key):
-            keys.append(self._open((*steps, i) if upstream.api_key.is_list else steps, written, check_pasted))
+            keys.append(self._open((*steps, i) if len(upstream.api_key) > 1 else steps, written, check_pasted))
         if len(set(keys)) < len(keys) and all(keys):
             self._mistakes.note(steps, "the same key stands here twice")
         has_key = keys or any(map(SECRET_HEADER.search, upstream.headers.set))
@@ -2406,9 +2355,9 @@ class Builder:
                 self._mistakes.note(
                     (*at, case), str(unknown("case", case, VERDICTS, f"a status, {', '.join(VERDICTS)}"))
                 )
-            if case == "mid_stream" and verdict.next:
+            if case == "mid_stream" and verdict.try_next:
                 self._mistakes.note((*at, case, "next"), "bytes are out: nobody else can be asked")
-            if case == "own_trouble" and verdict != VerdictConfig(next=verdict.next):
+            if case == "own_trouble" and verdict != VerdictConfig(try_next=verdict.try_next):
                 problem = "what this gateway lacks is no upstream's fault: only `next` can be set"
                 self._mistakes.note((*at, case), problem)
 
@@ -5921,8 +5870,8 @@ class EventReader:
 
 
 # --- 14. Requests: what is read of a request --------------------------------------
-# Offers: cache_write, decode_short, Decoded, ENCODER, END, find_affinity, list_items, MAX_NAME, PEEK_DECODER,
-#   read_request, Turn, walk_fields
+# Offers: cache_write, decode_short, Decoded, ENCODER, END, find_affinity, list_items, MAX_NAME, max_output,
+#   PEEK_DECODER, read_request, Turn, walk_fields
 
 # What is read of a request's body, and what for
 #
@@ -10019,7 +9968,7 @@ class EventLog:
                 whose,
                 seconds / 60,
                 cooldown.why,
-                VERDICT_MEANINGS[cooldown.why].partition(":")[0],
+                VERDICTS[cooldown.why].meaning.partition(":")[0],
                 PROGRAM,
                 choice.upstream.name,
             )

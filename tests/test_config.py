@@ -33,6 +33,7 @@ DIGEST, DIGEST2, DIGEST3 = (bytes.fromhex(digit * 64) for digit in "123")
 EXAMPLE = Path(g.__file__).with_name("config.example.yaml")
 
 
+BADLY_PASTED = "is empty, or has blanks, quotes or other characters that no key has: paste only the key"
 NO_API_KEY = "there is none: add `api_key: ${NAME}`, or the key itself, and `seal`"
 
 
@@ -897,9 +898,15 @@ def test_what_is_no_yaml_is_told_with_its_line_and_the_likely_cause(name):
 @pytest.mark.parametrize(
     ("line", "hint"),
     [
-        ("contact: “Ann: 5”", "U+201C (left double quotation mark) is no quote for YAML: its own are \" and '"),
-        ("contact: Ann：\u00a0a: 5", "U+00A0 (no-break space) is no blank for YAML: put an ordinary one in its place"),
-        ("contact: Ann：a: 5", "U+FF1A (fullwidth colon) is no punctuation for YAML: put the ASCII one in its place"),
+        (
+            "contact: “Ann: 5”",
+            "U+201C (left double quotation mark) means nothing to YAML: put the ASCII character in its place",
+        ),
+        (
+            "contact: Ann：\u00a0a: 5",
+            "U+FF1A (fullwidth colon) means nothing to YAML: put the ASCII character in its place",
+        ),
+        ("contact: Ann：a: 5", "U+FF1A (fullwidth colon) means nothing to YAML: put the ASCII character in its place"),
     ],
 )
 def test_a_character_that_looks_like_one_of_yamls_is_named(line, hint):
@@ -1026,11 +1033,11 @@ def test_whatever_a_file_holds_it_is_read_or_refused(text):
         (DEMO + "server: " + "a" * 100_000 + ": b: c", "2: not YAML: text with a colon"),
         (
             SERVER + "  port: " + "1" * 5000,
-            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text of",
+            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got",
         ),
         (
             SERVER + "  port: 0x" + "f" * 5000,
-            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got text",
+            "3: server.port: expected a whole number from 0 to 65535 such as 8000, got",
         ),
         (SERVER + "  port: 1:" + "1:" * 5000 + "1", "3: server.port: expected a whole number from 0 to 65535"),
         *(
@@ -1061,23 +1068,22 @@ def test_a_long_name_is_cut_in_a_message(tmp_path):
 
 @pytest.mark.parametrize("place", ["upstreams[0].api_key", "keys[0].key"])
 @pytest.mark.parametrize(
-    ("written", "message"),
+    "written",
     [
-        (r'"Bearer SECRET"', "starts with 'Bearer ': paste only the key itself"),
-        (r"Bearer SECRET", "starts with 'Bearer ': paste only the key itself"),
-        (r'"SECRET\r\n"', "has white space in it: paste only the key itself"),
-        (r'"SECRET\n"', "has white space in it: paste only the key itself"),
-        (r'" SECRET"', "has white space in it: paste only the key itself"),
-        (r"|" + "\n      SECRET", "has white space in it: paste only the key itself"),
-        (r"""'"SECRET"'""", "has quotes around it: paste only the key itself"),
-        (r'''"'SECRET'"''', "has quotes around it: paste only the key itself"),
-        (r"“SECRET”", "has quotes around it: paste only the key itself"),
-        (r"${PASTED}", "has quotes around it: paste only the key itself"),
-        (r"ключSECRET", "has characters no key has: paste only the key itself"),
-        (r"{SECRET: }", "expected text (in quotes, where it looks like a number or a date)"),
+        r'"Bearer SECRET"',
+        r"Bearer SECRET",
+        r'"SECRET\r\n"',
+        r'"SECRET\n"',
+        r'" SECRET"',
+        r"|" + "\n      SECRET",
+        r"""'"SECRET"'""",
+        r'''"'SECRET'"''',
+        r"“SECRET”",
+        r"${PASTED}",
+        r"ключSECRET",
     ],
 )
-def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written, message):
+def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written):
     """
     The message goes to logs, to /health and to screens that others see.
     """
@@ -1091,7 +1097,7 @@ def test_a_badly_pasted_key_is_told_and_not_echoed(tmp_path, place, written, mes
     with pytest.raises(g.ConfigError) as caught:
         load(text, tmp_path / "config.yaml", PASTED=f'"{secret}"')
 
-    assert str(caught.value) == f"{tmp_path}/config.yaml:4: {place}: {message}"
+    assert str(caught.value) == f"{tmp_path}/config.yaml:4: {place}: {BADLY_PASTED}"
 
 
 def test_each_of_several_api_keys_is_looked_at(tmp_path):
@@ -1105,7 +1111,7 @@ def test_each_of_several_api_keys_is_looked_at(tmp_path):
     assert config.warnings == [
         f"line 4: upstreams[0].api_key[{i}]: is in clear text: run `gateway.py seal`" for i in (0, 2)
     ]
-    for bad, message in (("12", "expected text"), ("'sk ant'", "has white space in it"), ("{}", "expected text")):
+    for bad, message in (("12", "expected text"), ("'sk ant'", "is empty, or has blanks"), ("{}", "expected text")):
         with pytest.raises(g.ConfigError, match=rf"4: upstreams\[0\]\.api_key\[2\]: {message}"):
             load(text % bad, tmp_path / "config.yaml", TWO="sk-ant-two")
 
@@ -1127,7 +1133,7 @@ def test_each_of_several_api_keys_is_looked_at(tmp_path):
         (
             "weight: 1",
             "policy: {x: random}",
-            "2: routing.policy.x: expected sticky, round_robin or least_busy, got text: 'random'",
+            "2: routing.policy.x: expected sticky, round_robin or least_busy, got 'random'",
         ),
     ],
 )

@@ -445,7 +445,7 @@ def test_a_new_row_is_a_window(name, counts, does_not, resets_at):
     """
     row, windows = NEW_ROWS[name], g.WINDOWS | NEW_ROWS
     made = g.Fold(g.Calendar(dt.UTC, windows), -math.inf)
-    (limit,) = g.LimitSet.parse({f"usd/{name}": 20}, windows)
+    limit = g.Limit("usd", row, 20.0)
 
     for local, cost_usd in ((does_not, 1.0), (counts, 2.0), ("2026-09-21T14:13:20", 4.0)):
         made.post([posting(at(local) - START, cost_usd=cost_usd)])

@@ -55,36 +55,38 @@ def test_a_secret_does_not_print_itself_by_accident():
 
 
 @pytest.mark.parametrize(
-    ("pasted", "message"),
+    "pasted",
     [
-        ("", "is empty: paste only the key itself"),
-        (" \t", "is empty: paste only the key itself"),
-        (f" {PLAIN}", "has white space in it: paste only the key itself"),
-        (f"{PLAIN}\n", "has white space in it: paste only the key itself"),
-        (f"{PLAIN}\r\n", "has white space in it: paste only the key itself"),
-        (f"{PLAIN}\r", "has white space in it: paste only the key itself"),
-        (f"{PLAIN} {PLAIN}", "has white space in it: paste only the key itself"),
-        (f"{PLAIN}\u00a0", "has white space in it: paste only the key itself"),
-        (f'"{PLAIN}"', "has quotes around it: paste only the key itself"),
-        (f"'{PLAIN}'", "has quotes around it: paste only the key itself"),
-        (f"`{PLAIN}`", "has quotes around it: paste only the key itself"),
-        (f"“{PLAIN}”", "has quotes around it: paste only the key itself"),
-        (f"{PLAIN}'", "has quotes around it: paste only the key itself"),
-        (f"Bearer {PLAIN}", "starts with 'Bearer ': paste only the key itself"),
-        (f"bearer {PLAIN}", "starts with 'Bearer ': paste only the key itself"),
-        (f"sk-ant-ключ{PLAIN}", "has characters no key has: paste only the key itself"),
-        (f"{PLAIN}\u200b", "has characters no key has: paste only the key itself"),
-        (f"{PLAIN}\x00", "has characters no key has: paste only the key itself"),
+        "",
+        " \t",
+        f" {PLAIN}",
+        f"{PLAIN}\n",
+        f"{PLAIN}\r\n",
+        f"{PLAIN}\r",
+        f"{PLAIN} {PLAIN}",
+        f"{PLAIN}\u00a0",
+        f'"{PLAIN}"',
+        f"'{PLAIN}'",
+        f"`{PLAIN}`",
+        f"“{PLAIN}”",
+        f"{PLAIN}'",
+        f"Bearer {PLAIN}",
+        f"bearer {PLAIN}",
+        f"sk-ant-ключ{PLAIN}",
+        f"{PLAIN}\u200b",
+        f"{PLAIN}\x00",
     ],
 )
-def test_what_is_wrong_with_a_pasted_secret_is_said(pasted, message):
+def test_a_pasted_secret_that_holds_more_is_refused(pasted):
     """
     Keys come from mails, shells and HTTP examples, and bring along what stood around them.
     """
     with pytest.raises(ValueError) as caught:
         g.check_pasted(pasted)
 
-    assert str(caught.value) == message
+    assert (
+        str(caught.value) == "is empty, or has blanks, quotes or other characters that no key has: paste only the key"
+    )
 
 
 GOOD_KEYS = st.text(string.ascii_letters + string.digits + "-_.", min_size=20)

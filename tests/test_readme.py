@@ -79,14 +79,14 @@ def test_the_table_of_verdicts_is_the_one_that_the_program_goes_by():
     """
     blamed = {"none": "nobody", "key": "the API key", "upstream": "the upstream"}
     rows = [
-        (case, g.VERDICT_MEANINGS[case], "yes" if v.try_next else "no", blamed[v.blame], v.cooldown_s, v.passes)
+        (case, v.meaning, "yes" if v.try_next else "no", blamed[v.blame], v.cooldown_s, v.passes)
         for case, v in g.VERDICTS.items()
     ]
 
     found = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \| (.*) \| (.*) \| (yes)? ?\|$", README, re.MULTILINE)
 
     shown = [(*row[:4], g.Duration.parse(row[4].replace(" ", "") or "0s"), row[5] == "yes") for row in found]
-    assert shown == rows and set(g.VERDICT_MEANINGS) == set(g.VERDICTS)
+    assert shown == rows
 
 
 def test_the_headers_that_go_upstream_are_those_of_the_list():

@@ -307,7 +307,7 @@ BAD = {
     "unknown setting": (config_text("http://h", ", modles: {}"), "did you mean models?"),
     "wrong type": (
         config_text("http://h").replace("port: 0", "port: many"),
-        "server.port: expected a whole number from 0 to 65535 such as 8000, got text: 'many'",
+        "server.port: expected a whole number from 0 to 65535 such as 8000, got 'many'",
     ),
 }
 
