@@ -661,9 +661,8 @@ class FromEnvironment(str):
 
 
 # --- 2. Secrets: sealed and hashed, user keys, networks ---------------------------
-# Offers: address_in, check_pasted, credentials, decrement, is_forbidden, Key, KeyRing, matches, Network,
-#   network_of, new_key, parse_address, read_hop, seal_key, SEALED_KEY, SEALED_OR_ELSEWHERE, SealError, Secret,
-#   SECRET_HEADER, Vault
+# Offers: address_in, check_pasted, credentials, is_forbidden, Key, KeyRing, matches, Network, network_of, new_key,
+#   parse_address, read_hop, seal_key, SEALED_KEY, SEALED_OR_ELSEWHERE, SealError, Secret, SECRET_HEADER, Vault
 
 KEY_PREFIX = "sk-proxy-"
 SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
@@ -731,13 +730,11 @@ class Vault:
         if path is None:
             return cls(environ["GATEWAY_SECRET"].replace(",", " ").split(), "GATEWAY_SECRET")
         try:
-            return cls(path.read_text().split(), str(path))
+            return cls(path.read_text(errors="replace").split(), str(path))
         except FileNotFoundError:
             return cls([], str(path))
         except OSError as error:
             raise SealError(f"cannot read the sealing secret {path}: {why_not(error)}") from None
-        except UnicodeDecodeError as error:
-            raise SealError(f"cannot read the sealing secret {path}: {error}") from None
 
     @staticmethod
     def file(directory: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -788,10 +785,6 @@ class Vault:
             f"{problem}. Restore the secret that it was sealed with (its file, or GATEWAY_SECRET), "
             f"or put the value here in clear text and run `{PROGRAM} seal`"
         )
-
-    def rotate(self, value: str) -> str:
-        """Encrypt `enc:…` again with the newest secret."""
-        return self.seal(self.unseal(value))
 
 
 def matches(pattern: str, model: str) -> bool:
@@ -880,13 +873,6 @@ def network_of(text: str) -> str:
     if isinstance(address, ipaddress.IPv6Address):
         return str(ipaddress.IPv6Address(int(address) >> 64 << 64))
     return str(address or text)
-
-
-def decrement(counts: Counter[str], name: str) -> None:
-    """Count one less; a name of which there is none left is forgotten."""
-    counts[name] -= 1
-    if counts[name] <= 0:
-        del counts[name]
 
 
 class KeyRing:
@@ -1051,11 +1037,6 @@ class PriceConfig(Price, frozen=True, forbid_unknown_fields=True, kw_only=True):
     file_search: Dollars | None = None
     code_execution: Dollars | None = None
     code_interpreter: Dollars | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if len({tier.above for tier in self.tiers}) < len(self.tiers):
-            raise ValueError("two tiers hold above the same number of tokens")
 
     def flat(self) -> ModelPrice:
         """Return the same as it is looked up and booked."""
@@ -1563,20 +1544,13 @@ class Amount(int):
         return cls(parse_scaled(value, COUNT_UNITS, LIMIT_AMOUNTS["tokens"]))
 
 
-def items_of(value: object, example: str) -> Iterable[tuple[str, Any]]:
-    """Return names and values of a mapping. Raises ValueError with an example where it is none."""
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a mapping such as {example}, got {describe(value)}")
-    return value.items()
-
-
 class LimitSet(tuple[Limit, ...]):
     """`<unit>/<window>: amount`, `<unit>: amount` for ever, and `concurrent: amount`."""
 
     @classmethod
     def parse(cls, value: object) -> LimitSet:
         limits, mistakes = [], Mistakes()
-        for name, amount in items_of(value, "{usd/day: 20, tokens/month: 50M, concurrent: 16}"):
+        for name, amount in convert(value, dict[str, Any]).items():
             with mistakes.at(name):
                 if name not in LIMIT_NAMES:
                     raise unknown("limit", name, LIMIT_NAMES)
@@ -1599,15 +1573,12 @@ class Prices(PriceTable):
     def parse(cls, value: object) -> Prices:
         rows, surcharges, mistakes = dict[str, ModelPrice](), dict[str, float](), Mistakes()
         unpriced: Unknown = ""
-        for name, price in items_of(value, '{"claude-*": {input: 3, output: 15}, "*": {…}}'):
+        for name, price in convert(value, dict[str, Any]).items():
             with mistakes.at(name):
-                if name == "unknown" and not isinstance(price, dict):
+                if name == "unknown":
                     unpriced = convert(price, Literal["refuse", "dearest"])
                 elif name in SURCHARGE_NAMES:
                     surcharges[name] = convert(price, Dollars if name in EXTRAS else Premium)
-                elif isinstance(price, (int, float)):
-                    there_are = f"{', '.join(SURCHARGE_NAMES)}; a model's price is {{input: 3, output: 15}}"
-                    raise unknown("surcharge", name, SURCHARGE_NAMES, there_are)
                 else:
                     rows[name] = convert(price, PriceConfig).flat()
         mistakes.check()
@@ -1686,12 +1657,16 @@ LOOPBACK = Networks(ipaddress.ip_network(text) for text in ("127.0.0.0/8", "::1/
 FRAMING = frozenset(("connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"))
 
 
+class Setting(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings below one name of config.yaml."""
+
+
 def about(text: str) -> msgspec.Meta:
     """Return what describes a setting."""
     return msgspec.Meta(description=text)
 
 
-class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ServerConfig(Setting, frozen=True):
     """Where the gateway listens and what it accepts."""
 
     host: Annotated[str, about("0.0.0.0 to be reached from other hosts; put TLS in front then")] = "127.0.0.1"
@@ -1706,7 +1681,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     contact: Annotated[str, about("whom to ask, told to those whom a limit refuses")] = ""
 
 
-class Timeouts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Timeouts(Setting, frozen=True):
     """Bounds of an attempt."""
 
     connect: Annotated[Duration, about("name, TCP and TLS")] = Duration(10)
@@ -1751,7 +1726,7 @@ REFUSED_KEY = ("401", "402", "403")  # what waits for a person, and must be sure
 UNREACHED = ("unreachable", "connect_timeout", "not_http")  # no request of a client's can bring these about
 
 
-class VerdictConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class VerdictConfig(Setting, frozen=True):
     """What one upstream has different from a row of VERDICTS. The README's table describes the settings."""
 
     try_next: bool | None = msgspec.field(default=None, name="next")
@@ -1784,17 +1759,15 @@ def is_withheld(name: str) -> bool:
     return name in WITHHELD or name.startswith(WITHHELD_STARTS) or SECRET_HEADER.search(name) is not None
 
 
-class HeaderRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class HeaderRules(Setting, frozen=True):
     """Headers of requests to an upstream. Names in any case; those of `pass` may be globs."""
 
     set: Annotated[dict[str, Secret], about("a value may be ${NAME}")] = {}
     remove: Annotated[tuple[str, ...], about("such as [x-app]")] = ()
-    passes: Annotated[tuple[str, ...], about("clients' headers that go there beside the README's list, globs")] = (
-        msgspec.field(default=(), name="pass")
-    )
+    passes: Annotated[tuple[str, ...], about("clients' headers that go there")] = msgspec.field(default=(), name="pass")
 
 
-class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BetaRules(Setting, frozen=True):
     """Which values of `anthropic-beta` do not go to an upstream; globs."""
 
     drop: Annotated[tuple[str, ...], about("values of `anthropic-beta` that it rejects, globs")] = ()
@@ -1803,7 +1776,7 @@ class BetaRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 NO_RULES = HeaderRules()
 
 
-class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq=False):
+class UpstreamConfig(Setting, frozen=True, eq=False):
     """One provider endpoint."""
 
     name: Annotated[Name, about("required; stands in the ledger")]
@@ -1813,9 +1786,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
         Literal["anthropic", "openai", "demo"],
         about("anthropic (default) | openai | demo, which is built in and needs no url"),
     ] = "anthropic"
-    models: Annotated[ModelNames, about('which models it serves, and as what it knows them ("*": the same name)')] = (
-        msgspec.field(default_factory=lambda: ModelNames({"*": "*"}))
-    )
+    models: Annotated[ModelNames, about("which models it serves, and as what it knows them")] = ModelNames({"*": "*"})
     priority: Annotated[int, about("the lowest that is ready is asked; equals share")] = 1
     weight: Annotated[Factor, about("how many of the sessions are at home here; 0: only what no other can take")] = 1.0
     max_concurrent: Annotated[AtLeastOne | None, about("calls at once for each API key")] = None
@@ -1825,17 +1796,11 @@ class UpstreamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, eq
         Literal["auto", "cancel", "drain"],
         about("when the client goes away: cancel at once, or drain the answer for the ledger"),
     ] = "auto"
-    verdicts: Annotated[
-        dict[str, VerdictConfig], about("what failures mean, where the README's table is not right")
-    ] = {}
+    verdicts: Annotated[dict[str, VerdictConfig], about("what failures mean")] = {}
     headers: Annotated[HeaderRules, about("of requests to it")] = NO_RULES
     betas: Annotated[BetaRules, about("values of `anthropic-beta` that it rejects")] = BetaRules()
-    retry_without_thinking: Annotated[
-        bool, about("once, when it does not know the signature of another account's thinking block")
-    ] = False
-    include_usage: Annotated[bool, about("ask for the usage of chat streams (format openai) whose clients did not")] = (
-        True
-    )
+    retry_without_thinking: Annotated[bool, about("once, when it does not know the signature")] = False
+    include_usage: Annotated[bool, about("ask for the usage of chat streams (format openai)")] = True
     allow_private: Annotated[bool, about("connect also to link-local and metadata addresses (169.254.169.254)")] = False
     ca_file: Annotated[str | None, about("another certificate authority than the system's, a PEM file")] = None
     proxy: Annotated[Secret | None, about("http://user:password@host:port, used with CONNECT")] = None
@@ -1876,7 +1841,7 @@ class Serving(NamedTuple):
     model: str
 
 
-class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class KeyConfig(Setting, frozen=True):
     """A user's key as the file has it."""
 
     name: Annotated[Name, about("required; stands in the ledger and in the log")]
@@ -1889,13 +1854,13 @@ class KeyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     enabled: Annotated[bool, about("false: its calls are refused")] = True
 
 
-class Defaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Defaults(Setting, frozen=True):
     """What keys have that do not say."""
 
     limits: Annotated[LimitSet, about("for keys that do not say")] = LimitSet()
 
 
-class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TeamConfig(Setting, frozen=True):
     """Limits that several keys share."""
 
     name: Annotated[Name, about("required; stands in the ledger")]
@@ -1905,7 +1870,7 @@ class TeamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class_weights: Callable[[Any], tuple[float, ...]] = operator.attrgetter(*TOKEN_KINDS)
 
 
-class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Weights(Setting, frozen=True):
     """How much a token of each class counts in limits of tokens."""
 
     input: Factor = 1.0
@@ -1919,20 +1884,16 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return round(weighted)
 
 
-class LimitsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LimitsConfig(Setting, frozen=True):
     """Limits of the whole gateway, and how all limits work."""
 
     gateway: Annotated[LimitSet, about("of all keys together")] = LimitSet()
-    reserve_output: Annotated[
-        Amount, about("tokens of output held for a running call until it is known what it cost")
-    ] = Amount(8192)
-    queue: Annotated[Duration, about("how long a call may wait where as many run as `concurrent` allows")] = Duration(
-        10
-    )
+    reserve_output: Annotated[Amount, about("tokens of output held for a running call")] = Amount(8192)
+    queue: Annotated[Duration, about("how long a call may wait")] = Duration(10)
     weights: Annotated[Weights, about("how much a token of each kind counts in limits of tokens")] = Weights()
 
 
-class BreakerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BreakerConfig(Setting, frozen=True):
     """When an upstream has a cooldown."""
 
     failures: Annotated[AtLeastOne, about("in a row, then an upstream is left alone …")] = 3
@@ -1940,29 +1901,25 @@ class BreakerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_cooldown: Annotated[Duration, about("… and at most so long")] = Duration(600)
 
 
-class RoutingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RoutingConfig(Setting, frozen=True):
     """How calls find their upstream, and how long they look."""
 
-    policy: Annotated[Policies, about("by glob of the model: sticky (a session stays, for its prompt cache)")] = (
-        Policies()
-    )
+    policy: Annotated[Policies, about("by glob of the model")] = Policies()
     max_attempts: Annotated[Attempts, about("of one call, over all upstreams")] = 4
     deadline: Annotated[Duration, about("for the first content, over all attempts")] = Duration(600)
-    patience: Annotated[Duration, about("with a stream that has not begun, while another upstream is ready")] = (
-        Duration(120)
-    )
+    patience: Annotated[Duration, about("with a stream that has not begun")] = Duration(120)
     wait: Annotated[Duration, about("for one to be ready again, where none is")] = Duration(30)
     breaker: Annotated[BreakerConfig, about("when an upstream is left alone")] = BreakerConfig()
 
 
-class UsageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class UsageConfig(Setting, frozen=True):
     """Where the ledger lies and how soon it is on the disk."""
 
     directory: Annotated[str, about("of usage-YYYY-MM.jsonl, one line per call")] = "usage"
     fsync: Annotated[Fsync, about("always | never | a time: how soon a line is safe from a power cut")] = Fsync(1)
 
 
-class ConfigFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ConfigFile(Setting, frozen=True):
     """config.yaml, typed. Every setting that this version serves, and no other."""
 
     upstreams: Annotated[tuple[UpstreamConfig, ...], about("who can be asked")]
@@ -10475,9 +10432,9 @@ class Turns:
             async with self._locks.setdefault(key, asyncio.Lock()), self._all:
                 yield
         finally:
-            decrement(self._count, key)
-            if key not in self._count:
-                del self._locks[key]
+            self._count[key] -= 1
+            if not self._count[key]:
+                del self._count[key], self._locks[key]
 
 
 class Gateway:
@@ -11135,7 +11092,7 @@ def sealed_value(node: yaml.Node | None, steps: Steps, vault: Vault, rotate: boo
     if not isinstance(node, yaml.ScalarNode) or not node.value:
         return None
     if node.value.startswith(Vault.PREFIX):
-        return vault.rotate(node.value) if rotate else None
+        return vault.seal(vault.unseal(node.value)) if rotate else None
     is_proxy = len(steps) == 3 and steps[-1] == "proxy"  # no header of that name
     without_password = is_proxy and "@" not in node.value
     if without_password or SEALED_OR_ELSEWHERE.search(node.value):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import string
-from pathlib import Path
 
 import pytest
 from conftest import KEY
@@ -134,7 +133,7 @@ def test_with_two_secrets_both_open_and_the_newest_seals(plain):
     """
     before, during, after = g.Vault([OLD], "here"), g.Vault([NEW, OLD], "here"), g.Vault([NEW], "here")
 
-    rotated = during.rotate(before.seal(plain))
+    rotated = during.seal(during.unseal(before.seal(plain)))
 
     assert during.unseal(before.seal(plain)) == during.unseal(rotated) == after.unseal(rotated) == plain
     with pytest.raises(g.SealError):
@@ -226,25 +225,16 @@ def test_several_secrets_stand_side_by_side_newest_first(tmp_path, between):
         assert g.Vault([NEW], "").unseal(vault.seal(PLAIN)) == PLAIN
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Path.mkdir, "Is a directory"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "can't decode byte 0xff"),
-    ],
-)
-def test_a_secret_file_that_cannot_be_read_is_named(tmp_path, make, reason):
+def test_a_secret_file_that_cannot_be_read_is_named(tmp_path):
     """
-    A bind mount of a missing file makes a folder; a file in UTF-16 is no text to us.
+    A bind mount of a missing file makes a folder.
     """
-    path = tmp_path / "gateway.secret"
-    make(path)
+    (tmp_path / "gateway.secret").mkdir()
 
-    with pytest.raises(g.SealError) as caught:
+    with pytest.raises(
+        g.SealError, match=f"^cannot read the sealing secret {tmp_path}/gateway.secret: Is a directory$"
+    ):
         g.Vault.open(tmp_path, {})
-
-    assert str(caught.value).startswith(f"cannot read the sealing secret {path}: ")
-    assert reason in str(caught.value)
 
 
 # Who may use a key, and who is told what
