@@ -248,7 +248,9 @@ def os_reason(error: OSError) -> str:
     """Why a connection failed, the same on every event loop."""
     if isinstance(error, (ssl.SSLError, socket.gaierror)):
         return error.strerror or str(error)
-    return os.strerror(error.errno) if error.errno else str(error) or "the connection was lost"
+    if error.errno:
+        return os.strerror(error.errno)
+    return str(error) or "the connection was lost"
 
 
 class Clock(NamedTuple):
@@ -502,6 +504,9 @@ class Call(msgspec.Struct, eq=False):
         self.user_agent = printable(self.named.get(b"user-agent", b"").decode("latin-1").partition(" ")[0], 64)
         self.started = self.admitted = self.config.clock.monotonic()
 
+    def __repr__(self) -> str:
+        return f"Call({self.id!r})"  # its headers have a key in them
+
     @property
     def reserved_output(self) -> float:
         """How many output tokens are reserved for it where its limits allow that."""
@@ -664,7 +669,6 @@ class FromEnvironment(str):
 # Offers: address_in, check_pasted, credentials, is_forbidden, Key, KeyRing, matches, Network, network_of, new_key,
 #   parse_address, read_hop, seal_key, SEALED_KEY, SEALED_OR_ELSEWHERE, SealError, Secret, SECRET_HEADER, Vault
 
-KEY_PREFIX = "sk-proxy-"
 SECRET_HEADER = re.compile("auth|key|token|secret", re.IGNORECASE)  # a header of such a name has a secret in it
 SEALED_OR_ELSEWHERE = re.compile(r"^(enc|sha256):|\$\{|^\$\w+$")  # no secret in clear text
 SEALED_KEY = re.compile(r"sha256:([0-9a-fA-F]{64})(?::(.{4}))?")
@@ -696,7 +700,7 @@ class SealError(ValueError):
 def new_key() -> str:
     """A fresh user key: the prefix and 32 letters and digits (190 bits)."""
     alphabet = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-    return KEY_PREFIX + "".join(secrets.choice(alphabet) for _ in range(32))
+    return "sk-proxy-" + "".join(secrets.choice(alphabet) for _ in range(32))
 
 
 def seal_key(key: str) -> str:
@@ -1343,9 +1347,6 @@ def unknown(what: str, name: str, known: Collection[str], there_are: str = "") -
     )
 
 
-fields_of = functools.cache(msgspec.structs.fields)  # which compiles the annotations each time
-
-
 def bare_type(kind: Any) -> tuple[Any, str]:
     """Return `T` of `Annotated[T | None, …]`, and what YAML must have for it, with an example that works."""
     title = ""
@@ -1381,7 +1382,7 @@ def find_mistakes(value: object, kind: Any, mistakes: Mistakes, at: Steps) -> No
         for name, each in value.items():
             find_mistakes(each, get_args(kind)[1], mistakes, (*at, name))
     elif isinstance(value, dict) and hasattr(kind, "__struct_fields__"):
-        fields = {field.encode_name: field for field in fields_of(kind)}
+        fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
         for name, each in value.items():
             if name in fields:
                 find_mistakes(each, fields[name].type, mistakes, (*at, name))
@@ -1597,8 +1598,9 @@ class Secrets(tuple[Secret, ...]):
 
     @classmethod
     def parse(cls, value: object) -> Secrets:
-        found = [Secret.parse(value)] if not isinstance(value, list) else convert(value, tuple[Secret, ...])
-        return cls(filter(None, found))
+        if isinstance(value, list):
+            return cls(filter(None, convert(value, tuple[Secret, ...])))
+        return cls(filter(None, [Secret.parse(value)]))
 
 
 class UserKey(Secret):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import string
+from pathlib import Path
 
 import pytest
 from conftest import KEY
@@ -48,6 +49,18 @@ def test_a_secret_does_not_print_itself_by_accident():
 
     assert repr(secret) == "Secret(…)"
     assert repr([secret]) == "[Secret(…)]"
+
+
+def test_a_call_does_not_print_its_headers():
+    """
+    asyncio writes the arguments of a callback that fails into the log.
+    """
+    config = g.Config.parse("upstreams: [{name: a, format: demo}]", Path("config.yaml"), g.Clock(), {})
+    headers = [(b"x-api-key", PLAIN.encode())]
+
+    call = g.Call(config, key(), g.ROUTES["/v1/messages"], b"", headers, "")
+
+    assert repr(call) == f"Call('{call.id}')"
 
 
 # Pasted secrets
