@@ -13851,7 +13851,7 @@ def command_check(options: argparse.Namespace) -> None:
     for upstream in sorted(config.upstreams, key=lambda upstream: upstream.priority):
         print(f"  {upstream_text(upstream)}")
     unknown = prices.unknown or 'as "*"'
-    print(f"\nprices: {len(prices)} rows; a model without one: {unknown}")
+    print(f"\nprices: {len(prices.rows)} rows; a model without one: {unknown}")
     print("\nkeys:")
     print(key_table(config) or f"  none: nobody can call; {PROGRAM} key add NAME")
     if config.warnings:
