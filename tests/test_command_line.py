@@ -973,7 +973,7 @@ def test_reports_are_made_beside_a_mistake_which_is_told(shell, ledger, mistake,
         ("usage: {directory: 5}", "usage.directory: must be known here"),
         (
             "server: {timezone: Europe}",
-            "server.timezone: expected a time zone such as Europe/Berlin, got text: 'Europe'",
+            "server.timezone: expected a time zone such as Europe/Berlin, got 'Europe'",
         ),
         ("server: }", "not YAML: "),
     ],
