@@ -948,7 +948,7 @@ def test_lines_of_the_ledger_that_cannot_be_read_are_counted_and_said(shell, led
     ("mistake", "line"),
     [
         ("keys: [{name: alice}]", "6: keys[0].key: is required, and missing"),
-        ("teams: 5\nlimits: 6", "6: teams: expected a list such as [a, b], got a whole number: 5"),
+        ("teams: 5\nlimits: 6", "6: teams: expected a list such as [a, b], got 5"),
         ("server: {port: 1}", "6: server: given twice, first in line 3"),
     ],
 )
