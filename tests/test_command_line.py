@@ -1413,7 +1413,7 @@ BAD = {
     "check": ("upstreams: [{name: a, fromat: demo}]", "upstreams[0].fromat: unknown setting, did you mean format?"),
     "seal": (
         f"upstreams: [{{name: a, url: https://a.test, api_key: '\"{PLAIN}\"'}}]",
-        "upstreams[0].api_key: has quotes",
+        "upstreams[0].api_key: is empty, or has blanks, quotes",
     ),
 }
 
