@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_the_banners_match_the_map():
     assert [floor for floor, *_ in banners if floor] == list("ABCDE")
 
 
+@functools.cache
 def sections() -> dict[str, range]:
     """Map each section to its lines in the file."""
     starts = [(match[1], SOURCE.count("\n", 0, match.start()) + 1) for match in BANNER.finditer(SOURCE)]
