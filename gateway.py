@@ -163,6 +163,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Hashable,
     Iterable,
     Iterator,
@@ -282,7 +283,6 @@ class Pace(NamedTuple):
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
     body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
-    ask_s: float = 10.0  # between two questions to a client that sends no more, whether it is there
     slow_body_s: float = 5.0  # a body that is not whole by then holds no slot until it is
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
@@ -11981,8 +11981,8 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 #     HEAD         reads a head                   BODY         it is whole and good (`on_headers_complete`)
 #     BODY         reads a body                   ANSWERING    a call is whole (`on_message_complete`)
 #                                                 PAGE         another request is whole, or its body is not wanted
-#     PAGE         has read a request             ANSWERING    all bytes of this read are parsed (`data_received`)
-#     ANSWERING    waits for an answer's end      IDLE         the answer is out, and another request may follow
+#     ANSWERING    waits for a call's end         IDLE         the answer is out, and another request may follow
+#     PAGE         waits for a page               IDLE         the same
 #     each of them                                LEAVING      a refusal, or the last answer, is out (`_leave`)
 #     LEAVING      throws away what still comes   GONE         (below)
 #     each of them                                GONE         the connection is lost (`connection_lost`)
@@ -11993,7 +11993,8 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 # sends its 100 KB to the end, which nobody parses, reads the 401, and closes. If it sends for 10 s, it is cut off.
 #
 # No client of ours sends a request before it has the answer to the one before. What comes behind a request is not
-# answered, and the connection closes after the answer: so no body is ever taken for a request.
+# answered, and the connection closes after the answer: so no body is ever taken for a request. A client that ends its
+# sending side is gone: it looks as one that has closed, and no client of ours reads on after that.
 
 
 class State(enum.Enum):
@@ -12002,13 +12003,10 @@ class State(enum.Enum):
     IDLE = enum.auto()
     HEAD = enum.auto()
     BODY = enum.auto()
-    PAGE = enum.auto()
     ANSWERING = enum.auto()
+    PAGE = enum.auto()
     LEAVING = enum.auto()
     GONE = enum.auto()
-
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Request(msgspec.Struct):
@@ -12034,115 +12032,43 @@ class Request(msgspec.Struct):
             self.body = bytearray(self.body)
         self.body += piece
 
+    def check_http(self) -> None:
+        """Raise what is wrong with the version or the host (RFC 9110, 2.5 and 7.2)."""
+        if self.version not in ("1.1", "1.0"):
+            raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
+        hosts = [value.strip(b" \t") for name, value in self.headers if name.lower() == b"host"]
+        is_missing = not hosts and self.version == "1.1"
+        if is_missing or len(hosts) > 1 or not all(map(HOST.fullmatch, hosts)):
+            raise BadRequest("Host: expected one, with a name or an address, and perhaps a port.")
+
 
 def too_large(limit: int) -> TooLarge:
     """The error for a body over the limit, in bytes."""
     return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
 
 
-class Client(Protocol):
-    """A client's connection, as `Door` and the pages know it: one class for each protocol of the front door."""
-
-    transport: asyncio.Transport
-    peer: str  # its address
-    key_name: str  # of the first good key that it has shown
-    keeps_alive: bool  # it is not closed after the present answer
-
-    @property
-    def is_answering(self) -> bool: ...
-    def check(self, now: float, pace: Pace) -> None: ...
-    def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None: ...
-
-
-class Hangups:
-    """Finds out which clients are gone of those that have stopped sending.
-
-    A client that has ended its sending side still reads its answer; one that has closed looks just the same, until
-    something is sent to it: then its host resets the connection. So something is sent, and the reset is waited for.
-    The event loop does not tell of it: it has nothing to read or to write there. An epoll of which no events are wanted
-    tells of resets alone, and is itself a file that the event loop can watch. Where there is none (macOS), whoever
-    stops sending counts as gone.
-    """
-
-    def __init__(self) -> None:
-        self._poll: select.epoll | None = None
-        self._watched: dict[int, asyncio.Transport] = {}  # by descriptor
-        self._descriptors: dict[asyncio.Transport, int] = {}
-
-    def watch(self, transport: asyncio.Transport) -> bool:
-        """Abort a client's transport when the client is gone; False where that cannot be found out."""
-        if not hasattr(select, "epoll") or not transport.can_write_eof():  # TLS has no half that is open
-            return False
-        if self._poll is None:
-            self._poll = select.epoll()
-            asyncio.get_running_loop().add_reader(self._poll.fileno(), self._look)
-        fd = transport.get_extra_info("socket").fileno()
-        self._poll.register(fd, 0)
-        self._watched[fd], self._descriptors[transport] = transport, fd
-        return True
-
-    def forget(self, transport: asyncio.Transport) -> None:
-        """Watch a transport no more, which is about to be closed or was never watched."""
-        fd = self._descriptors.pop(transport, None)
-        if fd is not None:
-            del self._watched[fd]  # the kernel takes a closed one out of the epoll
-
-    def _look(self) -> None:
-        assert self._poll is not None
-        for fd, _ in self._poll.poll(0):
-            self._poll.unregister(fd)
-            if transport := self._watched.get(fd):
-                transport.abort()
-
-    def close(self) -> None:
-        """Watch no more."""
-        if self._poll is not None:
-            asyncio.get_running_loop().remove_reader(self._poll.fileno())
-            self._poll.close()
-            self._poll = None
-
-
 class Bridge(tornado.httputil.HTTPConnection):
     """What a handler in Tornado takes for its connection: its answer goes out through the client's own."""
 
-    protocol = "http"
-
-    def __init__(self, door: Door, client: Client, request: Request) -> None:
-        self._door, self._client, self._request = door, client, request
-        self.path = request.path
-        self.origin = (request.headers, request.named, client.peer)  # what tells who asks
-        self.context = self  # where Tornado looks for the next one
-        self.remote_ip = client.peer
-        self._left: Callable[[], None] | None = None
-        self._status, self._headers, self._body = 0, tornado.httputil.HTTPHeaders(), b""
+    def __init__(self, door: Door, client: ClientConnection, request: Request) -> None:
+        self.door = door
+        self.client = client
+        self.request = request
 
     def start(self) -> None:
-        """Have the request handled. Raises HTTPInputError where Tornado cannot read it."""
-        request, headers = self._request, tornado.httputil.HTTPHeaders()
-        for name, value in request.headers:
-            if not name.lower().startswith(b"content-"):  # the body has been thrown away
-                headers.add(name.decode("latin-1"), value.decode("latin-1"))
-        headers.setdefault("Host", "")  # HTTP/1.0
-        target = urllib.parse.quote(self.path)
-        if request.query:
-            target += "?" + request.query.decode("latin-1")
-        line = tornado.httputil.RequestStartLine(request.method.decode(), target, "HTTP/1.1")
-        self._door.application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
+        """Have the request handled. Raises HTTPInputError where Tornado cannot read the query.
 
-    def recognize(self, key: Key) -> None:
-        """The request has shown a good key."""
-        self._door.recognize(self._client, key)
-
-    def leave(self) -> None:
-        """The client has gone before it had its answer."""
-        if self._left:
-            self._left()
+        Nothing but method and query is Tornado's to read: a header might say something about the body, which is gone.
+        """
+        target = "/?" + self.request.query.decode("latin-1")
+        line = tornado.httputil.RequestStartLine(self.request.method.decode(), target, "HTTP/1.1")
+        headers = tornado.httputil.HTTPHeaders({"Host": ""})
+        self.door.application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
 
     # What Tornado asks of a connection
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Call back if the client leaves."""
-        self._left = callback
+        """Whoever wants to know whether the client is there asks its connection."""
 
     def write_headers(
         self,
@@ -12150,49 +12076,39 @@ class Bridge(tornado.httputil.HTTPConnection):
         headers: tornado.httputil.HTTPHeaders,
         chunk: bytes | None = None,
     ) -> asyncio.Future[None]:
-        """Keep the head until `finish`."""
-        self._status, self._headers = cast(tornado.httputil.ResponseStartLine, start_line).code, headers
-        return self.write(chunk or b"")
-
-    def write(self, chunk: bytes) -> asyncio.Future[None]:
-        """Keep a part of the body until `finish`: the largest is a page of logs."""
-        self._body += chunk
+        """Send an answer, which is whole: no page comes in parts. That to a HEAD has a length without a body."""
+        status = cast(tornado.httputil.ResponseStartLine, start_line).code
+        body = chunk or b""
+        length = int(headers.get("Content-Length", len(body)))
+        fields = [pair for pair in headers.get_all() if pair[0] not in ("Content-Length", "Date")]
+        self.client.respond(status, fields, body, length)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
 
     def finish(self) -> None:
-        """Send the answer; that to a HEAD has a length without a body."""
-        length = int(self._headers.get("Content-Length", len(self._body)))
-        fields = [pair for pair in self._headers.get_all() if pair[0] not in ("Content-Length", "Date")]
-        self._client.respond(self._status, fields, self._body, length)
+        """The answer is out."""
 
 
 class ClientSink:
     """Writes the answers of calls to a client's connection, in its own framing: what the relay knows of the client."""
 
-    def __init__(self, connection: ClientConnection, now: Callable[[], float]) -> None:
+    def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
-        self._now = now
         self.exchange: Exchange | None = None
         self.is_gone = False
         self.is_slow = False  # the transport says so once, perhaps at the end of the answer before
-        self.pending = b""  # the head of an answer, until the first bytes of its body
+        self._pending = b""  # the head of an answer, until the first bytes of its body
         self._is_chunked = False
 
     def head(self, status: int, headers: Headers, streaming: bool) -> None:
         """Begin an answer. Its head leaves together with the first bytes of its body."""
-        connection = self._connection
-        lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())]
-        lines += [b"%b: %b" % header for header in downstream_headers(headers)]
-        length, has_date = None, False
-        for name, value in headers:
-            if len(name) == 14 and name.lower() == b"content-length":
-                length = value
-            elif len(name) == 4 and name.lower() == b"date":
-                has_date = True
+        connection, named = self._connection, first_values(headers)
+        lines = [b"%b: %b" % header for header in downstream_headers(headers)]
+        length = named.get(b"content-length")
         if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
             length = None
+            lines.append(b"x-accel-buffering: no")
         has_body = status not in (204, 304)
         self._is_chunked = length is None and has_body and connection.request.version == "1.1"
         if self._is_chunked:
@@ -12201,13 +12117,7 @@ class ClientSink:
             lines.append(b"content-length: " + length)
         elif has_body:
             connection.keeps_alive = False  # HTTP/1.0: the end of the connection is the end of the body
-        if not has_date:
-            lines.append(b"date: " + http_date(int(self._now())).encode())
-        if streaming:
-            lines.append(b"x-accel-buffering: no")
-        if connection.is_last_answer():
-            lines.append(b"connection: close")
-        self.pending = b"\r\n".join(lines) + b"\r\n\r\n"
+        self._pending = connection.head_of(status, lines, b"date" in named)
 
     def write(self, data: bytes, last: bool) -> None:
         """Send bytes of the answer."""
@@ -12216,8 +12126,9 @@ class ClientSink:
                 data = b"%x\r\n%b\r\n" % (len(data), data)
             if last:
                 data += b"0\r\n\r\n"
-        if self.pending:
-            data, self.pending = self.pending + data, b""
+        if self._pending:
+            data = self._pending + data
+            self._pending = b""
         if data:
             self._connection.transport.write(data)
         if last:
@@ -12244,7 +12155,7 @@ class ClientSink:
 class ClientConnection(asyncio.Protocol):
     """One client's connection with HTTP/1: reads requests, and has each answered."""
 
-    MAX_HEAD = 64 << 10  # bytes of a head; and in a row that are no body: chunk extensions, trailers
+    MAX_HEAD = 64 << 10  # bytes of a head
     MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
     MAX_TARGET = 2 << 10  # bytes of a refused request's target that are looked at
     MAX_PAGE_BODY = 1 << 20  # of a request that is no call
@@ -12256,19 +12167,14 @@ class ClientConnection(asyncio.Protocol):
         self._state = State.IDLE
         self.request = Request()
         self._call: Call | None = None  # whose body is being read
-        self._owes_continue = False  # the client sends no body until it is asked for it
         self._is_ahead = False  # something came behind a request: it is thrown away
-        self._bodiless = 0  # bytes since the last piece of a body
-        self._wire_size = 0  # bytes since the head, its own read left out
-        self._tail = b""  # the end of a part of a head, in which the head's end may begin
-        self._is_too_large = False  # the head
-        self.sink = ClientSink(self, door.gateway.clock.wall)  # of the calls' answers
-        self._bridge: Bridge | None = None  # to the handler in Tornado that answers the request
-        self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
+        self._received = 0  # bytes of a head; or since a head, its own read left out
+        self.sink = ClientSink(self)  # of the calls' answers
         self._active_at = self._entered_at = door.now()  # when it last sent something, and when the state began
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
-        self.peer = self.key_name = ""
-        self.keeps_alive = True
+        self.peer = ""  # its address
+        self.key_name = ""  # of the first good key that it has shown
+        self.keeps_alive = True  # it is not closed after the present answer
 
     # What asyncio says
 
@@ -12284,54 +12190,33 @@ class ClientConnection(asyncio.Protocol):
         if self._state is State.LEAVING or self._is_ahead:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
         if self._state is State.IDLE:
-            self._bodiless, self._tail, self._is_too_large = 0, b"", False
-        self._bodiless += len(data)
-        self._wire_size += len(data)
+            self._received = 0
+        self._received += len(data)
         try:
-            if self._bodiless > self.MAX_HEAD and self._state in (State.IDLE, State.HEAD):
-                self._is_too_large = self._head_size(data) > self.MAX_HEAD
             self._parser.feed_data(data)
-            if self._state is State.HEAD:
-                self._tail = data[-3:]
-                self._check_head()
         except httptools.HttpParserUpgrade as stop:
             if self._state is State.HEAD:
                 return self._ignore_upgrade(data[stop.args[0] :])
-            self._is_ahead, self.keeps_alive = True, False  # CONNECT: the parser reads no further here
+            self._is_ahead = True  # CONNECT: the parser reads no further here
+            self.keeps_alive = False
         except httptools.HttpParserError as error:
             if isinstance(error, httptools.HttpParserCallbackError):
                 log.error("a bug in reading a request", exc_info=error.__context__ or error)
             self.keeps_alive = False
             if self._state in (State.IDLE, State.HEAD, State.BODY):
                 self._reject(BadRequest(f"This request cannot be read: {error}"))
-        except HeadTooLarge as error:
-            self._reject(error)
-        if self._state is State.PAGE:
-            self._answer_page()
-        elif self._state is State.BODY and self._bodiless > self.MAX_HEAD:
-            self._reject(HeadTooLarge(f"The body has chunk extensions or trailers of more than {self.MAX_HEAD} bytes."))
-        elif self._state is State.BODY and self._wire_size > self.MAX_HEAD + self.request.body_size * 9 // 8:
+        if self._state is State.HEAD:
+            if self._received > self.MAX_HEAD or len(self.request.headers) > self.MAX_HEADERS:
+                self._reject(self._head_too_large())
+        elif self._state is State.BODY and self._received > self.MAX_HEAD + self.request.body_size * 9 // 8:
             # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
-            self._reject(BadRequest("The body comes in chunks so small that most of it is framing."))
-
-    def eof_received(self) -> bool:
-        """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
-        if self._state is not State.ANSWERING or self.request.version != "1.1":
-            return False
-        if not self._door.hangups.watch(self.transport):
-            return False
-        self.keeps_alive = False
-        self._ask()
-        return True
+            self._reject(BadRequest("Most of the body is framing: small chunks, extensions of them, or trailers."))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
         self.sink.is_gone = True
         self._door.leave(self)
-        self._door.hangups.forget(self.transport)
         self._drop_call()
-        if self._bridge:
-            self._bridge.leave()
         if self.sink.exchange:
             self.sink.exchange.client_gone()
 
@@ -12349,10 +12234,12 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._state is State.IDLE and not self._is_ahead:
-            self._state, self._entered_at = State.HEAD, self._active_at
+            self._state = State.HEAD
+            self._entered_at = self._active_at
             self.request = Request()
         else:
-            self._is_ahead, self.keeps_alive = True, False
+            self._is_ahead = True
+            self.keeps_alive = False
 
     def on_url(self, url: bytes) -> None:
         if self._state is State.HEAD:
@@ -12364,50 +12251,48 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         if self._state is not State.HEAD:
-            return None
+            return
         request = self.request
-        request.method = method = self._parser.get_method()
-        request.version, request.named = self._parser.get_http_version(), first_values(request.headers)
+        request.method = self._parser.get_method()
+        request.version = self._parser.get_http_version()
+        request.named = first_values(request.headers)
         self.keeps_alive = True
         try:
-            self._check_head()
-            if self._parser.should_upgrade() and method != b"CONNECT":
-                return None  # `_ignore_upgrade` follows
-            self._check_http()
+            if len(request.headers) > self.MAX_HEADERS:
+                raise self._head_too_large()
+            # With a body behind it in the same read, a good head may look too large.
+            if self._received > self.MAX_HEAD and self._head_size() > self.MAX_HEAD:
+                raise self._head_too_large()
+            if self._parser.should_upgrade() and request.method != b"CONNECT":
+                return  # `_ignore_upgrade` follows
+            request.check_http()
             request.path, request.query = normalize_target(request.target)
-            self._bodiless = self._wire_size = 0
-            self._state, self._entered_at = State.BODY, self._active_at
-            expects = request.version == "1.1" and request.named.get(b"expect", b"").lower() == b"100-continue"
-            route = ROUTES.get(request.path) if method == b"POST" else None
-            if route:
-                self._begin_call(route, expects)
-            elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
-                raise too_large(self.MAX_PAGE_BODY)
-            elif expects:  # no page wants a body, so none is asked for
-                self._state, self.keeps_alive = State.PAGE, False
+            self._received = 0
+            self._state = State.BODY
+            self._entered_at = self._active_at
+            self._begin_request()
         except GatewayError as error:
             self._reject(error)
-        return None
 
     def on_body(self, piece: bytes) -> None:
         if self._state is not State.BODY:
             return
-        self._bodiless = 0
         request, call = self.request, self._call
         request.body_size += len(piece)
-        limit = call.config.server.max_body if call else self.MAX_PAGE_BODY
         try:
-            if request.body_size > limit:
-                raise too_large(limit)
-            if call:
-                if b"content-length" not in request.named:  # else it was held at once
-                    call.reservation.hold_body(len(piece))
-                request.add_to_body(piece)
+            if call is None:
+                if request.body_size > self.MAX_PAGE_BODY:
+                    raise too_large(self.MAX_PAGE_BODY)
+                return
+            if request.body_size > call.config.server.max_body:
+                raise too_large(call.config.server.max_body)
+            if b"content-length" not in request.named:  # else it was held at once
+                call.reservation.hold_body(len(piece))
+            request.add_to_body(piece)
         except GatewayError as error:
             self._reject(error)
 
     def on_message_complete(self) -> None:
-        self._owes_continue = False  # the body came unasked
         if self._state is State.LEAVING:
             self.transport.close()
         if self._state is not State.BODY:
@@ -12417,41 +12302,23 @@ class ClientConnection(asyncio.Protocol):
             self.keeps_alive = False
         call, self._call = self._call, None
         if call is None:
-            self._state = State.PAGE
-            return
+            return self._begin_page()
         self._state = State.ANSWERING
         call.body = cast(bytes, self.request.body)  # nobody who reads it minds a bytearray
         self.request.headers, self.request.named, self.request.body = [], {}, b""  # the call has them
         self._door.gateway.start(call, self.sink)
+        return None
 
-    # A request's head and framing
+    # A request's head
 
-    def _head_size(self, data: bytes) -> int:
-        """The bytes of a head, as far as it has come; `data` is the last read, with perhaps much of the body in it."""
-        text = self._tail + data if self._state is State.HEAD else data.lstrip(b"\r\n")  # empty lines before it
-        end = text.find(b"\r\n\r\n")
-        return self._bodiless if end < 0 else self._bodiless - (len(text) - end - len(b"\r\n\r\n"))
+    def _head_size(self) -> int:
+        """The bytes of a head, where each field is written in the shortest way."""
+        request = self.request
+        line = len(request.method) + len(request.target) + len(b"  HTTP/1.1\r\n")
+        return line + sum(len(name) + len(value) + len(b":\r\n") for name, value in request.headers)
 
-    def _check_head(self) -> None:
-        """Raise HeadTooLarge where a head, as far as it has come, is larger than any honest one."""
-        if len(self.request.headers) > self.MAX_HEADERS:
-            raise HeadTooLarge(f"The request has more than {self.MAX_HEADERS} headers.")
-        if self._is_too_large:
-            raise HeadTooLarge(f"The request's head is larger than {self.MAX_HEAD} bytes.")
-
-    def _check_http(self) -> None:
-        """Raise what is wrong with the version or the host of a request (RFC 9110, 2.5 and 7.2)."""
-        version, named, headers = self.request.version, self.request.named, self.request.headers
-        if version not in ("1.1", "1.0"):
-            raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
-        host = named.get(b"host")
-        if host is None:
-            if version == "1.1":
-                raise BadRequest("Host: missing; HTTP/1.1 asks for it.")
-        elif len(named) < len(headers) and sum(name.lower() == b"host" for name, _ in headers) > 1:
-            raise BadRequest("Host: stands more than once.")
-        elif not HOST.fullmatch(host.strip(b" \t")):
-            raise BadRequest("Host: expected a name or an address, and perhaps a port.")
+    def _head_too_large(self) -> HeadTooLarge:
+        return HeadTooLarge(f"The request's head has more than {self.MAX_HEAD} bytes, or {self.MAX_HEADERS} headers.")
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
@@ -12464,32 +12331,32 @@ class ClientConnection(asyncio.Protocol):
         self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
         self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
-    # A call whose body is being read, and a page
-
-    def _begin_call(self, route: Route, expects: bool) -> None:
-        """Begin a call by its head, and have its body sent. Raises GatewayError."""
-        self._call = call = self._door.accept(self, self.request, route)
-        self._owes_continue = expects
-        if call.reservation.waiter:
-            # The body is read meanwhile: a connection that is not read from does not notice that its client leaves.
-            call.reservation.waiter.turn.add_done_callback(self._end_wait)
-        elif expects:
-            self._ask_for_body()
+    def _begin_request(self) -> None:
+        """Begin a call or a page by its head. Raises GatewayError."""
+        request, route = self.request, None
+        expects = request.version == "1.1" and request.named.get(b"expect", b"").lower() == b"100-continue"
+        if request.method == b"POST":
+            route = ROUTES.get(request.path)
+        if route:
+            self._call = call = self._door.accept(self, request, route)
+            if call.reservation.waiter:
+                # The body is read meanwhile: of a connection that is not read from is not known that its client leaves.
+                call.reservation.waiter.turn.add_done_callback(self._end_wait)
+            if expects:
+                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
+            raise too_large(self.MAX_PAGE_BODY)
+        elif expects:  # no page wants a body, so none is asked for
+            self.keeps_alive = False
+            self._begin_page()
 
     def _end_wait(self, turn: asyncio.Future[bool | GatewayError]) -> None:
-        """A call has its slot, or will have none, while its body is still on its way."""
+        """A call has its slot, or will have none, perhaps while its body is still on its way."""
         call = self._call
         if call and call.reservation.waiter and call.reservation.waiter.turn is turn:
             refusal = turn.result()
             if isinstance(refusal, GatewayError):
                 self._reject(refusal)
-            elif self._owes_continue:
-                self._ask_for_body()
-
-    def _ask_for_body(self) -> None:
-        self._owes_continue = False
-        self._active_at = self._entered_at = self._door.now()
-        self.transport.write(CONTINUE)
 
     def _drop_call(self) -> None:
         """Give back what a call holds whose body will not come."""
@@ -12497,28 +12364,23 @@ class ClientConnection(asyncio.Protocol):
         if call:
             call.reservation.release()
 
-    def _answer_page(self) -> None:
-        """Have a request that is no call answered. Its body has been thrown away: no page reads one."""
-        if self.transport.get_write_buffer_size():
-            return self.close()  # the client does not read its last answer
-        self._state = State.ANSWERING
-        self._bridge = Bridge(self._door, self, self.request)
-        try:
-            self._bridge.start()
-        except tornado.httputil.HTTPInputError:
-            self._reject(BadRequest("The query or a header cannot be read: expected at most 1,000 fields, in UTF-8."))
-        return None
-
-    def _ask(self) -> None:
-        """Ask a client that sends no more whether it is there: if not, its host resets the connection."""
-        now = self._asked_at = self._door.now()
-        exchange = self.sink.exchange
-        if exchange and exchange.status and not self.sink.pending:
-            exchange.ping(now)  # between two events, else what comes next is the question
-        else:
-            self.transport.write(CONTINUE)  # Python's http.client takes 102 for the answer
-
     # The answer
+
+    def _begin_page(self) -> None:
+        """Have a request that is no call answered once this read is parsed: by then is known what came behind it."""
+        self._state = State.PAGE
+        asyncio.get_running_loop().call_soon(self._make_page)
+
+    def _make_page(self) -> None:
+        if self._state is not State.PAGE:
+            return
+        if self.transport.get_write_buffer_size():  # the client does not read its last answer
+            return self.close()
+        try:
+            Bridge(self._door, self, self.request).start()
+        except tornado.httputil.HTTPInputError:
+            self._reject(BadRequest("The query cannot be read: expected at most 1,000 fields, in UTF-8."))
+        return None
 
     def _reject(self, error: GatewayError) -> None:
         """Refuse without reading on: answer at once in the format of the path, then leave."""
@@ -12529,35 +12391,37 @@ class ClientConnection(asyncio.Protocol):
         self.keeps_alive = False
         self.sink.refuse(error, api_of(path), request_id)
 
+    def head_of(self, status: int, lines: list[bytes], has_date: bool) -> bytes:
+        """An answer's head with these lines in it, and what is the connection's own to say."""
+        lines.insert(0, b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode()))
+        if not has_date:
+            lines.append(b"date: " + http_date(int(self._door.gateway.clock.wall())).encode())
+        if self._door.gateway.stopping:
+            self.keeps_alive = False
+        if not self.keeps_alive:
+            lines.append(b"connection: close")
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
         """Send a whole answer of our own; `length` is the body's, also where the answer is to a HEAD."""
         if self._state in (State.LEAVING, State.GONE):
             return None
-        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}", f"content-length: {length}"]
-        lines.append(f"date: {http_date(int(self._door.gateway.clock.wall()))}")
-        lines += [f"{name}: {value}" for name, value in headers]
-        if self.is_last_answer():
-            lines.append("connection: close")
-        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        is_head = (self.request.method or self._parser.get_method()) == b"HEAD"
-        self.transport.write(head if is_head else head + body)
+        lines = [f"{name}: {value}".encode("latin-1", "replace") for name, value in headers]
+        lines.append(b"content-length: %d" % length)
+        data = self.head_of(status, lines, False)
+        if (self.request.method or self._parser.get_method()) != b"HEAD":
+            data += body
+        self.transport.write(data)
         if self.request.is_whole:
             return self.end_answer()
         self._leave()
-        if self.transport.can_write_eof():  # TLS cannot
-            self.transport.write_eof()
-        return None
-
-    def is_last_answer(self) -> bool:
-        """Whether the connection is closed after the answer that begins now, as it is while the gateway stops."""
-        if self._door.gateway.stopping:
-            self.keeps_alive = False
-        return not self.keeps_alive
+        return self.transport.write_eof()
 
     def end_answer(self) -> None:
         """The answer is out: on to the next request, or close."""
-        self._state, self._entered_at = State.IDLE, self._door.now()
-        self.sink.exchange = self._bridge = None
+        self._state = State.IDLE
+        self._entered_at = self._door.now()
+        self.sink.exchange = None
         if not self.keeps_alive:
             self.close()
 
@@ -12575,34 +12439,38 @@ class ClientConnection(asyncio.Protocol):
     # What the clock says
 
     def check(self, now: float, pace: Pace) -> None:
-        """Close what takes too long: a head, a body, a pause between requests, a goodbye."""
+        """Close what takes too long: a head, a body, a page, a pause between requests, a goodbye."""
         silence, age = now - self._active_at, now - self._entered_at
+        has_unsent = self.transport.get_write_buffer_size() > 0
+        is_stuck = False
         if self._state is State.LEAVING:
-            unsent = self.transport.get_write_buffer_size() > 0
-            if age > (pace.body_s if unsent else pace.leave_s) or (not unsent and silence > pace.linger_s):
-                self.transport.abort()
+            is_stuck = age > pace.body_s
+            if not has_unsent:
+                is_stuck = age > pace.leave_s or silence > pace.linger_s
+        elif self._state is State.PAGE:
+            is_stuck = age > pace.page_s
         elif self._state is State.IDLE:
+            is_stuck = has_unsent and age > pace.page_s  # a page of logs that is not read
             if age > (pace.keep_alive_s if self.key_name else pace.head_s):
-                self.close()
-            elif age > pace.page_s and self.transport.get_write_buffer_size():  # a page of logs that is not read
-                self.transport.abort()
-        elif self._bridge and age > pace.page_s:
-            self.transport.abort()
-        elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
-            self._ask()
-        elif self._owes_continue:
-            return  # it is silent because it waits for a slot; that has a deadline of its own
-        elif self._state is State.BODY and age > pace.body_s + self.request.body_size / pace.body_bytes_s:
-            self._reject(RequestTimeout("The request's body came too slowly."))
-        elif (self._state is State.HEAD and age > pace.head_s) or (self._state is State.BODY and silence > pace.body_s):
+                return self.close()
+        elif self._state is State.HEAD and age > pace.head_s:
             self._reject(RequestTimeout("The request did not come in time."))
-        elif self._call and age > pace.slow_body_s:
-            self._call.reservation.defer()
+        elif self._state is State.BODY:
+            if silence > pace.body_s or age > pace.body_s + self.request.body_size / pace.body_bytes_s:
+                self._reject(RequestTimeout("The request's body came too slowly."))
+            elif self._call and age > pace.slow_body_s:
+                self._call.reservation.defer()
+        if is_stuck:
+            self.transport.abort()
+        return None
 
     @property
     def is_answering(self) -> bool:
         """Whether it is being answered."""
-        return self._state is State.ANSWERING
+        return self._state in (State.ANSWERING, State.PAGE)
+
+
+Group = tuple[Literal["address", "key"], str]  # whose a connection is: an address's, or a key's by its name
 
 
 class Door:
@@ -12612,26 +12480,24 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    Connections of one key are kept alive between requests only while there are not more of them than free places. Where
-    there are no strangers, the key that has most connections gives one up that is not being answered.
+    One key has at most half of all connections. Where there are no strangers, the key that has most connections gives
+    one up that is not being answered.
     """
 
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
         self.gateway, self.application, self.most = gateway, application, most
         self.now = gateway.clock.monotonic
-        self.connections: set[Client] = set()
+        self.connections: dict[ClientConnection, Group] = {}
         # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
-        self._strangers: OrderedDict[Client, str] = OrderedDict()  # with their network
-        self._by_network: dict[str, OrderedDict[Client, None]] = {}  # strangers
-        self._of_key: dict[str, OrderedDict[Client, None]] = {}  # by its name, the oldest first
+        self._strangers: OrderedDict[ClientConnection, None] = OrderedDict()
+        self._groups: dict[Group, OrderedDict[ClientConnection, None]] = {}
         gateway.metrics.connections = lambda: len(self.connections)
         self._server: asyncio.Server | None = None
-        self.hangups = Hangups()
 
-    def enter(self, connection: Client) -> bool:
+    def enter(self, connection: ClientConnection) -> bool:
         """Count a new connection in; False where there is no place for it."""
-        network = network_of(connection.peer)
-        peers = self._by_network.get(network, ())
+        group: Group = ("address", network_of(connection.peer))
+        peers = self._groups.get(group, ())
         is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
         if len(peers) >= self.gateway.pace.strangers and not is_proxy:
             self._give_up(next(iter(peers)), "address")
@@ -12643,33 +12509,32 @@ class Door:
             else:
                 self.gateway.emit(ConnectionRefused("full"))
                 return False
-        self.connections.add(connection)
-        self._strangers[connection] = network
-        self._by_network.setdefault(network, OrderedDict())[connection] = None
+        self._strangers[connection] = None
+        self._join(connection, group)
         return True
 
-    def _surplus(self) -> Client | None:
+    def _surplus(self) -> ClientConnection | None:
         """The newest connection of the key that has most of them, of those that are not being answered.
 
         290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
         """
-        most = max(self._of_key.values(), key=len, default=OrderedDict())
+        most = max(self._groups.values(), key=len, default=OrderedDict())  # there are no strangers
         return next((each for each in reversed(most) if not each.is_answering), None)
 
-    def _give_up(self, stranger: Client, why: str) -> None:
+    def _give_up(self, stranger: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
         self.gateway.emit(ConnectionRefused(why))
         self.leave(stranger)
         stranger.transport.abort()
 
-    def accept(self, connection: Client, request: Request, route: Route) -> Call:
+    def accept(self, connection: ClientConnection, request: Request, route: Route) -> Call:
         """Begin a call by its head, before its body is read. Raises GatewayError."""
         gateway, named = self.gateway, request.named
         key, address = gateway.authenticate(request.headers, named, connection.peer)
         if not connection.key_name:
             self.recognize(connection, key)
             # 480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
-            if len(self._of_key.get(key.name, ())) > max(1, self.most // 2):
+            if len(self._groups.get(("key", key.name), ())) > max(1, self.most // 2):
                 raise Unavailable(
                     f"The key {key} has more than half of the connections that this gateway can have "
                     f"({self.most:,}; see `ulimit -n`): the others are for everybody else.",
@@ -12686,7 +12551,7 @@ class Door:
         gateway.enter(call, length)
         return call
 
-    def refuse(self, connection: Client, request: Request, error: GatewayError) -> str:
+    def refuse(self, connection: ClientConnection, request: Request, error: GatewayError) -> str:
         """Announce that a request is refused before it is read; the id for its answer."""
         gateway, request_id, key = self.gateway, "req_" + secrets.token_hex(12), ""
         named = request.named or first_values(request.headers)  # where the head is not whole
@@ -12696,35 +12561,28 @@ class Door:
         gateway.emit(RequestRefused(request_id, address, key, error))
         return request_id
 
-    def recognize(self, connection: Client, key: Key) -> None:
-        """A connection has shown a good key. Where the key has many, it is closed after its answer."""
+    def recognize(self, connection: ClientConnection, key: Key) -> None:
+        """A connection has shown a good key: it is no stranger's any more."""
         if connection.key_name or connection not in self.connections:  # or it has just been given up
             return
-        self._forget_stranger(connection)
+        self.leave(connection)
         connection.key_name = key.name
-        own = self._of_key.setdefault(key.name, OrderedDict())
-        own[connection] = None
-        if len(own) > self.most - len(self.connections):
-            connection.keeps_alive = False
+        self._join(connection, ("key", key.name))
 
-    def leave(self, connection: Client) -> None:
+    def _join(self, connection: ClientConnection, group: Group) -> None:
+        self.connections[connection] = group
+        self._groups.setdefault(group, OrderedDict())[connection] = None
+
+    def leave(self, connection: ClientConnection) -> None:
         """Count a connection out; once is enough."""
-        self.connections.discard(connection)
-        self._forget_stranger(connection)
-        if connection.key_name:
-            own = self._of_key[connection.key_name]
-            del own[connection]
-            if not own:
-                del self._of_key[connection.key_name]
-            connection.key_name = ""
-
-    def _forget_stranger(self, connection: Client) -> None:
-        network = self._strangers.pop(connection, None)
-        if network is not None:
-            peers = self._by_network[network]
-            del peers[connection]
-            if not peers:
-                del self._by_network[network]
+        group = self.connections.pop(connection, None)
+        if group is None:
+            return
+        self._strangers.pop(connection, None)
+        members = self._groups[group]
+        del members[connection]
+        if not members:
+            del self._groups[group]
 
     async def listen(self, host: str, port: int) -> int:
         """Start to listen; the port that was bound. Raises OSError."""
@@ -12752,9 +12610,8 @@ class Door:
             connection.transport.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.gateway.pace.linger_s):
-                while clients & self.connections:  # noqa: ASYNC110 - once, at the end: not worth an event
+                while clients & self.connections.keys():  # noqa: ASYNC110 - once, at the end: not worth an event
                     await asyncio.sleep(0.01)
-        self.hangups.close()
 
 
 # --- 31. API: the gateway's own pages ---------------------------------------------
@@ -12773,11 +12630,10 @@ class Endpoint(NamedTuple):
     path: str  # as `normalize_target` writes it
     role: Role
     answer: Callable[[PageRequest], Awaitable[object]] | None  # None: the relay's
-    summary: str
 
 
 async def say_nothing(request: PageRequest) -> object:
-    """An empty object, for what clients send on their own."""
+    """An empty object, for what clients send on their own: to warm up a connection, and telemetry."""
     return {}
 
 
@@ -12880,21 +12736,20 @@ async def show_logs(request: PageRequest) -> object:
 
 
 ENDPOINTS = (
-    *(Endpoint("POST", path, "key", None, "A call: relayed to an upstream.") for path in ROUTES),
-    Endpoint("HEAD", "/", "anyone", say_nothing, "Clients warm up their connection."),
-    Endpoint("GET", "/api/hello", "anyone", say_nothing, "Clients warm up their connection."),
-    Endpoint("POST", "/api/event_logging/batch", "anyone", say_nothing, "Claude Code's telemetry: thrown away."),
-    Endpoint("GET", "/health", "anyone", show_health, "200 while calls can be answered, 503 while they cannot."),
-    Endpoint("GET", "/livez", "anyone", show_life, "200 while the process answers."),
-    Endpoint("GET", "/metrics", "scraper", show_metrics, "Metrics for Prometheus."),
-    Endpoint("GET", "/v1/models", "key", list_models, "The models that the key may use."),
-    Endpoint("GET", "/v1/models/*", "key", show_model, "One of these models."),
-    Endpoint("GET", "/v1/usage", "key", show_usage, "How the key's limits stand."),
-    Endpoint("GET", "/api/usage", "key", show_usage, "How the key's limits stand."),
-    Endpoint("GET", "/api/usage/stats", "key", show_stats, "What the key spent, in groups."),
-    Endpoint("GET", "/api/usage/logs", "key", show_logs, "The key's calls, one by one."),
+    *(Endpoint("POST", path, "key", None) for path in ROUTES),
+    Endpoint("HEAD", "/", "anyone", say_nothing),
+    Endpoint("GET", "/api/hello", "anyone", say_nothing),
+    Endpoint("POST", "/api/event_logging/batch", "anyone", say_nothing),
+    Endpoint("GET", "/health", "anyone", show_health),
+    Endpoint("GET", "/livez", "anyone", show_life),
+    Endpoint("GET", "/metrics", "scraper", show_metrics),
+    Endpoint("GET", "/v1/models", "key", list_models),
+    Endpoint("GET", "/v1/models/*", "key", show_model),
+    Endpoint("GET", "/v1/usage", "key", show_usage),
+    Endpoint("GET", "/api/usage", "key", show_usage),
+    Endpoint("GET", "/api/usage/stats", "key", show_stats),
+    Endpoint("GET", "/api/usage/logs", "key", show_logs),
 )
-OF_THE_UPSTREAM_KEY = ("/v1/messages/batches", "/v1/files", "/v1/batches", "/v1/organizations")
 
 
 def find_endpoints(path: str) -> dict[str, Endpoint]:
@@ -12914,19 +12769,19 @@ class PageRequest(tornado.web.RequestHandler):
 
     def initialize(self, gateway: Gateway) -> None:
         self.gateway = gateway
-        self.bridge = cast(Bridge, self.request.connection)  # the way to the client's connection
-        self.path = self.bridge.path
+        bridge = cast(Bridge, self.request.connection)  # the way to the client's connection
+        self.door, self.client, self.asked = bridge.door, bridge.client, bridge.request
+        self.path = self.asked.path
         self.endpoints = find_endpoints(self.path)
-        self.has_left = False  # the client has gone before it had its answer
 
     async def prepare(self) -> None:
         """Answer the request, or raise GatewayError."""
         endpoint = self.endpoints.get(str(self.request.method))
         if endpoint is None or endpoint.answer is None:
             raise self._not_found()
-        self.principal = self.gateway.identify(endpoint.role, *self.bridge.origin)
+        self.principal = self.gateway.identify(endpoint.role, self.asked.headers, self.asked.named, self.client.peer)
         if self.principal.key:
-            self.bridge.recognize(self.principal.key)
+            self.door.recognize(self.client, self.principal.key)
         answer = await endpoint.answer(self)
         if not isinstance(answer, (str, bytes)):
             self.set_header("Content-Type", "application/json")
@@ -12934,12 +12789,7 @@ class PageRequest(tornado.web.RequestHandler):
         self.finish(answer)
 
     def _not_found(self) -> GatewayError:
-        """The error for a path, or a method of it, that is not served; with the reason where one is known."""
-        if self.path.startswith(OF_THE_UPSTREAM_KEY):
-            return NotFound(
-                "Batches and files belong to the upstream's key, not to yours: everyone would see everyone's. "
-                "This gateway does not offer them."
-            )
+        """The error for a path, or a method of it, that is not served."""
         if self.path == "/":
             return NotFound("This is a gateway; see /health.")
         if self.endpoints:
@@ -12950,6 +12800,11 @@ class PageRequest(tornado.web.RequestHandler):
     def key(self) -> Key:
         """The key of whoever asks for an endpoint with the role `key`."""
         return cast(Key, self.principal.key)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the client has gone before it had its answer."""
+        return self.client.sink.is_gone
 
     @property
     def is_line(self) -> bool:
@@ -12976,9 +12831,6 @@ class PageRequest(tornado.web.RequestHandler):
 
     # What Tornado asks of a handler
 
-    def on_connection_close(self) -> None:
-        self.has_left = True
-
     def set_default_headers(self) -> None:
         self.clear_header("Server")
         self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -12988,12 +12840,12 @@ class PageRequest(tornado.web.RequestHandler):
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         error = kwargs.get("exc_info", (None, None))[1]
-        if not isinstance(error, GatewayError):
-            known = {
-                400: BadRequest("The query cannot be read: expected UTF-8, percent-encoded."),
-                405: MethodNotAllowed("Not with this method."),
-            }
-            error = known.get(status_code, GatewayError(INTERNAL_ERROR))
+        if status_code == 400:
+            error = BadRequest("The query cannot be read: expected UTF-8, percent-encoded.")
+        elif status_code == 405:
+            error = self._not_found()
+        elif not isinstance(error, GatewayError):
+            error = GatewayError(INTERNAL_ERROR)
         request_id = "req_" + secrets.token_hex(12)
         self.set_status(error.status)
         for name, value in error_headers(error, request_id):
@@ -13131,58 +12983,50 @@ def perform(action: Change, config: Config) -> Any:
             time.sleep(0.05)
 
 
-class Peer(NamedTuple):
-    """Who has connected; -1 where the system does not say, and the socket's mode has to do."""
-
-    pid: int
-    uid: int
-
-    def __str__(self) -> str:
-        return f"user {self.uid} on this host (process {self.pid})"
-
-
-def peer_of(client: socket.socket) -> Peer:
-    """Who has connected, as the kernel says."""
-    if not hasattr(socket, "SO_PEERCRED"):  # no Linux
-        return Peer(-1, os.geteuid())
+def identify_peer(client: socket.socket) -> str:
+    """Who has connected, as the kernel says. Raises ActionError where it is neither the gateway's user nor root."""
+    if not hasattr(socket, "SO_PEERCRED"):  # no Linux: the socket's mode has to do
+        return "a user on this host"
     pid, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return Peer(pid, uid)
+    if uid not in (os.geteuid(), 0):
+        raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
+    return f"user {uid} on this host (process {pid})"
 
 
 class LocalDoor:
-    """The running gateway's own socket. What is asked is done one after the other."""
+    """The running gateway's own socket. Some read and write at once; what they ask is done one after the other."""
 
-    LINE_S = 2.0  # for a whole request
+    LINE_S = 2.0  # for a whole request, and for its answer to be taken
+    MOST_CLIENTS = 64  # at once; others wait
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._directory = gateway.ledger.directory
-        self._socket: socket.socket | None = None
+        self._path = gateway.ledger.directory / LOCAL_SOCKET
         self._file: os.stat_result | None = None
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()  # one takes clients, the others answer them
+        self._turn = asyncio.Lock()
         self._is_warned = False
 
     def listen(self) -> None:
         """Listen, and replace a socket that was left by a gateway that was killed: whoever calls holds the folder."""
         made = socket.socket(socket.AF_UNIX)
-        path = self._directory / LOCAL_SOCKET
         try:
-            path.unlink(missing_ok=True)
-            with local_address(self._directory) as address:
+            self._path.unlink(missing_ok=True)
+            with local_address(self._path.parent) as address:
                 made.bind(address)
-            path.chmod(0o600)  # nobody can connect before `listen`
+            self._path.chmod(0o600)  # nobody can connect before `listen`
             made.listen(128)
             made.setblocking(False)
-            self._file = path.stat()
+            self._file = self._path.stat()
         except OSError as error:
             made.close()
             if not self._is_warned:
                 why = "commands that write to the ledger have to wait until the gateway has ended"
-                log.warning("cannot listen at %s: %s; %s", path, os_reason(error), why)
+                log.warning("cannot listen at %s: %s; %s", self._path, os_reason(error), why)
             self._is_warned = True
             return
-        self._socket, self._is_warned = made, False
-        self._task = asyncio.get_running_loop().create_task(self._serve(made))
+        self._is_warned = False
+        self._start(self._take_clients(made), made.close)
 
     def check(self) -> None:
         """Listen again where the socket is gone, as after the ledger's folder was moved."""
@@ -13193,40 +13037,54 @@ class LocalDoor:
     def close(self) -> None:
         """Listen no more."""
         if self._is_there():
-            (self._directory / LOCAL_SOCKET).unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
         self._end()
 
     def _is_there(self) -> bool:
         try:
-            found = os.stat(self._directory / LOCAL_SOCKET)
+            found = os.stat(self._path)
         except OSError:
             return False
         return self._file is not None and os.path.samestat(self._file, found)
 
     def _end(self) -> None:
-        if self._task:
-            self._task.cancel()
-        if self._socket:
-            self._socket.close()
-        self._task = self._socket = self._file = None
+        for task in self._tasks:
+            task.cancel()
+        self._file = None
 
-    async def _serve(self, listening: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+    def _start(self, work: Coroutine[Any, Any, None], end: Callable[[], None]) -> None:
+        """Have work done in a task; `end` is called however it ends, and also if it is cancelled before it began."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda task: end())
+
+    async def _take_clients(self, listening: socket.socket) -> None:
+        places = asyncio.Semaphore(self.MOST_CLIENTS)
         while True:
+            await places.acquire()
             try:
-                client, _ = await loop.sock_accept(listening)
+                client, _ = await asyncio.get_running_loop().sock_accept(listening)
             except OSError as error:  # too many files are open
+                places.release()
                 log.warning("cannot take a command: %s", why_not(error))
                 await asyncio.sleep(1.0)
                 continue
-            with client:
-                client.setblocking(False)
-                try:
-                    await self._answer(client)
-                except (OSError, TimeoutError):
-                    log.debug("a command left, or asked nothing")
-                except Exception:
-                    self._gateway.guard.record("LocalDoor.answer")
+            client.setblocking(False)
+
+            def end(client: socket.socket = client) -> None:
+                client.close()
+                places.release()
+
+            self._start(self._serve(client), end)
+
+    async def _serve(self, client: socket.socket) -> None:
+        try:
+            await self._answer(client)
+        except (OSError, TimeoutError):
+            log.debug("a command left, or asked nothing")
+        except Exception:
+            self._gateway.guard.record("LocalDoor.answer")
 
     async def _answer(self, client: socket.socket) -> None:
         """Read a request, do what it asks, and send what came of it."""
@@ -13238,7 +13096,9 @@ class LocalDoor:
                     return
                 line += data
         try:
-            answer = Result(await self._do(REQUEST_DECODER.decode(line), peer_of(client)))
+            action, who = REQUEST_DECODER.decode(line), identify_peer(client)
+            async with self._turn:
+                answer = Result(await self._do(action, who))
         except UNREADABLE as error:
             why = f"the running gateway ({VERSION}) does not know that: {error}"
             answer = Result(error=("invalid", "request", "", why))
@@ -13247,15 +13107,13 @@ class LocalDoor:
         async with asyncio.timeout(self.LINE_S):
             await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
 
-    async def _do(self, action: Change | EditMade, peer: Peer) -> Any:
+    async def _do(self, action: Change | EditMade, who: str) -> Any:
         """Do what is asked. Raises ActionError."""
-        if peer.uid not in (os.geteuid(), 0):
-            raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
         if isinstance(action, EditMade):
             await self._gateway.reload()
-            return self._gateway.emit(ChangeMade(str(peer), action.edit, action.subject))
+            return self._gateway.emit(ChangeMade(who, action.edit, action.subject))
         try:
-            return await act(self._gateway, action, str(peer))
+            return await act(self._gateway, action, who)
         except Unavailable as error:
             raise ActionError.of_gateway(str(error)) from None
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HELLO, KEY, GatewayUnderTest, StartGateway
+from conftest import HELLO, KEY, GatewayUnderTest, StartGateway, until
 from test_stories import Process, processes  # noqa: F401
 
 import gateway as g
@@ -256,17 +256,21 @@ async def test_what_is_no_request_is_refused(listening, data):
     assert await command(listening, "usage", "adjust", "alice", "--usd", "1") == 0
 
 
-async def test_who_asks_nothing_is_left(listening, monkeypatch):
+async def test_who_asks_nothing_keeps_nobody_waiting(listening, monkeypatch):
     """
-    A connection that is silent keeps others waiting for a moment only.
+    Others are served meanwhile, and a silent connection is left in the end.
     """
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(listening.gateway.ledger.directory / g.LOCAL_SOCKET))
+        silent.sendall(b'{"action":')
+
+        assert await command(listening, "usage", "adjust", "alice", "--usd", "1") == 0
+        silent.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            silent.recv(1)  # it has not been left
+
     monkeypatch.setattr(g.LocalDoor, "LINE_S", 0.1)
-
-    silent = asyncio.ensure_future(send(listening, b'{"action":'))
-    await asyncio.sleep(0.01)
-
-    assert await command(listening, "usage", "adjust", "alice", "--usd", "1") == 0
-    assert await silent == b""
+    assert await send(listening, b'{"action":') == b""
 
 
 async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tmp_path, processes):  # noqa: F811
@@ -293,15 +297,20 @@ async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tm
     assert not (tmp_path / "usage" / g.LOCAL_SOCKET).exists()
 
 
-async def test_many_commands_at_once_wait_for_their_turn(listening):
+async def test_many_commands_at_once_wait_for_their_turn(listening, monkeypatch):
     """
-    While the gateway is busy, a script's commands queue: a full queue would refuse them at once.
+    So many are served at once and no more; a full queue would refuse the others at once.
     """
+    monkeypatch.setattr(g.LocalDoor, "LINE_S", 0.1)
+    most = g.LocalDoor.MOST_CLIENTS
     with contextlib.ExitStack() as stack:
-        for _ in range(100):
+        for _ in range(most + 40):
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.settimeout(5.0)  # as `ask` does: then a full queue is an error, not a wait
             client.connect(str(listening.gateway.ledger.directory / g.LOCAL_SOCKET))
+        await until(lambda: len(listening.local._tasks) == 1 + most)
+
+        assert await command(listening, "usage", "adjust", "alice", "--usd", "1") == 0
 
 
 def test_a_reset_waits_for_a_gateway_that_starts(tmp_path, capsys, monkeypatch):
