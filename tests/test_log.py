@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_counted_and_told_in_its_place(pipe: Pipe):
     """
     writer, text = g.LogWriter(), "x" * 30_000
     with writer.in_thread(pipe.stderr):
-        with writer._changed:  # the thread takes none of them in between
+        with writer._counting:  # the thread takes none of them in between
             for _ in range(1000):
                 writer.handle(line(text))
             lost, waiting = writer.lost, writer._size
@@ -119,7 +119,6 @@ def test_an_exit_waits_a_second_for_a_reader_and_only_once(pipe: Pipe):
         for _ in range(10):
             writer.handle(line("x" * 30_000))
         began = time.monotonic()
-    writer.flush()
     writer.close()
 
     assert time.monotonic() - began < 2 * g.LogWriter.FLUSH_S
@@ -136,7 +135,6 @@ def test_a_closed_pipe_loses_lines_and_nothing_else(pipe: Pipe):
     os.close(null)
     with writer.in_thread(pipe.stderr):
         writer.handle(line("one"))
-        writer.flush()
         writer.handle(line("two"))
 
     assert writer.lost == 2
