@@ -3994,6 +3994,7 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE positions (view TEXT, month TEXT, state BLOB NOT NULL, PRIMARY KEY (view, month)) WITHOUT ROWID;
 CREATE TABLE counters (scope TEXT, name TEXT, state BLOB NOT NULL, PRIMARY KEY (scope, name)) WITHOUT ROWID;
 CREATE TABLE names (number INTEGER PRIMARY KEY, name TEXT NOT NULL);
+CREATE TABLE models (key INTEGER, model INTEGER, PRIMARY KEY (key, model)) WITHOUT ROWID;
 CREATE TABLE sums (cut INTEGER, key INTEGER, start INTEGER, team INTEGER, model INTEGER, upstream INTEGER,
     outcome INTEGER, {", ".join(f"{name} INTEGER NOT NULL" for name in COLUMNS)},
     PRIMARY KEY (cut, key, start, team, model, upstream, outcome)) WITHOUT ROWID;
@@ -4155,7 +4156,7 @@ class HourSums(msgspec.Struct):
 class SumView(View):
     """The sums of reports, by hour or day and by labels (SUMS)."""
 
-    name, tables = "sums", ("sums", "names")
+    name, tables = "sums", ("sums", "names", "models")
 
     def begin(self) -> None:
         """Forget everything."""
@@ -4165,6 +4166,7 @@ class SumView(View):
         self._series: dict[tuple[str, ...], HourSums] = {}
         self._over: list[tuple[int, tuple[int, ...], list[int]]] = []  # hours of series that are over
         self._models: dict[int, set[int]] = {}  # by key
+        self._new_models: list[tuple[int, int]] = []  # that are not in the table
         self._hour = Span(0.0, 0.0)
 
     @property
@@ -4198,9 +4200,12 @@ class SumView(View):
         series.start, series.end = self._hour
         key, team, model, upstream, outcome = series.labels
         models = self._models.setdefault(key, set())
+        if model in models:
+            return
         if len(models) < MODELS:
             models.add(model)
-        elif model not in models:
+            self._new_models.append((key, model))
+        else:
             series.labels = (key, team, self.number(OTHERS), upstream, outcome)
 
     def _end(self, series: HourSums) -> None:
@@ -4212,7 +4217,7 @@ class SumView(View):
         """Go on from what is kept."""
         self.numbers = {name: number for number, name in db.execute("SELECT number, name FROM names ORDER BY number")}
         self._kept = len(self.numbers)
-        for key, model in db.execute("SELECT DISTINCT key, model FROM sums WHERE cut = 1"):
+        for key, model in db.execute("SELECT key, model FROM models"):
             self._models.setdefault(key, set()).add(model)
 
     def save(self, db: sqlite3.Connection) -> None:
@@ -4223,6 +4228,8 @@ class SumView(View):
         names = [(number, name) for name, number in itertools.islice(self.numbers.items(), self._kept, None)]
         db.executemany("INSERT INTO names VALUES (?, ?)", names)
         self._kept = len(self.numbers)
+        db.executemany("INSERT INTO models VALUES (?, ?)", self._new_models)
+        self._new_models.clear()
         self._over.clear()
         self._series.clear()
 

@@ -1478,7 +1478,7 @@ def test_the_rate_of_a_group_is_that_of_its_sums():
         ("Pacific/Kiritimati", {"2026-11-01": 3, "2026-11-02": 1}),
     ],
 )
-def test_days_turn_over_where_the_operator_lives(timezone, days):
+def test_days_and_months_turn_over_where_the_operator_lives(timezone, days):
     """
     The ledger keeps UTC; a report's day is the calendar's of `server.timezone`, summer time included.
     """
@@ -1489,30 +1489,10 @@ def test_days_turn_over_where_the_operator_lives(timezone, days):
         "2026-11-01T16:00:00.000Z",
     ]
 
-    totals = g.summarize([entry(1, time) for time in times], ["day"], zoneinfo.ZoneInfo(timezone))
+    totals = g.summarize([entry(1, time) for time in times], ["month", "day"], zoneinfo.ZoneInfo(timezone))
 
     assert {total.group["day"]: total.calls for total in totals} == days
-
-
-def test_months_turn_over_with_their_days():
-    """
-    The last evening of a month in UTC is the next month's morning elsewhere.
-    """
-    times = ["2026-12-31T15:59:59.999Z", "2026-12-31T16:00:00.000Z"]
-
-    totals = g.summarize([entry(1, time) for time in times], ["month", "day"], zoneinfo.ZoneInfo("Asia/Shanghai"))
-
-    assert [total.group for total in totals] == [
-        {"month": "2026-12", "day": "2026-12-31"},
-        {"month": "2027-01", "day": "2027-01-01"},
-    ]
-
-
-def test_no_entries_are_no_totals():
-    """
-    An empty report has no rows, not one of zeros.
-    """
-    assert g.summarize([], ["key"], dt.UTC) == []
+    assert all(total.group["day"].startswith(total.group["month"]) for total in totals)
 
 
 # Times
@@ -1544,16 +1524,6 @@ def test_a_time_is_rounded_to_the_nearest_millisecond(seconds):
     written = dt.datetime.fromisoformat(g.utc_time(seconds))
 
     assert abs((written - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)).total_seconds() - seconds) <= 0.000501
-
-
-@given(st.lists(st.floats(0, 4e9), min_size=2, max_size=2))
-def test_times_sort_as_text(seconds):
-    """
-    The ledger is searched by comparing text.
-    """
-    earlier, later = sorted(seconds)
-
-    assert g.utc_time(earlier) <= g.utc_time(later)
 
 
 @pytest.mark.logs("usage-2026-07.jsonl.gz: the archive is damaged")
