@@ -4144,15 +4144,6 @@ def clamped(sums: list[int]) -> list[int]:
     return [max(-LINE_MAX, min(LINE_MAX, amount)) for amount in sums]
 
 
-class HourSums(msgspec.Struct):
-    """What one key, team, model, upstream and outcome adds up to in the hour that its last line was in."""
-
-    labels: tuple[int, ...]  # the numbers of LABELS
-    start: float = 0.0
-    end: float = 0.0
-    sums: list[int] = msgspec.field(default_factory=lambda: [0] * len(COLUMNS))
-
-
 class SumView(View):
     """The sums of reports, by hour or day and by labels (SUMS)."""
 
@@ -4163,11 +4154,10 @@ class SumView(View):
         super().begin()
         self.numbers: dict[str, int] = {}  # by name
         self._kept = 0  # names that are in the table
-        self._series: dict[tuple[str, ...], HourSums] = {}
-        self._over: list[tuple[int, tuple[int, ...], list[int]]] = []  # hours of series that are over
-        self._models: dict[int, set[int]] = {}  # by key
-        self._new_models: list[tuple[int, int]] = []  # that are not in the table
         self._hour = Span(0.0, 0.0)
+        self._sums: dict[tuple[float, tuple[str, ...]], list[int]] = {}  # by hour and LABELS; not in the table yet
+        self._models: dict[str, set[str]] = {}  # by key
+        self._new_models: list[tuple[int, int]] = []  # that are not in the table
 
     @property
     def fingerprint(self) -> bytes:
@@ -4184,66 +4174,57 @@ class SumView(View):
             if posting.path == COUNT_TOKENS or posting.type == "reset":
                 continue
             at = posting.time.timestamp()
-            labels = (posting.key, posting.team, posting.model, posting.upstream, posting.outcome)
-            series = self._series.get(labels)
-            if series is None:
-                series = self._series[labels] = HourSums(tuple(map(self.number, labels)))
-            if not series.start <= at < series.end:
-                self._turn(series, at)
-            add_to(series.sums, posting)
+            if not self._hour.start <= at < self._hour.end:
+                self._hour = self.calendar.spans(at)["clock_hour"]
+            names = (posting.key, posting.team, posting.model, posting.upstream, posting.outcome)
+            sums = self._sums.get((self._hour.start, names))
+            if sums is None:
+                sums = self._sums[self._hour.start, names] = [0] * len(COLUMNS)
+            add_to(sums, posting)
 
-    def _turn(self, series: HourSums, at: float) -> None:
-        """Begin to sum up for another hour."""
-        self._end(series)
-        if not self._hour.start <= at < self._hour.end:
-            self._hour = self.calendar.spans(at)["clock_hour"]
-        series.start, series.end = self._hour
-        key, team, model, upstream, outcome = series.labels
+    def _labels(self, names: tuple[str, ...]) -> tuple[int, ...]:
+        """The numbers of LABELS; a model that is too much for its key is one of OTHERS."""
+        key, team, model, upstream, outcome = names
         models = self._models.setdefault(key, set())
-        if model in models:
-            return
-        if len(models) < MODELS:
-            models.add(model)
-            self._new_models.append((key, model))
-        else:
-            series.labels = (key, team, self.number(OTHERS), upstream, outcome)
-
-    def _end(self, series: HourSums) -> None:
-        if any(series.sums):
-            self._over.append((int(series.start), series.labels, series.sums))
-            series.sums = [0] * len(COLUMNS)
+        if model not in models:
+            if len(models) < MODELS:
+                models.add(model)
+                self._new_models.append((self.number(key), self.number(model)))
+            else:
+                model = OTHERS
+        return tuple(map(self.number, (key, team, model, upstream, outcome)))
 
     def load(self, db: sqlite3.Connection) -> None:
         """Go on from what is kept."""
         self.numbers = {name: number for number, name in db.execute("SELECT number, name FROM names ORDER BY number")}
         self._kept = len(self.numbers)
+        by_number = list(self.numbers)
         for key, model in db.execute("SELECT key, model FROM models"):
-            self._models.setdefault(key, set()).add(model)
+            self._models.setdefault(by_number[key - 1], set()).add(by_number[model - 1])
 
     def save(self, db: sqlite3.Connection) -> None:
         """Add what was counted to the table."""
-        for series in self._series.values():
-            self._end(series)
-        db.executemany(ADD_SUMS, self._rows())
+        counted = [item for item in self._sums.items() if any(item[1])]
+        hours = [(int(start), self._labels(names), sums) for (start, names), sums in counted]
+        db.executemany(ADD_SUMS, self._rows(hours))
         names = [(number, name) for name, number in itertools.islice(self.numbers.items(), self._kept, None)]
         db.executemany("INSERT INTO names VALUES (?, ?)", names)
         self._kept = len(self.numbers)
         db.executemany("INSERT INTO models VALUES (?, ?)", self._new_models)
         self._new_models.clear()
-        self._over.clear()
-        self._series.clear()
+        self._sums.clear()
 
-    def _rows(self) -> Iterator[list[int]]:
+    def _rows(self, hours: list[tuple[int, tuple[int, ...], list[int]]]) -> Iterator[list[int]]:
         """What is to be added to the table, for each row of SUMS; the finest comes as it was counted."""
-        for start, (key, *others), sums in self._over:
+        for start, (key, *others), sums in hours:
             yield [0, key, start, *others, *clamped(sums)]
-        starts = {start: self.calendar.spans(start) for start in {start for start, _, _ in self._over}}
+        spans = {start: self.calendar.spans(start) for start, *_ in hours}
         for number, cut in enumerate(SUMS[1:], 1):
             keeps = [name in cut.labels for name in LABELS]
             groups: dict[tuple[int, ...], list[int]] = {}
-            for start, labels, sums in self._over:
+            for start, labels, sums in hours:
                 kept = [label if keep else 0 for label, keep in zip(labels, keeps, strict=True)]
-                group = (int(starts[start][cut.span].start), *kept)
+                group = (int(spans[start][cut.span].start), *kept)
                 before = groups.get(group)
                 groups[group] = list(map(operator.add, before, sums)) if before else sums
             for (start, key, *others), sums in groups.items():
