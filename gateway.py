@@ -2602,8 +2602,9 @@ def setting_of(document: Document, *steps: str, default: str) -> str:
     node = document.find(*steps)
     if node is None:
         return default
-    reader = Reader(os.environ)
-    value = reader.read(node, steps)
+    value: Any = None
+    with contextlib.suppress(Mistakes):
+        value = Reader(os.environ).read(node, steps)
     if not isinstance(value, str) or not value:
         raise document.problem(steps, "must be known here")
     return value

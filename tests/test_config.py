@@ -577,83 +577,63 @@ def test_an_alias_is_a_copy_that_nobody_shares():
     assert values["c"] == {"b": 1}
 
 
-def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_it_too():
+DOLLAR = "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
+NO_MODEL = 'no model is served: name some, or "*"'
+UPSTREAM = "upstreams:\n- name: a\n  "
+HTTPS = f"{UPSTREAM}url: https://a.test\n  "
+WARNINGS = {  # a text, and of what it warns; the environment has K and GATEWAY_PORT
+    "no API key": (f"{HTTPS}weight: 1\n", f"line 2: upstreams[0].api_key: {NO_API_KEY}"),
+    "an empty one": (
+        f"{HTTPS}api_key: '${{N:-}}'\n",
+        f"line 4: upstreams[0].api_key: {NO_API_KEY}",
+    ),
+    "another header": (
+        f"{HTTPS}headers: {{set: {{x-team: red}}}}\n",
+        f"line 2: upstreams[0].api_key: {NO_API_KEY}",
+    ),
+    "a header with a key": (f"{HTTPS}headers: {{set: {{Authorization: '${{K}}'}}}}\n", ""),
+    "a key of the environment": (f"{HTTPS}api_key: ${{K}}\n", ""),
+    "and an alias of it": (
+        f"{HTTPS}api_key: &k ${{K}}\n  headers: {{set: {{x-key: *k}}}}\n",
+        "",
+    ),
+    "its value in clear text": (
+        f"{HTTPS}api_key: {KEY}\n",
+        "line 4: upstreams[0].api_key: is in clear text: run `gateway.py seal`",
+    ),
+    "a server in the house": (f"{UPSTREAM}url: http://vllm:8000\n", ""),
+    "a name without braces, which is no secret": (
+        f"{HTTPS}api_key: $ANTHROPIC_API_KEY\n",
+        f"line 4: upstreams[0].api_key: {DOLLAR}",
+    ),
+    "another": (f"{DEMO}usage: {{directory: $LEDGER}}\n", f"line 2: usage.directory: {DOLLAR}"),
+    "one in a path": (f"{DEMO}usage:\n  directory: /srv/$LEDGER_FOLDER/a\n", f"line 3: usage.directory: {DOLLAR}"),
+    "no name": (f"{DEMO}usage: {{directory: us$age$5}}\n", ""),
+    "a name that the environment gives": (f"{DEMO}usage: {{directory: '${{K}}'}}\n", ""),
+    "no model": (f"{UPSTREAM}format: demo\n  models: []\n", f"line 4: upstreams[0].models: {NO_MODEL}"),
+    "none in a mapping": (f"{UPSTREAM}format: demo\n  models: {{}}\n", f"line 4: upstreams[0].models: {NO_MODEL}"),
+    "a port that the image's health check does not know": (
+        f"{DEMO}server: {{port: 9000}}\n",
+        "server.port is 9000, but GATEWAY_PORT, which the image's health check asks, 8000",
+    ),
+    "one that it knows": (f"{DEMO}server:\n  port: ${{GATEWAY_PORT}}\n", ""),
+    "memory without room for a body": (
+        f"{DEMO}server: {{max_body: 1MB, memory: 1023KB}}\n",
+        "server.memory (default: a quarter of the host's) is 1,047,552 bytes, and a body of server.max_body, "
+        "1,048,576, has no room in it: raise the one or lower the other",
+    ),
+    "memory for one": (f"{DEMO}server: {{max_body: 1MB, memory: 1MB}}\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_what_can_hardly_work_is_warned_of(name):
     """
-    It is the place that counts, and an alias of `${…}` is as good as that.
+    A config may be good and not what was meant; no warning shows a secret.
     """
-    config = load(
-        f"""upstreams:
-  - {{name: a, url: "http://a.test", api_key: &key "${{K}}"}}
-  - {{name: b, url: "http://b.test", api_key: *key}}
-  - {{name: c, url: "http://c.test", api_key: {KEY}}}
-""",
-        K=KEY,
-    )
+    text, warning = WARNINGS[name]
 
-    assert config.warnings == ["line 4: upstreams[2].api_key: is in clear text: run `gateway.py seal`"]
-
-
-@pytest.mark.parametrize(
-    ("upstream", "is_warned_of"),
-    [
-        ("url: https://a.test", True),
-        ("url: https://a.test, api_key: '${NONE:-}'", True),
-        ("url: https://a.test, headers: {set: {x-team: red}}", True),
-        ("url: https://a.test, headers: {set: {Authorization: '${K}'}}", False),
-        ("url: https://a.test, api_key: '${K}'", False),
-        ("url: 'http://vllm:8000'", False),
-        ("format: demo", False),
-    ],
-)
-def test_an_upstream_without_an_api_key_is_warned_about(upstream, is_warned_of):
-    """
-    No client's credential goes there in its place. In-house servers, which are asked in clear text, want none.
-    """
-    config = load(f"upstreams:\n  - {{name: a, {upstream}}}\n", K="sk-ant-1")
-
-    assert config.warnings == [f"line 2: upstreams[0].api_key: {NO_API_KEY}"] * is_warned_of
-
-
-@pytest.mark.parametrize(
-    ("text", "warning"),
-    [
-        ("usage: {directory: $LEDGER}\n", "2: usage.directory: $NAME"),
-        ("usage:\n  directory: /srv/$LEDGER_FOLDER/usage\n", "3: usage.directory: $NAME"),
-        ("usage: {directory: '${K}'}\n", None),
-        ("usage: {directory: us$age}\n", None),
-        ("usage: {directory: a$5}\n", None),
-        ('server: {contact: "Ann’s desk"}\n', None),
-    ],
-)
-def test_a_value_that_is_hardly_meant_is_warned_about(text, warning):
-    """
-    What a shell would fill in is taken as it stands.
-    """
-    config = load(DEMO.replace("\n", "", 1).strip() + "\n" + text, K=KEY)
-
-    told = " is taken as it stands: only ${NAME}, in braces, comes from the environment"
-    assert config.warnings == ([f"line {warning}{told}"] if warning else [])
-
-
-def test_an_api_key_that_is_a_name_without_braces_is_no_secret_in_clear_text(tmp_path):
-    """
-    It is told what it is, once; `seal` would only hide it.
-    """
-    config = load("upstreams:\n- name: a\n  url: https://a.test\n  api_key: $ANTHROPIC_API_KEY\n")
-
-    assert config.warnings == [
-        "line 4: upstreams[0].api_key: $NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
-    ]
-
-
-@pytest.mark.parametrize("models", ["[]", "{}"])
-def test_an_upstream_that_serves_no_model_is_warned_about(models):
-    """
-    It would be in the list, and never asked.
-    """
-    config = load(f"upstreams:\n- name: a\n  format: demo\n  models: {models}\n")
-
-    assert config.warnings == ['line 4: upstreams[0].models: no model is served: name some, or "*"']
+    assert load(text, K=KEY, GATEWAY_PORT="8000").warnings == ([warning] if warning else [])
 
 
 def test_a_config_with_secrets_in_clear_text_that_everybody_can_read_is_warned_about(tmp_path):
@@ -670,32 +650,6 @@ def test_a_config_with_secrets_in_clear_text_that_everybody_can_read_is_warned_a
         [f"{path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}"],
         [],
         [],
-    ]
-
-
-def test_a_port_that_the_images_health_check_does_not_know_is_warned_about():
-    """
-    The check is part of the image and cannot read the config: it asks GATEWAY_PORT, which the image sets.
-    """
-    demo = "upstreams: [{name: demo, format: demo}]\n"
-
-    own = load("server: {port: 9000}\n" + demo, GATEWAY_PORT="8000")
-    taken = load("server:\n  port: ${GATEWAY_PORT}\n" + demo, GATEWAY_PORT="8000")
-
-    assert own.warnings == ["server.port is 9000, but GATEWAY_PORT, which the image's health check asks, 8000"]
-    assert taken.warnings == []
-
-
-def test_a_memory_that_holds_no_whole_body_is_warned_of():
-    """
-    Each body of more than `server.memory` is refused, however large `max_body` lets it be.
-    """
-    small, enough = (load(DEMO + f"server: {{max_body: 1MB, memory: {memory}}}\n") for memory in ("1023KB", "1MB"))
-
-    assert (small.body_memory, enough.body_memory) == (1023 << 10, 1 << 20)
-    assert enough.warnings == [] and small.warnings == [
-        "server.memory (default: a quarter of the host's) is 1,047,552 bytes, and a body of server.max_body, "
-        "1,048,576, has no room in it: raise the one or lower the other"
     ]
 
 
