@@ -2121,7 +2121,8 @@ def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
         if mark:
             row, column = mark.line, mark.column
     elif isinstance(error, yaml.reader.ReaderError):
-        problem, row = error.reason, text.encode().count(b"\n", 0, error.position)
+        problem = error.reason
+        row = text.encode().count(b"\n", 0, error.position)
     line = [*text.splitlines(), ""][row]
     told = next((cause for part, cause in YAML_CAUSES.items() if re.search(part, problem)), mask(problem))
     if re.match(" *\t", line):
@@ -2467,7 +2468,8 @@ def is_open_to_all(path: Path | None) -> bool:
 
 def host_warnings(config: Config, environ: Mapping[str, str], has_plain: bool) -> Iterator[str]:
     """Yield what is odd about a config on this host, or in this container."""
-    secret, server = Vault.file(config.path.parent, environ), config.server
+    server = config.server
+    secret = Vault.file(config.path.parent, environ)
     if is_open_to_all(secret):
         yield f"{secret} can be read by every user of this host, and opens all sealed keys: chmod 600 {secret}"
     if has_plain and is_open_to_all(config.path):
@@ -2495,9 +2497,13 @@ def disabled_keys(document: Document) -> set[str]:
 
     Raises ConfigError where the text is no YAML.
     """
-    keys, found = document.find("keys"), set[str]()
-    for i in range(len(keys.value) if isinstance(keys, yaml.SequenceNode) else 0):
-        name, enabled = document.find("keys", i, "name"), document.find("keys", i, "enabled")
+    keys = document.find("keys")
+    if not isinstance(keys, yaml.SequenceNode):
+        return set()
+    found = set[str]()
+    for i in range(len(keys.value)):
+        name = document.find("keys", i, "name")
+        enabled = document.find("keys", i, "enabled")
         is_disabled = isinstance(enabled, yaml.ScalarNode) and enabled.value.lower() in ("false", "no", "off")
         if isinstance(name, yaml.ScalarNode) and is_disabled:
             found.add(name.value)
@@ -2627,7 +2633,8 @@ def block_item(fields: dict[str, str], column: int) -> str:
 
 def write_in_place(path: Path, data: bytes) -> None:
     """Overwrite a file without changing its inode; meanwhile a copy beside it has what it was. Raises ConfigError."""
-    backup, kept = path.with_name(path.name + ".bak"), ""
+    kept = ""
+    backup = path.with_name(path.name + ".bak")
     try:
         with open(path, "r+b") as file:
             shutil.copy2(path, backup)
@@ -13606,7 +13613,8 @@ def name_text(model: str) -> str:
 
 def key_line(key: KeyView) -> str:
     """A key in a line."""
-    texts = [f"  {key.name} (…{key.last4}): {key.state}" if key.last4 else f"  {key.name}: {key.state}"]
+    last4 = f" (…{key.last4})" if key.last4 else ""
+    texts = [f"  {key.name}{last4}: {key.state}"]
     if key.expires_at is not None:
         texts.append(f"expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC")
     if key.networks:
@@ -13952,18 +13960,11 @@ def command_usage_verify(options: argparse.Namespace) -> None:
 def command_usage_archive(options: argparse.Namespace) -> None:
     """Gzip the months that are over; they go on counting in limits and reports."""
     files = books(options.config)
-    packed: list[str] = []
-
-    def tell(text: str) -> None:
-        packed.append(text)
-        print(text, flush=True)
-
     try:
-        files.archive(tell)
+        files.archive(functools.partial(print, flush=True))
     except OSError as error:
         raise CommandError(f"cannot archive in {files.directory}: {why_not(error)}") from None
-    if not packed:
-        print("Nothing to archive: no month is over that is not gzipped.")
+    print("Every month that is over is gzipped.")
 
 
 @contextlib.contextmanager
@@ -13991,7 +13992,8 @@ def command_backup(options: argparse.Namespace) -> None:
         raise CommandError(f"no backup was written to {'stdout' if to == '-' else to}: {why_not(error)}") from None
     if Vault.FILE not in files:
         print("note: the sealing secret, without which no upstream's key can be read, is not in it", file=sys.stderr)
-    found, size = ", ".join(member.name for member in members[1:]), sum(member.size for member in members)
+    found = ", ".join(member.name for member in members[1:])
+    size = sum(member.size for member in members)
     told = f"{to}: {found}; {size:,} bytes before packing; the last chain value is {manifest.chain or 'not known'}"
     print(told, file=sys.stderr if to == "-" else sys.stdout)
 
