@@ -6199,7 +6199,8 @@ def max_output(route: Route, peek: Any) -> float:
 # `models`, tools such as advisors. What stands there and cannot be read as names, and what makes a router choose others
 # (ROUTER_NAMES), is refused for such a key; for the others it counts as the dearest model of all.
 
-MAX_TOOLS = 512 << 10  # bytes of tools that are decoded, into 70 bytes for each
+MAX_TOOLS = 3000  # that are looked at, up to 10 µs each …
+MAX_TOOL_BYTES = 512 << 10  # … and of which each is decoded into 60 bytes
 
 
 class NamesModel(msgspec.Struct, gc=False):
@@ -6236,10 +6237,13 @@ def decode_tools(tools: Raw) -> list[Tool]:
     """The tools of a request; where they are too many, or none, one that may do anything any number of times."""
     if tools is msgspec.UNSET:
         return []
-    if len(tools) <= MAX_TOOLS:
+    found: list[Tool] | None = UNREAD_TOOLS
+    if len(tools) <= MAX_TOOL_BYTES:
         with contextlib.suppress(*UNREADABLE):
-            return TOOLS_DECODER.decode(tools) or []
-    return UNREAD_TOOLS
+            found = TOOLS_DECODER.decode(tools)
+    if found and len(found) > MAX_TOOLS:
+        found = UNREAD_TOOLS
+    return found or []
 
 
 def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
@@ -6749,9 +6753,14 @@ class ChatDelta(msgspec.Struct):
 
     def text_bytes(self) -> int:
         """How much was said, as UTF-8."""
-        texts = [self.content, self.refusal, self.reasoning, self.reasoning_content]
-        texts += [call.function.arguments for call in self.tool_calls or () if call.function]
-        return sum([len(text.encode()) for text in texts if text])
+        size = 0
+        for text in (self.content, self.refusal, self.reasoning, self.reasoning_content):
+            if text:
+                size += len(text.encode())
+        for call in self.tool_calls or ():
+            if call.function and call.function.arguments:
+                size += len(call.function.arguments.encode())
+        return size
 
 
 class ChatChoice(msgspec.Struct):
@@ -7110,9 +7119,7 @@ class OpenAIMeter(Meter):
         if whole:
             self.seen_input = True
             counts.input_tokens = read_count(whole)
-            details = usage.prompt_tokens_details or usage.input_tokens_details
-            if usage.input_tokens_details and not usage.prompt_tokens:
-                details = usage.input_tokens_details
+            details = usage.prompt_tokens_details if usage.prompt_tokens else usage.input_tokens_details
             if details:
                 heard = self._read_details(details)
         if output:

@@ -28,7 +28,7 @@ BUDGETS = {
     "Limits": 730,
     "Wire": 315,
     "Requests": 672,
-    "Formats": 800,
+    "Formats": 815,
     "Dialects": 190,
     "Connections": 500,
     "Upstreams": 780,

@@ -737,6 +737,7 @@ HOSTILE = {
     "tiny blocks": b'{"model": "m", "messages": [{"role": "assistant", "content": [%b{}]}]}' % (b"{}," * MANY),
     "blocks that are numbers": b'{"model": "m", "messages": [{"role": "assistant", "content": [%b0]}]}'
     % (b"0," * MANY),
+    "hosted tools": b'{"model": "m", "tools": [%b{}]}' % (b'{"type": "x"},' * 30_000),
     "many fields beside a thought": b'{"model": "m", "messages": [{"role": "assistant", %b"content": [%b]}]}'
     % (b"".join(b'"%x":0,' % i for i in range(MANY // 4)), b'{"type": "thinking"}'),
 }
@@ -898,7 +899,7 @@ def test_a_body_as_clients_write_it_is_checked_by_its_length(config):
     g.read_request(call_of(config, body.encode()))
     sys.setprofile(None)
 
-    assert "check_names" in calls and "container_end" not in calls and "value_end" not in calls
+    assert "check_names" in calls and "value_end" not in calls
 
 
 # The usage of a chat stream
