@@ -4725,9 +4725,7 @@ class WaitQueue(Generic[W]):
         self._size += 1
         if self._size <= self._bound:
             return None
-        longest = max(self._by_key.values(), key=len)
-        if len(own) == len(longest):
-            longest = own
+        longest = max([own, *self._by_key.values()], key=len)  # the first of several
         dropped = next(reversed(longest))
         self.remove(dropped)
         return dropped
@@ -4954,6 +4952,7 @@ class CounterStore(Protocol):
     settle      give everything back, or the slots alone
     find_spent  return a limit of tokens or money that is used up, by what is spent and held
     standings   return how each limit of the hold's budgets stands
+    close       do what it was asked so far, and go: no call runs any more
     """
 
     def enter(self, hold: Hold) -> Reply: ...
@@ -4962,6 +4961,7 @@ class CounterStore(Protocol):
     def settle(self, hold: Hold, slots_only: bool = False) -> None: ...
     def find_spent(self, hold: Hold) -> Standing | None: ...
     def standings(self, hold: Hold) -> list[Standing]: ...
+    async def close(self) -> None: ...
 
 
 def slots_standing(budget: Budget, running: int) -> Standing:
@@ -5103,6 +5103,9 @@ class MemoryStore:
             if math.isfinite(budget.concurrent):
                 rows.append(slots_standing(budget, scope.running))
         return rows
+
+    async def close(self) -> None:
+        pass
 
 
 class BodyMemory:
@@ -5310,6 +5313,7 @@ class Limits:
 
     COUNTS = 16  # calls of count_tokens that one key may have at once; Claude Code's /context makes 28
     STORE_S = 5.0  # how long the store may take to answer, beside the time in a queue
+    SILENT = "The gateway's counters do not answer."
 
     def __init__(self, store: CounterStore, clock: Clock, pace: Pace, timezone: dt.tzinfo) -> None:
         self.store = store
@@ -5403,7 +5407,7 @@ class Limits:
         if not self._has_failed:
             log.error("limits: the store of counters does not answer (%s): calls are refused", why)
         self._has_failed = True
-        return Unavailable("The gateway's counters do not answer.", retry_after_s=5)
+        return Unavailable(self.SILENT, retry_after_s=5)
 
     def _serve(self, place: Hashable) -> None:
         """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
@@ -5418,9 +5422,11 @@ class Limits:
         return LimitFull(f"{what}. Try again in a moment.{contact}", retry_after_s=5)
 
     def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
-        if waiter.place is None:
+        if waiter.place:
+            return self._too_many(waiter.call.reservation)
+        if waiter.until <= self._clock.monotonic():
             return self._no_answer("it is silent")
-        return self._too_many(waiter.call.reservation)
+        return Unavailable(self.SILENT, retry_after_s=5)  # the gateway stops
 
     # The second step: tokens and money
 
@@ -10859,6 +10865,7 @@ class Gateway:
             for task in late:  # they wait for a connection, which may take longer than a stop does
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self.limits.store.close()
         self.ledger.close()
         self.books.close()
         self._readers.shutdown(wait=False, cancel_futures=True)

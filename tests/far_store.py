@@ -58,6 +58,10 @@ class FarStore:
                 rows.append(g.slots_standing(budget, self.running()[budget.place]))
         return rows
 
+    async def close(self) -> None:
+        while self._commands:
+            await asyncio.sleep(0.001)
+
     # How it does it
 
     def _send(self, command: Callable[[], Any], is_asked: bool = True) -> asyncio.Future[Any]:

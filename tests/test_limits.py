@@ -285,7 +285,7 @@ async def test_count_tokens_is_free(start_gateway, upstream):
     /context asks 28 times at once, whether or not the key is spent and its slot taken; none of it counts.
     """
     upstream.script = SPENDS
-    gateway = await start_gateway(config(upstream.url, "requests/day: 2, concurrent: 1", whole="queue: 0s"))
+    gateway = await start_gateway(config(upstream.url, "requests/day: 2, concurrent: 1"))
     await gateway.post("/v1/messages", HELLO)
     upstream.script = [stall()]
     running = post(gateway)
@@ -330,26 +330,6 @@ async def test_a_key_has_sixteen_count_tokens_calls_at_once(start_gateway, upstr
     assert refused[0].error["message"] == (
         "More than 16 calls at once, the limit of the count_tokens calls of alice. Try again in a moment."
     )
-    await idle(gateway)
-
-
-async def test_a_count_tokens_call_that_waited_is_served(start_gateway, upstream):
-    """
-    The slot of one that ended goes to the first that waits, also after a reload.
-    """
-    upstream.script = [wait_for(released := asyncio.Event()), *json_body({"input_tokens": 9})]
-    gateway = await start_gateway(config(upstream.url))
-    counting = [count(gateway) for _ in range(17)]
-    await upstream.request_came(16)
-    await until(lambda: queued(gateway) == 1)
-
-    await gateway.write(config(upstream.url, "concurrent: 1"))
-    still_waiting = gateway.gateway.limits.waiting
-    released.set()
-    replies = await asyncio.gather(*counting)
-
-    assert still_waiting == 1
-    assert [reply.status for reply in replies] == [200] * 17
     await idle(gateway)
 
 
@@ -1059,27 +1039,33 @@ async def test_the_oldest_waits_shortest(start_gateway, upstream):
     await idle(gateway)
 
 
-async def test_a_wait_ends_after_queue(start_gateway, upstream):
+WAITS = {
+    "of a key": ({"limits": "concurrent: 1", "whole": "queue: 10s"}, 9.9, "the key alice"),
+    "of the gateway": ({"whole": "queue: 10s, gateway: {concurrent: 1}"}, 9.9, "this gateway"),
+    "of no time": ({"limits": "concurrent: 1", "whole": "queue: 0s"}, 0, "the key alice"),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+async def test_a_wait_ends_after_queue(start_gateway, upstream, case):
     """
     Who has waited as long as `queue` says is asked to come again; retry-after is within a minute.
     """
+    limits, waits_s, whose = WAITS[case]
     upstream.script = [stall()]
-    gateway = await start_gateway(config(upstream.url, "concurrent: 1", whole="queue: 10s", contact="Eve"))
+    gateway = await start_gateway(config(upstream.url, **limits, contact="Eve"))
     running = post(gateway)
     await upstream.request_came()
     waiting = post(gateway)
-    await until(lambda: queued(gateway) == 1)
-
-    gateway.tick(9.9)
-    still = queued(gateway)
-    gateway.tick(0.1)
+    if waits_s:
+        await until(lambda: queued(gateway) == 1)
+        gateway.tick(waits_s)
+        assert queued(gateway) == 1
+        gateway.tick(0.1)
     reply = await waiting
 
-    assert still == 1
     assert refusal(reply) == (429, "rate_limit_error", None, "5")
-    assert reply.error["message"] == (
-        "More than 1 calls at once, the limit of the key alice. Try again in a moment. Ask Eve."
-    )
+    assert reply.error["message"] == f"More than 1 calls at once, the limit of {whose}. Try again in a moment. Ask Eve."
     assert queued(gateway) == 0 and len(upstream.requests) == 1
     running.cancel()
 
@@ -1159,23 +1145,6 @@ async def test_a_slow_body_that_is_whole_waits_in_turn(start_gateway, upstream):
 
     assert [(await bob).status, (await slow.answer()).status] == [200, 200]
     await idle(gateway)
-
-
-async def test_a_queue_of_no_time_refuses_at_once(start_gateway, upstream):
-    """
-    `queue: 0s`: nobody waits.
-    """
-    upstream.script = [stall()]
-    gateway = await start_gateway(config(upstream.url, whole="gateway: {concurrent: 2}, queue: 0s"))
-    running = [post(gateway), post(gateway, BOB)]
-    await upstream.request_came(2)
-
-    reply = await gateway.post("/v1/messages", HELLO)
-
-    assert refusal(reply) == (429, "rate_limit_error", None, "5")
-    assert reply.error["message"] == "More than 2 calls at once, the limit of this gateway. Try again in a moment."
-    for call in running:
-        call.cancel()
 
 
 async def begin(gateway: GatewayUnderTest, token: str = KEY, **headers: str) -> Connection:
@@ -1677,30 +1646,6 @@ keys:
     asyncio.run(run())
 
 
-async def test_who_leaves_the_queue_leaves_no_gap(start_gateway, upstream):
-    """
-    A client that goes while it waits takes no slot, reaches no upstream, and those behind it move up.
-    """
-    go = asyncio.Event()
-    upstream.script = [wait_for(go), *SPENDS]
-    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
-    running = post(gateway)
-    await upstream.request_came()
-    gone = await gateway.connect()
-    await gone.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
-    await until(lambda: queued(gateway) == 1)
-    behind = post(gateway)
-    await until(lambda: queued(gateway) == 2)
-
-    gone.abort()
-    await until(lambda: queued(gateway) == 1)
-    go.set()
-
-    assert [(await call).status for call in (running, behind)] == [200, 200]
-    assert len(upstream.requests) == 2
-    await idle(gateway)
-
-
 @pytest.mark.parametrize("scope", ["key", "team", "gateway"])
 async def test_a_higher_limit_lets_those_in_who_wait(start_gateway, upstream, scope):
     """
@@ -1723,24 +1668,6 @@ async def test_a_higher_limit_lets_those_in_who_wait(start_gateway, upstream, sc
     assert queued(gateway) == 1
     await stop(gateway)
     await asyncio.gather(*calls)
-    await idle(gateway)
-
-
-async def test_a_stop_ends_every_wait(start_gateway, upstream):
-    """
-    Who waits when the gateway stops is told to come again, at once.
-    """
-    upstream.script = [stall()]
-    gateway = await start_gateway(config(upstream.url, "concurrent: 1"))
-    running = post(gateway)
-    await upstream.request_came()
-    waiting = [post(gateway) for _ in range(3)]
-    await until(lambda: queued(gateway) == 3)
-
-    await stop(gateway)
-
-    assert {refusal(await call) for call in waiting} == {(429, "rate_limit_error", None, "5")}
-    await running
     await idle(gateway)
 
 
@@ -1848,30 +1775,6 @@ async def test_a_body_in_chunks_is_counted_as_it_comes(start_gateway, upstream):
     await until(lambda: memory.held == 100_000)
 
 
-BODY_ENDS = {
-    "an answer": (HELLO, SPENDS, 200),
-    "no JSON": (b"{" * 500, SPENDS, 400),
-    "an error": (HELLO, json_body({"type": "error", "error": {"type": "x", "message": "no"}}, status=400), 400),
-    "a cut": (HELLO, [close()], 502),
-    "a limit": (HELLO | {"system": "x" * 9000}, SPENDS, 429),
-}
-
-
-@pytest.mark.parametrize("case", BODY_ENDS)
-async def test_a_bodys_memory_is_given_back_however_its_call_ends(start_gateway, upstream, caplog, case):
-    """
-    Nothing stays counted of a call that has ended.
-    """
-    request, upstream.script, status = BODY_ENDS[case]
-    gateway = await start_gateway(config(upstream.url, "tokens/day: 2k"))
-
-    reply = await gateway.post("/v1/messages", request)
-
-    assert reply.status == status
-    await idle(gateway)
-    caplog.clear()
-
-
 async def test_a_bodys_memory_is_given_back_with_the_first_content(start_gateway, upstream):
     """
     No attempt follows from there on: a stream that runs for hours takes nothing from those that come.
@@ -1965,25 +1868,32 @@ def test_the_memory_that_there_is(tmp_path, name):
 # --- nothing leaks ----------------------------------------------------------------------
 
 LIMITED = "concurrent: 2, usd/day: 50, tokens/minute: 10M, requests/hour: 10k"
+NO = {"type": "error", "error": {"type": "x", "message": "no"}}
+CUT_SHORT = [head(200, "text/event-stream"), message_start(1), text("Hel"), reset_peer()]
 ENDS = {
-    "refused": json_body({"type": "error", "error": {"type": "x", "message": "no"}}, status=500),
-    "cut before the head": [close()],
-    "cut in the answer": [head(200, "text/event-stream"), message_start(1), text("Hel"), reset_peer()],
+    "served": (HELLO, SPENDS, 200, 10),
+    "refused": (HELLO, json_body(NO, status=500), 500, 10),
+    "cut before the head": (HELLO, [close()], 502, 10),
+    "cut in the answer": (HELLO_STREAM, CUT_SHORT, 200, 10),
+    "no JSON": (b"{" * 500, SPENDS, 400, 0),
+    "too much for a limit": (HELLO | {"system": "x" * 99_000}, SPENDS, 429, 0),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
-async def test_failures_give_slots_and_reservations_back(start_gateway, upstream, caplog, name):
+async def test_every_end_gives_slots_reservations_and_memory_back(start_gateway, upstream, caplog, name):
     """
-    More calls fail than there are slots, and every one of them had its turn.
+    More calls end than there are slots, and every one of them had its turn.
     """
-    upstream.script = ENDS[name]
-    gateway = await start_gateway(config(upstream.url, LIMITED, team=LIMITED, whole=f"gateway: {{{LIMITED}}}"))
+    request, upstream.script, status, entries = ENDS[name]
+    limits = LIMITED.replace("tokens/minute: 10M", "tokens/day: 20k")
+    gateway = await start_gateway(config(upstream.url, limits, team=LIMITED, whole=f"gateway: {{{LIMITED}}}"))
 
-    await asyncio.gather(*(gateway.post("/v1/messages", HELLO_STREAM) for _ in range(10)))
+    replies = await asyncio.gather(*(gateway.post("/v1/messages", request) for _ in range(10)))
 
     await idle(gateway)
-    assert len(gateway.entries()) == 10
+    assert [reply.status for reply in replies] == [status] * 10
+    assert len(gateway.entries()) == entries
     caplog.clear()
 
 
