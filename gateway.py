@@ -3801,7 +3801,7 @@ class Counters(msgspec.Struct, array_like=True):
         """What counts in the window of `now`: weighted tokens, nano-USD or requests."""
         place, current = UNIT_PLACES[unit], self.windows.get(window.name)
         if window.kind == "sliding":
-            return sum(spent[place] for spent in self._last_steps(now, window.seconds).values())
+            return sum([spent[place] for spent in self._last_steps(now, window.seconds).values()])
         if current is None:
             return 0
         if current.start - window.seconds <= now < current.end:
@@ -4861,8 +4861,9 @@ def amount_text(unit: str, *amounts: float) -> str:
             texts.append(f"${amount:.4f}")
         else:
             texts.append(f"${amount:,.2f}")
-    words = " of ".join(texts)
-    return words if unit == "usd" else f"{words} {unit}"
+    if unit != "usd":
+        texts[-1] += f" {unit}"
+    return " of ".join(texts)
 
 
 def reset_text(at: float, timezone: dt.tzinfo) -> str:
@@ -4914,8 +4915,8 @@ class Demand(NamedTuple):
     per_token: Mapping[str, float]  # of an output token
 
 
-NOTHING_MORE = Demand({"tokens": 0, "usd": 0}, 0, {})  # fits where no limit is used up
-ONE_REQUEST = Demand({"tokens": 0, "usd": 0, "requests": 1}, 0, {})
+NOTHING_MORE = Demand({"tokens": 0, "usd": 0}, 0, {"tokens": 0, "usd": 0})  # fits where no limit is used up
+ONE_REQUEST = Demand({"tokens": 0, "usd": 0, "requests": 1}, 0, {"tokens": 0, "usd": 0, "requests": 0})
 
 
 class Hold:
@@ -5016,22 +5017,19 @@ class MemoryStore:
 
     def _fit(self, hold: Hold, demand: Demand, now: float) -> Standing | float:
         """Return how many output tokens fit beside what is needed in every limit, or a limit in which that does not."""
-        output = demand.output
+        need, output, per_token = demand
         for budget, scope in hold.scopes or self._open(hold):
             for limit in budget.limits:
-                need = demand.need.get(limit.unit)
-                if need is None:
+                unit = limit.unit
+                if unit not in need:
                     continue
-                allowed = limit.amount * NANO[limit.unit]
-                used = scope.counters.spent(limit.unit, limit.window, now)
-                held = scope.reserved.get(limit.unit)
-                if held is None:
-                    held = scope.held(limit, now)
-                if used >= allowed or used + held + need > allowed:
-                    return self._standing(budget, scope, limit, now, need)
-                per_token = demand.per_token.get(limit.unit)
-                if per_token:
-                    output = min(output, (allowed - used - held - need) / per_token)
+                allowed = limit.amount * NANO[unit]
+                used = scope.counters.spent(unit, limit.window, now)
+                held = scope.held(limit, now) if unit == "requests" else scope.reserved[unit]
+                if used >= allowed or used + held + need[unit] > allowed:
+                    return self._standing(budget, scope, limit, now, need[unit])
+                if per_token[unit]:
+                    output = min(output, (allowed - used - held - need[unit]) / per_token[unit])
         return output
 
     def _standing(self, budget: Budget, scope: Scope, limit: Limit, now: float, need: int = 0) -> Standing:
@@ -5090,7 +5088,9 @@ class MemoryStore:
                 scope.admitted[step] -= 1
                 if not scope.admitted[step]:
                     del scope.admitted[step]
-        hold.step, hold.amounts, hold.scopes = None, {}, ()
+        hold.step = None
+        hold.amounts = {}
+        hold.scopes = ()
 
     def find_spent(self, hold: Hold) -> Standing | None:
         fits = self._fit(hold, NOTHING_MORE, self._now())
