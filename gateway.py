@@ -4658,7 +4658,7 @@ class Books:
 
 
 # --- 11. Waiting: queues with turns, bounds and deadlines -------------------------
-# Offers: Waiter, WaitQueue, WaitQueues
+# Offers: Waiter, WaitQueues
 
 T = TypeVar("T")
 
@@ -4699,97 +4699,72 @@ class Waiter(Generic[T]):
 W = TypeVar("W", bound=Waiter[Any])
 
 
-class WaitQueue(Generic[W]):
-    """Calls that wait for the same thing: those of one key in the order in which they came, the keys in turn.
-
-    A full queue belongs to nobody: the newest call of the key that has most waiting makes room for a key that has fewer
-    (longest queue drop). Every step takes the same time, however many wait; only the drop looks at each key once.
-    """
-
-    def __init__(self, bound: float) -> None:
-        self._bound = bound
-        self._size = 0
-        self._by_key: OrderedDict[str, OrderedDict[W, None]] = OrderedDict()  # the first key is the next to be served
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[W]:
-        for waiters in self._by_key.values():
-            yield from waiters
-
-    def push(self, waiter: W) -> W | None:
-        """Let a call wait. Where the queue was full, one has to leave, which is returned; it may be this very one."""
-        own = self._by_key.setdefault(waiter.call.key.name, OrderedDict())
-        own[waiter] = None
-        self._size += 1
-        if self._size <= self._bound:
-            return None
-        longest = max([own, *self._by_key.values()], key=len)  # the first of several
-        dropped = next(reversed(longest))
-        self.remove(dropped)
-        return dropped
-
-    def firsts(self) -> Iterator[W]:
-        """The first call of each key whose wait has not ended, in the order of their turns."""
-        for waiters in self._by_key.values():
-            for waiter in waiters:
-                if not waiter.turn.done():
-                    yield waiter
-                    break
-
-    def remove(self, waiter: W, is_served: bool = False) -> bool:
-        """Take one out, wherever it stands; whether it was there. If it is served, its key comes last next time."""
-        name = waiter.call.key.name
-        waiters = self._by_key.get(name)
-        if waiters is None or waiter not in waiters:
-            return False
-        if is_served:
-            self._by_key.move_to_end(name)
-        del waiters[waiter]
-        self._size -= 1
-        if not waiters:
-            del self._by_key[name]
-        return True
+Queue = OrderedDict[str, OrderedDict[W, None]]  # by key; the first key is the next to be served
 
 
 class WaitQueues(Generic[W]):
     """All calls that wait for things of one kind, in a queue for each thing (its place); has the bounds and deadlines.
 
-    `give_up` makes what ends a wait that was dropped from a full queue, has lasted too long, or is left at the end. As
-    long as it is not clear what a call will have to wait for, it stands apart, in no queue.
+    In a queue the calls of one key stand in the order in which they came, and the keys have turns. A full queue belongs
+    to nobody: the newest call of the key that has most waiting makes room for a key that has fewer (longest queue
+    drop). `give_up` makes what ends a wait that was dropped, has lasted too long, or is left at the end. As long as it
+    is not clear what a call will have to wait for, it stands apart, in a queue without a bound (its place is None).
     """
 
     def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
         self._bound, self._clock, self._give_up = bound, clock, give_up
         self.size = 0
-        self.apart = WaitQueue[W](math.inf)
-        self.queues: OrderedDict[Hashable, WaitQueue[W]] = OrderedDict()
+        self._apart: Queue[W] = OrderedDict()
+        self.queues: OrderedDict[Hashable, Queue[W]] = OrderedDict()
 
     def __iter__(self) -> Iterator[W]:
-        return iter([*self.apart, *(waiter for queue in self.queues.values() for waiter in queue)])
+        queues = [self._apart, *self.queues.values()]
+        return iter([waiter for queue in queues for waiters in queue.values() for waiter in waiters])
+
+    @property
+    def apart(self) -> list[W]:
+        """Who stands apart."""
+        return [waiter for waiters in self._apart.values() for waiter in waiters]
 
     def push(self, place: Hashable, waiter: W) -> None:
         """Let a call wait in a queue, or apart (None). Where the queue is full, the wait of one call in it ends."""
         self.remove(waiter)
-        queue = self.apart
+        queue = self._apart
         if place is not None:
-            queue = self.queues.setdefault(place, WaitQueue(self._bound))
+            queue = self.queues.setdefault(place, OrderedDict())
+        own = queue.setdefault(waiter.call.key.name, OrderedDict())
+        own[waiter] = None
         waiter.place = place
         self.size += 1
-        dropped = queue.push(waiter)
-        if dropped:
-            self.size -= 1
+        if place is not None and sum(map(len, queue.values())) > self._bound:
+            longest = max([own, *queue.values()], key=len)  # the first of several
+            dropped = next(reversed(longest))
             dropped.end(self._give_up(dropped))
+            self.remove(dropped)
+
+    def firsts(self, place: Hashable) -> Iterator[W]:
+        """The first call of each key in a queue whose wait has not ended, in the order of their turns."""
+        for waiters in self.queues.get(place, {}).values():
+            for waiter in waiters:
+                if not waiter.turn.done():
+                    yield waiter
+                    break
 
     def remove(self, waiter: W, is_served: bool = False) -> None:
-        """Take one out, wherever it stands, if it still waits; `is_served`: because it was its turn."""
+        """Take one out, wherever it stands, if it still waits. If it is served, its key comes last next time."""
         place, waiter.place = waiter.place, None
-        queue = self.queues.get(place, self.apart)
-        if queue.remove(waiter, is_served):
-            self.size -= 1
-            if not queue and place is not None:
-                del self.queues[place]
+        queue, name = self.queues.get(place, self._apart), waiter.call.key.name
+        waiters = queue.get(name)
+        if waiters is None or waiter not in waiters:
+            return
+        if is_served:
+            queue.move_to_end(name)
+        del waiters[waiter]
+        self.size -= 1
+        if not waiters:
+            del queue[name]
+        if not queue and place is not None:
+            del self.queues[place]
 
     def check(self, stood_s: float = 0.0) -> None:
         """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
@@ -5411,8 +5386,7 @@ class Limits:
 
     def _serve(self, place: Hashable) -> None:
         """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
-        queue = self._queues.queues.get(place)
-        waiter = next(queue.firsts(), None) if queue else None
+        waiter = next(self._queues.firsts(place), None)
         if waiter and not waiter.asked:
             self._take_in(waiter, self.store.enter(waiter.call.reservation))
 
@@ -8425,18 +8399,18 @@ class Upstreams:
         turns = deque(queues)
         while turns:
             wanted = turns.popleft()
-            if wanted in queues and self._serve_next(queues[wanted]):
+            if wanted in queues and self._serve_next(wanted):
                 turns.append(wanted)
                 if wanted in queues:
                     queues.move_to_end(wanted)
 
-    def _serve_next(self, queue: WaitQueue[Seeker]) -> bool:
+    def _serve_next(self, wanted: Hashable) -> bool:
         """Give a ticket to the call of a queue whose turn it is; False where none can have one.
 
         A call that is held up for its user or its model is passed over and keeps its turn. Any other may use all that
         they may, so if one finds nothing, none would.
         """
-        for seeker in queue.firsts():
+        for seeker in self._queues.firsts(wanted):
             ticket = self.take(seeker.call, seeker.tried)
             if ticket:
                 self._queues.remove(seeker, is_served=True)
@@ -8455,7 +8429,7 @@ class Upstreams:
         The time `stood_s` for which the loop stood still counts for none.
         """
         now = self._clock.monotonic()
-        for seeker in tuple(self._queues.apart):
+        for seeker in self._queues.apart:
             if seeker.not_before <= now:
                 self._queues.push(seeker.wanted, seeker)
         self.wake()

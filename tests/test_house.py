@@ -24,7 +24,7 @@ BUDGETS = {
     "Ledger": 800,
     "Counters": 320,
     "Index": 820,
-    "Waiting": 153,
+    "Waiting": 127,
     "Limits": 730,
     "Wire": 315,
     "Requests": 672,

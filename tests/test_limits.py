@@ -1525,7 +1525,7 @@ async def test_a_call_that_cannot_reserve_is_refused(clock, how):
 
 
 class PlainQueue:
-    """What WaitQueue does, slowly: a list of all that wait, and whose turn was when."""
+    """What a queue of WaitQueues does, slowly: a list of all that wait, and whose turn was when."""
 
     def __init__(self, bound: int) -> None:
         self.bound, self.waiting, self.order = bound, [], []
@@ -1561,26 +1561,28 @@ def test_a_wait_queue_does_what_a_plain_list_would(bound, steps):
     """
 
     async def run() -> None:
-        queue, plain = g.WaitQueue(bound), PlainQueue(bound)
+        queues, plain = g.WaitQueues(bound, g.Clock(), lambda waiter: "dropped"), PlainQueue(bound)
         waiters = {}
         for number, step in enumerate(steps):
             if isinstance(step, int):
                 if any(step == n for _, n in plain.waiting):
                     plain.remove(step)
                 if step in waiters:
-                    queue.remove(waiters[step])
+                    queues.remove(waiters[step])
             elif step == "pop":
                 if plain.waiting:
-                    first = next(queue.firsts())
-                    queue.remove(first, is_served=True)
+                    first = next(queues.firsts("place"))
+                    queues.remove(first, is_served=True)
                     assert first is waiters[plain.pop()]
             else:
                 call = SimpleNamespace(key=SimpleNamespace(name=step))
                 waiters[number] = g.Waiter(call, 0.0)
+                queues.push("place", waiters[number])
                 dropped = plain.push(step, number)
-                assert queue.push(waiters[number]) is (None if dropped is None else waiters[dropped])
-            assert len(queue) == len(plain.waiting) == len(list(queue)) <= bound
-            assert set(queue) == {waiters[n] for _, n in plain.waiting}
+                if dropped is not None:
+                    assert waiters[dropped].turn.result() == "dropped"
+            assert queues.size == len(plain.waiting) <= bound
+            assert set(queues) == {waiters[n] for _, n in plain.waiting}
 
     asyncio.run(run())
 
