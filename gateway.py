@@ -4771,7 +4771,7 @@ class WaitQueues(Generic[W]):
         now = self._clock.monotonic()
         for waiter in self:
             waiter.until += stood_s
-            if now >= waiter.until:
+            if now >= waiter.until and not waiter.turn.done():
                 waiter.end(self._give_up(waiter))
 
     def close(self) -> None:
