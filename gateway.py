@@ -18,7 +18,7 @@ The story of a call:
       Relay.run               makes attempts until one has content:
         Upstreams.take          the session's home, else the best that is ready; or waits
         Attempt.received        holds bytes back until the first content, then relays them as they come
-      Gateway.book            appends an Entry to the ledger, before the client's last byte
+      Bookkeeper.book         appends an Entry to the ledger, before the client's last byte
       Reservation.release     gives back what was held
     Events.emit             tells the log and the metrics
 
@@ -70,7 +70,7 @@ Where to change what (docs/internals.md has more):
     a setting                its field and sentence in Settings, its line in config.example.yaml
     a window of limits       a row of WINDOWS
     a price                  a row of BUILT_IN_PRICES
-    a field of the ledger    a field of Entry, set in Gateway._entry
+    a field of the ledger    a field of Entry, set in Bookkeeper._entry
     an error for clients     a subclass of GatewayError
     what a failure means     a row of VERDICTS
     a route for calls        a row of ROUTES, and how its answer is read in DIALECTS
@@ -1936,8 +1936,8 @@ class ConfigFile(Setting, frozen=True):
 
 
 # --- 6. Config: YAML to a checked, frozen snapshot --------------------------------
-# Offers: available_memory, Config, config_digest, ConfigError, Document, is_mounted, join_steps, ledger_of,
-#   read_text, setting_of, TEXT_LOADER, time_zone
+# Offers: available_memory, Config, config_digest, ConfigError, Document, join_steps, ledger_of, read_text,
+#   setting_of, TEXT_LOADER, time_zone
 
 # A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
 # and what would be right; the next step begins only where there were none.
@@ -5500,8 +5500,8 @@ class Limits:
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
 # --- 13. Wire: heads, header rules, events, no I/O --------------------------------
-# Offers: api_of, downstream_headers, error_event, EVENT_HEADERS, EventReader, FRAMED_BY, HOST, http_date,
-#   models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
+# Offers: api_of, client_address, downstream_headers, error_event, EVENT_HEADERS, EventReader, FRAMED_BY, HOST,
+#   http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -5530,6 +5530,25 @@ NOT_DOWNSTREAM_STARTS = (
     *(b"anthropic-priority-", b"anthropic-fast-", b"llm_provider-", b"x-litellm-", b"x-goog-"),
 )
 MAX_HEADER_NAME = 100  # bytes; what has a longer name is neither sent up nor down, and takes no place in a cache
+
+
+MAX_HOPS = 32  # in X-Forwarded-For
+
+
+def client_address(trusted: Sequence[Network], headers: Headers, named: Mapping[bytes, bytes], peer: str) -> str:
+    """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs.
+
+    Where they say something that is no address, it is `unknown`, which is in no network: what stands to the left
+    of it may have been written by the client. `named` are the first values of the headers.
+    """
+    if b"x-forwarded-for" not in named or not address_in(peer, trusted):
+        return peer
+    forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
+    for hop in reversed(b",".join(forwarded).decode("latin-1").rsplit(",", MAX_HOPS)):
+        peer = read_hop(hop)
+        if not address_in(peer, trusted):
+            break
+    return peer or "unknown"
 
 
 def normalize_target(target: bytes) -> tuple[str, bytes]:
@@ -9682,8 +9701,8 @@ class Relay:
 
 # --- 22. Events: what happened, announced once ------------------------------------
 # Offers: AttemptDiscarded, AttemptFailure, CallEnded, CallRefused, ChangeMade, ConfigLoaded, ConfigRefused,
-#   ConfigRestored, ConnectionRefused, EventLog, Events, Guard, LedgerChanged, RefusalLog, RequestRefused,
-#   UpstreamRecovered, UpstreamTripped
+#   ConnectionRefused, EventLog, Events, Guard, LedgerChanged, RefusalLog, RequestRefused, UpstreamRecovered,
+#   UpstreamTripped
 
 # Whoever does something says so once, and does not know who wants to hear it: it emits an event. Whoever wants to hear
 # it is a listener: a function of the event, registered for the event's type (`Events.listen`). The metrics and the log
@@ -9747,7 +9766,9 @@ class RequestRefused(Event, frozen=True, gc=False):
 
 
 class ConnectionRefused(Event, frozen=True, gc=False):
-    """A connection was closed for want of room; the reason is one of `CLOSED_CONNECTIONS`."""
+    """A connection was closed for want of room; the reason is `address` (it has too many without a good key),
+    `oldest` or `key` (to make room: it had no good key, or its key had most), or `full` (all are being answered).
+    """
 
     reason: str
 
@@ -9784,18 +9805,11 @@ class ConfigRefused(Event, frozen=True, gc=False):
     error: ConfigError
 
 
-class ConfigRestored(Event, frozen=True, gc=False):
-    """config.yaml had a mistake, and now is again what was loaded last."""
-
-    config: Config
-
-
 class ChangeMade(Event, frozen=True, gc=False):
-    """Somebody has changed keys, limits or upstreams: who, what (the name of the command), and whom."""
+    """Somebody has changed keys, limits or upstreams: who, and what, such as "key add bob"."""
 
     who: str
     what: str
-    whom: str
 
 
 E = TypeVar("E", bound=Event)
@@ -9852,20 +9866,89 @@ class Events:
                 self._guard.record(listener.__qualname__)
 
 
+def log_refused(event: CallRefused) -> None:
+    """Write one line for the call."""
+    call, error = event.call, event.error
+    text = "%s: %s %s %s refused: %d %s"
+    log.info(text, call.id, call.key, call.route.path, call.model, error.status, error.message)
+
+
+def log_failure(event: AttemptFailure) -> None:
+    """Write why an attempt failed; as an error where it is paid for and cannot be read."""
+    call, choice, error = event.call, event.choice, event.error
+    log.info("%s: upstream %s %s", call.id, choice, error)
+    if error.failure.case == UNMETERED:
+        log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
+
+
+def log_cooldown(event: UpstreamTripped) -> None:
+    """Write for how long an upstream is not asked, for whose calls, and why."""
+    choice, cooldown = event.choice, event.cooldown
+    seconds = cooldown.until_time - cooldown.since
+    whose = ""
+    if cooldown.whom.model:
+        whose = f"{printable(cooldown.whom.model)} only, for "
+    elif cooldown.whom.user:
+        whose = f"the calls of {cooldown.whom.user} only, for "
+    if cooldown.why in REFUSED_KEY:
+        why = f"{cooldown.why}, {VERDICTS[cooldown.why].meaning.partition(':')[0]}"
+        remedy = f"Once the config has a good one: {PROGRAM} upstream reset {choice.upstream.name}"
+        log.error(
+            "upstream %s: its API key is left alone for %s%.0f m: %s. %s", choice, whose, seconds / 60, why, remedy
+        )
+    else:
+        text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
+        log.warning(text, choice, whose, seconds, cooldown.why, cooldown.health.failures)
+
+
+def log_config(event: ConfigLoaded) -> None:
+    """Write which keys are others, the warnings that are new, and what takes a restart."""
+    before, config = event.before, event.config
+    for warning in config.warnings:
+        if warning not in before.warnings:
+            log.warning("config: %s", warning)
+    for name, was, is_now in (
+        ("server.host", before.server.host, config.server.host),
+        ("server.port", before.server.port, config.server.port),
+        ("usage.directory", before.usage_directory, config.usage_directory),
+        ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
+    ):
+        if was != is_now:
+            log.warning("config: %s changed; that takes a restart", name)
+    old = {key.name: key for key in before.file.keys}
+    new = {key.name: key for key in config.file.keys}
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name))
+    keys = ""
+    if changed:
+        keys = f"; keys that are new, others or gone: {printable(', '.join(changed), 200)}"
+    log.info("config %s loaded%s", config.digest, keys)
+
+
+def log_mistake(event: ConfigRefused) -> None:
+    """Write what is wrong with the config, and what of it counts all the same."""
+    log.error("config not reloaded, the last good one stays: %s", event.error)
+    if event.error.without_revoked:
+        log.warning("config: the keys that it disables are refused all the same")
+
+
+def log_change(event: ChangeMade) -> None:
+    """Write the audit line."""
+    log.info("audit: %s, by %s", printable(event.what, 200), event.who)
+
+
 class EventLog:
     """Writes the log's lines of events."""
 
     def __init__(self, events: Events) -> None:
         self.write: Callable[[str], None] = functools.partial(log.info, "%s")  # the line of a call
         events.listen(CallEnded, self.call_ended)
-        events.listen(CallRefused, self.call_refused)
-        events.listen(AttemptFailure, self.attempt_failed)
-        events.listen(UpstreamTripped, self.upstream_tripped)
-        events.listen(UpstreamRecovered, self.upstream_recovered)
-        events.listen(ConfigLoaded, self.config_loaded)
-        events.listen(ConfigRefused, self.config_refused)
-        events.listen(ConfigRestored, self.config_restored)
-        events.listen(ChangeMade, self.change_made)
+        events.listen(CallRefused, log_refused)
+        events.listen(AttemptFailure, log_failure)
+        events.listen(UpstreamTripped, log_cooldown)
+        events.listen(UpstreamRecovered, lambda event: log.info("upstream %s answers again", event.choice))
+        events.listen(ConfigLoaded, log_config)
+        events.listen(ConfigRefused, log_mistake)
+        events.listen(ChangeMade, log_change)
 
     def call_ended(self, event: CallEnded) -> None:
         """Write one line for the call."""
@@ -9878,92 +9961,6 @@ class EventLog:
             f"{entry.status} {entry.outcome} in {entry.total_input_tokens} out {entry.output_tokens} "
             f"${entry.cost_usd:.6f} {entry.duration_ms:.0f} ms{more}"
         )
-
-    @staticmethod
-    def call_refused(event: CallRefused) -> None:
-        """Write one line for the call."""
-        call, error = event.call, event.error
-        text = "%s: %s %s %s refused: %d %s"
-        log.info(text, call.id, call.key, call.route.path, call.model, error.status, error.message)
-
-    @staticmethod
-    def attempt_failed(event: AttemptFailure) -> None:
-        """Write why it failed; as an error where it is paid for and cannot be read."""
-        call, choice, error = event.call, event.choice, event.error
-        log.info("%s: upstream %s %s", call.id, choice, error)
-        if error.failure.case == UNMETERED:
-            log.error("%s: upstream %s %s: it is booked by estimate, and not asked again", call.id, choice, error)
-
-    @staticmethod
-    def upstream_tripped(event: UpstreamTripped) -> None:
-        """Say for how long it is not asked, for whose calls, and why."""
-        choice, cooldown = event.choice, event.cooldown
-        seconds = cooldown.until_time - cooldown.since
-        whose = f"the calls of {cooldown.whom.user} only, for " if cooldown.whom.user else ""
-        if cooldown.whom.model:
-            whose = f"{printable(cooldown.whom.model)} only, for "
-        if cooldown.why in REFUSED_KEY:
-            log.error(
-                "upstream %s: its API key is left alone for %s%.0f m: %s, %s. Put a good one into the config; "
-                "when it is good again: %s upstream reset %s",
-                choice,
-                whose,
-                seconds / 60,
-                cooldown.why,
-                VERDICTS[cooldown.why].meaning.partition(":")[0],
-                PROGRAM,
-                choice.upstream.name,
-            )
-        else:
-            text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
-            log.warning(text, choice, whose, seconds, cooldown.why, cooldown.health.failures)
-
-    @staticmethod
-    def upstream_recovered(event: UpstreamRecovered) -> None:
-        """Say that it answers again."""
-        log.info("upstream %s answers again", event.choice)
-
-    @staticmethod
-    def config_loaded(event: ConfigLoaded) -> None:
-        """Repeat the warnings that are new, and name what takes a restart."""
-        before, config = event.before, event.config
-        for warning in config.warnings:
-            if warning not in before.warnings:
-                log.warning("config: %s", warning)
-        for name, old, new in (
-            ("server.host", before.server.host, config.server.host),
-            ("server.port", before.server.port, config.server.port),
-            ("usage.directory", before.usage_directory, config.usage_directory),
-            ("server.timezone, in which limits and reports turn over,", before.server.timezone, config.server.timezone),
-        ):
-            if old != new:
-                log.warning("config: %s changed; that takes a restart", name)
-        log.info("config %s loaded", config.digest)
-
-    @staticmethod
-    def config_refused(event: ConfigRefused) -> None:
-        """Say what is wrong, and what of it counts all the same."""
-        log.error("config not reloaded, the last good one stays: %s", event.error)
-        if event.error.without_revoked:
-            log.warning("config: the keys that it disables are refused all the same")
-
-    @staticmethod
-    def config_restored(event: ConfigRestored) -> None:
-        """Say that the mistake is gone."""
-        log.info("config %s is there again as it was", event.config.digest)
-
-    @staticmethod
-    def change_made(event: ChangeMade) -> None:
-        """Write the audit line."""
-        log.info("audit: %s %s, by %s", event.what, event.whom, event.who)
-
-
-CLOSED_CONNECTIONS = {  # for want of room: which, by reason
-    "address": "of an address with too many without a good key",
-    "full": "because all are being answered",
-    "key": "of the key that had most, to make room for new ones",
-    "oldest": "without a good key that made room for new ones",
-}
 
 
 class RefusalLog:
@@ -9983,13 +9980,11 @@ class RefusalLog:
         self._now = clock.monotonic
         self._logged: Counter[tuple[str, str, int]] = Counter()  # lines of this period by address, key and status
         self._left_out: Counter[int] = Counter()  # refusals of this period without a line, by status
-        self._closed: Counter[str] = Counter()  # connections without a line, by reason
-        self._closed_again_at = -math.inf  # when the next line of them may come
+        self._closed: Counter[str] = Counter()  # connections of this period, by reason
         self._ends_at = self._now() + self.PERIOD_S
 
     def request_refused(self, event: RequestRefused) -> None:
         """Log one refusal, or count it."""
-        self.check()
         place = (event.address, event.key, event.error.status)
         if self._logged[place] < self.LINES and self._logged.total() < self.ALL_LINES:
             self._logged[place] += 1
@@ -10001,24 +9996,20 @@ class RefusalLog:
             self._left_out[event.error.status] += 1
 
     def connection_refused(self, event: ConnectionRefused) -> None:
-        """Count a connection for the next line."""
+        """Count a connection."""
         self._closed[event.reason] += 1
 
     def check(self) -> None:
-        """End a period: log how many had no line. Closed connections have one at once, then one in a period."""
-        now = self._now()
-        if self._closed and now >= self._closed_again_at:
-            counts = ", ".join(f"{n:,} {CLOSED_CONNECTIONS[reason]}" for reason, n in sorted(self._closed.items()))
-            log.warning("connections closed for want of room: %s", counts)
-            self._closed.clear()
-            self._closed_again_at = now + self.PERIOD_S
-        if now < self._ends_at:
+        """At the end of a period log what had no line."""
+        if self._now() < self._ends_at:
             return
         for status, count in self._left_out.items():
             log.info("%d more requests were refused with %d in the last minute", count, status)
-        self._logged.clear()
-        self._left_out.clear()
-        self._ends_at = now + self.PERIOD_S
+        for reason, count in self._closed.items():
+            log.warning("%d connections were closed for want of room in the last minute: %s", count, reason)
+        for counter in (self._logged, self._left_out, self._closed):
+            counter.clear()
+        self._ends_at = self._now() + self.PERIOD_S
 
 
 # --- 23. Metrics: counters for Prometheus -----------------------------------------
@@ -10028,10 +10019,9 @@ STATES = ("ok", "cooling", "half_open")
 
 
 class Spent:
-    """What the calls with one outcome at one upstream add up to."""
+    """What calls and discarded attempts at one upstream add up to."""
 
     def __init__(self) -> None:
-        self.calls = 0
         self.tokens = token_counts(Tokens())
         self.cost_usd = 0.0
 
@@ -10062,7 +10052,8 @@ class Metrics:
 
     def __init__(self, started_at: float, events: Events) -> None:
         self.started_at = started_at  # wall time
-        self.sums = defaultdict[tuple[str, str], Spent](Spent)  # by upstream and outcome; "" of a discarded attempt
+        self.calls: Counter[tuple[str, str]] = Counter()  # by upstream and outcome
+        self.spent = defaultdict[str, Spent](Spent)  # by upstream
         self.attempts: Counter[tuple[str, str]] = Counter()  # by upstream and outcome
         self.refused: Counter[int] = Counter()  # by status
         self.connections: Callable[[], int] = lambda: 0  # that are open; the front door says more
@@ -10079,9 +10070,8 @@ class Metrics:
     def call_ended(self, event: CallEnded) -> None:
         """Count a call, its attempts, and what it has spent."""
         entry = event.entry
-        sums = self.sums[entry.upstream, entry.outcome]
-        sums.calls += 1
-        sums.add(entry)
+        self.calls[entry.upstream, entry.outcome] += 1
+        self.spent[entry.upstream].add(entry)
         for attempt in event.attempts:
             if attempt.outcome:
                 self.attempts[attempt.upstream, attempt.outcome] += 1
@@ -10092,7 +10082,7 @@ class Metrics:
 
     def attempt_discarded(self, event: AttemptDiscarded) -> None:
         """Count what an attempt has spent of which the client saw nothing: it is no call."""
-        self.sums[event.entry.upstream, ""].add(event.entry)
+        self.spent[event.entry.upstream].add(event.entry)
 
     def refused_one(self, event: CallRefused | RequestRefused) -> None:
         """Count a refusal."""
@@ -10139,7 +10129,7 @@ METRICS = {
     ),
     "info": ("version", "The version."),
 }
-Samples = Iterable[tuple[Sequence[str], float]]  # the labels' values, and the number
+Sample = tuple[str, Sequence[str], float]  # a row of METRICS, the values of its labels, and the number
 
 
 class Scrape(NamedTuple):
@@ -10165,79 +10155,70 @@ class Scrape(NamedTuple):
         """What `prometheus_client.registry.Collector` promises."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        found = self._numbers() | self._sums() | self._upstreams()
+        families: dict[str, Any] = {}
         for name, (labels, text) in METRICS.items():
-            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            made = family(f"claude_gateway_{name}", text, labels=labels.split())
-            for values, number in found[name]:
-                made.add_metric(values, number)
-            yield made
-        calls, first_bytes = self.metrics.call_seconds, self.metrics.first_byte_seconds
-        text = "Seconds from the beginning of a call to its end."
-        yield HistogramMetricFamily("claude_gateway_call_seconds", text, calls.buckets(), calls.sum_s)
-        text = "Seconds from the beginning of a call to the first byte of its answer."
-        yield HistogramMetricFamily("claude_gateway_first_byte_seconds", text, first_bytes.buckets(), first_bytes.sum_s)
+            family: Any = GaugeMetricFamily
+            if name.endswith("_total"):
+                family = CounterMetricFamily
+            families[name] = family(f"claude_gateway_{name}", text, labels=labels.split())
+        for name, values, number in (*self._state(), *self._counts(), *self._upstreams()):
+            families[name].add_metric(values, number)
+        yield from families.values()
+        for name, histogram, end in (
+            ("call_seconds", self.metrics.call_seconds, "its end"),
+            ("first_byte_seconds", self.metrics.first_byte_seconds, "the first byte of its answer"),
+        ):
+            text = f"Seconds from the beginning of a call to {end}."
+            yield HistogramMetricFamily(f"claude_gateway_{name}", text, histogram.buckets(), histogram.sum_s)
 
-    def _numbers(self) -> dict[str, Samples]:
-        """What has one number, and what is counted by one label."""
+    def _state(self) -> Iterator[Sample]:
+        """What has one number."""
         metrics = self.metrics
-        numbers: dict[str, float] = {
-            "calls_running": len(self.relay.running),
-            "connections": metrics.connections(),
-            "body_bytes": self.memory.held,
-            "body_bytes_limit": self.memory.total,
-            "ledger_waiting_entries": self.ledger.waiting,
-            "ledger_failing": bool(self.ledger.failure),
-            "config_reload_failing": self.is_reload_failing,
-            "config_loaded_timestamp_seconds": self.loaded_at,
-            "start_time_seconds": metrics.started_at,
-            "log_lines_lost_total": metrics.lost_log_lines(),
-            "integrity_problems": metrics.integrity_problems,
-        }
-        counts: dict[str, Mapping[Any, float]] = {
-            "refused_total": metrics.refused,
-            "connections_refused_total": metrics.connections_refused,
-            "bugs_total": self.guard.failures,
-            "info": {VERSION: 1},
-        }
-        found: dict[str, Samples] = {name: [((), number)] for name, number in numbers.items()}
-        for name, by_label in counts.items():
-            found[name] = [((str(label),), count) for label, count in by_label.items()]
-        return found
+        yield "calls_running", (), len(self.relay.running)
+        yield "connections", (), metrics.connections()
+        yield "body_bytes", (), self.memory.held
+        yield "body_bytes_limit", (), self.memory.total
+        yield "ledger_waiting_entries", (), self.ledger.waiting
+        yield "ledger_failing", (), bool(self.ledger.failure)
+        yield "config_reload_failing", (), self.is_reload_failing
+        yield "config_loaded_timestamp_seconds", (), self.loaded_at
+        yield "start_time_seconds", (), metrics.started_at
+        yield "log_lines_lost_total", (), metrics.lost_log_lines()
+        yield "integrity_problems", (), metrics.integrity_problems
+        yield "info", (VERSION,), 1
 
-    def _sums(self) -> dict[str, Samples]:
-        """What calls have spent; with 0 for each configured upstream, because what appears with a call has no rate."""
-        sums = self.metrics.sums
-        classes = [field.removesuffix("_tokens") for field in Tokens.__struct_fields__]
-        tokens = {(upstream.name, name): 0 for upstream in self.config.upstreams for name in classes}
-        cost_usd = {(upstream.name,): 0.0 for upstream in self.config.upstreams}
-        for (upstream, _), spent in sums.items():
-            cost_usd[upstream,] = cost_usd.get((upstream,), 0.0) + spent.cost_usd
-            for name, count in zip(classes, spent.tokens, strict=True):
-                tokens[upstream, name] = tokens.get((upstream, name), 0) + count
-        return {
-            "calls_total": [(place, spent.calls) for place, spent in sums.items() if spent.calls],
-            "attempts_total": self.metrics.attempts.items(),
-            "tokens_total": tokens.items(),
-            "cost_usd_total": cost_usd.items(),
-        }
+    def _counts(self) -> Iterator[Sample]:
+        """What was counted. Each configured upstream has tokens and cost: what appears with a call has no rate."""
+        metrics = self.metrics
+        for place, count in metrics.calls.items():
+            yield "calls_total", place, count
+        for place, count in metrics.attempts.items():
+            yield "attempts_total", place, count
+        for status, count in metrics.refused.items():
+            yield "refused_total", (str(status),), count
+        for reason, count in metrics.connections_refused.items():
+            yield "connections_refused_total", (reason,), count
+        for step, count in self.guard.failures.items():
+            yield "bugs_total", (step,), count
+        spent = {upstream.name: Spent() for upstream in self.config.upstreams} | metrics.spent
+        for upstream, sums in spent.items():
+            yield "cost_usd_total", (upstream,), sums.cost_usd
+            for name, count in zip(Tokens.__struct_fields__, sums.tokens, strict=True):
+                yield "tokens_total", (upstream, name.removesuffix("_tokens")), count
 
-    def _upstreams(self) -> dict[str, Samples]:
+    def _upstreams(self) -> Iterator[Sample]:
         """How upstreams and their API keys stand."""
-        now, healths = self.relay.clock.monotonic(), dict[tuple[str, str], Health]()
+        now = self.relay.clock.monotonic()
         for upstream in self.config.upstreams:
-            for choice in self.relay.upstreams.choices(upstream):
-                healths[upstream.name, ""] = choice.health
-                healths[upstream.name, str(choice.number)] = choice.key_health
-        places = healths.items()
-        return {
-            "upstream_state": [
-                ((*place, state), health.state(now) == state) for place, health in places for state in STATES
-            ],
-            "upstream_cooldown_seconds": [(place, health.cooling_s(now)) for place, health in places],
-            "upstream_failures": [(place, health.failures) for place, health in places],
-            "upstream_running": [(place, health.running) for place, health in places],
-        }
+            choices = self.relay.upstreams.choices(upstream)
+            healths = {"": choices[0].health} | {str(choice.number): choice.key_health for choice in choices}
+            for number, health in healths.items():
+                place = upstream.name, number
+                for state in STATES:
+                    yield "upstream_state", (*place, state), health.state(now) == state
+                yield "upstream_cooldown_seconds", place, health.cooling_s(now)
+                yield "upstream_failures", place, health.failures
+                yield "upstream_running", place, health.running
 
 
 # --- 24. Models: lists of models, and what the keys are good for ------------------
@@ -10393,41 +10374,198 @@ class Principal(NamedTuple):
     key: Key | None = None
 
 
-class Turns:
-    """Who reads the books: one request of a key at a time, and AT_ONCE of all keys. The others wait, in order.
+class Bookkeeper:
+    """Makes entries of what calls have used, and hands them to the ledger."""
 
-    So a key that asks for many pages at once delays itself, and others by one page at most.
+    def __init__(self, ledger: Ledger, limits: Limits, clock: Clock, events: Events, guard: Guard) -> None:
+        self._ledger = ledger
+        self._limits = limits
+        self._clock = clock
+        self._emit = events.emit
+        self._guard = guard
+
+    def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
+        """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
+        call, usage = exchange.call, attempt.usage()
+        bill = call.config.bill(attempt.ticket.model, attempt.reader.model[:MAX_NAME], usage)
+        usd = min(bill.cost_usd, MAX_COST_USD)
+        held = {"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])}
+        return self._limits.charge(call.reservation, held)
+
+    def book(self, exchange: Exchange, outcome: Outcome) -> None:
+        """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""
+        if exchange.is_booked:
+            return
+        exchange.is_booked = True
+        if not self._guard.run(self._book, exchange, outcome) and not exchange.is_written:
+            # What was read of the answer cannot be booked. An entry without it still shows that there was a call.
+            exchange.discarded.clear()
+            plain = self._entry(exchange, None, Outcome("internal_error", outcome.status, outcome.error))
+            self._guard.run(self._ledger.append, plain)
+
+    def _book(self, exchange: Exchange, outcome: Outcome) -> None:
+        entry = self._entry(exchange, exchange.attempt, outcome)
+        for attempt, tried in exchange.discarded:
+            if attempt is not exchange.attempt:  # else it is the entry's own
+                thrown_away = self._entry(exchange, attempt, Outcome(tried))
+                line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
+                self._ledger.append(line)
+                self._emit(AttemptDiscarded(exchange.call, line))
+        exchange.is_written = True
+        self._ledger.append(entry)
+        last = exchange.attempt
+        if last and last.reader.seen_input:
+            self._limits.estimates.learn(exchange.call, last.ticket.model, entry)
+        self._emit(CallEnded(exchange.call, entry, exchange.attempts))
+
+    def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
+        """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
+        asked, meter = attempt.ticket.model, attempt.reader
+        bill = call.config.bill(asked, served, attempt.usage())
+        if bill.cost_usd > MAX_COST_USD:
+            meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
+            bill = call.config.bill(asked, served, meter.estimate())
+        if meter.absurd:
+            text = "%s: %s of upstream %s is not believed, and estimated"
+            log.error(text, call.id, meter.absurd, attempt.upstream.name)
+        return bill
+
+    def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
+        """Make the entry of a call as it ended, with what one of its attempts has used."""
+        call, error = exchange.call, outcome.error
+        if attempt:
+            served = printable(attempt.reader.model, MAX_NAME)
+            bill = self._believed(call, attempt, served)
+        else:
+            served = ""
+            bill = call.config.bill(call.upstream_model, "", Usage())
+        entry = Entry(
+            time=utc_time(self._clock.wall()),
+            request_id=call.id,
+            key=call.key.name,
+            team=call.key.team,
+            model=call.model,
+            model_served=served,
+            path=call.route.path,
+            stream=call.stream,
+            status=outcome.status or exchange.status,
+            outcome=outcome.name,
+            attempts=exchange.attempts,
+            **msgspec.structs.asdict(bill),
+            duration_ms=round((self._clock.monotonic() - call.started) * 1e3, 1),
+            queued_ms=round((call.admitted - call.started) * 1e3, 1),
+            bytes_up=call.bytes_up,
+            bytes_down=exchange.bytes_down,
+            session=call.session,
+            client=call.address,
+            user_agent=call.user_agent,
+        )
+        if error:
+            entry.status = entry.status or error.status
+            entry.error_type = error.type
+        if attempt:
+            entry.upstream = attempt.upstream.name
+            entry.upstream_request_id = attempt.upstream_request_id
+            entry.error_type = attempt.reader.error_type or entry.error_type
+            if attempt.reader.absurd:
+                entry.error_type = entry.error_type or "absurd_usage"
+            if attempt.first_byte_at is not None:
+                entry.first_byte_ms = round((attempt.first_byte_at - call.started) * 1e3, 1)
+        return entry
+
+
+class KeyBooks:
+    """What a key's holder can ask of the books.
+
+    One request of a key reads at a time, and AT_ONCE of all keys; the others wait, in order. So a key that asks for
+    many pages at once delays itself, and others by one page at most.
     """
 
     AT_ONCE = 4
     WAITING = 16  # requests of one key, with the one that reads
+    MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
-    def __init__(self) -> None:
+    def __init__(self, all_books: Books, limits: Limits, config: Config) -> None:
+        self._books = all_books
+        self._limits = limits
+        self._clock = config.clock
+        self._timezone = config.server.timezone
+        self._files = LedgerFiles(config.usage_directory)
+        self._threads = ThreadPoolExecutor(self.AT_ONCE, "reader")
         self._all = asyncio.Semaphore(self.AT_ONCE)
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._locks = defaultdict[str, asyncio.Lock](asyncio.Lock)  # by key: there are no more than the config has
         self._count: Counter[str] = Counter()
+        self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def take(self, key: str) -> AsyncIterator[None]:
-        """Wait for the turn, and have it for the block. Raises LimitFull where too many of the key wait already."""
-        if self._count[key] >= self.WAITING:
+    async def take(self, name: str) -> AsyncIterator[None]:
+        """Wait for a key's turn, and have it for the block. Raises LimitFull where too many of it wait already."""
+        if self._count[name] >= self.WAITING:
             raise LimitFull(f"{self.WAITING} requests of this key read its usage already. Try again in a moment.")
-        self._count[key] += 1
+        self._count[name] += 1
         try:
-            async with self._locks.setdefault(key, asyncio.Lock()), self._all:
+            async with self._locks[name], self._all:
                 yield
         finally:
-            self._count[key] -= 1
-            if not self._count[key]:
-                del self._count[key], self._locks[key]
+            self._count[name] -= 1
+
+    async def usage(self, key: Key) -> dict[str, Any]:
+        """How the limits of a key stand, and what it spent today and this month. Raises Unavailable."""
+        spans = self._books.calendar.spans(self._clock.wall())
+        spent = {}
+        for name, span in (("today", "day"), ("month", "month")):
+            groups = await self._ask((), key, spans[span].start)
+            spent[name] = Total.of({}, groups.get((), NOTHING_SPENT))
+        about = {"key": key.name, "team": key.team, "timezone": self._timezone}
+        return {**about, "limits": self._limits.standings(key), **spent}
+
+    async def line(self, key: Key) -> str:
+        """The same in a line, for Claude Code's status line: the two limits nearest to their end, else the cost."""
+        usage = await self.usage(key)
+        limits = [row for row in usage["limits"] if row["limit"] != "concurrent"]
+        limits.sort(key=lambda row: row["used"] / row["allowed"] if row["allowed"] else 1.0, reverse=True)
+        phrases = [limit_phrase(row) for row in limits[:2]]
+        if not limits:
+            phrases = [f"${usage['today'].cost_usd:,.2f} today, ${usage['month'].cost_usd:,.2f} this month"]
+        elif limits[0]["resets"]:
+            phrases[0] += f", {limits[0]['resets']}"
+        return f"{key.name}: {' · '.join(phrases)}"
+
+    async def totals(self, key: Key, by: Sequence[str], since: float, until: float) -> list[Total]:
+        """What a key has spent by hour, day, month and labels, sorted. Raises BadRequest or Unavailable."""
+        groups = await self._ask(by, key, since, until)
+        if len(groups) > self.MOST_GROUPS:
+            raise BadRequest(
+                f"These are more than {self.MOST_GROUPS:,} groups: ask for a shorter time with since and until, "
+                "or for fewer groups with by."
+            )
+        return await asyncio.get_running_loop().run_in_executor(self._threads, totals_of, by, groups)
+
+    async def _ask(self, by: Sequence[str], key: Key, since: float, until: float = math.inf) -> Groups:
+        if self._is_closed:
+            raise Unavailable("The gateway is stopping.", retry_after_s=5)
+        try:
+            return await self._books.ask(by, {"key": key.name}, since, until)
+        except OSError as error:
+            raise Unavailable(f"The ledger cannot be read: {why_not(error)}", retry_after_s=30) from None
+
+    async def page(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
+        """A page of a key's entries, newest first; the files are read in a thread. Raises Unavailable."""
+        if self._is_closed:  # whoever waited for the turn finds no threads any more
+            raise Unavailable("The gateway is stopping.", retry_after_s=5)
+        page = functools.partial(self._files.page, key.name, before, wanted, count)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, page)
+
+    def close(self) -> None:
+        """Answer no more."""
+        self._is_closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class Gateway:
     """Owns the snapshot, the ledger and the relay. Knows calls and sinks, never a handler."""
 
-    MAX_HOPS = 32  # in X-Forwarded-For
     LARGE_BODY = 256 << 10  # bytes; larger ones are read one after the other; between two of them others have a turn
-    MOST_GROUPS = 5_000  # that stats may have: 1 MB of JSON, 5 ms to encode and as long to sort
 
     def __init__(
         self,
@@ -10462,9 +10600,9 @@ class Gateway:
         self.starting = False  # the ledger is still being read
         self._reloading = asyncio.Lock()
         self._reading = asyncio.Lock()
-        self.turns = Turns()
-        self._files = LedgerFiles(config.usage_directory)
-        self._readers = ThreadPoolExecutor(Turns.AT_ONCE, "reader")
+        self.done_ids: deque[str] = deque(maxlen=1000)  # of changes
+        self.key_books = KeyBooks(self.books, self.limits, config)
+        self.bookkeeper = Bookkeeper(self.ledger, self.limits, self.clock, self.events, self.guard)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
@@ -10474,7 +10612,7 @@ class Gateway:
 
         `named` are the first values of the headers.
         """
-        address = self.client_address(headers, named, peer)
+        address = client_address(self.config.trusted, headers, named, peer)
         key = self.config.keys.find(credentials(headers, named))
         key.check(address, self.clock.wall())
         return key, address
@@ -10484,25 +10622,10 @@ class Gateway:
         if role == "key":
             key, address = self.authenticate(headers, named, peer)
             return Principal(role, address, key)
-        address = self.client_address(headers, named, peer)
+        address = client_address(self.config.trusted, headers, named, peer)
         if role == "scraper" and not address_in(address, self.config.metrics_from):
             raise KeyForbidden(f"{address} is in none of the networks of server.metrics_from.")
         return Principal(role, address)
-
-    def client_address(self, headers: Headers, named: Mapping[bytes, bytes], peer: str) -> str:
-        """The peer, or what trusted proxies say of it: the last address in X-Forwarded-For that is none of theirs.
-
-        Where they say something that is no address, it is `unknown`, which is in no network: what stands to the left
-        of it may have been written by the client.
-        """
-        if b"x-forwarded-for" not in named or not address_in(peer, self.config.trusted):
-            return peer
-        forwarded = [value for name, value in headers if name.lower() == b"x-forwarded-for"]
-        for hop in reversed(b",".join(forwarded).decode("latin-1").rsplit(",", self.MAX_HOPS)):
-            peer = read_hop(hop)
-            if not address_in(peer, self.config.trusted):
-                break
-        return peer or "unknown"
 
     def enter(self, call: Call, length: int) -> None:
         """Take what a call needs before its body of so many bytes is read. Raises GatewayError."""
@@ -10544,7 +10667,7 @@ class Gateway:
                 call.upstream_model = call.servings[0].model
                 self.check_open()
                 exchange = sink.exchange = Exchange(call, sink, self.relay)
-                exchange.book, exchange.discard = self.book, self.hold_discarded
+                exchange.book, exchange.discard = self.bookkeeper.book, self.bookkeeper.hold_discarded
                 if sink.is_gone:
                     exchange.client_gone()
                 await self.limits.admit(call, exchange.done)
@@ -10568,7 +10691,7 @@ class Gateway:
             self.guard.failures["Relay.run"] += 1
             log.exception("%s: failed", exchange.call.id)
         finally:
-            self.book(exchange, outcome)
+            self.bookkeeper.book(exchange, outcome)
             if outcome.error:
                 exchange.refuse(outcome.error)
 
@@ -10585,142 +10708,6 @@ class Gateway:
         """Turn a call away before it cost anything: a line in the log, none in the ledger."""
         self.emit(CallRefused(call, error))
         sink.refuse(error, call.route.api, call.id)
-
-    def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
-        """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
-        call, usage = exchange.call, attempt.usage()
-        bill = call.config.bill(attempt.ticket.model, attempt.reader.model[:MAX_NAME], usage)
-        usd = min(bill.cost_usd, MAX_COST_USD)
-        held = {"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])}
-        return self.limits.charge(call.reservation, held)
-
-    def book(self, exchange: Exchange, outcome: Outcome) -> None:
-        """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""
-        if exchange.is_booked:
-            return
-        exchange.is_booked = True
-        if not self.guard.run(self._book, exchange, outcome) and not exchange.is_written:
-            # What was read of the answer cannot be booked. An entry without it still shows that there was a call.
-            exchange.discarded.clear()
-            plain = self._entry(exchange, None, Outcome("internal_error", outcome.status, outcome.error))
-            self.guard.run(self.ledger.append, plain)
-
-    def _book(self, exchange: Exchange, outcome: Outcome) -> None:
-        entry = self._entry(exchange, exchange.attempt, outcome)
-        for attempt, tried in exchange.discarded:
-            if attempt is not exchange.attempt:  # else it is the entry's own
-                thrown_away = self._entry(exchange, attempt, Outcome(tried))
-                line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
-                self.ledger.append(line)
-                self.emit(AttemptDiscarded(exchange.call, line))
-        exchange.is_written = True
-        self.ledger.append(entry)
-        last = exchange.attempt
-        if last and last.reader.seen_input:
-            self.limits.estimates.learn(exchange.call, last.ticket.model, entry)
-        self.emit(CallEnded(exchange.call, entry, exchange.attempts))
-
-    def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
-        """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
-        asked, meter = attempt.ticket.model, attempt.reader
-        bill = call.config.bill(asked, served, attempt.usage())
-        if bill.cost_usd > MAX_COST_USD:
-            meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
-            bill = call.config.bill(asked, served, meter.estimate())
-        if meter.absurd:
-            log.error(
-                "%s: %s of upstream %s is not believed, and estimated", call.id, meter.absurd, attempt.upstream.name
-            )
-        return bill
-
-    def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
-        call = exchange.call
-        served = printable(attempt.reader.model, MAX_NAME) if attempt else ""
-        error_type = (attempt and attempt.reader.error_type) or (outcome.error.type if outcome.error else "")
-        if attempt is None:
-            bill = call.config.bill(call.upstream_model, "", Usage())
-        else:
-            bill = self._believed(call, attempt, served)
-            error_type = error_type or ("absurd_usage" if attempt.reader.absurd else "")
-        first = attempt.first_byte_at if attempt else None
-        return Entry(
-            time=utc_time(self.clock.wall()),
-            request_id=call.id,
-            key=call.key.name,
-            team=call.key.team,
-            upstream=attempt.upstream.name if attempt else "",
-            model=call.model,
-            model_served=served,
-            path=call.route.path,
-            stream=call.stream,
-            status=outcome.status or exchange.status or (outcome.error.status if outcome.error else 0),
-            outcome=outcome.name,
-            error_type=error_type,
-            attempts=exchange.attempts,
-            **msgspec.structs.asdict(bill),
-            first_byte_ms=None if first is None else round((first - call.started) * 1e3, 1),
-            duration_ms=round((self.clock.monotonic() - call.started) * 1e3, 1),
-            queued_ms=round((call.admitted - call.started) * 1e3, 1),
-            bytes_up=call.bytes_up,
-            bytes_down=exchange.bytes_down,
-            session=call.session,
-            client=call.address,
-            user_agent=call.user_agent,
-            upstream_request_id=attempt.upstream_request_id if attempt else "",
-        )
-
-    # What a key's holder can ask
-
-    async def usage_of(self, key: Key) -> dict[str, Any]:
-        """How the limits of a key stand, and what it spent today and this month. Raises Unavailable."""
-        spans = self.books.calendar.spans(self.clock.wall())
-        spent = [await self._ask((), key, spans[name].start) for name in ("day", "month")]
-        today, month = (Total.of({}, groups.get((), NOTHING_SPENT)) for groups in spent)
-        return {
-            "key": key.name,
-            "team": key.team,
-            "timezone": self.config.server.timezone,
-            "limits": self.limits.standings(key),
-            "today": today,
-            "month": month,
-        }
-
-    async def usage_line(self, key: Key) -> str:
-        """The same in a line, for Claude Code's status line: the two limits nearest to their end, else the cost."""
-        usage = await self.usage_of(key)
-        limits = [row for row in usage["limits"] if row["limit"] != "concurrent"]
-        limits.sort(key=lambda row: row["used"] / row["allowed"] if row["allowed"] else 1.0, reverse=True)
-        phrases = [limit_phrase(row) for row in limits[:2]]
-        if not limits:
-            phrases = [f"${usage['today'].cost_usd:,.2f} today, ${usage['month'].cost_usd:,.2f} this month"]
-        elif limits[0]["resets"]:
-            phrases[0] += f", {limits[0]['resets']}"
-        return f"{key.name}: {' · '.join(phrases)}"
-
-    async def stats_of(self, key: Key, by: Sequence[str], since: float, until: float) -> list[Total]:
-        """What a key has spent by hour, day, month and labels, sorted. Raises BadRequest or Unavailable."""
-        groups = await self._ask(by, key, since, until)
-        if len(groups) > self.MOST_GROUPS:
-            raise BadRequest(
-                f"These are more than {self.MOST_GROUPS:,} groups: ask for a shorter time with since and until, "
-                "or for fewer groups with by."
-            )
-        return await asyncio.get_running_loop().run_in_executor(self._readers, totals_of, by, groups)
-
-    async def _ask(self, by: Sequence[str], key: Key, since: float, until: float = math.inf) -> Groups:
-        if self.stopping:
-            raise Unavailable("The gateway is stopping.", retry_after_s=5)
-        try:
-            return await self.books.ask(by, {"key": key.name}, since, until)
-        except OSError as error:
-            raise Unavailable(f"The ledger cannot be read: {why_not(error)}", retry_after_s=30) from None
-
-    async def page_of(self, key: Key, before: tuple[str, int], wanted: Callable[[Entry], bool], count: int) -> Page:
-        """A page of a key's entries, newest first; the files are read in a thread. Raises Unavailable."""
-        if self.stopping:  # whoever waited for the turn finds no threads any more
-            raise Unavailable("The gateway is stopping.", retry_after_s=5)
-        page = functools.partial(self._files.page, key.name, before, wanted, count)
-        return await asyncio.get_running_loop().run_in_executor(self._readers, page)
 
     # Reload, health, time, end
 
@@ -10748,7 +10735,7 @@ class Gateway:
                 if config is not None:
                     self._take(config)
                 elif self.reload_error:
-                    self.emit(ConfigRestored(self.config))
+                    self.emit(ConfigLoaded(self.config, self.config))
             self.reload_error = error
             self.reload_failed_at = self.clock.wall() if error else None
 
@@ -10780,7 +10767,7 @@ class Gateway:
 
     def health(self) -> dict[str, Any]:
         """What /health says: no secrets, and of names only the upstreams'."""
-        waiting, failure = self.ledger.waiting, self.ledger.failure
+        failure = self.ledger.failure
         reasons = {
             "the ledger is still being read": self.starting,
             "the gateway is stopping": self.stopping,
@@ -10801,7 +10788,7 @@ class Gateway:
                 "loaded_at": utc_time(self.loaded_at),
                 "reload_failed_at": self.reload_failed_at and utc_time(self.reload_failed_at),  # the log says why
             },
-            "ledger": {"failure": failure or None, "waiting": waiting},
+            "ledger": {"failure": failure or None, "waiting": self.ledger.waiting},
             "upstreams": self.relay.upstreams.report(self.config.upstreams),
         }
 
@@ -10842,13 +10829,13 @@ class Gateway:
         await self.limits.store.close()
         self.ledger.close()
         self.books.close()
-        self._readers.shutdown(wait=False, cancel_futures=True)
+        self.key_books.close()
 
 
 # --- 26. Actions: what a command, a request or the page changes -------------------
-# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Edit, House, KeyView, make_secret,
-#   MOST_COUNT, MOST_USD, NewKey, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried,
-#   unknown_name, UpstreamTest, write_new
+# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Edit, House, make_secret, MOST_COUNT,
+#   MOST_USD, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried, unknown_name,
+#   UpstreamTest, write_new
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
@@ -10868,43 +10855,31 @@ class Gateway:
 # gateway announces who made it (`ChangeMade`), which is a line of its log. `act` does both in the running gateway: an
 # admin endpoint that edits a key is one row of the API's table, which calls it with one action.
 
-ActionCode = Literal["unknown", "taken", "invalid", "failed"]
+ActionCode = Literal["unknown", "taken", "invalid", "failed", "unsure"]
 
 
 class ActionError(CommandError):
     """Why an action was not done.
 
-    `code` is `unknown` (nothing has this name), `taken` (something has it), `invalid` (a value that cannot be meant) or
-    `failed` (the system refused). `field` is the field of the action, or the kind of thing that has no such name.
+    `code` is `unknown` (nothing has this name), `taken` (something has it), `invalid` (a value that cannot be meant),
+    `failed` (the system refused), or `unsure` (no answer came: it may be done, or still be).
     """
 
-    def __init__(self, code: ActionCode, field: str, value: str, why: str) -> None:
-        super().__init__(f"{field} {value}: {why}" if code == "invalid" and value else why)
-        self.code, self.field, self.value, self.why = code, field, value, why
-
-    @classmethod
-    def of_gateway(cls, why: str) -> ActionError:
-        """The error of a change that the running gateway cannot make."""
-        return cls("failed", "gateway", "", why)
+    def __init__(self, code: ActionCode, why: str) -> None:
+        super().__init__(why)
+        self.code = code
 
 
-class Action(msgspec.Struct, frozen=True, tag_field="action"):
-    """What is asked for. Its tag is the command's name."""
+class Action(msgspec.Struct, frozen=True, kw_only=True, tag_field="action"):
+    """What is asked for. Its tag is the command's name; as text it is what the audit line says.
 
-    @property
-    def what(self) -> str:
-        """What is done, in the audit line."""
+    A change that the running gateway has made under an `id` it does not make again.
+    """
+
+    id: str = ""
+
+    def __str__(self) -> str:
         return str(self.__struct_config__.tag)
-
-    @property
-    def whom(self) -> str:
-        """Whom it is done to, in the audit line."""
-        return ""
-
-    @property
-    def details(self) -> str:
-        """How much, and why, in the audit line: printable and short, or ""."""
-        return ""
 
 
 class NamedAction(Action, frozen=True):
@@ -10912,16 +10887,15 @@ class NamedAction(Action, frozen=True):
 
     name: str
 
-    @property
-    def whom(self) -> str:
-        return self.name
+    def __str__(self) -> str:
+        return f"{self.__struct_config__.tag} {self.name}"
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> ActionError:
     """The error of a name that is not in the config: what was probably meant, or what there is."""
     close = difflib.get_close_matches(name, known, 1)
     meant = f", did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
-    return ActionError("unknown", kind, name, f"there is no {kind} named {name!r}{meant}")
+    return ActionError("unknown", f"there is no {kind} named {name!r}{meant}")
 
 
 def write_new(path: Path, text: str, mode: int) -> None:
@@ -10932,12 +10906,12 @@ def write_new(path: Path, text: str, mode: int) -> None:
             file.write(text.encode())
             os.fchmod(file.fileno(), mode)
     except OSError as error:
-        raise ActionError("failed", "path", str(path), f"cannot write {path}: {why_not(error)}") from None
+        raise ActionError("failed", f"cannot write {path}: {why_not(error)}") from None
 
 
-def make_secret(folder: Path, environ: Mapping[str, str] = os.environ) -> Path | None:
+def make_secret(folder: Path) -> Path | None:
     """Write a sealing secret where there is none for the config in a folder; its file. Raises ActionError."""
-    secret = Vault.file(folder, environ)
+    secret = Vault.file(folder)
     if secret is None or secret.exists():
         return None
     write_new(secret, Vault.new_secret() + "\n", 0o600)
@@ -10947,41 +10921,11 @@ def make_secret(folder: Path, environ: Mapping[str, str] = os.environ) -> Path |
 def yaml_scalar(text: str) -> str:
     """Text as a YAML scalar, quoted where it must be. Raises ActionError."""
     if not text.isprintable():
-        raise ActionError("invalid", "text", "", f"expected text that can be printed, got {text!a}")
+        raise ActionError("invalid", f"expected text that can be printed, got {text!a}")
     plain = re.fullmatch(r"[A-Za-z]([\w.@:=-]*[\w.@=-])?", text) is not None
     with contextlib.suppress(ValueError):  # of what YAML takes for a date, such as 2027-13-45
         plain = plain and yaml.safe_load(text) == text
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def key_state(key: Key, now: float) -> Literal["enabled", "disabled", "expired"]:
-    """In a word, whether a key works."""
-    if not key.enabled:
-        return "disabled"
-    return "expired" if now >= key.expires_at else "enabled"
-
-
-class KeyView(msgspec.Struct):
-    """A key as lists show it; `last4` tells it by, `limits` are its own, by name; `concurrent` is one of them."""
-
-    name: str
-    last4: str
-    state: Literal["enabled", "disabled", "expired"]
-    expires_at: float | None
-    networks: list[str]
-    models: list[str]
-    team: str
-    limits: dict[str, float]
-
-    @classmethod
-    def of(cls, key: Key, now: float) -> KeyView:
-        """A key of a snapshot at a time, in seconds since 1970."""
-        limits = {limit.name: limit.amount for limit in key.budgets[0].limits}
-        if math.isfinite(key.budgets[0].concurrent):
-            limits["concurrent"] = key.budgets[0].concurrent
-        ends = None if math.isinf(key.expires_at) else key.expires_at
-        networks = [str(network) for network in key.networks]
-        return cls(key.name, key.last4, key_state(key, now), ends, networks, list(key.models), key.team, limits)
 
 
 def key_names(editor: ConfigEditor) -> list[str]:
@@ -11000,13 +10944,6 @@ def key_place(editor: ConfigEditor, name: str) -> int:
     return names.index(name)
 
 
-class NewKey(NamedTuple):
-    """A key that was just made; the config, which has its hash alone."""
-
-    key: str
-    config: Config
-
-
 class AddKey(NamedAction, frozen=True, tag="key add"):
     """Make a key. `limits` by name, such as usd/day; `expires` is the last day on which it works, or ""."""
 
@@ -11014,59 +10951,53 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
     models: tuple[str, ...] = ()
     expires: str = ""
 
-    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
-        """Append it to `keys:`. Raises ActionError and ConfigError."""
+    def run(self, path: Path) -> str:
+        """Append its hash to `keys:`; the key. Raises ActionError and ConfigError."""
         key = new_key()
         with edited(path) as editor:
             if self.name in key_names(editor):
-                raise ActionError("taken", "key", self.name, f"there is a key named {self.name!r} already")
+                raise ActionError("taken", f"there is a key named {self.name!r} already")
             fields = {"name": yaml_scalar(self.name), "key": seal_key(key)}
             if self.limits:
-                fields["limits"] = self._limits()
+                try:
+                    LimitSet.parse(self.limits)
+                except ValueError as error:
+                    raise ActionError("invalid", f"limits: {error}") from None
+                fields["limits"] = "{" + ", ".join(f"{name}: {amount}" for name, amount in self.limits.items()) + "}"
             if self.models:
                 fields["models"] = f"[{', '.join(map(yaml_scalar, self.models))}]"
             if self.expires:
-                fields["expires"] = self._expires()
+                if read_date(self.expires) is None or not re.match(r"\d{4}-\d\d-", self.expires):
+                    why = f"expires: expected a date such as 2027-01-31, got {self.expires!r}"
+                    raise ActionError("invalid", why)
+                fields["expires"] = yaml_scalar(self.expires)
             editor.append_key(fields)
-            return NewKey(key, editor.save(environ))
-
-    def _limits(self) -> str:
-        for name, amount in self.limits.items():
-            try:
-                LimitSet.parse({name: amount})
-            except ValueError as error:
-                raise ActionError("invalid", "limit", f"{name}={amount}", str(error)) from None
-        return "{" + ", ".join(f"{name}: {amount}" for name, amount in self.limits.items()) + "}"
-
-    def _expires(self) -> str:
-        written = re.fullmatch(r"\d{4}-\d\d-\d\d([T ].{1,20})?", self.expires, re.ASCII)
-        if written is None or read_date(self.expires) is None:
-            why = f"expires: expected a date such as 2027-01-31, got {self.expires!r}"
-            raise ActionError("invalid", "expires", "", why)
-        return json.dumps(self.expires) if written[1] else self.expires
+            editor.save()
+        return key
 
 
 class RotateKey(NamedAction, frozen=True, tag="key rotate"):
     """Give a key's holder a new key; the old one ends."""
 
-    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> NewKey:
-        """Replace the hash. Raises ActionError and ConfigError."""
+    def run(self, path: Path) -> str:
+        """Replace the hash; the new key. Raises ActionError and ConfigError."""
         key = new_key()
         with edited(path) as editor:
             editor.set_scalar(seal_key(key), "keys", key_place(editor, self.name), "key")
-            return NewKey(key, editor.save(environ))
+            editor.save()
+        return key
 
 
 class RevokeKey(NamedAction, frozen=True, tag="key revoke"):
     """Disable a key; its name stays for the ledger."""
 
-    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> str:
+    def run(self, path: Path) -> str:
         """Set `enabled: false`; the mistake that the file has elsewhere, or "". Raises ActionError and ConfigError."""
         mistake = ""
         with edited(path) as editor:
             editor.set_field(("keys", key_place(editor, self.name)), "enabled", "false")
             try:
-                Config.parse(editor.document.text, path, Clock(), environ)
+                Config.parse(editor.document.text, path, Clock(), os.environ)
             except ConfigError as error:  # somebody else's: it must not keep the key in use
                 mistake = str(error)
             editor.replace()
@@ -11109,24 +11040,20 @@ class SealSecrets(Action, frozen=True, tag="seal"):
 
     rotate: bool = False
 
-    @property
-    def whom(self) -> str:
-        return "secrets"
-
-    def run(self, path: Path, environ: Mapping[str, str] = os.environ) -> Sealed:
+    def run(self, path: Path) -> Sealed:
         """Raises ActionError, ConfigError and SealError; a bad file is known before anything is changed."""
         places = []
         with edited(path) as editor:
             config = Config.load(path)
-            made = make_secret(path.parent, environ)
-            vault = Vault.open(path.parent, environ)
+            made = make_secret(path.parent)
+            vault = Vault.open(path.parent, os.environ)
             for steps in secret_places(config):
                 sealed = sealed_value(editor.document.find(*steps), steps, vault, self.rotate)
                 if sealed:
                     editor.set_scalar(sealed, *steps)
                     places.append(join_steps(steps))
             if places:
-                editor.save(environ)
+                editor.save()
         return Sealed(places, made)
 
 
@@ -11150,7 +11077,13 @@ class Correction(Action, frozen=True):
 
     @property
     def whom(self) -> str:
+        """Whose limits, in words."""
         return f"{self.scope} {self.name}".rstrip()
+
+    def audit(self, *parts: str) -> str:
+        """What the audit line says: what is done, to whom, how much and why."""
+        noted = [repr(self.note)] if self.note else []
+        return f"{self.__struct_config__.tag} {self.whom}: {', '.join([*parts, *noted])}"
 
     def check(self, config: Config) -> None:
         """Raise ActionError for a name that is not in the config."""
@@ -11164,12 +11097,8 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
 
     limit: str = ""
 
-    @property
-    def details(self) -> str:
-        parts = [self.limit or "all limits"]
-        if self.note:
-            parts.append(repr(printable(self.note)))
-        return ", ".join(parts)
+    def __str__(self) -> str:
+        return self.audit(self.limit or "all limits")
 
     def limits(self, config: Config) -> Sequence[Limit]:
         """The limits that the scope has."""
@@ -11186,7 +11115,7 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
         known = [limit.name for limit in self.limits(house.config) if limit.unit != "concurrent"]
         if self.limit and self.limit not in known:
             why = f"{self.whom} has no such limit to reset; it has: {', '.join(known) or 'none'}"
-            raise ActionError("invalid", "limit", self.limit, why)
+            raise ActionError("invalid", f"limit {self.limit}: {why}")
         now = utc_time(house.config.clock.wall())
         house.append(Reset(time=now, scope=self.scope, name=self.name, limit=self.limit, note=self.note))
 
@@ -11198,31 +11127,27 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
     tokens: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
     requests: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
 
-    @property
-    def details(self) -> str:
+    def __str__(self) -> str:
         amounts = {"usd": self.usd, "tokens": self.tokens, "requests": self.requests}
-        parts = [f"{amount:+.16g} {unit}" for unit, amount in amounts.items() if amount]
-        if self.note:
-            parts.append(repr(printable(self.note)))
-        return ", ".join(parts)
+        return self.audit(*(f"{amount:+.16g} {unit}" for unit, amount in amounts.items() if amount))
 
     def run(self, house: House) -> str:
         """Append the line; the team that it counts with, or "". Raises ActionError, and OSError as `append` does."""
         self.check(house.config)
-        team = self.name if self.scope == "team" else ""
-        if self.scope == "key":
-            team = next(key.team for key in house.config.keys if key.name == self.name)
         line = Adjustment(
             time=utc_time(house.config.clock.wall()),
-            key=self.name if self.scope == "key" else "",
-            team=team,
             requests=self.requests,
             input_tokens=self.tokens,
             cost_usd=self.usd,
             note=self.note,
         )
+        if self.scope == "team":
+            line.team = self.name
+        elif self.scope == "key":
+            line.key = self.name
+            line.team = next(key.team for key in house.config.keys if key.name == self.name)
         house.append(line)
-        return team
+        return line.team
 
 
 class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
@@ -11237,7 +11162,7 @@ class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
             directory = house.config.usage_directory
             if directory.exists():
                 os.close(hold_folder(directory))
-            raise ActionError.of_gateway(f"no gateway was reached on {directory}; a restart forgets cooldowns as well")
+            raise ActionError("failed", f"no gateway was reached on {directory}; a restart forgets cooldowns as well")
         house.gateway.relay.upstreams.reset(self.name)
 
 
@@ -11256,9 +11181,12 @@ async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
     else:
         await gateway.reload()
         gateway.check_open()
+        if action.id in gateway.done_ids:
+            raise ActionError("taken", f"{action.id} was done already, and is not done again")
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
-    details = f": {action.details}" if action.details else ""
-    gateway.emit(ChangeMade(who, action.what, action.whom + details))
+        if action.id:
+            gateway.done_ids.append(action.id)
+    gateway.emit(ChangeMade(who, str(action)))
     return result
 
 
@@ -11270,7 +11198,7 @@ class Tried(msgspec.Struct):
     """What came of one small call with one API key of an upstream."""
 
     key: int  # its number, from 1
-    state: Literal["ok", "warn", "FAILED"] = "FAILED"
+    state: Literal["ok", "FAILED"] = "FAILED"
     ms: float = 0.0
     detail: str = ""
     model: str = ""
@@ -11280,39 +11208,12 @@ class Tried(msgspec.Struct):
     cost_usd: float = 0.0
 
 
-NOT_VOUCHED_FOR = frozenset((2, 18, 19, 20, 21))  # OpenSSL's X509_V_ERR_*: who signed the certificate is not known
 TEST_KEY = Key("upstream test", b"", "", ("*",), math.inf, (), True, "", ())  # whose calls they are; nobody's
 TEST_HEADERS: Headers = [
     (b"content-type", b"application/json"),
     (b"user-agent", f"claude-gateway/{VERSION}".encode()),
+    (b"anthropic-version", b"2023-06-01"),
 ]
-REFUSALS = {  # what an upstream's status most likely means, and where to look
-    401: "the key is refused: see `api_key`",
-    403: "the key may not do this: see `api_key` and `models`",
-    404: "no such address, or no such model: see `url`, `format` and `models`",
-    429: "its limit or its credit is used up",
-}
-
-
-def failure_reason(error: AttemptFailed) -> str:
-    """Why an upstream gave no answer, with what helps."""
-    cause = error.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        remedy = "; if it is your own CA's, name its file in `ca_file`" if cause.verify_code in NOT_VOUCHED_FOR else ""
-        return f"certificate verify failed: {cause.verify_message}{remedy}"
-    if isinstance(cause, OSError) and not isinstance(cause, TimeoutError):
-        return f"{error.failure.sentence}: {os_reason(cause)}"
-    return error.failure.sentence
-
-
-def message_in(body: bytes) -> str:
-    """What an error says for people: its message where it has the shape of one, else the whole text."""
-    for data in (*EventReader().feed(body + b"\n\n"), body):
-        with contextlib.suppress(*UNREADABLE):
-            error = msgspec.json.decode(data, type=dict[str, Any]).get("error")
-            if isinstance(error, dict):
-                return str(error.get("message"))
-    return body.decode("utf-8", "replace")
 
 
 class UpstreamTest:
@@ -11348,27 +11249,28 @@ class UpstreamTest:
         except (CallFailed, GatewayError) as error:
             tried.detail = str(error)
         except AttemptFailed as error:
-            tried.detail = failure_reason(error)
+            tried.detail = error.failure.sentence
+            cause = error.__context__
+            if isinstance(cause, OSError) and str(cause):
+                tried.detail += f": {os_reason(cause)}"
         except TimeoutError:
             tried.detail = f"no answer within {self._timeout_s:g} s"
         tried.ms = round((self._config.clock.monotonic() - began) * 1e3, 1)
-        tried.model, tried.detail = self._clean(tried.model), self._clean(tried.detail)
+        tried.model = self._clean(tried.model)
+        tried.detail = self._clean(tried.detail)
         return tried
 
     async def _model(self, choice: Choice) -> str:
         """Which model to ask for: the one that was named, else the config's first, else the cheapest that is listed."""
-        upstream, named = self.upstream, self.upstream.named_models()
-        if self._model_asked:
-            if upstream.rename(self._model_asked) is None:
-                raise CallFailed(f"{self._model_asked} is not served here: see `models`")
-            return self._model_asked
-        if named or upstream.format == "demo":
-            return named[0] if named else DEMO_MODEL
+        upstream = self.upstream
+        named = [self._model_asked] if self._model_asked else upstream.named_models()
+        if upstream.format == "demo":
+            named.append(DEMO_MODEL)
+        if named:
+            return named[0]
         status, body = await ask_models(self._relay, choice)
-        if status not in (200, 403, 404):  # a restricted key may answer calls all the same
-            if status in REFUSALS:  # as it would refuse a call
-                raise CallFailed(self._refusal(status, body))
-            raise CallFailed(f"the list of models: {self._refusal(status, body)}; --model NAME passes it by")
+        if status != 200:
+            raise CallFailed(f"the list of models: {status}: {self._said(body)[:300]}; --model NAME passes it by")
         served: list[str] = []
         with contextlib.suppress(*UNREADABLE):
             listed = msgspec.json.decode(body, type=ModelList).data
@@ -11379,56 +11281,50 @@ class UpstreamTest:
         return min(served, key=lambda model: self._config.bill(upstream.rename(model) or model, "", small).cost_usd)
 
     async def _call(self, choice: Choice, tried: Tried) -> None:
-        """Ask for 16 tokens, and fill in what came. Raises CallFailed, GatewayError and AttemptFailed."""
-        model, headers = self.upstream.rename(tried.model) or tried.model, TEST_HEADERS
-        asked = {"model": model, "messages": [{"role": "user", "content": "Say hello."}], "stream": True}
+        """Ask for a few words, and fill in what came. Raises CallFailed, GatewayError and AttemptFailed."""
+        model = self.upstream.rename(tried.model)
+        if model is None:
+            raise CallFailed("it is not served here: see `models`")
+        asked: dict[str, Any] = {
+            "model": model,
+            "messages": [{"role": "user", "content": "Say hello."}],
+            "stream": True,
+        }
         if self.upstream.format == "openai":
-            route, limits = ROUTES["/v1/chat/completions"], ["max_tokens", "max_completion_tokens"]
-            asked["stream_options"] = {"include_usage": True}
+            route = ROUTES["/v1/chat/completions"]
+            asked["stream_options"] = {"include_usage": True}  # and no bound: newer models do not know `max_tokens`
         else:
-            route, limits = ROUTES["/v1/messages"], ["max_tokens"]
-            headers = [*headers, (b"anthropic-version", b"2023-06-01")]
-        body = b""
-        for limit in limits:  # OpenAI's newer models know only the second
-            call = Call(self._config, TEST_KEY, route, b"", headers, "")
-            call.body = msgspec.json.encode({**asked, limit: 16})
-            read_request(call)
-            head = request_head(call, route.path, self.upstream, choice.api_key, self._target, len(call.body))
-            tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
-            if b"max_completion_tokens" not in body:
-                break
+            route = ROUTES["/v1/messages"]
+            asked["max_tokens"] = 16
+        call = Call(self._config, TEST_KEY, route, b"", TEST_HEADERS, "")
+        call.body = msgspec.json.encode(asked)
+        read_request(call)
+        head = request_head(call, route.path, self.upstream, choice.api_key, self._target, len(call.body))
+        tried.status, body = await collect(self._relay, self.upstream, head, (call.body,))
         if tried.status != 200:
-            raise CallFailed(self._refusal(tried.status, body))
+            raise CallFailed(f"{tried.status}: {self._said(body)[:300]}")
         self._read(ChatMeter(call) if route.kind == "chat" else MessagesMeter(call), model, body, tried)
 
     def _read(self, meter: Meter, model: str, body: bytes, tried: Tried) -> None:
         """Read an answer as real ones are. Raises CallFailed for one that is none."""
-        is_stream = body.lstrip()[:1] != b"{"
-        meter.start(is_stream)
+        meter.start(body.lstrip()[:1] != b"{")
         meter.read(body, True)
         usage = meter.sum_up()
         tried.input_tokens, tried.output_tokens = usage.total_input_tokens, usage.output_tokens
         if meter.seen_input:
             tried.cost_usd = self._config.bill(model, meter.model, usage).cost_usd
         if meter.error_type:
-            raise CallFailed(f"answered with an error ({meter.error_type}): {self._said(body)}")
+            raise CallFailed(f"answered with an error: {self._said(body)[-300:]}")
         if not meter.has_content and not meter.seen_input:
-            raise CallFailed(f"{UNEXPECTED.sentence}: {self._said(body)}")
+            raise CallFailed(f"{UNEXPECTED.sentence}: {self._said(body)[:300]}")
         if not meter.is_finished:
             raise CallFailed(CUT.sentence)
-        tried.state = "ok" if is_stream else "warn"
+        tried.state = "ok"
         tried.detail = f"{tried.input_tokens} tokens in, {tried.output_tokens} out, ${tried.cost_usd:.6f}"
-        if not is_stream:
-            tried.detail += "; answered whole, though a stream was asked for"
-
-    def _refusal(self, status: int, body: bytes) -> str:
-        means = f" ({REFUSALS[status]})" if status in REFUSALS else ""
-        if body.lstrip()[:1] == b"<":
-            return f"{status}{means}: a page of HTML"
-        return f"{status}{means}: {self._said(body)}"
 
     def _said(self, body: bytes) -> str:
-        return self._clean(message_in(body))[:200]  # cleaned first: half a secret is one, too
+        """An answer as text, cleaned before it is cut: half a secret is one, too."""
+        return self._clean(body.decode("utf-8", "replace"))
 
     def _clean(self, text: str) -> str:
         text = " ".join(text.split())
@@ -11466,7 +11362,6 @@ MEASURES = {  # what is compared, kinds of tokens and money: the columns that ad
     )
     for kind in ("input", "cache_write", "cache_read", "output")
 } | {"USD": ("cost_usd",)}
-MAX_EXPORT_LINE = 1 << 20  # characters
 Sums = dict[tuple[str, str], dict[str, float]]  # per UTC day and model: a number per measure
 
 
@@ -11486,10 +11381,9 @@ def export_columns(path: Path, found: Sequence[str]) -> dict[str, str]:
     there = {ours: name for ours, name in columns.items() if name}
     if {"day", "model"} <= there.keys() and (there.keys() >= {"input_tokens", "output_tokens"} or "cost_usd" in there):
         return there
-    needed = "; ".join(f"{ours}: {' or '.join(names)}" for ours, names in EXPORT_COLUMNS.items())
     raise CommandError(
-        f"{path} is no export that is known. Its columns: {', '.join(found) or 'none'}. Needed are day and model, and "
-        f"input_tokens and output_tokens or cost_usd, under these names: {needed}"
+        f"{path} is no export that is known: its columns are {', '.join(found) or 'none'}. Needed are day and model, "
+        "and input_tokens and output_tokens or cost_usd, under the names that Anthropic or OpenAI give them"
     )
 
 
@@ -11505,10 +11399,12 @@ def export_day(cell: str) -> str:
 
 
 def export_number(column: str, cell: str) -> float:
-    """`1,234` as 1234; an empty cell is 0. Raises ValueError."""
-    if not re.fullmatch(r"(-?\$?[\d,]*\.?\d+(e-?\d+)?)?", cell, re.IGNORECASE | re.ASCII):
-        raise ValueError(f"{column}: expected a number, got {cell!r}")
-    return float(cell.replace(",", "").replace("$", "") or 0)
+    """`$1,234` as 1234; an empty cell is 0. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        number = float(cell.replace(",", "").replace("$", "") or 0)
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"{column}: expected a number, got {cell!r}")
 
 
 def plain_model(name: str) -> tuple[str, ...]:
@@ -11525,14 +11421,6 @@ def add_sums(sums: Sums, pair: tuple[str, str], numbers: Mapping[str, float], me
             measured[measure] = round(measured[measure] + sum(numbers.get(f, 0) for f in MEASURES[measure]), 9)
 
 
-def bounded_lines(file: IO[str]) -> Iterator[str]:
-    """The lines of a file. Raises csv.Error for one that does not end, as in /dev/zero."""
-    while line := file.readline(MAX_EXPORT_LINE):
-        if len(line) == MAX_EXPORT_LINE:
-            raise csv.Error(f"it has a line of more than {MAX_EXPORT_LINE:,} characters")
-        yield line
-
-
 class Export:
     """A provider's usage or cost export, summed: a CSV of Anthropic's Console or OpenAI's dashboard.
 
@@ -11544,7 +11432,7 @@ class Export:
         days = set[str]()
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(bounded_lines(file))
+                reader = csv.DictReader(file)
                 reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
                 self._columns = export_columns(path, reader.fieldnames)
                 self.measures = [m for m, fields in MEASURES.items() if any(f in self._columns for f in fields)]
@@ -11645,28 +11533,13 @@ class Manifest(msgspec.Struct):
     MOST: ClassVar = 16 << 20  # bytes of a file that is not the ledger's
     NAMES: ClassVar = re.compile(
         r"manifest\.json|config\.yaml|gateway\.secret|SHA256SUMS"
-        r"|usage/(counters\.checkpoint|usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn))"
+        r"|usage/usage-[0-9]{4}-[0-9]{2}\.(jsonl|jsonl\.gz|torn)"
     )
 
     format: int
     version: str
     time: str
     chain: str  # of the last line; "" where it is not known
-
-
-class GzipWriter:
-    """A file that gzips what it is given; where the one below fails, gzip.GzipFile would complain on its own (3.13)."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        self._out, self._packer = out, zlib.compressobj(4, wbits=31)  # half the time of level 6, a twentieth larger
-
-    def write(self, data: bytes) -> None:
-        """Pack and write."""
-        self._out.write(self._packer.compress(data))
-
-    def finish(self) -> None:
-        """Write what is left, and the checksum."""
-        self._out.write(self._packer.flush())
 
 
 def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) -> tuple[Manifest, list[Held]]:
@@ -11678,9 +11551,8 @@ def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) ->
         tar.addfile(info, cast(IO[bytes], member))
         return f"{member.digest.hexdigest()}  {member.name}\n".encode()  # as sha256sum has it (GNU coreutils)
 
-    packed = GzipWriter(out)
     gnu = tarfile.GNU_FORMAT  # has files over 8 GB
-    with contextlib.ExitStack() as opened, tarfile.open(fileobj=cast(Any, packed), mode="w|", format=gnu) as tar:
+    with contextlib.ExitStack() as opened, tarfile.open(fileobj=out, mode="w|gz", format=gnu) as tar:
         ledger = hold_ledger(directory, opened)
         chain = next((held.last_chain() for held in reversed(ledger) if ".jsonl" in held.name), b"").decode()
         manifest = Manifest(Manifest.FORMAT, VERSION, utc_time(time.time()), chain)
@@ -11688,7 +11560,6 @@ def write_backup(out: IO[bytes], files: Mapping[str, bytes], directory: Path) ->
         members = [Held(name, io.BytesIO(data), len(data)) for name, data in small.items()] + ledger
         sums = b"".join(map(add, members))
         add(Held(Manifest.SUMS, io.BytesIO(sums), len(sums)))
-    packed.finish()
     return manifest, members
 
 
@@ -11796,8 +11667,6 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
         kept = f"before-restore-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
         if old and not is_forced:
             raise CommandError(f"{old[0]} is there already; --force keeps it in {kept}/; nothing was restored")
-        for place in filter(is_mounted, old):
-            raise CommandError(f"{place} is mounted as a single file: mount its folder instead; nothing was restored")
         new |= {directory / written.name: written for written in ledger_in(folder)}
         try:
             LedgerFiles(folder).verify(manifest.chain, lambda line: print(line, file=sys.stderr))
@@ -11819,14 +11688,13 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
 #   gateway.sha256  beside gateway.py, in sha256sum's format: the image's own list, of every file that Python may import
 #                   in it, made when it was built. It is root's, and the gateway does not run as root.
 #   RECORD          of each package, where there is no such list. Whoever can change a package can change its RECORD,
-#                   and bytecode has no hash there. So versions are compared with requirements.txt as well, and what
-#                   runs at every start of Python is named although a RECORD lists it.
+#                   and bytecode has no hash there. So what runs at every start of Python is named although a RECORD
+#                   lists it.
 #
 # Neither proves that a release was good when it came: the hashes of requirements.txt only make it the pinned one.
 # And what has taken over this very process can let it say anything.
 INTEGRITY_LIST = Path(__file__).resolve().with_name("gateway.sha256")
 SETUPTOOLS_PTH = "2638ce9e2500e572a5e0de7faed6661eb569d1b696fcba07b0dd223da5f5d224"  # distutils-precedence.pth
-NOT_PINNED = ("pip", "setuptools", "wheel", "claude-gateway")  # what installs packages, and ourselves
 
 
 class Integrity(NamedTuple):
@@ -11835,7 +11703,6 @@ class Integrity(NamedTuple):
     source: str  # which list
     files: int  # that it has
     problems: list[str]
-    notes: Sequence[str] = ()  # what is worth knowing, and no mistake
 
 
 def foreign_files(listed: Mapping[str, str], folders: Iterable[str], ignored: str) -> set[str]:
@@ -11895,29 +11762,16 @@ def recorded_files(package: importlib.metadata.Distribution) -> Iterator[tuple[s
             yield os.path.normpath(str(package.locate_file(path))), sha256
 
 
-def check_packages(folders: Sequence[str], requirements: Path) -> Integrity:
-    """Compare packages with their RECORD and their versions with requirements.txt; name what runs at Python's start."""
+def check_packages(folders: Sequence[str]) -> Integrity:
+    """Compare packages with their RECORD, and name what runs at Python's start."""
     import importlib.metadata  # here: it takes 10 ms, and only this needs it
 
-    problems, further, listed = list[str](), list[str](), dict[str, str]()
-    required = requirements.read_text() if requirements.is_file() else ""
-    pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", required, re.MULTILINE))
+    listed: dict[str, str] = {}
     for package in importlib.metadata.distributions(path=list(folders)):
-        about = email.message_from_string(package.read_text("METADATA") or "")
-        name, version = re.sub(r"[-_.]+", "-", about.get("Name", "")).lower(), about.get("Version", "")
         with contextlib.suppress(ValueError, csv.Error):  # else all of its files are in no list
             listed |= dict(recorded_files(package))
-        if version != pinned.get(name, version):
-            problems.append(f"{name} is {version}; requirements.txt has {pinned[name]}")
-        elif pinned and name not in (*pinned, *NOT_PINNED):
-            further.append(f"{name} {version}")
-    problems += compare_files(listed, folders, ignored="__pycache__")
-    for folder in folders:
-        problems += start_code(folder)
-    notes = [f"not in requirements.txt: {', '.join(sorted(further))}"] if further else []
-    if not pinned:
-        notes.append(f"versions were not compared: there is no {requirements}")
-    return Integrity("the RECORD of each package", len(listed), problems, notes)
+    problems = [*compare_files(listed, folders, ignored="__pycache__"), *itertools.chain(*map(start_code, folders))]
+    return Integrity("the RECORD of each package", len(listed), problems)
 
 
 def check_integrity(path: Sequence[str], file: Path) -> Integrity:
@@ -11925,7 +11779,7 @@ def check_integrity(path: Sequence[str], file: Path) -> Integrity:
     folders = list(dict.fromkeys(map(os.path.realpath, path)))
     if not file.exists():
         packages = [each for each in folders if Path(each).name in ("site-packages", "dist-packages")]
-        return check_packages(packages, file.with_name("requirements.txt"))
+        return check_packages(packages)
     try:
         lines = [line.partition("  ") for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -12539,7 +12393,7 @@ class Door:
         """Announce that a request is refused before it is read; the id for its answer."""
         gateway, request_id, key = self.gateway, "req_" + secrets.token_hex(12), ""
         named = request.named or first_values(request.headers)  # where the head is not whole
-        address = gateway.client_address(request.headers, named, connection.peer)
+        address = client_address(gateway.config.trusted, request.headers, named, connection.peer)
         with contextlib.suppress(GatewayError):
             key = gateway.config.keys.find(credentials(request.headers, named)).name
         gateway.emit(RequestRefused(request_id, address, key, error))
@@ -12672,10 +12526,10 @@ async def show_model(request: PageRequest) -> object:
 async def show_usage(request: PageRequest) -> object:
     """How the limits of the key stand, and what it spent today and this month; a line of text with `format=line`."""
     if request.is_line:
-        return await request.gateway.usage_line(request.key) + "\n"
+        return await request.gateway.key_books.line(request.key) + "\n"
     if request.get_query_argument("format", "json") != "json":
         raise BadRequest("format: expected json or line")
-    return await request.gateway.usage_of(request.key)
+    return await request.gateway.key_books.usage(request.key)
 
 
 LOGS_FILTERS = ("model", "outcome", "session", "upstream", "path")
@@ -12688,10 +12542,10 @@ async def show_stats(request: PageRequest) -> object:
     if not set(by) <= {"hour", "day", "month", "model", "upstream", "outcome"}:
         raise BadRequest("by: expected some of hour, day, month, model, upstream, outcome, separated by commas")
     since, until = request.read_moment("since", -math.inf), request.read_moment("until", math.inf)
-    async with request.gateway.turns.take(request.key.name):
+    async with request.gateway.key_books.take(request.key.name):
         if request.has_left:
             return None
-        totals = await request.gateway.stats_of(request.key, by, since, until)
+        totals = await request.gateway.key_books.totals(request.key, by, since, until)
     return {"key": request.key.name, "by": by, "timezone": request.gateway.config.server.timezone, "data": totals}
 
 
@@ -12710,10 +12564,10 @@ async def show_logs(request: PageRequest) -> object:
     found = re.fullmatch(r"(\d{4}-\d\d):(\d{1,15})", before or "9999-99:0", re.ASCII)
     if not found:
         raise BadRequest("before: expected what the page before this one gave as `next`")
-    async with request.gateway.turns.take(request.key.name):
+    async with request.gateway.key_books.take(request.key.name):
         if request.has_left:
             return None
-        entries = await request.gateway.page_of(request.key, (found[1], int(found[2])), wanted, int(limit))
+        entries = await request.gateway.key_books.page(request.key, (found[1], int(found[2])), wanted, int(limit))
     next_page = f"{entries.next[0]}:{entries.next[1]}" if entries.next else None
     unreadable = entries.unreadable.report()
     return {"key": request.key.name, "data": entries.entries, "next": next_page, "unreadable": unreadable}
@@ -12882,17 +12736,16 @@ class EditMade(Action, frozen=True, tag="edit made"):
     """A command has edited config.yaml: it is to be read, and the edit announced."""
 
     edit: str
-    subject: str
 
 
 REQUEST_DECODER = msgspec.json.Decoder(Change | EditMade)
 
 
 class Result(msgspec.Struct):
-    """What came of a change: its result, or the values of an ActionError."""
+    """What came of a change: its result, or code and message of an ActionError."""
 
     result: Any = None
-    error: tuple[ActionCode, str, str, str] | None = None
+    error: tuple[ActionCode, str] | None = None
 
 
 class NoGateway(Exception):
@@ -12924,15 +12777,12 @@ def ask(directory: Path, action: Action) -> Any:
                 answer = msgspec.json.decode(file.readline(MOST_ANSWER), type=Result)
     except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
         raise NoGateway from None
-    except TimeoutError:
-        late = f"the running gateway did not answer within {ASK_S:g} s; it may still do what it was asked for"
-        raise ActionError.of_gateway(late) from None
-    except OSError as error:
-        raise ActionError.of_gateway(f"cannot ask the gateway that runs on {directory}: {why_not(error)}") from None
-    except UNREADABLE:  # it ended meanwhile, or is another version
-        raise ActionError.of_gateway(
-            "the running gateway gave no answer; it may have done what it was asked for"
+    except (TimeoutError, *UNREADABLE):  # it hangs, ended meanwhile, or is another version
+        raise ActionError(
+            "unsure", f"the running gateway gave no answer within {ASK_S:g} s; it may still do what it was asked for"
         ) from None
+    except OSError as error:
+        raise ActionError("failed", f"cannot ask the gateway that runs on {directory}: {why_not(error)}") from None
     if answer.error:
         raise ActionError(*answer.error)
     return answer.result
@@ -12963,7 +12813,7 @@ def perform(action: Change, config: Config) -> Any:
                 silent = (
                     f"a gateway runs on {directory}, or a restore, and no {LOCAL_SOCKET} answers there: end it first"
                 )
-                raise ActionError.of_gateway(silent) from None
+                raise ActionError("failed", silent) from None
             time.sleep(0.05)
 
 
@@ -12973,7 +12823,7 @@ def identify_peer(client: socket.socket) -> str:
         return "a user on this host"
     pid, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
     if uid not in (os.geteuid(), 0):
-        raise ActionError.of_gateway(f"the gateway runs as user {os.geteuid()}: run this as that user")
+        raise ActionError("failed", f"the gateway runs as user {os.geteuid()}: run this as that user")
     return f"user {uid} on this host (process {pid})"
 
 
@@ -13084,10 +12934,9 @@ class LocalDoor:
             async with self._turn:
                 answer = Result(await self._do(action, who))
         except UNREADABLE as error:
-            why = f"the running gateway ({VERSION}) does not know that: {error}"
-            answer = Result(error=("invalid", "request", "", why))
+            answer = Result(error=("invalid", f"the running gateway ({VERSION}) does not know that: {error}"))
         except ActionError as error:
-            answer = Result(error=(error.code, error.field, error.value, error.why))
+            answer = Result(error=(error.code, str(error)))
         async with asyncio.timeout(self.LINE_S):
             await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
 
@@ -13095,11 +12944,11 @@ class LocalDoor:
         """Do what is asked. Raises ActionError."""
         if isinstance(action, EditMade):
             await self._gateway.reload()
-            return self._gateway.emit(ChangeMade(who, action.edit, action.subject))
+            return self._gateway.emit(ChangeMade(who, action.edit))
         try:
             return await act(self._gateway, action, who)
         except Unavailable as error:
-            raise ActionError.of_gateway(str(error)) from None
+            raise ActionError("failed", str(error)) from None
 
 
 # --- 33. Server: process, signals, watcher, logging -------------------------------
@@ -13599,24 +13448,30 @@ def name_text(model: str) -> str:
     return model or '""'
 
 
-def key_line(key: KeyView) -> str:
-    """A key in a line."""
-    last4 = f" (…{key.last4})" if key.last4 else ""
-    texts = [f"  {key.name}{last4}: {key.state}"]
-    if key.expires_at is not None:
+def key_line(key: Key, now: float) -> str:
+    """A key in a line; `now` in seconds since 1970."""
+    state, budget = "enabled", key.budgets[0]
+    if not key.enabled:
+        state = "disabled"
+    elif now >= key.expires_at:
+        state = "expired"
+    texts = [f"  {key}: {state}"]
+    if math.isfinite(key.expires_at):
         texts.append(f"expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC")
     if key.networks:
-        texts.append(f"from {', '.join(key.networks)}")
+        texts.append(f"from {', '.join(map(str, key.networks))}")
     texts.append(f"models {', '.join(map(name_text, key.models))}")
     if key.team:
         texts.append(f"team {key.team}")
-    limits = [f"{name} {amount:,.10g}" for name, amount in key.limits.items()]
+    limits = [f"{limit.name} {limit.amount:,.10g}" for limit in budget.limits]
+    if math.isfinite(budget.concurrent):
+        limits.append(f"concurrent {budget.concurrent:,.10g}")
     return ", ".join([*texts, f"limits {', '.join(limits) or 'none'}"])
 
 
 def key_table(config: Config) -> str:
     """The keys, one line each."""
-    return "\n".join(key_line(KeyView.of(key, config.clock.wall())) for key in config.keys)
+    return "\n".join(key_line(key, config.clock.wall()) for key in config.keys)
 
 
 def upstream_text(upstream: UpstreamConfig) -> str:
@@ -13633,8 +13488,6 @@ def command_check_integrity(options: argparse.Namespace) -> int:
     found = check_integrity(sys.path, INTEGRITY_LIST)
     for problem in found.problems:
         print(printable(problem, 1000))
-    for note in found.notes:
-        print(f"note: {note}")
     print(f"compared {found.files:,} files with {found.source}; differences: {len(found.problems)}")
     return bool(found.problems)
 
@@ -13664,25 +13517,18 @@ def edit(action: Edit, path: Path) -> Any:
     if isinstance(result, Sealed) and not result.places:
         return result  # nothing was changed
     with contextlib.suppress(ConfigError, NoGateway, ActionError):
-        ask(ledger_of(Document(read_text(path), path)), EditMade(action.what, action.whom))
+        ask(ledger_of(Document(read_text(path), path)), EditMade(str(action)))
     return result
-
-
-def in_words(error: ActionError) -> str:
-    """An action's error as the command line puts it, with what helps."""
-    if error.code == "taken":
-        what = f"`{PROGRAM} key rotate {shlex.quote(error.value)}` makes another for it"
-        return f"{error}: {what}, `enabled: true` brings it back"
-    return f"--{error}" if error.field in ("limit", "expires") else str(error)
 
 
 def command_key_add(options: argparse.Namespace) -> None:
     """Make a key, show it once, keep its hash."""
     limits = {name: amount for name, _, amount in (option.partition("=") for option in options.limit)}
     action = AddKey(options.name, limits, tuple(options.model), options.expires)
-    made: NewKey = edit(action, options.config)
-    shell = exports(made.config, made.config.server.port, made.key).removesuffix("\n")
-    show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {made.key}\n\nFor Claude Code:\n\n{shell}")
+    key: str = edit(action, options.config)
+    config = Config.load(options.config)
+    shell = exports(config, config.server.port, key).removesuffix("\n")
+    show_key(options.name, f"{options.name}'s key, shown only now:\n\n  {key}\n\nFor Claude Code:\n\n{shell}")
 
 
 def command_key_list(options: argparse.Namespace) -> None:
@@ -13692,8 +13538,8 @@ def command_key_list(options: argparse.Namespace) -> None:
 
 def command_key_rotate(options: argparse.Namespace) -> None:
     """Give a key's holder a new key; the old one ends now."""
-    made: NewKey = edit(RotateKey(options.name), options.config)
-    show_key(options.name, f"{options.name}'s new key, shown only now; it takes the old one's place:\n\n  {made.key}")
+    key: str = edit(RotateKey(options.name), options.config)
+    show_key(options.name, f"{options.name}'s new key, shown only now; it takes the old one's place:\n\n  {key}")
 
 
 def command_key_revoke(options: argparse.Namespace) -> None:
@@ -13888,22 +13734,29 @@ def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
 def correct(action: ResetLimits | AdjustUsage, path: Path) -> Any:
     """Make a correction; what it gives back. Raises CommandError."""
     config = Config.load(path)
+    if not action.id:
+        action = msgspec.structs.replace(action, id=secrets.token_hex(8))
     try:
         return perform(action, config)
+    except ActionError as error:
+        if error.code == "unsure":
+            raise CommandError(f"{error}. Repeat it with --id {action.id}: what is done is not done again") from None
+        raise
     except OSError as error:
         raise CommandError(f"nothing was written to {config.usage_directory}: {why_not(error)}") from None
 
 
 def command_usage_reset(options: argparse.Namespace) -> None:
     """Let limits count from zero again, from now on; reports stay as they are."""
-    action = ResetLimits(*corrected(options), options.note, options.limit)
+    action = ResetLimits(*corrected(options), options.note, options.limit, id=options.id)
     correct(action, options.config)
     print(f"{options.limit or 'All limits'} of {action.whom}: from zero.")
 
 
 def command_usage_adjust(options: argparse.Namespace) -> None:
     """Add to what was spent, or take away from it (negative amounts)."""
-    action = AdjustUsage(*corrected(options), options.note, options.usd, options.tokens, options.requests)
+    amounts = options.usd, options.tokens, options.requests
+    action = AdjustUsage(*corrected(options), options.note, *amounts, id=options.id)
     if not (action.usd or action.tokens or action.requests):
         raise CommandError("say what to adjust, by how much other than 0: --usd, --tokens or --requests")
     team = correct(action, options.config)
@@ -14037,6 +13890,7 @@ WHOSE = (  # limits are corrected
     takes("--team", metavar="TEAM", help="the limits of a team"),
     takes("--gateway", help="the limits of the whole gateway"),
     takes("--note", default="", metavar="TEXT", help="why; stands in the ledger"),
+    takes("--id", default="", metavar="ID", help="what a command said that had no answer: its correction is made once"),
 )
 BACKUP_HELP = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
 MODEL_HELP = "default: the first in `models`, else the cheapest that is listed"
@@ -14219,8 +14073,6 @@ def run_command(argv: Sequence[str]) -> int:
         return 0
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except ActionError as error:
-        sentence = in_words(error)
     except (ConfigError, CommandError, SealError) as error:
         sentence = str(error)
     except OSError as error:

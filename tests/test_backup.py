@@ -661,22 +661,6 @@ def test_a_chain_that_was_broken_before_is_restored_as_it_was(site):
     assert everything(Path("new/usage")) == everything(Path("usage"))
 
 
-def test_a_config_that_is_mounted_alone_is_not_replaced(mounted, shell):
-    """
-    As with `docker -v config.yaml`: it has no other place to go to.
-    """
-    shell.run("init", "--config", "other/config.yaml")
-    shell.run("backup", "b.tar.gz", "--config", "other/config.yaml")
-    (mounted / "usage").mkdir()
-    before = everything(mounted)
-
-    assert shell.run("restore", "b.tar.gz", "--force", "--config", str(mounted / "config.yaml")) == 1
-
-    place = f"{mounted}/config.yaml"
-    assert shell.err == f"error: {place} is mounted as a single file: mount its folder instead; nothing was restored\n"
-    assert everything(mounted) == before
-
-
 # Backups that are not what they should be
 
 
@@ -779,20 +763,6 @@ def test_a_manifest_that_cannot_be_is_refused(site, backup, change, problem):
     manifest = json.loads(files["manifest.json"]) | change
 
     assert problem in refused(site, packed(signed(files | {"manifest.json": json.dumps(manifest).encode()})))
-
-
-def test_a_backup_of_before_is_restored(site, backup):
-    """
-    Its manifest named sizes, and the counters were in it, which nothing reads any more.
-    """
-    files = unpacked(backup)
-    manifest = json.loads(files["manifest.json"]) | {"files": {"config.yaml": 1}}
-    files |= {"manifest.json": json.dumps(manifest).encode(), "usage/counters.checkpoint": b"counters"}
-    Path("old.tar.gz").write_bytes(packed(signed(files)))
-
-    assert site.run("--config", "new/config.yaml", "restore", "old.tar.gz") == 0
-
-    assert everything(Path("new/usage")) == everything(Path("usage"))
 
 
 @pytest.mark.parametrize(

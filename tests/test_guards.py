@@ -110,7 +110,7 @@ async def test_a_bug_on_a_calls_way_is_answered_and_gives_back_its_slot(start_ga
     assert [reply.status for reply in replies] == [200, 200]
 
 
-@pytest.mark.logs("a bug in Gateway._book")
+@pytest.mark.logs("a bug in Bookkeeper._book")
 @pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
 async def test_an_answer_that_cannot_be_booked_still_ends_and_leaves_an_entry(gateway, upstream, body):
     """

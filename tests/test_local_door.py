@@ -90,7 +90,7 @@ async def test_what_speaks_against_it_comes_back_as_it_would_without_a_gateway(l
     assert (codes, listening.entries()) == ([1, 1, 1], [])
     assert capsys.readouterr().err.splitlines() == [
         "error: there is no key named 'alise', did you mean alice?",
-        "error: --limit concurrent: key alice has no such limit to reset; it has: usd/day, requests/day",
+        "error: limit concurrent: key alice has no such limit to reset; it has: usd/day, requests/day",
         "error: there is no upstream named 'demi', did you mean demo?",
     ]
 
@@ -114,7 +114,7 @@ async def test_an_edit_is_live_when_its_command_ends(listening, capsys, caplog):
         f"audit: key add bob, {BY}",
         f"audit: usage adjust key bob: +1 usd, {BY}",
         f"audit: key revoke alice, {BY}",
-        f"audit: seal secrets, {BY}",
+        f"audit: seal, {BY}",
     ]
 
 

@@ -52,12 +52,8 @@ class Books:
         """Write the export and compare; the exit code."""
         path = self.folder / "export.csv"
         path.write_bytes(export if isinstance(export, bytes) else export.encode())
-        return self.run("export.csv", *options)
-
-    def run(self, *arguments: str) -> int:
-        """Compare with a file; the exit code."""
         self._capsys.readouterr()
-        code = g.main(["usage", "reconcile", *arguments])
+        code = g.main(["usage", "reconcile", "export.csv", *options])
         self.out, self.err = self._capsys.readouterr()
         return code
 
@@ -203,14 +199,8 @@ def test_what_spreadsheets_do_to_a_file_is_read(books):
         (b"date\xff,model\n", "cannot read {}: 'utf-8' codec can't decode byte 0xff in position 4: invalid start byte"),
         (
             "foo,bar\n1,2\n",
-            "{} is no export that is known. Its columns: foo, bar. Needed are day and model, and input_tokens and "
-            "output_tokens or cost_usd, under these names: "
-            "day: usage_date_utc or start_time_iso or start_time or date; model: model_version or model; "
-            "input_tokens: usage_input_tokens_no_cache or input_uncached_tokens or input_tokens; "
-            "cache_write_5m_tokens: usage_input_tokens_cache_write_5m or usage_input_tokens_cache_write; "
-            "cache_write_1h_tokens: usage_input_tokens_cache_write_1h; "
-            "cache_read_tokens: usage_input_tokens_cache_read or input_cached_tokens; "
-            "output_tokens: usage_output_tokens or output_tokens; cost_usd: cost_usd",
+            "{} is no export that is known: its columns are foo, bar. Needed are day and model, and input_tokens and "
+            "output_tokens or cost_usd, under the names that Anthropic or OpenAI give them",
         ),
     ],
 )
@@ -251,15 +241,6 @@ def test_what_another_model_did_is_compared_under_its_name(books):
     assert books.reconcile(export) == 0
 
 
-def test_a_line_without_end_is_not_read_for_ever(books):
-    """
-    /dev/zero is no export.
-    """
-    assert books.run("/dev/zero") == 1
-
-    assert books.err == "error: cannot read /dev/zero: it has a line of more than 1,048,576 characters\n"
-
-
 def test_an_exports_names_cannot_steer_the_terminal(books):
     """
     The file is somebody else's.
@@ -268,4 +249,4 @@ def test_an_exports_names_cannot_steer_the_terminal(books):
     assert "2026-11-21  �[31mred�  input" in books.out
 
     assert books.reconcile("a\x1b[31mb,\u202emodel\n1,2\n") == 1
-    assert "Its columns: a�[31mb, �model." in books.err
+    assert "its columns are a�[31mb, �model." in books.err

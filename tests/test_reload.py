@@ -233,12 +233,12 @@ async def test_a_key_is_refused_that_is_disabled_beside_a_mistake_and_let_in_whe
 
     path.write_text(bad)
     await until(lambda: watched.reload_error)
-    during = [g.key_state(key, 0.0) for key in watched.config.keys]
+    during = [key.enabled for key in watched.config.keys]
     path.write_text(demo(KEY))
     await until(lambda: not watched.reload_error)
 
-    assert during == ["disabled"]
-    assert [g.key_state(key, 0.0) for key in watched.config.keys] == ["enabled"]
+    assert during == [False]
+    assert [key.enabled for key in watched.config.keys] == [True]
 
 
 @pytest.mark.logs("config not reloaded")

@@ -311,10 +311,10 @@ async def test_a_key_that_is_revoked_during_the_start_never_gets_in(tmp_path, cl
     assert server.gateway.starting
     g.command_key_revoke(argparse.Namespace(config=path, name="alice"))
     await started
-    state = [g.key_state(key, 0.0) for key in server.gateway.config.keys]
+    state = [key.enabled for key in server.gateway.config.keys]
     await server.close()
 
-    assert state == ["disabled"]
+    assert state == [False]
 
 
 async def test_no_call_is_taken_while_the_ledger_is_read(gateway, upstream):

