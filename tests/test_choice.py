@@ -44,8 +44,7 @@ class World:
     def __init__(self, upstreams: dict[str, str], routing: str = "", pace: g.Pace = g.Pace()) -> None:
         self.clock, self._routing = FakeClock(), routing
         self.upstreams = g.Upstreams(self.clock.clock, pace, chance=lambda: 0.5)
-        log = g.EventLog(g.Events(g.Guard(self.clock.clock)))
-        self.upstreams.on_trip = lambda *facts: log.upstream_tripped(g.UpstreamTripped(*facts))
+        self.upstreams.on_trip = lambda *facts: g.log_cooldown(g.UpstreamTripped(*facts))
         self.reload(upstreams)
         self.users = (f"user-{number}" for number in itertools.count())
 

@@ -1344,7 +1344,7 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
     assert (choice.health.failures, choice.health.cooldowns[g.EVERYBODY].trips) == (2, 1)
 
 
-@pytest.mark.logs("401, the upstream refuses our API key. Put a good one into the config")
+@pytest.mark.logs("401, the upstream refuses our API key. Once the config has a good one: gateway.py upstream reset a")
 @pytest.mark.logs("no answer, attempts 1")
 async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, capsys):
     """
