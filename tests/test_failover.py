@@ -235,7 +235,7 @@ async def test_one_upstream_that_fails_once_is_asked_again(start_gateway, upstre
     gateway = await start_gateway(config_of({"a": upstreams["a"].url}, "wait: 30s, deadline: 20m"))
     upstreams["a"].scripts = [FAULTS[fault]]
 
-    async with passing_time(gateway):
+    async with passing_time(gateway, 1.0):
         reply = await gateway.post("/v1/messages", ask_of(1))
     await gateway.settled()
 
@@ -316,7 +316,7 @@ async def test_when_all_fail_the_client_gets_the_most_useful_answer(
     for name in "ab":
         upstreams[name].script = FAULTS[fault]
 
-    async with passing_time(gateway):
+    async with passing_time(gateway, 1.0):
         reply = await gateway.post("/v1/messages", HELLO)
     await gateway.settled()
 
@@ -637,7 +637,7 @@ async def test_a_failure_after_a_ping_is_an_error_event(start_gateway, upstreams
 
     gateway.tick(16)
     go_on.set()
-    async with passing_time(gateway):
+    async with passing_time(gateway, 1.0):
         reply = await asking
 
     pings, said, rest = reply.body.partition(b"event: error\n")

@@ -1129,7 +1129,7 @@ def test_pages_show_every_entry_once_newest_first(many, size, key, only_odd):
 )
 @example(0, 1 << 18, 4 << 20, True)
 @example(70_000, 500, 1, True)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_file_is_read_backwards_whatever_the_size_of_its_blocks(lines_of_all_kinds, end, block, step, has_members):
     """
     Plain or gzipped, in one piece or in several; from any place, also from within a line or behind the end.
