@@ -12207,7 +12207,11 @@ class ClientConnection(asyncio.Protocol):
     def _begin_page(self) -> None:
         """Have a request that is no call answered once this read is parsed: by then is known what came behind it."""
         self._state = State.PAGE
-        asyncio.get_running_loop().call_soon(self._make_page)
+        asyncio.get_running_loop().call_soon(self._answer_page)
+
+    def _answer_page(self) -> None:
+        if not self._door.gateway.guard.run(self._make_page):
+            self.transport.abort()
 
     def _make_page(self) -> None:
         if self._state is not State.PAGE:
