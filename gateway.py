@@ -7353,14 +7353,17 @@ class HiddenUsageReader(ChatMeter):
     """
 
     MAX_CHUNK = 16 << 10
-    WHOLE = re.compile(rb".*\n\r?\n", re.DOTALL)  # up to the last empty line
-    NO_CHOICES = re.compile(
-        rb"(?:\A|(?<=\n\n)|(?<=\n\r\n))data:([^\r\n]*"
-        rb'"choices"\s*:\s*(?:\[\s*\]|null)[^\r\n]*)(?:\r?\n\r?\n|\Z)'
+    WHOLE = re.compile(rb".*(?:\n\r?\n|\r\r\n?)", re.DOTALL)  # up to the last empty line
+    NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
+    # Lines behind an empty one, and the empty one behind them.
+    EVENT = re.compile(
+        rb"(?:(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)|(?<=\r\r\n))"
+        rb"((?:[^\r\n]++(?:\r\n?|\n|\Z))++)(?:\r\n?|\n|\Z)"
     )
 
     def __init__(self, call: Call) -> None:
         super().__init__(call)
+        self._before = b"\n\n"  # the last three bytes that went on: whether an event begins behind them
         self._held = b""
 
     def read(self, chunk: bytes, last: bool) -> bytes:
@@ -7372,15 +7375,21 @@ class HiddenUsageReader(ChatMeter):
         end = whole.end() if whole else 0
         if last or len(text) - end > self.MAX_CHUNK:
             end = len(text)
-        self._held = text[end:]
-        return self.NO_CHOICES.sub(self._without_usage, text[:end])
+        passed, self._held = text[:end], text[end:]
+        before, self._before = self._before, (self._before + passed[-3:])[-3:]
+        if self.NO_CHOICES.search(passed):
+            passed = self.EVENT.sub(self._without_usage, before + passed)[len(before) :]
+        return passed
 
     def _without_usage(self, event: re.Match[bytes]) -> bytes:
-        with contextlib.suppress(*UNREADABLE):
-            chunk = decode_known(event[1], ChatChunk)
-            if chunk.usage and not chunk.choices:
-                return b""
-        return event[0]
+        whole, lines = event.group(0, 1)
+        if len(whole) <= self.MAX_CHUNK and self.NO_CHOICES.search(lines):
+            lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").rstrip(b"\n")
+            with contextlib.suppress(*UNREADABLE):
+                chunk = decode_known(event_data(lines), ChatChunk)
+                if chunk.usage and not chunk.choices:
+                    return b""
+        return whole
 
 
 class Remedy(enum.Enum):

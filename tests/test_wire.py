@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterable
 
@@ -969,7 +970,7 @@ OTHERS = [
     b"data: " + b"x" * 100,
     b"",
 ]
-ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
+ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n", b"\r\r"])
 
 
 def without_usage(config: g.Config, pieces: Iterable[bytes]) -> list[bytes]:
@@ -1006,6 +1007,43 @@ def test_the_chunk_with_the_usage_alone_is_kept_however_the_stream_is_cut(config
     if events and not is_whole and events[-1] != LAST_CHUNK:
         kept[-1] = events[-1]
     assert passed == b"".join(kept)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        ([b"\n\n\n", b"\n", LAST_CHUNK, b"\n\n"], b"\n\n\n\n"),  # an empty line that came in another read
+        ([CHUNK, b"\r\n\r\n\r\n\r", b"\n", LAST_CHUNK, b"\r\n\r\n"], CHUNK + b"\r\n\r\n\r\n\r\n"),
+        ([b": a\nid: 7\n", LAST_CHUNK, b"\nretry: 1\n\n", CHUNK, b"\n\n"], CHUNK + b"\n\n"),
+        ([b"data: " + b"x" * 20_000, LAST_CHUNK, b"\n\n"], b"data: " + b"x" * 20_000 + LAST_CHUNK + b"\n\n"),
+        (
+            [b"data: " + b"x" * 20_000, b"\n" + LAST_CHUNK, b"\n\n"],
+            b"data: " + b"x" * 20_000 + b"\n" + LAST_CHUNK + b"\n\n",
+        ),
+        ([b"data: x\n", LAST_CHUNK, b"\n\n"], b"data: x\n" + LAST_CHUNK + b"\n\n"),
+    ],
+)
+def test_the_chunk_with_the_usage_is_known_by_the_whole_event(config, pieces, expected):
+    """
+    Where an event begins does not hang on where a read does; what else has the same words is the client's.
+    """
+    assert b"".join(without_usage(config, pieces)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", [b'data:"choices":[]', b'"choices":[]\n', b'x\n\n"choices":[]', b'"choices":[' + b" " * 900]
+)
+def test_an_upstream_that_says_choices_all_over_takes_linear_time(config, text):
+    """
+    A pattern that tries each of them against the rest of the read took seconds for one of 64 KB.
+    """
+    pieces = [text * (65_536 // len(text)) + b"\nx"] * 4
+
+    began = time.process_time()
+    passed = without_usage(config, pieces)
+
+    assert time.process_time() - began < 1
+    assert b"".join(passed) == b"".join(pieces)
 
 
 def test_an_event_that_is_longer_than_any_usage_goes_on_at_once(config):
