@@ -5964,6 +5964,21 @@ def walk_fields(body: bytes) -> Iterator[tuple[str, int, int]]:
         raise BadRequest(f"The request has a name of more than {MAX_NAME} characters")
 
 
+def walk_names(text: bytes, known: Collection[str], place: str = "") -> None:
+    """Refuse a JSON object in which a name stands twice, or a known one is spelled in another case.
+
+    `place` is where it stands. Raises BadRequest, and as decoding does.
+    """
+    found = set[str]()
+    for spelled, _, _ in walk_fields(text):
+        folded = spelled.casefold()
+        if spelled != folded and folded in known:
+            raise BadRequest(f"{place}{spelled}: write this name {folded}")
+        if folded in found:
+            raise BadRequest(f"{place}{spelled}: this name stands twice in the request (in any case); leave one out")
+        found.add(folded)
+
+
 def check_names(body: bytes, peek: Any) -> None:
     """Refuse a body in which a name stands twice, or one that the gateway knows is spelled in another case.
 
@@ -5976,14 +5991,7 @@ def check_names(body: bytes, peek: Any) -> None:
         # Each further name would bring two quotes. The model's name is the one value that is not written as it came.
         if body.count(b'"') == written.count(b'"') and '"' not in (peek.model or ""):
             return
-    found = set[str]()
-    for spelled, _, _ in walk_fields(body):
-        folded = spelled.casefold()
-        if spelled != folded and folded in peek.__struct_fields__:
-            raise BadRequest(f"{spelled}: write this name {folded}")
-        if folded in found:
-            raise BadRequest(f"{spelled}: this name stands twice in the request (in any case); leave one out")
-        found.add(folded)
+    walk_names(body, peek.__struct_fields__)
 
 
 # What a request will cost
@@ -6223,7 +6231,7 @@ class Tool(msgspec.Struct, gc=False):
             found.append(decode_short(self.model, str, ""))
         if self.advisor not in UNSAID:
             found.append(decode_short(self.advisor, NamesModel, NamesModel("")).model)
-        if decode_short(self.type, str, "").startswith("openrouter:"):  # some have models of their own choice
+        if decode_short(self.type, str, "").lower().startswith("openrouter:"):  # some have models of their own choice
             found.append("")
         return found
 
@@ -6251,13 +6259,14 @@ def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
         value = getattr(peek, field)
         if value in UNSAID:
             continue
-        text, names = bytes_of(value).lower(), list[str | NamesModel]([""])
-        if b"\\" not in text:
-            names = decode_short(value, list[str | NamesModel], names)
-        if text.count(b'"model"') > len(names):  # readers could take another
+        named: list[str | NamesModel] = decode_short(value, list[str | NamesModel], [""])
+        names = [model if isinstance(model, str) else model.model for model in named]
+        short = bytes_of(value)[:MAX_SHORT].lower()
+        objects = sum(isinstance(model, NamesModel) for model in named)
+        if b"\\" in short or short.count(b'"model"') > objects:  # readers could take another
             names = [""]
         for name in names:
-            yield field, name if isinstance(name, str) else name.model
+            yield field, name
     for field in ROUTER_NAMES.decode().split():
         if getattr(peek, field) not in UNSAID:
             yield field, ""
@@ -6266,13 +6275,34 @@ def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
             yield f"tools[{number}]", name
 
 
+MODEL_WORDS = re.compile(rb"model|openrouter|\\u00", re.IGNORECASE)
+
+
+def check_tools(tools: Raw) -> None:
+    """Refuse a tool whose model, or type, readers could take for another. Raises BadRequest."""
+    text = bytes_of(tools)
+    if len(text) > MAX_TOOL_BYTES or not MODEL_WORDS.search(text):
+        return
+    try:
+        for number, item in enumerate(list_items(memoryview(text), MAX_TOOLS)):
+            tool = bytes(item).strip()
+            if tool.startswith(b"{") and MODEL_WORDS.search(tool):
+                walk_names(tool, Tool.__struct_fields__, f"tools[{number}].")
+                advisor = bytes_of(msgspec.json.decode(tool, type=Tool).advisor)
+                if advisor.startswith(b"{"):
+                    walk_names(advisor, NamesModel.__struct_fields__, f"tools[{number}].advisor.")
+    except UNREADABLE as error:
+        raise BadRequest(f"The request body is not as expected: {error}") from None
+
+
 def check_other_models(call: Call, peek: Any) -> None:
-    """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked."""
+    """Ask a key that may not use all models for each that a request names. Raises PolicyBlocked and BadRequest."""
     key, why = call.key, f"the key {call.key} may use only some models"
     if b"model" in urllib.parse.unquote_to_bytes(call.query).lower():
         raise PolicyBlocked(f"The query names a model, but {why}, and servers may take that one. Leave the query out.")
     if "," in (peek.model or ""):
         raise PolicyBlocked(f"model: {why}, and servers may read several here. Name one.")
+    check_tools(peek.tools)
     for place, name in other_models(peek, decode_tools(peek.tools)):
         if not name:
             raise PolicyBlocked(f"{place}: {why}, and which this turns to cannot be told. Leave it out.")
@@ -6425,17 +6455,19 @@ def find_affinity(call: Call) -> str:
     return call.affinity
 
 
-class StreamOptions(msgspec.Struct, gc=False):
-    """`stream_options` of a chat."""
-
-    include_usage: bool | None = None
+ASKS_FOR_USAGE = re.compile(rb'\{[^][{}\\]*"include_usage"\s*:\s*true[^][{}\\]*\}')
 
 
 def asks_for_usage(options: Raw) -> bool | None:
-    """Whether `stream_options` of a chat stream asks for its usage; None where there is none."""
+    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
+
+    Where readers could differ, or the value is longer than any honest one, it does not: the field is written anew.
+    """
     if options is msgspec.UNSET:
         return None
-    return decode_short(options, StreamOptions, StreamOptions()).include_usage is True
+    text = bytes(options)
+    is_plain = len(text) <= MAX_SHORT and text.lower().count(b"include_usage") == 1
+    return is_plain and ASKS_FOR_USAGE.fullmatch(text) is not None
 
 
 def read_request(call: Call) -> None:
@@ -6748,6 +6780,7 @@ class ChatDelta(msgspec.Struct):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[ChatCall] | None = None
+    function_call: ChatCall | None = None  # of `functions`, which `tools` have replaced
     audio: Any = None
 
     def text_bytes(self) -> int:
@@ -6759,6 +6792,8 @@ class ChatDelta(msgspec.Struct):
         for call in self.tool_calls or ():
             if call.function and call.function.arguments:
                 size += len(call.function.arguments.encode())
+        if self.function_call and self.function_call.arguments:
+            size += len(self.function_call.arguments.encode())
         return size
 
 
@@ -7294,9 +7329,10 @@ def splice_field(body: bytes, name: str, text: bytes) -> Splice:
 
 def splice_usage(body: bytes) -> Splice:
     """The change that lets a chat request ask for the usage of its stream. Raises BadRequest."""
-    options = decode_short(PEEK_DECODER.decode(body).stream_options, dict[str, msgspec.Raw], {})
-    options["include_usage"] = msgspec.Raw(b"true")
-    return splice_field(body, "stream_options", ENCODER.encode(options))
+    said = decode_short(PEEK_DECODER.decode(body).stream_options, dict[str, msgspec.Raw], {})
+    # Without it in another case: some readers could take `Include_Usage: false` for ours.
+    others = {name: value for name, value in said.items() if name.casefold() != "include_usage"}
+    return splice_field(body, "stream_options", ENCODER.encode({"include_usage": True, **others}))
 
 
 # Thoughts are signed for the account that they were thought for. Within a chain of tool calls the API wants them while

@@ -1274,6 +1274,9 @@ LONG = json.dumps(OPUS + " " * (8 << 10))
         ('"fallbacks": [{"claude-test": ["claude-opus-9"]}]', "fallbacks: "),
         ('"fallbacks": [{"model": "claude-opus-9", "Model": "claude-test"}]', "fallbacks: "),
         ('"fallbacks": [{"\\u004dodel": "claude-opus-9", "model": "claude-test"}]', "fallbacks: "),
+        ('"fallbacks": ["claude-test", {"model": "claude-opus-9", "Model": "claude-test"}]', "fallbacks: "),
+        ('"fallbacks": [%s"claude-opus-9"]' % ('"claude-test",' * 300_000), "fallbacks: "),
+        ('"tools": [{"type": "OpenRouter:advisor", "parameters": {"model": "claude-opus-9"}}]', "tools[0]: "),
     ],
 )
 async def test_a_model_cannot_be_hidden(start_gateway, upstream, fields, message):
@@ -1287,6 +1290,33 @@ async def test_a_model_cannot_be_hidden(start_gateway, upstream, fields, message
 
     assert (reply.status, reply.error["type"]) == (400, "policy_blocked")
     assert reply.error["message"].startswith(message) and "Leave it out" in reply.error["message"]
+    assert upstream.requests == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "place"),
+    [
+        ('{"model": "claude-opus-9", "model": "claude-test"}', "tools[1].model: "),
+        ('{"name": "a", "Model": "claude-opus-9"}', "tools[1].Model: "),
+        ('{"m\\u006fdel": "claude-opus-9", "model": "claude-test"}', "tools[1].model: "),
+        (
+            '{"type": "advisor", "advisor": {"model": "claude-opus-9", "model": "claude-test"}}',
+            "tools[1].advisor.model: ",
+        ),
+        ('{"Advisor": {"model": "claude-opus-9"}}', "tools[1].Advisor: "),
+        ('{"type": "openrouter:fusion", "type": "function"}', "tools[1].type: "),
+    ],
+)
+async def test_a_tool_whose_model_readers_could_differ_about_is_refused(start_gateway, upstream, tool, place):
+    """
+    Some readers take the first of two names, some the last, and Go's any spelling.
+    """
+    text = config_text(upstream.url).replace("name: alice,", 'name: alice, models: ["claude-test"],')
+    gateway = await start_gateway(text)
+
+    reply = await gateway.post("/v1/messages", f'{{"model": "claude-test", "tools": [{{}}, {tool}]}}'.encode())
+
+    assert reply.status == 400 and reply.error["message"].startswith(place)
     assert upstream.requests == []
 
 

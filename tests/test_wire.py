@@ -912,6 +912,10 @@ ASKED = [
         b'{"x": [1 ,2], "stream_options" : {"include_usage": false, "other": false} , "model": "\\u00e9"}',
         b'{"x": [1 ,2], "stream_options" : {"include_usage":true,"other":false}, "model": "\\u00e9"}',
     ),
+    (
+        b'{"stream_options":{"include_usage":true,"Include_Usage":false,"x":1},"model":"m"}',
+        b'{"stream_options":{"include_usage":true,"x":1},"model":"m"}',
+    ),
     (b'{"stream_options":null,"model":"m"}', b'{"stream_options":{"include_usage":true},"model":"m"}'),
     (b'{"model":"m","stream_options":{}}', b'{"model":"m","stream_options":{"include_usage":true}}'),
     (b'{"stream\\u005foptions":{},"model":"m"}', b'{"stream\\u005foptions":{"include_usage":true},"model":"m"}'),
@@ -939,15 +943,20 @@ def test_a_body_asks_for_usage_and_keeps_every_other_byte(body, asking, kind):
         (None, None),
         ('{"include_usage": true}', True),
         ('{"include_usage": false}', False),
+        ('{"include_usage": true, "include_obfuscation": false}', True),
+        ('{"include_usage": true, "include_usage": false}', False),
+        ('{"include_usage": false, "include_usage": true}', False),
+        ('{"Include_Usage": false, "include_usage": true}', False),
+        ('{"include\\u005fusage": false, "include_usage": true}', False),
         ("{}", False),
         ("null", False),
         ('"include_usage"', False),
         ('{"include_usage": true, "x": "%s"}' % ("x" * 9000), False),
     ],
 )
-def test_a_client_asks_for_usage_by_name(config, options, asks):
+def test_whether_a_client_asks_for_usage_is_what_every_reader_sees(config, options, asks):
     """
-    Where it does not, the field is written anew, so that the stream can be booked.
+    If readers could differ, the field is written anew, so that the stream can be booked.
     """
     more = f', "stream_options": {options}' if options else ""
     call = call_of(config, f'{{"model": "m", "stream": true{more}}}'.encode(), path="/v1/chat/completions")
