@@ -5500,8 +5500,9 @@ class Limits:
 # === Floor C. Road: how a call reaches an upstream and its answer comes back ========
 
 # --- 13. Wire: heads, header rules, events, no I/O --------------------------------
-# Offers: api_of, client_address, downstream_headers, error_event, EVENT_HEADERS, EventReader, FRAMED_BY, HOST,
-#   http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced, UpstreamTarget
+# Offers: api_of, client_address, downstream_headers, error_event, event_data, EVENT_HEADERS, EventReader,
+#   FRAMED_BY, HOST, http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced,
+#   UpstreamTarget
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -6022,8 +6023,9 @@ def token_rate(body: bytes, attached: int) -> float:
     text = body
     if len(body) > SAMPLES * SAMPLE_SIZE:
         step = len(body) // SAMPLES
-        starts = range(random.randrange(step - SAMPLE_SIZE + 1), len(body), step)
-        samples = [body[start : start + SAMPLE_SIZE] for start in starts]
+        # The first may begin before the body, so that its edges and each step's are looked at as often as the rest.
+        starts = range(random.randrange(step) - SAMPLE_SIZE + 1, len(body), step)
+        samples = [body[max(start, 0) : start + SAMPLE_SIZE] for start in starts]
         if attached:
             samples.sort(key=lambda sample: not BASE64_ONLY.fullmatch(sample))
             del samples[: round(len(samples) * attached / len(body))]
@@ -6037,21 +6039,126 @@ def token_rate(body: bytes, attached: int) -> float:
     return ((len(text) - len(rest)) * 0.25 + capitals + digits * 0.75 + signs * 0.5) / len(text)
 
 
-# Attachments: base64, a URL or a file in the places of a conversation where an API takes them
+# Pages of a PDF
 #
-# An image counts as the largest that there is. A page of a PDF is read as text and as an image
-# (platform.claude.com/docs, "PDF support"), so a PDF counts by its pages: objects of that type, which may be packed.
-# Where none is to be seen, or the PDFs of a request are more than can be looked at, each counts as the largest context.
+# A page is read as text and as an image (platform.claude.com/docs, "PDF support"). The bytes of a document bound
+# neither: 600 pages that share one content are 57 KB, packed 4 KB, and a text inflates to its thousandfold. So pages
+# are counted as objects, and texts inflated. A page is an object of its type, and named in the `Kids` of its part of
+# the document; its text is in the streams that its `Contents` name, and in forms, which any page may show.
+#
+# Where each page and part is named once, there are at most as many pages as names. Whatever is named once more may
+# double them: a page is reached on a way from part to part, which is known by those of the repeated names that it
+# takes. So four names, one of them twice, are 8 pages at most; ten parts that name the next one twice have 1,024.
+#
+# That holds for a document that is written in the plain way, as programs write it: its lists stand where they are
+# used, names have no escapes, and streams are inflated, or in ASCII85. Any other one counts as the largest context,
+# and so does what is more than can be looked at of one request.
 
-IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels, 750 a token (platform.claude.com/docs, "Vision")
 PDF_TOKENS = 1_000_000  # the largest context
 PAGE_TOKENS = 4_500  # 1,500 to 3,000 of text, and its image
-PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
-MAX_PDF = 8 << 20  # bytes, in base64, of all PDFs of a request that are read
+MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
+MAX_PDF_PARTS = 50_000  # streams and lists of all of them: 2 µs each
 LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
-MAX_PDF_STREAMS = 1000  # packed streams of one; each has 100 objects and more
+PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
+PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")  # of an object, before its `obj`
+PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
+# What a part of the document, or a page, names; the `Contents` of a remark or a signature are a text.
+PDF_LIST = re.compile(rb"/(Kids|Contents)\b\s*(\[[\s\dR]*\]|\d{1,10}\s{1,9}\d{1,9}\s{1,9}R|[(<])?")
+PDF_REFERENCE = re.compile(rb"\b(\d{1,10})\s{1,9}\d{1,9}\s{1,9}R")
+# One of the names that are looked for here, in which #41 may be A.
+PDF_ESCAPED = re.compile(rb"/(?:[TPKOCF]\w{0,6}#(?:[46][1-9A-Fa-f]|[57][0-9Aa])|#(?:54|50|4[bBfF36]))")
+
+
+class PdfReader:
+    """Counts pages and text of the PDFs of one request. What is no plain one raises ValueError within."""
+
+    def __init__(self) -> None:
+        self._bytes_left, self._parts_left = MAX_PDF, MAX_PDF_PARTS
+
+    def tokens(self, text: bytes) -> int:
+        """The tokens of a PDF in base64, at most PDF_TOKENS."""
+        try:
+            self._take(max(len(text), LEAST_PDF))
+            pages, text_bytes = self._read(base64.b64decode(text, validate=True))
+        except ValueError:
+            return PDF_TOKENS
+        return min(max(pages * PAGE_TOKENS, text_bytes // 4), PDF_TOKENS)
+
+    def _take(self, size: int, parts: int = 0) -> None:
+        self._bytes_left -= size
+        self._parts_left -= parts
+        if min(self._bytes_left, self._parts_left) < 0:
+            raise ValueError("more than can be looked at")
+
+    def _read(self, pdf: bytes) -> tuple[int, int]:
+        """The pages, and the bytes of their text."""
+        if not pdf.startswith(b"%PDF-"):
+            raise ValueError("readers look past what stands before that")
+        streams = list(self._streams(pdf))
+        objects = b"\n".join(
+            [pdf, *(self._inflate(fields, data) for _, fields, data in streams if b"/ObjStm" in fields)]
+        )
+        if PDF_ESCAPED.search(objects):
+            raise ValueError("a name with escapes")
+        named = self._named(objects)
+        kids, contents = named[b"Kids"], named[b"Contents"]
+        doubles = min(kids.total() - len(kids), 20)
+        pages = max(kids.total() << doubles, len(PDF_PAGE.findall(objects)))
+        if not pages or contents.keys() - {number for number, _, _ in streams}:
+            raise ValueError("no pages, or a list of contents that stands elsewhere")
+        text_bytes = 0
+        for number, fields, data in streams:
+            shown = pages if b"/Form" in fields else contents[number]
+            if shown:
+                text_bytes += len(self._inflate(fields, data)) * shown
+        return pages, text_bytes
+
+    def _streams(self, pdf: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+        """The streams: each one's number (0: not to be seen), its dictionary, and its bytes as they came."""
+        end = 0
+        for found in PDF_STREAM.finditer(pdf):
+            if found.start() < end:
+                continue
+            self._take(0, parts=1)
+            before = pdf[max(end, found.start() - 1000) : found.start()]
+            start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
+            if start < 0 or end < 0:
+                raise ValueError("a stream without a beginning, or without an end")
+            number = PDF_NUMBER.search(before, 0, start)
+            yield int(number[1]) if number else 0, before[start:], pdf[found.end() : end]
+
+    def _inflate(self, fields: bytes, data: bytes) -> bytes:
+        """The bytes of a stream. Raises ValueError if they are packed in another way."""
+        if b"/ASCII85Decode" in fields:
+            self._take(16 * len(data))  # it takes longer
+            data = base64.a85decode(b"<~" + data.strip(), adobe=True)
+        if b"/Filter" in fields:
+            try:
+                data = zlib.decompressobj().decompress(data, self._bytes_left + 1)
+            except zlib.error:
+                raise ValueError("a stream in another encoding") from None
+        self._take(len(data))
+        return data
+
+    def _named(self, objects: bytes) -> dict[bytes, Counter[int]]:
+        """The numbers of the objects that all `Kids` and all `Contents` name, and how often."""
+        named = {b"Kids": Counter[int](), b"Contents": Counter[int]()}
+        for found in PDF_LIST.finditer(objects):
+            self._take(0, parts=1)
+            kind, names = found.groups()
+            if names is None or (kind == b"Kids" and not names.startswith(b"[")):
+                raise ValueError("a list that stands elsewhere")
+            named[kind].update(map(int, PDF_REFERENCE.findall(names)))
+        return named
+
+
+# Attachments: base64, a URL or a file in the places of a conversation where an API takes them
+
+IMAGE_TOKENS = 5000  # of the largest image: 3.75 million pixels, 750 a token (platform.claude.com/docs, "Vision")
+# … and of the one family whose tiles cost 5,667 tokens: an image has up to eight (platform.openai.com/docs, "Images").
+TILED_IMAGES, TILED_IMAGE_TOKENS = "gpt-4o-mini*", 2833 + 8 * 5667
 MAX_ATTACHMENTS = 1000  # looked at, 15 µs each; the API takes 600
-MAX_PARTS = 20_000  # messages and blocks among which attachments are looked for, 2 µs each; the rest counts as text
+MAX_PARTS = 20_000  # messages and blocks among which images are looked for, 2 µs each; the rest counts as text
 MAX_DEPTH = 6  # of blocks within blocks; Anthropic's web_fetch has four
 ATTACHMENT_MARKS: dict[str, tuple[bytes, ...]] = {
     "messages": (b'"source"',),
@@ -6086,22 +6193,22 @@ class Part(msgspec.Struct, gc=False):
     file: Raw = msgspec.UNSET
     file_data: Raw = msgspec.UNSET
     data: Raw = msgspec.UNSET
+    url: Raw = msgspec.UNSET
 
 
-def attached_data(part: Part, field: str) -> bytes | None:
-    """The base64 of an attachment as a JSON string, or a URL; "" for a file's number, None for a text."""
+def attached_base64(part: Part, field: str) -> bytes | None:
+    """The base64 of an attachment with its quotes, or what is in its place; "" for a file's number, None for a text."""
     value = bytes_of(getattr(part, field))
     if value.startswith(b"{"):
         source = msgspec.json.decode(value, type=Part)
         if field == "source" and decode_short(source.type, str, "") not in ELSEWHERE_OR_BASE64:
             return None  # a document in plain text, or what is no attachment
-        if field != "image_url":
-            value = bytes_of(source.data or source.file_data)
-    return value
+        value = bytes_of(source.data or source.url or source.file_data)
+    return value if value.startswith(b'"') else b""
 
 
 def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
-    """The attachments of a list of messages or blocks: the data of each (`attached_data`), and if it is an image.
+    """The attachments of a list of messages or blocks: each one's base64 (`attached_base64`), and if it is an image.
 
     Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
     """
@@ -6115,9 +6222,9 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
         kind = decode_short(part.type, str, "")
         if kind in ATTACHMENTS:
             field, is_image = ATTACHMENTS[kind]
-            data = attached_data(part, field)
-            if data is not None:
-                yield data, is_image
+            text = attached_base64(part, field)
+            if text is not None:
+                yield text, is_image
         for within in (part.content, part.output, part.source):
             text = bytes_of(within)
             if text.startswith(b"{"):
@@ -6126,39 +6233,57 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
                 yield from attachments(memoryview(text), budget, depth + 1)
 
 
-def count_pages(data: bytes) -> int:
-    """The pages of a PDF in base64 (as a JSON string, perhaps a data: URL); 0 where none is to be seen."""
+def plain_base64(text: bytes) -> bytes:
+    """Base64 without its data: URL, the escapes of its JSON string, and white space, which servers look past."""
+    if b"\\" in text:
+        try:
+            text = msgspec.json.decode(b'"%b"' % text, type=str).encode()
+        except UNREADABLE:
+            return b""
+    if text.startswith(b"data:"):
+        text = text[text.find(b",", 0, 256) + 1 :]
+    return text.translate(None, b" \t\r\n")
+
+
+def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
+    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
+    has_blanks = b" " in text  # as words have, and no image
+    text = plain_base64(text)
+    step = max(1, len(text) // SAMPLES)
+    if not all(BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
+        return None
+    head = text[: 64 << 10]
     try:
-        pdf = base64.b64decode(msgspec.json.decode(data, type=str).rpartition(",")[2])
-    except (*UNREADABLE, ValueError):
-        return 0
-    pages = len(PDF_PAGE.findall(pdf))
-    for packed in pdf.split(b"/ObjStm", MAX_PDF_STREAMS)[1:]:
-        stream = packed.partition(b"stream")[2].lstrip(b"\r\n")
-        with contextlib.suppress(zlib.error):
-            pages += len(PDF_PAGE.findall(zlib.decompressobj().decompress(stream, 8 * len(stream))))
-    return pages
+        start = base64.b64decode(head[: len(head) // 4 * 4], validate=True)
+    except ValueError:
+        return None
+    if b"%PDF-" in start[:1100]:
+        return pdfs.tokens(text)
+    if has_blanks:
+        return None
+    if not start.startswith((b"\x89PNG\r\n\x1a\n", b"GIF8", b"\xff\xd8")) and start[:4] + start[8:12] != b"RIFFWEBP":
+        return None
+    return most_image
 
 
-def estimate_input(body: bytes, conversation: Raw, kind: str, is_escaped: bool) -> int:
+def estimate_input(body: bytes, conversation: Raw, route: Route, model: str, is_escaped: bool) -> int:
     """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
 
     `conversation` is the list of messages or input items within it; `is_escaped` says that names in it may be hidden.
     """
     text_bytes, tokens, has_any = len(body), 0, is_escaped
-    for mark in ATTACHMENT_MARKS[kind]:
+    for mark in ATTACHMENT_MARKS[route.kind]:
         has_any = has_any or mark in body
     if has_any:
-        pdf_bytes = 0
-        found = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS)))
-        for data, is_image in itertools.islice(found, MAX_ATTACHMENTS):
-            text_bytes -= len(data)
-            if is_image:
-                tokens += IMAGE_TOKENS
-                continue
-            pdf_bytes += max(len(data), LEAST_PDF)
-            pages = count_pages(data) if pdf_bytes <= MAX_PDF else 0
-            tokens += min(pages * PAGE_TOKENS, PDF_TOKENS) or PDF_TOKENS
+        is_tiled = route.api == "openai" and matches(TILED_IMAGES, model)
+        most_image = TILED_IMAGE_TOKENS if is_tiled else IMAGE_TOKENS
+        found, pdfs = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS))), PdfReader()
+        for text, is_image in itertools.islice(found, MAX_ATTACHMENTS):
+            most = most_image if is_image else PDF_TOKENS
+            cost = estimate_attachment(text[1:-1], most_image, pdfs)
+            if cost is not None:
+                text_bytes -= len(text)
+            tokens += most if cost is None else min(cost, most)
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
 
@@ -6496,7 +6621,7 @@ def read_request(call: Call) -> None:
     call.bytes_up = len(body)
     is_escaped = b"\\u00" in body and ESCAPED.search(body) is not None
     conversation = peek.input if kind == "responses" else peek.messages
-    call.input_estimate = estimate_input(body, conversation, kind, is_escaped)
+    call.input_estimate = estimate_input(body, conversation, call.route, model, is_escaped)
     call.max_output = max_output(call.route, peek)
     if peek.speed or peek.service_tier or peek.inference_geo:
         asked = [(field, decode_short(getattr(peek, field), str, "")) for field in PREMIUMS]
