@@ -6513,7 +6513,7 @@ SESSION_HEADERS = (
 ).split()
 # In `metadata.user_id`: its end `_session_<uuid>` (Claude Code 2.0.x), or JSON within JSON (2.1.x).
 SESSION = re.compile(rb'_session_([0-9a-fA-F-]{36})"|\\"session_id\\"\s*:\s*\\"([^"\\]{1,128})')
-CACHE_MARK = re.compile(rb'[,\s]*"cache_control"\s*:\s*\{[^{}]*\}')
+CACHE_MARK = re.compile(rb'"cache_control"\s*:\s*\{[^{}]*\}')
 USER = msgspec.Raw(b'"user"')
 OPENING_MESSAGES = 8  # of a conversation, among which its first user message is looked for …
 OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: two conversations differ within it
@@ -6553,7 +6553,10 @@ class Opening(msgspec.Struct, gc=False):
 def start_without_marks(text: bytes | memoryview) -> bytes:
     """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
     start = bytes(text[: OPENING_BYTES + 4096])  # room for all the marks that there can be
-    return CACHE_MARK.sub(b"", start)[:OPENING_BYTES].rstrip()
+    *pieces, last = CACHE_MARK.split(start)
+    # A pattern that took the commas and blanks before a mark as well was quadratic in these: 34 s for 700 KB.
+    kept = [piece.rstrip(b", \t\r\n") for piece in pieces]
+    return b"".join([*kept, last])[:OPENING_BYTES].rstrip()
 
 
 def opening_digest(body: bytes) -> str:

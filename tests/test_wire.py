@@ -761,6 +761,21 @@ def test_reading_a_body_takes_less_memory_than_the_body_has(config, body, reader
     assert peak < 4 * len(body) + (8 << 20)
 
 
+@pytest.mark.parametrize("text", [" " * 36_000, ", " * 18_000, '\\"cache_control\\":{' * 2000])
+def test_a_conversation_of_blanks_is_known_in_linear_time(config, text):
+    """
+    A pattern that began with any number of blanks took 34 s for these 8 messages: all others waited.
+    """
+    message = '{"role": "assistant", "content": "%s"}' % text
+    body = f'{{"model": "m", "system": "{text}", "messages": [{", ".join([message] * 8)}]}}'.encode()
+    call = call_of(config, body)
+
+    began = time.process_time()
+    g.find_affinity(call)
+
+    assert time.process_time() - began < 1
+
+
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
 def test_reading_a_body_makes_few_calls(config, body):
     """
