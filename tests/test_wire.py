@@ -1528,6 +1528,10 @@ CHAT = {
         [chunk({"content": "x" * 40}), chunk(CALLS), chunk(CALLS), chunk({}, "tool_calls"), DONE],
         g.Usage(input_tokens=1000, output_tokens=30, estimated=True),
     ),
+    "no usage, a function's arguments": (
+        [chunk({"function_call": {"name": "f", "arguments": "x" * 82}}), chunk({}, "function_call"), DONE],
+        g.Usage(input_tokens=1000, output_tokens=20, estimated=True),
+    ),
     "no usage, a server's reasoning": (
         [chunk({"reasoning_content": "x" * 40}), chunk({"content": "x" * 40}), chunk({}, "stop"), DONE],
         g.Usage(input_tokens=1000, output_tokens=20, estimated=True),
