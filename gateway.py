@@ -5936,6 +5936,7 @@ RequestPeek = msgspec.defstruct(
     gc=False,
 )
 PEEK_DECODER = msgspec.json.Decoder[Any](RequestPeek)
+ROUTER_FIELDS = ROUTER_NAMES.decode().split()
 MAX_NAMES = 256  # at the top of a body; the APIs know 60
 MAX_COPY = 1 << 20  # bytes of a body that is written again to compare lengths
 NAME = re.compile(  # of an object's field, and its value if that is no object or list
@@ -6392,7 +6393,7 @@ def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
             names = [""]
         for name in names:
             yield field, name
-    for field in ROUTER_NAMES.decode().split():
+    for field in ROUTER_FIELDS:
         if getattr(peek, field) not in UNSAID:
             yield field, ""
     for number, tool in enumerate(tools):
@@ -6480,10 +6481,9 @@ def read_besides(call: Call, peek: Any, write: str, is_escaped: bool) -> Besides
 
     `write` is the price of its input in a cache.
     """
-    tools, runs, extras = decode_tools(peek.tools), 0, Counter[str]()
-    for tool in tools:
-        if tool.type in CLIENTS_OWN and not (tool.model or tool.advisor):  # as most are
-            continue
+    tools = [tool for tool in decode_tools(peek.tools) if tool.type not in CLIENTS_OWN or tool.model or tool.advisor]
+    runs, extras = 0, Counter[str]()
+    for tool in tools:  # few: most are the client's own
         kind = decode_short(tool.type, str, "")
         for name, uses in USES.items():
             if kind.startswith(name):

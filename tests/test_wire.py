@@ -766,7 +766,7 @@ def test_a_conversation_of_blanks_is_known_in_linear_time(config, text):
     """
     A pattern that began with any number of blanks took 34 s for these 8 messages: all others waited.
     """
-    message = '{"role": "assistant", "content": "%s"}' % text
+    message = f'{{"role": "assistant", "content": "{text}"}}'
     body = f'{{"model": "m", "system": "{text}", "messages": [{", ".join([message] * 8)}]}}'.encode()
     call = call_of(config, body)
 
