@@ -7521,7 +7521,7 @@ class HiddenUsageReader(ChatMeter):
     NO_CHOICES = re.compile(rb'"choices"\s*:\s*(?:\[\s*\]|null)')
     # Lines behind an empty one, and the empty one behind them.
     EVENT = re.compile(
-        rb"(?:(?<=\n\n)|(?<=\n\r\n)|(?<=\r\r)|(?<=\r\r\n))"
+        rb"(?:(?<=\n\n|\n\r|\r\r)|(?<=[\r\n]\r\n))"
         rb"((?:[^\r\n]++(?:\r\n?|\n|\Z))++)(?:\r\n?|\n|\Z)"
     )
 
@@ -7535,15 +7535,19 @@ class HiddenUsageReader(ChatMeter):
         if self._events is None:
             return chunk
         text = self._held + chunk
-        whole = self.WHOLE.match(text)
-        end = whole.end() if whole else 0
-        if last or len(text) - end > self.MAX_CHUNK:
+        end = 0
+        if last:
             end = len(text)
-        passed, self._held = text[:end], text[end:]
-        before, self._before = self._before, (self._before + passed[-3:])[-3:]
-        if self.NO_CHOICES.search(passed):
-            passed = self.EVENT.sub(self._without_usage, before + passed)[len(before) :]
-        return passed
+        elif whole := self.WHOLE.match(text):
+            end = whole.end()
+        events, rest, long = text[:end], text[end:], b""
+        if len(rest) > self.MAX_CHUNK:
+            rest, long = b"", rest
+        before, self._held = self._before, rest
+        self._before = (before + (events + long)[-3:])[-3:]
+        if self.NO_CHOICES.search(events):
+            events = self.EVENT.sub(self._without_usage, before + events)[len(before) :]
+        return events + long
 
     def _without_usage(self, event: re.Match[bytes]) -> bytes:
         whole, lines = event.group(0, 1)

@@ -983,6 +983,7 @@ def test_whether_a_client_asks_for_usage_is_what_every_reader_sees(config, optio
 
 CHUNK = b'data: {"choices":[{"index":0,"delta":{"content":"[] \\"choices\\":[]"}}],"usage":null}'
 LAST_CHUNK = b'data: {"id":"c","choices": [ ],"usage":{"prompt_tokens":3,"completion_tokens":1}}'
+LONG_LAST = LAST_CHUNK.ljust(16 << 10)
 OTHERS = [
     CHUNK,
     b"data: [DONE]",
@@ -1045,6 +1046,7 @@ def test_the_chunk_with_the_usage_alone_is_kept_however_the_stream_is_cut(config
             b"data: " + b"x" * 20_000 + b"\n" + LAST_CHUNK + b"\n\n",
         ),
         ([b"data: x\n", LAST_CHUNK, b"\n\n"], b"data: x\n" + LAST_CHUNK + b"\n\n"),
+        ([b"\n" + LONG_LAST, b"\nx\n\n"], b"\n" + LONG_LAST + b"\nx\n\n"),
     ],
 )
 def test_the_chunk_with_the_usage_is_known_by_the_whole_event(config, pieces, expected):
