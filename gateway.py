@@ -140,6 +140,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shlex
 import shutil
 import socket
@@ -283,6 +284,7 @@ class Pace(NamedTuple):
     head_s: float = 30.0  # a client's request head must be whole by then
     body_s: float = 60.0  # silence allowed in a client's request body, and for it to take the rest of an answer
     body_bytes_s: int = 128 << 10  # bytes a second that a request body must have come with, after its first `body_s`
+    ask_s: float = 10.0  # between two questions to a client that sends no more, whether it is there
     slow_body_s: float = 5.0  # a body that is not whole by then holds no slot until it is
     keep_alive_s: float = 300.0  # silence allowed between a client's requests; head_s until it has shown a good key
     linger_s: float = 2.0  # silence of a client whose body is refused, which is read and thrown away …
@@ -12008,8 +12010,7 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 # sends its 100 KB to the end, which nobody parses, reads the 401, and closes. If it sends for 10 s, it is cut off.
 #
 # No client of ours sends a request before it has the answer to the one before. What comes behind a request is not
-# answered, and the connection closes after the answer: so no body is ever taken for a request. A client that ends its
-# sending side is gone: it looks as one that has closed, and no client of ours reads on after that.
+# answered, and the connection closes after the answer: so no body is ever taken for a request.
 
 
 class State(enum.Enum):
@@ -12022,6 +12023,9 @@ class State(enum.Enum):
     PAGE = enum.auto()
     LEAVING = enum.auto()
     GONE = enum.auto()
+
+
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Request(msgspec.Struct):
@@ -12060,6 +12064,56 @@ class Request(msgspec.Struct):
 def too_large(limit: int) -> TooLarge:
     """The error for a body over the limit, in bytes."""
     return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
+
+
+class Hangups:
+    """Finds out which clients are gone of those that have stopped sending.
+
+    A client that has ended its sending side still reads its answer; one that has closed looks just the same, until
+    something is sent to it: then its host resets the connection. So something is sent, and the reset is waited for.
+    The event loop does not tell of it: it has nothing to read or to write there. An epoll of which no events are wanted
+    tells of resets alone, and is itself a file that the event loop can watch. Where there is none (macOS), whoever
+    stops sending counts as gone.
+    """
+
+    def __init__(self) -> None:
+        self._poll: select.epoll | None = None
+        self._watched: dict[int, asyncio.Transport] = {}  # by descriptor
+        self._descriptors: dict[asyncio.Transport, int] = {}
+
+    def watch(self, transport: asyncio.Transport) -> bool:
+        """Abort a client's transport when the client is gone; False where that cannot be found out."""
+        if not hasattr(select, "epoll") or not transport.can_write_eof():  # TLS has no half that is open
+            return False
+        if self._poll is None:
+            self._poll = select.epoll()
+            asyncio.get_running_loop().add_reader(self._poll.fileno(), self._look)
+        fd = transport.get_extra_info("socket").fileno()
+        self._poll.register(fd, 0)
+        self._watched[fd] = transport
+        self._descriptors[transport] = fd
+        return True
+
+    def forget(self, transport: asyncio.Transport) -> None:
+        """Watch a transport no more, which is about to be closed or was never watched."""
+        fd = self._descriptors.pop(transport, None)
+        if fd is not None:
+            del self._watched[fd]  # the kernel takes a closed one out of the epoll
+
+    def _look(self) -> None:
+        assert self._poll is not None
+        for fd, _ in self._poll.poll(0):
+            self._poll.unregister(fd)
+            transport = self._watched.get(fd)
+            if transport:
+                transport.abort()
+
+    def close(self) -> None:
+        """Watch no more."""
+        if self._poll is not None:
+            asyncio.get_running_loop().remove_reader(self._poll.fileno())
+            self._poll.close()
+            self._poll = None
 
 
 class Bridge(tornado.httputil.HTTPConnection):
@@ -12115,6 +12169,11 @@ class ClientSink:
         self.is_slow = False  # the transport says so once, perhaps at the end of the answer before
         self._pending = b""  # the head of an answer, until the first bytes of its body
         self._is_chunked = False
+
+    @property
+    def has_pending_head(self) -> bool:
+        """Whether an answer's head still waits for the first bytes of its body."""
+        return bool(self._pending)
 
     def head(self, status: int, headers: Headers, streaming: bool) -> None:
         """Begin an answer. Its head leaves together with the first bytes of its body."""
@@ -12185,6 +12244,7 @@ class ClientConnection(asyncio.Protocol):
         self._is_ahead = False  # something came behind a request: it is thrown away
         self._received = 0  # bytes of a head; or since a head, its own read left out
         self.sink = ClientSink(self)  # of the calls' answers
+        self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
         self._active_at = self._entered_at = door.now()  # when it last sent something, and when the state began
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
         self.peer = ""  # its address
@@ -12227,10 +12287,21 @@ class ClientConnection(asyncio.Protocol):
             # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
             self._reject(BadRequest("Most of the body is framing: small chunks, extensions of them, or trailers."))
 
+    def eof_received(self) -> bool:
+        """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
+        if self._state not in (State.ANSWERING, State.PAGE) or self.request.version != "1.1":
+            return False
+        if not self._door.hangups.watch(self.transport):
+            return False
+        self.keeps_alive = False
+        self._ask()
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._state = State.GONE
         self.sink.is_gone = True
         self._door.leave(self)
+        self._door.hangups.forget(self.transport)
         self._drop_call()
         if self.sink.exchange:
             self.sink.exchange.client_gone()
@@ -12358,12 +12429,21 @@ class ClientConnection(asyncio.Protocol):
                 # The body is read meanwhile: of a connection that is not read from is not known that its client leaves.
                 call.reservation.waiter.turn.add_done_callback(self._end_wait)
             if expects:
-                self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.transport.write(CONTINUE)
         elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
             raise too_large(self.MAX_PAGE_BODY)
         elif expects:  # no page wants a body, so none is asked for
             self.keeps_alive = False
             self._begin_page()
+
+    def _ask(self) -> None:
+        """Ask a client that sends no more whether it is there: if not, its host resets the connection."""
+        now = self._asked_at = self._door.now()
+        exchange = self.sink.exchange
+        if exchange and exchange.status and not self.sink.has_pending_head:
+            exchange.ping(now)  # between two events, else what comes next is the question
+        else:
+            self.transport.write(CONTINUE)  # Python's http.client takes 102 for the answer
 
     def _end_wait(self, turn: asyncio.Future[bool | GatewayError]) -> None:
         """A call has its slot, or will have none, perhaps while its body is still on its way."""
@@ -12466,8 +12546,10 @@ class ClientConnection(asyncio.Protocol):
             is_stuck = age > pace.body_s
             if not has_unsent:
                 is_stuck = age > pace.leave_s or silence > pace.linger_s
-        elif self._state is State.PAGE:
-            is_stuck = age > pace.page_s
+        elif self._state is State.PAGE and age > pace.page_s:
+            is_stuck = True
+        elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
+            self._ask()
         elif self._state is State.IDLE:
             is_stuck = has_unsent and age > pace.page_s  # a page of logs that is not read
             if age > (pace.keep_alive_s if self.key_name else pace.head_s):
@@ -12510,6 +12592,7 @@ class Door:
         # The oldest first: an OrderedDict finds it at once, a dict goes through all that were deleted before it.
         self._strangers: OrderedDict[ClientConnection, None] = OrderedDict()
         self._groups: dict[Group, OrderedDict[ClientConnection, None]] = {}
+        self.hangups = Hangups()
         gateway.metrics.connections = lambda: len(self.connections)
         self._server: asyncio.Server | None = None
 
@@ -12631,6 +12714,7 @@ class Door:
             async with asyncio.timeout(self.gateway.pace.linger_s):
                 while clients & self.connections.keys():  # noqa: ASYNC110 - once, at the end: not worth an event
                     await asyncio.sleep(0.01)
+        self.hangups.close()
 
 
 # --- 31. API: the gateway's own pages ---------------------------------------------

@@ -1,13 +1,14 @@
-"""HTTP as other clients speak it: upgrades, hosts, versions, dates, methods, clients that leave."""
+"""HTTP as other clients speak it: upgrades, hosts, versions, dates, methods, half-closed connections."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import pytest
-from client import request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, config_text, until
+from client import Connection, request_bytes
+from conftest import HELLO, HELLO_STREAM, KEY, GatewayUnderTest, config_text, until
 from upstream import hello_json, json_body, stall, stream_of, wait_for
 
 import gateway as g
@@ -484,24 +485,97 @@ async def test_an_answer_that_begins_while_the_gateway_stops_says_that_it_is_the
     assert await connection.is_closed()
 
 
+# --- half-closed connections --------------------------------------------------------------------------
+
+
+async def half_closed(gateway: GatewayUnderTest, body: dict) -> tuple[Connection, socket.socket]:
+    """A connection whose client has sent a request and shut down its sending side."""
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
+    connection._writer.write_eof()
+    return connection, connection._writer.get_extra_info("socket")
+
+
 @pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
-@pytest.mark.parametrize("how", ["closes", "sends no more"])
-async def test_a_client_that_is_gone_is_found_out_at_once(gateway, upstream, body, how):
+@pytest.mark.parametrize("when", ["at once", "upstream has it", "answer has begun"])
+async def test_a_client_that_stops_sending_gets_its_answer(gateway, upstream, body, when):
     """
-    One that ends its sending side alone looks the same: its call ends, too.
+    Half-closed at any time after its request, a client reads its answer to its end; then the connection is closed.
+    """
+    go_on = asyncio.Event()
+    steps = stream_of("Hello") if body is HELLO_STREAM else hello_json()
+    at = 0 if when != "answer has begun" else 4 if body is HELLO_STREAM else 1
+    upstream.script = [*steps[:at], wait_for(go_on), *steps[at:]]
+    connection = await gateway.connect()
+    await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
+    if when != "at once":
+        await upstream.request_came()
+    if when == "answer has begun" and body is HELLO_STREAM:
+        await connection.read_until(b"Hello")
+    connection._writer.write_eof()
+    await until(lambda: gateway.door.hangups._watched)
+    go_on.set()
+
+    if when == "answer has begun" and body is HELLO_STREAM:
+        assert b"message_stop" in await connection.rest()
+    else:
+        assert (await connection.answer()).status == 200
+        assert await connection.is_closed()
+    await gateway.settled()
+    assert gateway.entries()[-1]["outcome"] == "completed"
+    await until(lambda: not gateway.door.hangups._watched)
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+async def test_a_client_that_stops_sending_gets_its_page(gateway, upstream, method, path):
+    """
+    Whatever it asked for.
+    """
+    upstream.script = hello_json()
+    connection = await gateway.connect()
+
+    await connection.send(request_of(method, path))
+    connection._writer.write_eof()
+    reply = await connection.answer(head_only=method == "HEAD")
+
+    assert reply.status in (200, 404) and not reply.was_cut
+    assert await connection.is_closed()
+
+
+async def test_a_client_that_stops_sending_and_leaves_later_is_found_out(gateway, upstream):
+    """
+    It is asked again every ten seconds: its call ends, and its slot is free.
+    """
+    upstream.script = [stall()]
+    connection, _ = await half_closed(gateway, HELLO)
+    await connection.read_until(b"HTTP/1.1 100 Continue\r\n\r\n")
+    await upstream.request_came()
+
+    await connection.close()
+    gateway.tick(9)
+    during = len(gateway.gateway.relay.running)
+    gateway.tick(2)
+    await gateway.settled()
+
+    assert during == 1
+    assert gateway.entries()[-1]["outcome"] == "client_gone"
+
+
+@pytest.mark.parametrize("body", [HELLO, HELLO_STREAM])
+async def test_a_client_that_is_gone_is_found_out_at_once(gateway, upstream, body):
+    """
+    One that closes altogether looks the same at first: what is sent to it is answered with a reset, and its call ends.
     """
     upstream.script = [stall()]
     connection = await gateway.connect()
     await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(body).encode()))
     await upstream.request_came()
 
-    if how == "closes":
-        await connection.close()
-    else:
-        connection._writer.write_eof()
+    await connection.close()
     await gateway.settled()
 
     assert gateway.entries()[-1]["outcome"] == "client_gone"
+    assert not gateway.door.hangups._watched
 
 
 async def test_a_client_that_leaves_before_its_request_is_whole_is_gone(gateway, upstream):
@@ -516,3 +590,19 @@ async def test_a_client_that_leaves_before_its_request_is_whole_is_gone(gateway,
 
     assert await connection.is_closed()
     assert gateway.gateway.memory.held == 0
+
+
+async def test_many_half_closed_clients_cost_as_much_as_others(gateway, upstream):
+    """
+    300 at once are answered, and nothing of them is kept.
+    """
+    go_on = asyncio.Event()
+    upstream.script = [wait_for(go_on), *hello_json()]
+    waiting = [await half_closed(gateway, HELLO) for _ in range(300)]
+    await until(lambda: len(gateway.door.hangups._watched) == 300)
+
+    go_on.set()
+    replies = await asyncio.gather(*(connection.answer() for connection, _ in waiting))
+
+    assert {reply.status for reply in replies} == {200}
+    await until(lambda: not gateway.door.hangups._watched and not gateway.door.hangups._descriptors)
