@@ -1969,7 +1969,10 @@ class ConfigError(Exception):
 # Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
 TEXT_LOADER = yaml.CBaseLoader
 MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
-DOLLAR_NAME = re.compile(r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b")  # as a shell would fill it in
+SLIPS = {  # what is no mistake in a value, but hardly meant
+    r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
+    "^[“”„‘‚«]|[“”»]$": "typographic quotes belong to the value: YAML's own are \" and '",
+}
 
 
 class NodeLoader(yaml.composer.Composer, yaml.CSafeLoader):
@@ -2040,9 +2043,9 @@ class Reader:
         return out
 
     def _scalar(self, node: yaml.ScalarNode, at: Steps) -> Any:
-        if DOLLAR_NAME.search(node.value):
-            told = "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
-            self.warnings.append(Mistake(at, told, line_of(node)))
+        for slip, told in SLIPS.items():
+            if re.search(slip, node.value):
+                self.warnings.append(Mistake(at, told, line_of(node)))
         with self.mistakes.at(*at):
             if "${" not in node.value:
                 return self._construct(node.value, node.tag)
@@ -2099,6 +2102,18 @@ def join_steps(steps: Sequence[str | int]) -> str:
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
+def quote_lines(lines: Sequence[str], row: int, column: int) -> str:
+    """Return a line of the config and the one above it for a message, without secrets, with a caret under a column."""
+    masked_from = max(0, column - 500)  # to mask takes long in a long line
+    shown_from = max(0, column - 60)
+    shown = []
+    for line in lines[max(0, row - 1) : row + 1]:
+        part = mask(line[masked_from : masked_from + 1000])[shown_from - masked_from :][:100]
+        shown.append(printable(re.sub(r"[^\S ]", "·", part.replace("\t", "→"))))
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in shown[-1][: column - shown_from])
+    return "".join(f"\n    {line}" for line in [*shown, " " * (column - shown_from + wide) + "^"])
+
+
 YAML_CAUSES = {  # what PyYAML says, in part, and the likely cause, which is told in its place
     "cannot start": "text that begins with @, ` or % must be in quotes",
     "alphabetic|undefined alias": 'text that begins with * or & must be in quotes, such as "*"',
@@ -2113,7 +2128,7 @@ YAML_CAUSES = {  # what PyYAML says, in part, and the likely cause, which is tol
 
 
 def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
-    """Return line and column at which a document is no YAML, and why. It is not quoted: it may have secrets."""
+    """Return the line of a document that is no YAML, why, and that line with a caret."""
     problem, row, column = str(error), 0, 0
     if isinstance(error, yaml.MarkedYAMLError):
         context, mark, start = error.context or "", error.problem_mark, error.context_mark
@@ -2125,11 +2140,14 @@ def explain_syntax(text: str, error: yaml.YAMLError) -> Mistake:
     elif isinstance(error, yaml.reader.ReaderError):
         problem = error.reason
         row = text.encode().count(b"\n", 0, error.position)
-    line = [*text.splitlines(), ""][row]
+    lines = [*text.splitlines(), ""]
+    row = min(row, len(lines) - 1)
+    line = lines[row]
     told = next((cause for part, cause in YAML_CAUSES.items() if re.search(part, problem)), mask(problem))
     if re.match(" *\t", line):
         told = "a tab in the indent: put blanks in its place"
-    return Mistake((), f"not YAML: {told}{odd_character(line)} (column {column + 1})", row + 1)
+    where = f" (column {column + 1}){quote_lines(lines, row, column)}"
+    return Mistake((), f"not YAML: {told}{odd_character(line)}{where}", row + 1)
 
 
 class Document:
@@ -2221,6 +2239,36 @@ class Document:
 
 # What types cannot check
 
+PLACEHOLDER = re.compile(  # in a key or a URL
+    r"\.\.\.|\*{4,}|<[^<>]*>|\{[^{}]*\}|placeholder|(change|replace)[-_]?me"
+    r"|(?<![a-z0-9])(your(api)?(key|token|secret)?|x{4,})(?![a-z0-9])",
+    re.IGNORECASE,
+)
+UNMATCHED = {  # in a glob; the first that is found is told
+    r"\[1m\]$": "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]",
+    r"^[^\[]*(\[!?+\]?+[^\]]*\][^\[]*)*\[(?!!?+\]?+[^\]]*\])": "matches nothing: a bracket in it is not closed",
+    r"[\s,]": "matches nothing: no name has a blank or comma in it; several globs are a list",
+    "[\"'`]": "matches nothing: no name has quotes in it",
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def why_unmatched(glob: str) -> str:
+    """Return why a glob can match no model, "" where it can."""
+    return next((why for pattern, why in UNMATCHED.items() if re.search(pattern, glob)), "")
+
+
+def globs_of(file: ConfigFile) -> Iterator[tuple[Steps, str]]:
+    """Yield every glob of models, and where it is."""
+    yield from ((("routing", "policy", glob), glob) for glob, _ in file.routing.policy)
+    yield from ((("prices", glob), glob) for glob in file.prices.rows)
+    for i, upstream in enumerate(file.upstreams):
+        yield from ((("upstreams", i, "models", glob), glob) for glob in upstream.models)
+        yield from ((("upstreams", i, "betas", "drop", j), glob) for j, glob in enumerate(upstream.betas.drop))
+    for i, key in enumerate(file.keys):
+        yield from ((("keys", i, "models", j), glob) for j, glob in enumerate(key.models))
+
+
 HEADER_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 
 
@@ -2266,6 +2314,10 @@ class Builder:
         with contextlib.suppress(Mistakes):
             with self._mistakes.at("server", "timezone"):
                 timezone = time_zone(self._file.server.timezone)
+            for steps, glob in globs_of(self._file):
+                why = why_unmatched(glob)
+                if why:
+                    self._warn(steps, why)
             upstreams = self._upstreams()
             keys = KeyRing(self._keys(timezone))
         if self._mistakes.found:
@@ -2290,6 +2342,8 @@ class Builder:
                 host = check_url(upstream.url, "http https")
                 if not upstream.allow_private and is_forbidden(host):  # a name's address is looked at when connecting
                     raise ValueError("is a link-local or metadata address; see allow_private")
+        if PLACEHOLDER.search(upstream.url):
+            self._warn((*at, "url"), "looks like a placeholder: put the real one in its place")
         self._check_verdicts((*at, "verdicts"), upstream.verdicts)
         ca_file = upstream.ca_file and str(self._document.path.parent / upstream.ca_file)
         if ca_file and upstream.url.startswith("https:") and not Path(ca_file).is_file():
@@ -2355,7 +2409,7 @@ class Builder:
             if entry.key.digest in digests:
                 self._mistakes.note((*at, "key"), "the same key stands here twice")
             digests.add(entry.key.digest)
-            self._warn_of_secret((*at, "key"), entry.key)
+            self._warn_of_secret((*at, "key"), entry.key, entry.key)
             limits = self._file.defaults.limits if entry.limits is None else entry.limits
             budgets = [limits.budget("key", entry.name)]
             if entry.team in teams:
@@ -2392,13 +2446,15 @@ class Builder:
             secret = self._vault.unseal(written)
             check(secret)
             if is_secret:
-                self._warn_of_secret(at, written)
+                self._warn_of_secret(at, secret, written)
         return secret
 
-    def _warn_of_secret(self, at: Steps, written: Secret) -> None:
+    def _warn_of_secret(self, at: Steps, secret: Secret, written: Secret) -> None:
         if written.is_written and not SEALED_OR_ELSEWHERE.search(written):
             self.has_plain = True
             self._warn(at, f"is in clear text: run `{PROGRAM} seal`")
+        if PLACEHOLDER.search(secret) and not SEALED_KEY.fullmatch(secret):
+            self._warn(at, "looks like a placeholder: put the real one in its place")
 
     def _warn(self, at: Steps, text: str) -> None:
         self.warnings.append(Mistake(at, text))
@@ -2468,6 +2524,13 @@ def is_open_to_all(path: Path | None) -> bool:
     return False
 
 
+def is_rootless(root: Path = Path("/")) -> bool:
+    """Return whether this container was started without root: the users of the host are other ones (`uid_map`)."""
+    with contextlib.suppress(OSError):
+        return (root / "proc/self/uid_map").read_text().split() != ["0", "0", str(2**32 - 1)]
+    return False
+
+
 def host_warnings(config: Config, environ: Mapping[str, str], has_plain: bool) -> Iterator[str]:
     """Yield what is odd about a config on this host, or in this container."""
     server = config.server
@@ -2487,6 +2550,12 @@ def host_warnings(config: Config, environ: Mapping[str, str], has_plain: bool) -
     if environ.get("GATEWAY_PORT", str(server.port)) != str(server.port):
         asked = environ["GATEWAY_PORT"]
         yield f"server.port is {server.port}, but GATEWAY_PORT, which the image's health check asks, {asked}"
+    for name in ("metrics_from", "trusted_proxies"):
+        if getattr(server, name) and is_rootless():
+            yield (
+                f"server.{name}: in a rootless container every client may come from the same address, so that this "
+                "lets all of them in: `client` in the ledger shows what it sees; [] lets nobody in"
+            )
     if config.body_memory < server.max_body:
         yield (
             f"server.memory (default: a quarter of the host's) is {config.body_memory:,} bytes, and a body of "
@@ -2633,18 +2702,33 @@ def block_item(fields: dict[str, str], column: int) -> str:
     return " " * column + "- " + f"\n{' ' * column}  ".join(lines)
 
 
+def overwrite(file: io.FileIO, data: bytes) -> None:
+    """Let a file have these bytes alone. Raises OSError."""
+    file.seek(0)
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
 def write_in_place(path: Path, data: bytes) -> None:
-    """Overwrite a file without changing its inode; meanwhile a copy beside it has what it was. Raises ConfigError."""
+    """Overwrite a file without changing its inode; meanwhile a copy beside it has what it was. Raises ConfigError.
+
+    Where the disk is too full for the new text, the old one is put back: its blocks are there.
+    """
     kept = ""
     backup = path.with_name(path.name + ".bak")
     try:
-        with open(path, "r+b") as file:
+        with open(path, "r+b", buffering=0) as file:
+            before = file.read()
             shutil.copy2(path, backup)
             kept = f"; what it was is in {backup}"
-            file.write(data)
-            file.truncate()
-            file.flush()
-            os.fsync(file.fileno())
+            try:
+                overwrite(file, data)
+            except OSError:
+                overwrite(file, before)
+                raise
         backup.unlink()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {why_not(error)}{kept}") from None
@@ -12974,7 +13058,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
 
 
 # --- 32. Local door: commands at the running gateway ------------------------------
-# Offers: ask, EditMade, LocalDoor, NoGateway, perform
+# Offers: ask, EditMade, LocalDoor, NoGateway, perform, ReadHealth
 
 # A ledger has one writer. While a gateway runs, that is the gateway, and commands ask it: over a Unix socket in the
 # ledger's folder, one JSON line there and one back. While none runs, a command makes the change itself and holds the
@@ -12997,13 +13081,17 @@ ASK_S = 5.0  # for an answer
 HELD_S = 3.0  # for a folder that is held by one who does not answer
 
 
+class ReadHealth(Action, frozen=True, tag="health"):
+    """What /health says."""
+
+
 class EditMade(Action, frozen=True, tag="edit made"):
     """A command has edited config.yaml: it is to be read, and the edit announced."""
 
     edit: str
 
 
-REQUEST_DECODER = msgspec.json.Decoder(Change | EditMade)
+REQUEST_DECODER = msgspec.json.Decoder(Change | ReadHealth | EditMade)
 
 
 class Result(msgspec.Struct):
@@ -13205,8 +13293,10 @@ class LocalDoor:
         async with asyncio.timeout(self.LINE_S):
             await loop.sock_sendall(client, msgspec.json.encode(answer) + b"\n")
 
-    async def _do(self, action: Change | EditMade, who: str) -> Any:
+    async def _do(self, action: Change | ReadHealth | EditMade, who: str) -> Any:
         """Do what is asked. Raises ActionError."""
+        if isinstance(action, ReadHealth):
+            return self._gateway.health()
         if isinstance(action, EditMade):
             await self._gateway.reload()
             return self._gateway.emit(ChangeMade(who, action.edit))
@@ -13217,7 +13307,7 @@ class LocalDoor:
 
 
 # --- 33. Server: process, signals, watcher, logging -------------------------------
-# Offers: LogWriter, new_event_loop, serve, start_logging
+# Offers: LogWriter, new_event_loop, OTHER_HOST, serve, start_logging
 
 
 class ConfigWatch(FileSystemEventHandler):
@@ -13757,9 +13847,22 @@ def command_check_integrity(options: argparse.Namespace) -> int:
     return bool(found.problems)
 
 
+async def try_to_listen(host: str) -> None:
+    """Listen for a moment on some port of a host. Raises OSError."""
+    server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, 0)
+    server.close()
+
+
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(try_to_listen(config.server.host))
+    except OSError as error:
+        why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
+        document = Document(read_text(config.path), config.path)
+        config.warnings += [f"line {told}" for told in document.sentences([Mistake(("server", "host"), why)])]
     server, prices = config.server, config.file.prices
     print(f"{config.path} is good (digest {config.digest})\n")
     print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, ledger in {config.usage_directory}\n")
@@ -13823,12 +13926,33 @@ def command_seal(options: argparse.Namespace) -> None:
     print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
 
 
+def cooldowns(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """By upstream, what of it the running gateway leaves alone: rows of /health with `until` in the future."""
+    health: dict[str, Any] = {}
+    with contextlib.suppress(NoGateway, ActionError):
+        health = ask(config.usage_directory, ReadHealth())
+    now, found = utc_time(config.clock.wall()), {}
+    for upstream in health.get("upstreams", ()):
+        rows = [upstream, *upstream.pop("keys", ())]
+        found[upstream["name"]] = [row for row in rows if row.get("until", "") > now]
+    return found
+
+
+def cooldown_line(name: str, row: dict[str, Any]) -> str:
+    """What `upstream test` says of a row of /health."""
+    key = f"key {row['number']}" if row.get("number") else "all  "
+    whose = [f" for {whom.replace('_', ' ')}" for whom in ("one_user", "one_model") if row.get(f"for_{whom}")]
+    ends = f"until {row['until']} ({row['why']}): `{PROGRAM} upstream reset {name}` ends that"
+    return f"  {key}  warn                the running gateway leaves it alone{''.join(whose)} {ends}"
+
+
 def command_upstream_test(options: argparse.Namespace) -> int:
     """Make one small real call with each API key of each upstream, and tell how it went."""
     config = Config.load(options.config)
     upstreams = [upstream for upstream in config.upstreams if options.name in ("", upstream.name)]
     if not upstreams:
         raise unknown_name("upstream", options.name, [upstream.name for upstream in config.upstreams])
+    left_alone = cooldowns(config)
     reports: list[dict[str, Any]] = []
     found: list[Tried] = []
 
@@ -13846,9 +13970,12 @@ def command_upstream_test(options: argparse.Namespace) -> int:
             tell(f"{upstream.name}  {upstream.url or 'built in'}")
             before = len(found)
             runner.run(UpstreamTest(config, upstream, options.model, options.timeout).run(tell_key))
+            rows = left_alone.get(upstream.name, [])
+            for row in rows:
+                tell(cooldown_line(upstream.name, row))
             tell("")
             keys = msgspec.to_builtins(found[before:])
-            reports.append({"name": upstream.name, "url": upstream.url, "keys": keys})
+            reports.append({"name": upstream.name, "url": upstream.url, "keys": keys, "cooldowns": rows})
         runner.run(asyncio.sleep(0))  # closed transports let go of their sockets a turn later
     answered = sum(each.state != "FAILED" for each in found)
     cost_usd = round(sum(each.cost_usd for each in found), 9)

@@ -1570,3 +1570,21 @@ def test_an_edit_does_not_wait_for_ever(shell, monkeypatch):
 
     assert "somebody else has edited it" in shell.err
     assert shell.run("key", "add", "bob") == 0
+
+
+@pytest.mark.parametrize(("host", "why"), [("192.0.2.7", "assign requested address"), ("gateway.invalid", "known")])
+def test_check_warns_of_a_host_that_this_machine_has_not(shell, host, why):
+    """
+    Often it is the public name, which belongs to a proxy in front. The start says the same.
+    """
+    shell.write(f"server:\n  port: 0\n  host: {host}\nupstreams: [{{name: demo, format: demo}}]\n")
+    remedy = "127.0.0.1 is for this host alone, 0.0.0.0 for others, too; a proxy's name belongs into server.url"
+
+    assert shell.run("check") == 0
+    (warning,) = shell.out.partition("\nwarnings:\n  ")[2].splitlines()
+    assert shell.run("serve") == 1
+
+    assert warning.startswith("line 3: server.host: this machine cannot listen there (") and why in warning
+    assert warning.endswith(f"): {remedy}")
+    assert shell.err.startswith(f"error: cannot listen on {host}:0: ") and why in shell.err
+    assert shell.err.endswith(f"; set server.host: {remedy}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime as dt
 import errno
@@ -815,7 +816,9 @@ def test_what_is_no_yaml_is_told_with_its_line_and_the_likely_cause(name):
         load(text)
 
     assert str(caught.value).startswith(f"config.yaml:{line}: not YAML: {told}")
-    assert str(caught.value).endswith(f" (column {column})")
+    first, *quoted, caret = str(caught.value).split("\n")
+    assert first.endswith(f" (column {column})") and 1 <= len(quoted) <= 2
+    assert caret == " " * (3 + column) + "^"
 
 
 @pytest.mark.parametrize(
@@ -1780,14 +1783,14 @@ def test_writing_in_place_keeps_the_inode_and_leaves_no_rest_of_a_longer_text(bu
 
 def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(busy, saved, monkeypatch):
     """
-    The copy beside it is as secret as the file: it has the same mode.
+    The old text is put back: its blocks are there. The copy is as secret as the file: it has the same mode.
     """
 
     def fail(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     saved.chmod(0o600)
-    syncs = iter([os.fsync, fail])
+    syncs = iter([os.fsync, fail, os.fsync])
     monkeypatch.setattr(os, "fsync", lambda handle: next(syncs)(handle))
 
     with pytest.raises(g.ConfigError) as caught:
@@ -1795,7 +1798,8 @@ def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(bu
 
     backup = saved.with_name("config.yaml.bak")
     assert str(caught.value) == f"{saved}: cannot be written: No space left on device; what it was is in {backup}"
-    assert (backup.read_text(), stat.S_IMODE(backup.stat().st_mode)) == (ALICE, 0o600)
+    assert backup.read_text() == saved.read_text() == ALICE
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("section", ["server", "keys", "teams", "defaults", "limits", "prices", "usage"])
@@ -1808,3 +1812,179 @@ def test_a_section_with_everything_commented_out_has_its_defaults(section):
     config = g.Config.parse(text, Path("config.yaml"), g.Clock(), {})
 
     assert getattr(config.file, section) == getattr(g.ConfigFile(upstreams=()), section)
+
+
+PLACEHOLDERS = [
+    *("sk-ant-...", "YOUR_KEY", "YOUR-API-KEY-HERE", "yourapikey", "changeme", "CHANGE_ME", "replace-me", "<key>"),
+    *(
+        "sk-ant-<your key>",
+        "xxxx",
+        "sk-ant-XXXXXXXX",
+        "{api_key}",
+        "sk-ant-api03-R2D2...igAA",
+        "sk-****R2D2",
+        "placeholder",
+    ),
+]
+
+
+@pytest.mark.parametrize("value", PLACEHOLDERS)
+def test_a_placeholder_is_warned_about_wherever_it_comes_from(value):
+    """
+    In the file, in the environment, sealed meanwhile: the upstream would refuse it at the first call. It is not shown.
+    """
+    vault = g.Vault([g.Vault.new_secret()], "")
+    value = value.replace(" ", "-")
+    text = """
+upstreams:
+  - {name: a, url: https://a.test, api_key: "%s", headers: {set: {X-Token: "%s", x-team: "%s"}}}
+  - name: b
+    url: https://b.test
+    api_key: [sk-ant-good-one, "${B}"]
+  - {name: c, url: https://c.test, api_key: "%s"}
+"""
+
+    config = load(text % (*[value] * 3, vault.seal(value)), GATEWAY_SECRET=vault._keys[0], B=value)
+
+    why = "looks like a placeholder: put the real one in its place"
+    assert [warning for warning in config.warnings if "clear text" not in warning] == [
+        f"line 3: upstreams[0].api_key: {why}",
+        f"line 3: upstreams[0].headers.set.X-Token: {why}",
+        f"line 6: upstreams[1].api_key[1]: {why}",
+        f"line 7: upstreams[2].api_key: {why}",
+    ]
+
+
+def test_a_users_key_and_an_address_may_be_placeholders_too():
+    """
+    A key that everybody can guess lets everybody in.
+    """
+    config = load(
+        "upstreams:\n- {name: a, url: 'https://YOUR-RESOURCE.openai.azure.com', api_key: '${K}'}\n"
+        "keys:\n- {name: alice, key: sk-proxy-xxxxxxxxxxxx}\n",
+        K="sk-ant-1",
+    )
+
+    why = "looks like a placeholder: put the real one in its place"
+    assert [w for w in config.warnings if "clear text" not in w] == [
+        f"line 2: upstreams[0].url: {why}",
+        f"line 4: keys[0].key: {why}",
+    ]
+
+
+@settings(max_examples=200)
+@given(st.binary(min_size=80, max_size=80), st.sampled_from(["sk-ant-api03-", "sk-proj-", "gsk_", "AIza"]))
+def test_no_key_that_was_issued_looks_like_a_placeholder(raw, prefix):
+    """
+    Random letters of either case, digits, - and _: a warning that comes by chance is one that is not read.
+    """
+    assert not g.PLACEHOLDER.search(prefix + base64.urlsafe_b64encode(raw).decode())
+
+
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("usage: {directory: $LEDGER}\n", "2: usage.directory: $NAME"),
+        ("usage:\n  directory: /srv/$LEDGER_FOLDER/usage\n", "3: usage.directory: $NAME"),
+        ("usage: {directory: “usage”}\n", "2: usage.directory: typographic quotes"),
+        ("keys:\n- name: alice\n  key: ${K}\n  models: [“claude-*”]\n", "5: keys[0].models[0]: typographic quotes"),
+        ("usage: {directory: '${K}'}\n", None),
+        ("usage: {directory: us$age}\n", None),
+        ("usage: {directory: a$5}\n", None),
+        ('server: {contact: "Ann’s desk"}\n', None),
+    ],
+)
+def test_a_value_that_is_hardly_meant_is_warned_about(text, warning):
+    """
+    What a shell would fill in, and what a word processor made of quotes, is taken as it stands.
+    """
+    config = load(DEMO.replace("\n", "", 1).strip() + "\n" + text, K=KEY)
+
+    told = {
+        "$NAME": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
+        "typographic quotes": "typographic quotes belong to the value: YAML's own are \" and '",
+    }
+    for short, long in told.items():
+        warning = warning and warning.replace(short, long)
+    assert config.warnings == ([f"line {warning}"] if warning else [])
+
+
+@pytest.mark.parametrize(
+    ("glob", "why"),
+    [
+        ("claud-[*", "matches nothing: a bracket in it is not closed"),
+        ("claude-[]", "matches nothing: a bracket in it is not closed"),
+        ("claude-[!]", "matches nothing: a bracket in it is not closed"),
+        ("[ab]-[", "matches nothing: a bracket in it is not closed"),
+        ("claude-* ", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ("claude-*, gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ("claude-*,gpt-*", "matches nothing: no name has a blank or comma in it; several globs are a list"),
+        ('"claude-*"', "matches nothing: no name has quotes in it"),
+        ("claude-opus-5-5[1m]", "[1m] is one letter in a glob, 1 or m: for the name itself write [[]1m]"),
+        ("claude-opus-5-5[[]1m]", ""),
+        ("claude-[!a-c]*", ""),
+        ("claude-[]a]", ""),
+        ("claude-[[]*", ""),
+        ("", ""),
+        ("Qwen/Qwen3-8B:free", ""),
+    ],
+)
+def test_a_glob_that_cannot_match_is_warned_about(glob, why):
+    """
+    It is no error: a name may have a bracket in it. `""` stands for requests without a model.
+    """
+    name = json.dumps(glob)
+    config = load(
+        f"""upstreams:
+- {{name: a, format: demo, models: [{name}]}}
+- name: b
+  format: demo
+  models: {{{name}: "*"}}
+  betas: {{drop: ["*", {name}]}}
+keys:
+- {{name: alice, key: "${{K}}", models: ["*", {name}]}}
+routing:
+  policy:
+    {name}: sticky
+prices:
+  "*": {{input: 1, output: 1}}
+  {name}: {{input: 1, output: 1}}
+""",
+        K=KEY,
+    )
+
+    at = f".{glob}" if glob else "."
+    assert config.warnings == (
+        [
+            f"line 2: upstreams[0].models{at}: {why}",
+            f"line 5: upstreams[1].models{at}: {why}",
+            f"line 6: upstreams[1].betas.drop[1]: {why}",
+            f"line 8: keys[0].models[1]: {why}",
+            f"line 11: routing.policy{at}: {why}",
+            f"line 14: prices{at}: {why}",
+        ]
+        if why
+        else []
+    )
+
+
+@pytest.mark.parametrize("models", ["[]", "{}"])
+def test_an_upstream_that_serves_no_model_is_warned_about(models):
+    """
+    It would be in the list, and never asked.
+    """
+    config = load(f"upstreams:\n- name: a\n  format: demo\n  models: {models}\n")
+
+    assert config.warnings == ['line 4: upstreams[0].models: no model is served: name some, or "*"']
+
+
+def test_a_line_that_is_no_yaml_is_quoted_in_part_where_it_is_long():
+    """
+    A config may be one line.
+    """
+    with pytest.raises(g.ConfigError) as caught:
+        load(DEMO + f"server: {{contact: {'so ' * 500}, host: @, timezone: {'so ' * 500}}}\n")
+
+    first, _, quoted, caret = str(caught.value).split("\n")
+    assert first.startswith("config.yaml:2: not YAML: text that begins with @")
+    assert len(quoted) <= 104 and quoted[len(caret) - 1] == "@"

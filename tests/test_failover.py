@@ -1368,6 +1368,47 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     assert reply.texts == ["a ", "heard ", "question 2"], reply
 
 
+@pytest.mark.logs("401, the upstream refuses our API key")
+@pytest.mark.logs("upstream b is left alone for")
+@pytest.mark.logs("no answer, attempts")
+async def test_upstream_test_says_what_the_running_gateway_leaves_alone(start_gateway, upstreams, capsys):
+    """
+    The key answers again, but the gateway still goes by what its calls met: until when, why, and what ends that.
+    """
+    text = config_of({"a": upstreams["a"].url, "b": upstreams["b"].url}, "max_attempts: 1, wait: 0s")
+    gateway = await start_gateway(text)
+    gateway.listen_locally()
+    gateway.clock.advance(1e9)  # later than the command's own clock
+    upstreams["a"].script, upstreams["b"].script = FAULTS["401"], FAULTS["closed before the head"]
+    for number in range(40):
+        await gateway.post("/v1/messages", ask_of(number), (KEY, BOB)[number % 2])
+        if await probed(gateway) == NOT_READY:
+            break
+    a, b = (await gateway.get("/health")).json["upstreams"]
+    models = json_body({"data": [{"id": "claude-haiku-4-5"}]})
+    for name in "ab":
+        upstreams[name].script = lambda request: models if request.method == "GET" else stream_of("Hello")
+
+    async def told(*options: str) -> str:
+        command = ["--config", str(gateway.path), "upstream", "test", *options]
+        assert await asyncio.get_running_loop().run_in_executor(None, g.main, command) == 0
+        return capsys.readouterr().out
+
+    lines = [line for line in (await told()).splitlines() if "gateway" in line]
+    rows = [row for upstream in json.loads(await told("--json"))["upstreams"] for row in upstream["cooldowns"]]
+    await gateway.stop()
+    gone = await told()
+
+    assert lines == [
+        "  key 1  warn                the running gateway leaves it alone "
+        f"until {a['keys'][0]['until']} (401): `gateway.py upstream reset a` ends that",
+        "  all    warn                the running gateway leaves it alone "
+        f"until {b['until']} (cut): `gateway.py upstream reset b` ends that",
+    ]
+    assert [(row["why"], row["until"]) for row in rows] == [("401", a["keys"][0]["until"]), ("cut", b["until"])]
+    assert "the running gateway" not in gone and "2 of 2 keys answered" in gone
+
+
 def test_upstream_reset_says_when_nobody_listens(tmp_path, capsys):
     """
     A name that is not there is told with what was meant, and a reset that nobody took leaves nothing behind.

@@ -20,7 +20,7 @@ BUDGETS = {
     "Types": 429,
     "Settings": 295,
     "Config": 760,
-    "Editing": 245,
+    "Editing": 265,
     "Ledger": 800,
     "Counters": 320,
     "Index": 820,
@@ -47,7 +47,7 @@ BUDGETS = {
     "API": 280,
     "Local door": 260,
     "Server": 420,
-    "Command line": 810,
+    "Command line": 870,
 }
 
 

@@ -386,7 +386,7 @@ async def test_as_json_the_report_says_the_same(tmp_path, upstream, capsys):
     (tested,) = report.pop("upstreams")
     (key,) = tested.pop("keys")
     assert (code, report) == (0, {"keys": 1, "answered": 1, "cost_usd": 0.000037, "ok": True})
-    assert tested == {"name": "main", "url": upstream.url}
+    assert tested == {"name": "main", "url": upstream.url, "cooldowns": []}
     assert key.pop("ms") > 0
     assert key == {
         "key": 1,
