@@ -3019,6 +3019,7 @@ class Adjustment(msgspec.Struct, kw_only=True, tag_field="type", tag="adjust"):
     input_tokens: int = 0
     cost_usd: float = 0.0
     note: str = ""
+    id: str = ""  # of the command: it is booked once
     chain: str = ""
 
 
@@ -3030,6 +3031,7 @@ class Reset(msgspec.Struct, kw_only=True, tag_field="type", tag="reset"):
     name: str = ""
     limit: str = ""
     note: str = ""
+    id: str = ""  # of the command: it is done once
     chain: str = ""
 
 
@@ -10863,7 +10865,6 @@ class Gateway:
         self.starting = False  # the ledger is still being read
         self._reloading = asyncio.Lock()
         self._reading = asyncio.Lock()
-        self.done_ids: deque[str] = deque(maxlen=1000)  # of changes
         self.key_books = KeyBooks(self.books, self.limits, config)
         self.bookkeeper = Bookkeeper(self.ledger, self.limits, self.clock, self.events, self.guard)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -11096,9 +11097,9 @@ class Gateway:
 
 
 # --- 26. Actions: what a command, a request or the page changes -------------------
-# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Edit, House, make_secret, MOST_COUNT,
-#   MOST_USD, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried, unknown_name,
-#   UpstreamTest, write_new
+# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Correction, Edit, House, make_secret,
+#   MOST_COUNT, MOST_USD, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried,
+#   unknown_name, UpstreamTest, write_new
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
 # arguments, no print, no HTTP. So a command, an admin request and a button of the page make the same change. What
@@ -11136,7 +11137,7 @@ class ActionError(CommandError):
 class Action(msgspec.Struct, frozen=True, kw_only=True, tag_field="action"):
     """What is asked for. Its tag is the command's name; as text it is what the audit line says.
 
-    A change that the running gateway has made under an `id` it does not make again.
+    A correction whose `id` is in the ledger is not made again.
     """
 
     id: str = ""
@@ -11328,6 +11329,17 @@ class House(NamedTuple):
     gateway: Gateway | None
 
 
+def is_booked(directory: Path, correction_id: str) -> bool:
+    """Return whether a correction is in the ledger, of this month or the one before."""
+    needle = b'"id":' + msgspec.json.encode(correction_id)
+    for path in LedgerFiles(directory).paths()[-2:]:
+        if path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                if any(needle in line for line in file):
+                    return True
+    return False
+
+
 MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
 
 
@@ -11347,6 +11359,11 @@ class Correction(Action, frozen=True):
         """What the audit line says: what is done, to whom, how much and why."""
         noted = [repr(self.note)] if self.note else []
         return f"{self.__struct_config__.tag} {self.whom}: {', '.join([*parts, *noted])}"
+
+    def check_new(self, config: Config) -> None:
+        """Raise ActionError where it was done already: `id` is in the ledger."""
+        if self.id and is_booked(config.usage_directory, self.id):
+            raise ActionError("taken", f"{self.id} was done already, and is not done again")
 
     def check(self, config: Config) -> None:
         """Raise ActionError for a name that is not in the config."""
@@ -11380,7 +11397,7 @@ class ResetLimits(Correction, frozen=True, tag="usage reset"):
             why = f"{self.whom} has no such limit to reset; it has: {', '.join(known) or 'none'}"
             raise ActionError("invalid", f"limit {self.limit}: {why}")
         now = utc_time(house.config.clock.wall())
-        house.append(Reset(time=now, scope=self.scope, name=self.name, limit=self.limit, note=self.note))
+        house.append(Reset(time=now, scope=self.scope, name=self.name, limit=self.limit, note=self.note, id=self.id))
 
 
 class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
@@ -11403,6 +11420,7 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
             input_tokens=self.tokens,
             cost_usd=self.usd,
             note=self.note,
+            id=self.id,
         )
         if self.scope == "team":
             line.team = self.name
@@ -11444,11 +11462,11 @@ async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
     else:
         await gateway.reload()
         gateway.check_open()
-        if action.id in gateway.done_ids:
-            raise ActionError("taken", f"{action.id} was done already, and is not done again")
+        if gateway.ledger.failure:
+            raise ActionError("failed", f"nothing was done, the ledger cannot be written: {gateway.ledger.failure}")
+        if isinstance(action, Correction):
+            await asyncio.to_thread(action.check_new, gateway.config)
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
-        if action.id:
-            gateway.done_ids.append(action.id)
     gateway.emit(ChangeMade(who, str(action)))
     return result
 
@@ -13160,6 +13178,8 @@ def perform(action: Change, config: Config) -> Any:
         except NoGateway:
             pass
         try:
+            if isinstance(action, Correction):
+                action.check_new(config)
             return action.run(alone)
         except BlockingIOError:
             if time.monotonic() > until:

@@ -177,3 +177,15 @@ async def test_a_correction_that_is_repeated_is_made_once(gateway):
     await g.act(gateway.gateway, g.AdjustUsage("gateway", "", usd=1.0, id="a2"), "carol")
 
     assert [entry["cost_usd"] for entry in gateway.entries()] == [1.0, 1.0]
+
+
+async def test_no_correction_is_called_made_that_the_ledger_does_not_have(gateway, monkeypatch):
+    """
+    Calls wait in memory until the disk has room again. Whoever corrects is there, and can ask again.
+    """
+    monkeypatch.setattr(gateway.gateway.ledger, "failure", "No space left on device")
+
+    with pytest.raises(g.ActionError, match="nothing was done, the ledger cannot be written: No space left"):
+        await g.act(gateway.gateway, g.AdjustUsage("gateway", "", usd=1.0, id="a1"), "carol")
+
+    assert gateway.entries() == []

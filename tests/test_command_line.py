@@ -1073,7 +1073,9 @@ def test_a_reset_is_a_line_of_the_ledger(shell):
     assert shell.out == "All limits of team red: from zero.\n"
     assert shell.run("usage", "reset", "--gateway") == 0
 
-    assert ledger_lines(shell) == [
+    lines = ledger_lines(shell)
+    assert len({line.pop("id") for line in lines}) == 3
+    assert lines == [
         {"type": "reset", "scope": "key", "name": "alice", "limit": "usd/day", "note": "holiday"},
         {"type": "reset", "scope": "team", "name": "red", "limit": "", "note": ""},
         {"type": "reset", "scope": "gateway", "name": "", "limit": "", "note": ""},
@@ -1095,7 +1097,9 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
         "alice,red,(adjusted),0,0,1000,0,0,0,-3.500000,0.0",
         "bob,,(adjusted),2,0,0,0,0,0,0.000000,",
     ]
-    assert ledger_lines(shell)[0] == {
+    line = ledger_lines(shell)[0]
+    assert len(line.pop("id")) == 16
+    assert line == {
         "type": "adjust",
         "key": "alice",
         "team": "red",
@@ -1105,6 +1109,21 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
         "cost_usd": -3.5,
         "note": "refund",
     }
+
+
+@pytest.mark.parametrize("arguments", [["adjust", "alice", "--usd", "-5"], ["reset", "alice"]])
+def test_a_correction_is_made_once_under_an_id_also_where_no_gateway_runs(shell, arguments):
+    """
+    The id is in the ledger: neither a restart nor a gateway that has ended forgets it.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run("usage", *arguments, "--id", "a1") == 0
+    assert shell.run("usage", *arguments, "--id", "a1") == 1
+    assert "a1 was done already, and is not done again" in shell.err
+    assert shell.run("usage", *arguments, "--id", "a2") == 0
+
+    assert [line["id"] for line in ledger_lines(shell)] == ["a1", "a2"]
 
 
 def test_verify_finds_the_line_that_was_changed(shell):

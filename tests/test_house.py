@@ -39,7 +39,7 @@ BUDGETS = {
     "Metrics": 214,
     "Models": 140,
     "Gateway": 476,
-    "Actions": 516,
+    "Actions": 535,
     "Reconcile": 192,
     "Backup": 162,
     "Integrity": 132,
