@@ -3828,14 +3828,22 @@ class Counters(msgspec.Struct, array_like=True):
         since, turn = -math.inf, math.inf
         for row in rows:
             window = self.windows.get(row.name)
-            # A call that ended a little before a rolling window was opened counts in it.
-            if window is None or not window.start - row.seconds <= at < window.end:
+            if window is None or not self._opens(row, window) <= at < window.end:
                 window = self.windows[row.name] = self._enter(row, at, began, calendar)
-            if window.start - row.seconds > since:  # not `max`: a fold of a million lines comes here often
-                since = window.start - row.seconds
+            opens = self._opens(row, window)
+            if opens > since:  # not `max`: a fold of a million lines comes here often
+                since = opens
             if window.end < turn:
                 turn = window.end
         self.since, self.turn = since, turn
+
+    def _opens(self, row: LimitWindow, window: Window) -> float:
+        """From when on calls count in a row's window: a little before it was opened, but not while another one was."""
+        opens = window.start - row.seconds
+        for left in self.left.get(row.name, ()):
+            if opens < left.end <= window.start:
+                opens = left.end
+        return opens
 
     def _enter(self, row: LimitWindow, at: float, began: float, calendar: Calendar) -> Window:
         """Leave a row's window for the one that `at` lies in: one of those left before, or a new one."""
@@ -3892,7 +3900,7 @@ class Counters(msgspec.Struct, array_like=True):
             return sum([spent[place] for spent in self._last_steps(now, window.seconds).values()])
         if current is None:
             return 0
-        if current.start - window.seconds <= now < current.end:
+        if current.start <= now < current.end or self._opens(window, current) <= now < current.end:
             return self.totals[place] - current.mark[place]
         for left in self.left.get(window.name, ()):
             if left.start <= now < left.end:
@@ -3904,7 +3912,7 @@ class Counters(msgspec.Struct, array_like=True):
         if window.kind == "calendar":
             return calendar.spans(now)[window.name].end
         current = self.windows.get(window.name)
-        if window.kind == "rolling" and current and current.start - window.seconds <= now < current.end:
+        if window.kind == "rolling" and current and self._opens(window, current) <= now < current.end:
             return current.end
         return None
 

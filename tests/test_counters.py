@@ -375,6 +375,23 @@ def test_hours_are_counted_as_a_naive_model_has_them(calls):
         assert made.scope("key", "alice").resets_at(g.WINDOWS["hour"], START + seconds, calendar()) == START + end
 
 
+@pytest.mark.parametrize("window", ["hour", "5h"])
+def test_a_full_window_stays_full_when_the_clock_goes_ahead_and_back(window):
+    """
+    Ahead by nearly its length: the next window is opened, and does not stand for the one before when the clock is back.
+    """
+    made, row = fold(), g.WINDOWS[window]
+    made.post([posting(5, cost_usd=1.0)])
+    made.post([posting(row.seconds + 10, cost_usd=0.25)])
+
+    spent = [made.scope("key", "alice").spent("usd", row, START + seconds) for seconds in (30, row.seconds + 30)]
+    made.post([posting(40, cost_usd=0.5)])
+
+    assert spent == [1e9, 0.25e9]
+    assert made.scope("key", "alice").spent("usd", row, START + 50) == 1.5e9
+    assert made.scope("key", "alice").spent("usd", row, START + row.seconds + 30) == 0.25e9
+
+
 def test_an_hour_that_a_wrong_clock_opened_far_ahead_is_given_up():
     """
     A clock that was a day ahead locks nobody out for a day.

@@ -122,7 +122,7 @@ class Model:
                 if windows and line["limit"] in ("", f"{unit}/{window}"):
                     windows[-1] = (windows[-1][0], 0.0)
                 continue
-            if not windows or not windows[-1][0] - span_s <= at < windows[-1][0] + span_s:
+            if not windows or not opens(windows, span_s) <= at < windows[-1][0] + span_s:
                 found = [each for each in windows if each[0] <= at < each[0] + span_s]
                 start = at - line.get("duration_ms", 0) / 1000
                 for before, _ in windows:
@@ -134,9 +134,15 @@ class Model:
                 present = found[0] if found else (start, 0.0)
                 windows = [each for each in windows if each != present] + [present]
             windows[-1] = (windows[-1][0], windows[-1][1] + amount(line, unit))
-        if windows and windows[-1][0] - span_s <= now < windows[-1][0] + span_s:
+        if windows and opens(windows, span_s) <= now < windows[-1][0] + span_s:
             return windows[-1][1]
         return next((total for start, total in windows[:-1] if start <= now < start + span_s), 0.0)
+
+
+def opens(windows: list[tuple[float, float]], span_s: int) -> float:
+    """From when on calls count in the last window: a span before it was opened, but not while one before it was."""
+    start = windows[-1][0]
+    return max(start - span_s, *(before + span_s for before, _ in windows if before + span_s <= start), -math.inf)
 
 
 @functools.lru_cache(maxsize=10_000)
