@@ -12351,6 +12351,7 @@ class ClientConnection(asyncio.Protocol):
         self._state = State.IDLE
         self.request = Request()
         self._call: Call | None = None  # whose body is being read
+        self._owes_continue = False  # the client sends no body until it is asked for it
         self._is_ahead = False  # something came behind a request: it is thrown away
         self._received = 0  # bytes of a head; or since a head, its own read left out
         self.sink = ClientSink(self)  # of the calls' answers
@@ -12475,6 +12476,9 @@ class ClientConnection(asyncio.Protocol):
             return
         request, call = self.request, self._call
         request.body_size += len(piece)
+        if self._owes_continue:  # it came unasked
+            self._owes_continue = False
+            self._entered_at = self._active_at
         try:
             if call is None:
                 if request.body_size > self.MAX_PAGE_BODY:
@@ -12531,6 +12535,7 @@ class ClientConnection(asyncio.Protocol):
         """Begin a call or a page by its head. Raises GatewayError."""
         request, route = self.request, None
         expects = request.version == "1.1" and request.named.get(b"expect", b"").lower() == b"100-continue"
+        self._owes_continue = expects
         if request.method == b"POST":
             route = ROUTES.get(request.path)
         if route:
@@ -12538,8 +12543,8 @@ class ClientConnection(asyncio.Protocol):
             if call.reservation.waiter:
                 # The body is read meanwhile: of a connection that is not read from is not known that its client leaves.
                 call.reservation.waiter.turn.add_done_callback(self._end_wait)
-            if expects:
-                self.transport.write(CONTINUE)
+            else:
+                self._ask_for_body()
         elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
             raise too_large(self.MAX_PAGE_BODY)
         elif expects:  # no page wants a body, so none is asked for
@@ -12562,6 +12567,15 @@ class ClientConnection(asyncio.Protocol):
             refusal = turn.result()
             if isinstance(refusal, GatewayError):
                 self._reject(refusal)
+            else:
+                self._ask_for_body()
+
+    def _ask_for_body(self) -> None:
+        """All that the head decides is decided: if the client has waited for that, its body's time begins now."""
+        if self._owes_continue:
+            self._owes_continue = False
+            self._active_at = self._entered_at = self._door.now()
+            self.transport.write(CONTINUE)
 
     def _drop_call(self) -> None:
         """Give back what a call holds whose body will not come."""
@@ -12666,7 +12680,7 @@ class ClientConnection(asyncio.Protocol):
                 return self.close()
         elif self._state is State.HEAD and age > pace.head_s:
             self._reject(RequestTimeout("The request did not come in time."))
-        elif self._state is State.BODY:
+        elif self._state is State.BODY and not self._owes_continue:  # the wait for a slot has its own deadline
             if silence > pace.body_s or age > pace.body_s + self.request.body_size / pace.body_bytes_s:
                 self._reject(RequestTimeout("The request's body came too slowly."))
             elif self._call and age > pace.slow_body_s:

@@ -321,7 +321,7 @@ async def test_a_body_is_asked_for_only_where_it_is_wanted(gateway, upstream, me
 
 async def test_no_body_is_asked_for_that_a_limit_refuses(start_gateway, upstream):
     """
-    What is used up is known before the body.
+    What is used up is known before the body, also before a short one.
     """
     upstream.script = hello_json()
     gateway = await start_gateway(
@@ -330,10 +330,42 @@ async def test_no_body_is_asked_for_that_a_limit_refuses(start_gateway, upstream
     connection = await gateway.connect()
 
     await connection.send(
-        request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "expect": "100-continue", "content-length": "100000"})
+        request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "expect": "100-continue"}, BODY)[:-1]
     )
 
-    assert (await connection.answer()).status == 429
+    assert (await connection.rest()).startswith(b"HTTP/1.1 429 ")
+
+
+EXPECTS = {"x-api-key": KEY, "expect": "100-continue", "content-length": str(len(BODY))}
+
+
+@pytest.mark.parametrize(
+    ("setting", "headers", "status"),
+    [
+        ("", {"x-api-key": "wrong"}, 401),
+        (", allow_ips: [203.0.113.0/24]", {}, 403),
+        (", limits: {usd/day: 0}", {}, 429),
+        (", limits: {concurrent: 1}", {}, 429),
+        ("", {"content-length": str(1 << 30)}, 413),
+        ("", {"content-encoding": "gzip"}, 415),
+        ("", {"host": "a b"}, 400),
+    ],
+)
+async def test_no_body_is_asked_for_that_the_head_refuses(start_gateway, upstream, setting, headers, status):
+    """
+    Key, address, limits, slots, size, encoding and host: the first that the client hears is the refusal.
+    """
+    upstream.script = [stall()]
+    text = config_text(upstream.url).replace(f"key: {KEY}", f"key: {KEY}{setting}")
+    gateway = await start_gateway(text + "\nlimits: {queue: 0s}\n")
+    running, connection = await gateway.connect(), await gateway.connect()
+    if "concurrent" in setting:
+        await running.send(request_of("POST", "/v1/messages"))
+        await upstream.request_came()
+
+    await connection.send(request_bytes("POST", "/v1/messages", EXPECTS | headers))
+
+    assert (await connection.read_until(b" %d " % status)) == b"HTTP/1.1 %d " % status
 
 
 @pytest.mark.parametrize("cuts", [[], [10], [65_000], [65_535], [65_536], [65_537], [100, 65_534, 65_538]])

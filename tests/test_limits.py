@@ -1309,6 +1309,32 @@ async def test_a_wait_can_end_while_the_body_is_still_on_its_way(start_gateway, 
     await idle(gateway)
 
 
+async def test_a_body_is_asked_for_once_there_is_a_slot(start_gateway, upstream):
+    """
+    100 Continue is sent to whoever has its slot; whoever waits for one sends nothing yet, for as long as `queue` says.
+    """
+    go = asyncio.Event()
+    upstream.script = [wait_for(go), *SPENDS]
+    gateway = await start_gateway(config(upstream.url, "concurrent: 1", whole="queue: 5m"))
+    running, data = post(gateway), json.dumps(HELLO).encode()
+    await upstream.request_came()
+    client = await gateway.connect()
+    fields = {"x-api-key": KEY, "content-length": str(len(data)), "expect": "100-continue"}
+    await client.send(request_bytes("POST", "/v1/messages", fields))
+    await until(lambda: queued(gateway) == 1)
+
+    gateway.tick(200)
+    waited = queued(gateway)
+    go.set()
+    await running
+    asked = await client.read_until(b"\r\n\r\n")
+    await client.send(data)
+    reply = await client.answer()
+
+    assert (waited, asked, reply.status) == (1, b"HTTP/1.1 100 Continue\r\n\r\n", 200)
+    await idle(gateway)
+
+
 async def test_requests_per_minute_count_when_a_call_is_admitted(start_gateway, upstream):
     """
     Fifty calls whose bodies take more than a minute to come are fifty requests: five are admitted at their heads.

@@ -1377,6 +1377,30 @@ async def test_a_response_without_a_model_goes_where_the_config_says_so(start_ga
     assert (await gateway.post("/v1/chat/completions", request)).status == 400
 
 
+async def test_a_body_that_came_unasked_leaves_the_deadlines_of_the_next_request(start_gateway, upstream):
+    """
+    A call that expects 100 waits for a slot, and its body comes unasked. The next head still has its time and no more.
+    """
+    upstream.scripts = [[stall()], hello_json()]
+    one = config_text(upstream.url).replace(f"key: {KEY}", f"key: {KEY}, limits: {{concurrent: 1}}")
+    gateway = await start_gateway(one)
+    body = json.dumps(HELLO).encode()
+    first, second = await gateway.connect(), await gateway.connect()
+    await first.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body))
+    await until(lambda: upstream.requests)
+    await second.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "expect": "100-continue"}, body))
+    await until(lambda: gateway.gateway.limits.waiting == 1)
+    first.abort()
+    reply = await second.answer()
+
+    await second.send(b"POST /v1/messages HTTP/1.1\r\nhost:")
+    await until(lambda: any(each._state is g.State.HEAD for each in gateway.door.connections))
+    gateway.tick(seconds=31)
+
+    assert reply.status == 200
+    assert (await second.answer()).status == 408
+
+
 class Noted:
     """A front door for one refused call: it notes in which turn of the loop it was told."""
 
