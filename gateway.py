@@ -12705,8 +12705,9 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    One key has at most half of all connections. Where there are no strangers, the key that has most connections gives
-    one up that is not being answered.
+    One key has at most half of all connections, and they are kept alive between requests only while there are not more
+    of them than free places. Where there are no strangers, the key that has most connections gives one up that is not
+    being answered; where all of its are, the next one does.
     """
 
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
@@ -12740,12 +12741,15 @@ class Door:
         return True
 
     def _surplus(self) -> ClientConnection | None:
-        """The newest connection of the key that has most of them, of those that are not being answered.
+        """The newest connection that is not being answered, of the key that has most of them and has such a one.
 
         290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
         """
-        most = max(self._groups.values(), key=len, default=OrderedDict())  # there are no strangers
-        return next((each for each in reversed(most) if not each.is_answering), None)
+        for group in sorted(self._groups.values(), key=len, reverse=True):  # there are no strangers
+            for connection in reversed(group):
+                if not connection.is_answering:
+                    return connection
+        return None
 
     def _give_up(self, stranger: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
@@ -12788,12 +12792,14 @@ class Door:
         return request_id
 
     def recognize(self, connection: ClientConnection, key: Key) -> None:
-        """A connection has shown a good key: it is no stranger's any more."""
+        """A connection has shown a good key: it is no stranger's. Where the key has many, it ends with its answer."""
         if connection.key_name or connection not in self.connections:  # or it has just been given up
             return
         self.leave(connection)
         connection.key_name = key.name
         self._join(connection, ("key", key.name))
+        if len(self._groups["key", key.name]) > self.most - len(self.connections):
+            connection.keeps_alive = False
 
     def _join(self, connection: ClientConnection, group: Group) -> None:
         self.connections[connection] = group

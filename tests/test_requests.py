@@ -653,21 +653,45 @@ async def test_a_body_that_is_mostly_framing_is_refused(gateway, head, chunk):
     assert reply.status == 400 and "framing" in reply.error["message"]
 
 
-async def test_one_keys_idle_connections_keep_nobody_out(start_gateway, upstream):
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_one_keys_idle_connections_do_not_fill_the_place(start_gateway, upstream, method):
     """
-    They are kept alive, and one of them is closed for whoever comes.
+    A key's connections are kept alive while there are not more of them than free places, after pages as after calls.
     """
     upstream.script = hello_json()
-    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
-    gateway = await start_gateway(two, most=2)
-    for key in (KEY, OTHER_KEY):
+    gateway = await start_gateway(config_text(upstream.url), most=6)
+    path, body = {"GET": ("/v1/usage", b""), "POST": ("/v1/messages", json.dumps(HELLO).encode())}[method]
+
+    replies = []
+    for _ in range(6):
         connection = await gateway.connect()
-        await connection.request("POST", "/v1/messages", {"x-api-key": key}, json.dumps(HELLO).encode())
+        replies.append(await connection.request(method, path, {"x-api-key": KEY}, body))
+
+    assert [reply.headers.get("connection") for reply in replies] == [None] * 3 + ["close"] * 3
+    await until(lambda: len(gateway.door.connections) == 3)
+
+
+async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_gateway, upstream):
+    """
+    alice has the most, and all of hers are being answered: one of bob's that is not is closed for whoever comes.
+    """
+    upstream.scripts = [hello_json(), [stall()], [stall()]]
+    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=3)
+    idle, body = await gateway.connect(), json.dumps(HELLO).encode()
+    await idle.request("POST", "/v1/messages", {"x-api-key": OTHER_KEY}, body)
+    gateway.door.most = 4  # for alice's half
+    for count in range(2):
+        connection = await gateway.connect()
+        await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body))
+        await until(lambda count=count: len(upstream.requests) == count + 2)
+    gateway.door.most = 3
 
     health = await gateway.get("/health", token="")
 
     assert health.status == 200
     assert gateway.gateway.metrics.connections_refused == {"key": 1}
+    assert await idle.is_closed()
 
 
 async def test_a_page_that_takes_too_long_is_given_up(start_gateway, upstream):
