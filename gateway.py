@@ -1236,9 +1236,9 @@ class PriceTable:
 
 
 # --- 4. Types: a setting's text to a value, and what is wrong with it -------------
-# Offers: A_DATE, Amount, AtLeastOne, Attempts, convert, describe, Duration, Expiry, Fsync, LimitSet, MAX_TOLD,
-#   Mistake, Mistakes, ModelNames, Name, Networks, odd_character, Policies, Port, Prices, read_date, Secrets, Size,
-#   Steps, unknown, Url, UserKey
+# Offers: A_DATE, Amount, AtLeastOne, Attempts, convert, describe, Duration, Expiry, Fsync, LimitSet, MAX_SHOWN,
+#   MAX_TOLD, Mistake, Mistakes, ModelNames, Name, Networks, odd_character, Policies, Port, Prices, read_date,
+#   Secrets, Size, Steps, unknown, Url, UserKey
 
 # A setting is a field of a struct: its type says what may be written, its default what holds where nothing is written,
 # and `about` what it means, in the words that config.example.yaml has beside it (a test compares them).
@@ -1969,10 +1969,13 @@ class ConfigError(Exception):
 # Every scalar as its text, whatever its tag: what an edit leaves alone need not be right.
 TEXT_LOADER = yaml.CBaseLoader
 MAX_NESTING = 20  # of a document; a mapping of scalars is 1 deep
-SLIPS = {  # what is no mistake in a value, but hardly meant
-    r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b": "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
-    "^[“”„‘‚«]|[“”»]$": "typographic quotes belong to the value: YAML's own are \" and '",
-}
+SLIPS = (  # what is no mistake in a value, but hardly meant
+    (
+        re.compile(r"^\$\w+$|\$[A-Z][A-Z0-9_]+\b"),
+        "$NAME is taken as it stands: only ${NAME}, in braces, comes from the environment",
+    ),
+    (re.compile("^[“”„‘‚«]|[“”»]$"), "typographic quotes belong to the value: YAML's own are \" and '"),
+)
 
 
 class NodeLoader(yaml.composer.Composer, yaml.CSafeLoader):
@@ -2009,6 +2012,7 @@ class Reader:
         self._environ = environ
         self._count = 0
         self._scalars: Any = yaml.SafeLoader("")
+        self._values: dict[yaml.ScalarNode, Any] = {}  # aliases come back to a node
         self.mistakes = Mistakes()
         self.warnings: list[Mistake] = []
 
@@ -2026,7 +2030,14 @@ class Reader:
             return self._mapping(node, at)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(each, (*at, i)) for i, each in enumerate(node.value)]
-        return self._scalar(cast(yaml.ScalarNode, node), at)
+        scalar = cast(yaml.ScalarNode, node)
+        if scalar not in self._values:
+            with self.mistakes.at(*at):
+                self._values[scalar] = self._scalar(scalar)
+        for slip, told in SLIPS:
+            if slip.search(scalar.value):
+                self.warnings.append(Mistake(at, told, line_of(node)))
+        return self._values.get(scalar)
 
     def _mapping(self, node: yaml.MappingNode, at: Steps) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -2042,16 +2053,13 @@ class Reader:
                 out[name] = self.read(value, (*at, name))
         return out
 
-    def _scalar(self, node: yaml.ScalarNode, at: Steps) -> Any:
-        for slip, told in SLIPS.items():
-            if re.search(slip, node.value):
-                self.warnings.append(Mistake(at, told, line_of(node)))
-        with self.mistakes.at(*at):
-            if "${" not in node.value:
-                return self._construct(node.value, node.tag)
-            text = self._fill(node.value)
-            value = self._construct(text, self._scalars.resolve(yaml.ScalarNode, text, (not node.style, True)))
-            return FromEnvironment(value) if isinstance(value, str) else value
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        """Raises ValueError."""
+        if "${" not in node.value:
+            return self._construct(node.value, node.tag)
+        text = self._fill(node.value)
+        value = self._construct(text, self._scalars.resolve(yaml.ScalarNode, text, (not node.style, True)))
+        return FromEnvironment(value) if isinstance(value, str) else value
 
     def _construct(self, text: str, tag: str) -> Any:
         is_base_60 = ":" in text and tag.endswith((":int", ":float"))  # 1:30 is 90 in YAML 1.1
@@ -2097,6 +2105,9 @@ def mask(text: str) -> str:
     return SECRET_TEXT.sub(lambda found: "*" * len(found[0]), text)
 
 
+LONG_WORD = re.compile(rf"\S{{{MAX_SHOWN + 1},}}")  # may be a secret of letters alone, in any place
+
+
 def join_steps(steps: Sequence[str | int]) -> str:
     """("keys", 0, "name") makes `keys[0].name`."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
@@ -2108,7 +2119,8 @@ def quote_lines(lines: Sequence[str], row: int, column: int) -> str:
     shown_from = max(0, column - 60)
     shown = []
     for line in lines[max(0, row - 1) : row + 1]:
-        part = mask(line[masked_from : masked_from + 1000])[shown_from - masked_from :][:100]
+        part = LONG_WORD.sub(lambda found: "*" * len(found[0]), mask(line[masked_from : masked_from + 1000]))
+        part = part[shown_from - masked_from :][:100]
         shown.append(printable(re.sub(r"[^\S ]", "·", part.replace("\t", "→"))))
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in shown[-1][: column - shown_from])
     return "".join(f"\n    {line}" for line in [*shown, " " * (column - shown_from + wide) + "^"])
@@ -13122,7 +13134,7 @@ def tornado_application(gateway: Gateway) -> tornado.web.Application:
 LOCAL_SOCKET = "gateway.sock"
 MOST_ADDRESS = 104  # bytes of a Unix socket's address, as macOS and the BSDs have it; Linux takes 108
 MOST_LINE = 64 << 10  # bytes of a request
-MOST_ANSWER = 64 << 10  # bytes of an answer
+MOST_ANSWER = 4 << 20  # bytes of an answer: the state of 10,000 upstream keys
 ASK_S = 5.0  # for an answer
 HELD_S = 3.0  # for a folder that is held by one who does not answer
 

@@ -844,6 +844,7 @@ def test_a_character_that_looks_like_one_of_yamls_is_named(line, hint):
 
 
 SECRET = "sk-ant-api03-Zm9vYmFyYmF6cXV4-0123456789"
+LETTERS = "correcthorsebattery"
 LEAKS = {
     "no blank behind the colon": f"upstreams:\n  - {{name: a, url: https://a.test, api_key:{SECRET}}}\n",
     "no blank, in a line of its own": f"upstreams:\n  - name: a\n    url: https://a.test\n    api_key:{SECRET}\n",
@@ -866,6 +867,8 @@ LEAKS = {
     "a key in a quote that is not closed": f"upstreams:\n  - name: a\n    api_key: '{SECRET}\n",
     "a key in two halves": f"upstreams:\n  - name: a\n    api_key: {SECRET[:20]}\n{SECRET[20:]}\n",
     "a key in a list of them": f"upstreams:\n  - name: a\n    api_key:\n      - '{SECRET}' '{SECRET}'\n",
+    "a key of letters alone, in a line of its own": f"upstreams:\n  - api_key:\n      {LETTERS}\n     x: y: z\n",
+    "one in a list, with a colon": f"upstreams:\n  - api_key:\n      - {LETTERS}: x: y\n",
     "a key for a list": f"upstreams:\n  - api_key:{SECRET}\n",
     "a password without a blank": "upstreams:\n  - name: a\n    proxy:http://me:hunter2!@proxy.test\n    url: x\n",
     "a password in two lines": "upstreams:\n  - name: a\n    proxy: http://\nme:hunter2!@proxy.test\n    url: x\n",
@@ -888,7 +891,7 @@ def test_a_message_shows_no_secret(tmp_path, name):
         g.Config.load(tmp_path / "config.yaml", environ={"K": SECRET, "P": "hunter2!"})
 
     message = str(raised.value)
-    assert not any(part in message for part in (SECRET, SECRET[:12], SECRET[-12:], "hunter2"))
+    assert not any(part in message for part in (SECRET, SECRET[:12], SECRET[-12:], "hunter2", LETTERS))
     assert message.startswith(f"{tmp_path}/config.yaml:")
 
 
@@ -1988,3 +1991,91 @@ def test_a_line_that_is_no_yaml_is_quoted_in_part_where_it_is_long():
     first, _, quoted, caret = str(caught.value).split("\n")
     assert first.startswith("config.yaml:2: not YAML: text that begins with @")
     assert len(quoted) <= 104 and quoted[len(caret) - 1] == "@"
+
+
+def test_a_secret_in_clear_text_is_warned_about_even_where_the_environment_has_it_too():
+    """
+    It is the place that counts, and an alias of `${…}` is as good as that.
+    """
+    config = load(
+        f"""upstreams:
+  - {{name: a, url: "http://a.test", api_key: &key "${{K}}"}}
+  - {{name: b, url: "http://b.test", api_key: *key}}
+  - {{name: c, url: "http://c.test", api_key: {KEY}}}
+""",
+        K=KEY,
+    )
+
+    assert config.warnings == ["line 4: upstreams[2].api_key: is in clear text: run `gateway.py seal`"]
+
+
+@pytest.mark.parametrize(
+    ("upstream", "is_warned_of"),
+    [
+        ("url: https://a.test", True),
+        ("url: https://a.test, api_key: '${NONE:-}'", True),
+        ("url: https://a.test, headers: {set: {x-team: red}}", True),
+        ("url: https://a.test, headers: {set: {Authorization: '${K}'}}", False),
+        ("url: https://a.test, api_key: '${K}'", False),
+        ("url: 'http://vllm:8000'", False),
+        ("format: demo", False),
+    ],
+)
+def test_an_upstream_without_an_api_key_is_warned_about(upstream, is_warned_of):
+    """
+    No client's credential goes there in its place. In-house servers, which are asked in clear text, want none.
+    """
+    config = load(f"upstreams:\n  - {{name: a, {upstream}}}\n", K="sk-ant-1")
+
+    assert config.warnings == [f"line 2: upstreams[0].api_key: {NO_API_KEY}"] * is_warned_of
+
+
+def test_an_api_key_that_is_a_name_without_braces_is_no_secret_in_clear_text(tmp_path):
+    """
+    It is told what it is, once; `seal` would only hide it.
+    """
+    config = load("upstreams:\n- name: a\n  url: https://a.test\n  api_key: $ANTHROPIC_API_KEY\n")
+
+    assert config.warnings == [
+        "line 4: upstreams[0].api_key: $NAME is taken as it stands: only ${NAME}, in braces, comes from the environment"
+    ]
+
+
+def test_a_port_that_the_images_health_check_does_not_know_is_warned_about():
+    """
+    The check is part of the image and cannot read the config: it asks GATEWAY_PORT, which the image sets.
+    """
+    demo = "upstreams: [{name: demo, format: demo}]\n"
+
+    own = load("server: {port: 9000}\n" + demo, GATEWAY_PORT="8000")
+    taken = load("server:\n  port: ${GATEWAY_PORT}\n" + demo, GATEWAY_PORT="8000")
+
+    assert own.warnings == ["server.port is 9000, but GATEWAY_PORT, which the image's health check asks, 8000"]
+    assert taken.warnings == []
+
+
+def test_a_memory_that_holds_no_whole_body_is_warned_of():
+    """
+    Each body of more than `server.memory` is refused, however large `max_body` lets it be.
+    """
+    small, enough = (load(DEMO + f"server: {{max_body: 1MB, memory: {memory}}}\n") for memory in ("1023KB", "1MB"))
+
+    assert (small.body_memory, enough.body_memory) == (1023 << 10, 1 << 20)
+    assert enough.warnings == [] and small.warnings == [
+        "server.memory (default: a quarter of the host's) is 1,047,552 bytes, and a body of server.max_body, "
+        "1,048,576, has no room in it: raise the one or lower the other"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "is_warned_of"), [("0 0 4294967295", False), ("0 1000 1\n1 100000 65536", True), (None, False)]
+)
+def test_in_a_rootless_container_who_is_believed_by_address_is_warned_of(tmp_path, ids, is_warned_of):
+    """
+    There every client may come from one address; without /proc nothing is known.
+    """
+    if ids is not None:
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/uid_map").write_text(ids + "\n")
+
+    assert g.is_rootless(tmp_path) is is_warned_of

@@ -19,7 +19,7 @@ BUDGETS = {
     "Prices": 323,
     "Types": 429,
     "Settings": 295,
-    "Config": 760,
+    "Config": 785,
     "Editing": 265,
     "Ledger": 800,
     "Counters": 320,
