@@ -11161,6 +11161,7 @@ class Action(msgspec.Struct, frozen=True, kw_only=True, tag_field="action"):
     """
 
     id: str = ""
+    is_repeated: bool = False  # perhaps: the id is not a fresh one
 
     def __str__(self) -> str:
         return str(self.__struct_config__.tag)
@@ -11350,14 +11351,10 @@ class House(NamedTuple):
 
 
 def is_booked(directory: Path, correction_id: str) -> bool:
-    """Return whether a correction is in the ledger, of this month or the one before."""
+    """Return whether a correction is in the ledger, the newest month first. Raises OSError and BrokenChain."""
     needle = b'"id":' + msgspec.json.encode(correction_id)
-    for path in LedgerFiles(directory).paths()[-2:]:
-        if path.suffix == ".jsonl":
-            with path.open("rb") as file:
-                if any(needle in line for line in file):
-                    return True
-    return False
+    files = LedgerFiles(directory)
+    return any(needle in line for path in reversed(files.paths()) for line in files.lines_of(path))
 
 
 MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
@@ -11380,9 +11377,13 @@ class Correction(Action, frozen=True):
         noted = [repr(self.note)] if self.note else []
         return f"{self.__struct_config__.tag} {self.whom}: {', '.join([*parts, *noted])}"
 
-    def check_new(self, config: Config) -> None:
-        """Raise ActionError where it was done already: `id` is in the ledger."""
-        if self.id and is_booked(config.usage_directory, self.id):
+    def check_new(self, directory: Path) -> None:
+        """Raise ActionError where it was done already: its `id`, where that is not a fresh one, is in the ledger."""
+        try:
+            is_done = self.is_repeated and is_booked(directory, self.id)
+        except (OSError, BrokenChain) as error:
+            raise ActionError("failed", f"nothing was done, {self.id} cannot be looked for: {error}") from None
+        if is_done:
             raise ActionError("taken", f"{self.id} was done already, and is not done again")
 
     def check(self, config: Config) -> None:
@@ -11485,7 +11486,7 @@ async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
         if gateway.ledger.failure:
             raise ActionError("failed", f"nothing was done, the ledger cannot be written: {gateway.ledger.failure}")
         if isinstance(action, Correction):
-            await asyncio.to_thread(action.check_new, gateway.config)
+            await asyncio.to_thread(action.check_new, gateway.config.usage_directory)
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
     gateway.emit(ChangeMade(who, str(action)))
     return result
@@ -13199,11 +13200,17 @@ def ask(directory: Path, action: Action) -> Any:
     return answer.result
 
 
-def append_alone(directory: Path, clock: Clock, line: LedgerLine) -> None:
-    """Append a line while no gateway can start. Raises OSError, of these BlockingIOError where one runs."""
+def append_alone(config: Config, action: Change, line: LedgerLine) -> None:
+    """Append a change's line while no gateway can start, and no other command appends.
+
+    Raises ActionError where it was done already, OSError, and of these BlockingIOError where a gateway runs.
+    """
+    directory = config.usage_directory
     held = hold_folder(directory)
     try:
-        Ledger.correct(directory, line, clock)
+        if isinstance(action, Correction):
+            action.check_new(directory)
+        Ledger.correct(directory, line, config.clock)
     finally:
         os.close(held)
 
@@ -13211,15 +13218,13 @@ def append_alone(directory: Path, clock: Clock, line: LedgerLine) -> None:
 def perform(action: Change, config: Config) -> Any:
     """Have the running gateway make a change, or make it here where none runs. Raises ActionError and OSError."""
     directory, until = config.usage_directory, time.monotonic() + HELD_S
-    alone = House(config, functools.partial(append_alone, directory, config.clock), None)
+    alone = House(config, functools.partial(append_alone, config, action), None)
     while True:
         try:
             return ask(directory, action)
         except NoGateway:
             pass
         try:
-            if isinstance(action, Correction):
-                action.check_new(config)
             return action.run(alone)
         except BlockingIOError:
             if time.monotonic() > until:
@@ -14186,7 +14191,9 @@ def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
 def correct(action: ResetLimits | AdjustUsage, path: Path) -> Any:
     """Make a correction; what it gives back. Raises CommandError."""
     config = Config.load(path)
-    if not action.id:
+    if action.id:
+        action = msgspec.structs.replace(action, is_repeated=True)
+    else:
         action = msgspec.structs.replace(action, id=secrets.token_hex(8))
     try:
         return perform(action, config)

@@ -169,7 +169,7 @@ async def test_a_correction_that_is_repeated_is_made_once(gateway):
     """
     Whoever had no answer in time may ask again under the same id.
     """
-    action = g.AdjustUsage("gateway", "", usd=1.0, id="a1")
+    action = g.AdjustUsage("gateway", "", usd=1.0, id="a1", is_repeated=True)
 
     await g.act(gateway.gateway, action, "carol")
     with pytest.raises(g.ActionError, match="a1 was done already, and is not done again"):

@@ -1126,6 +1126,22 @@ def test_a_correction_is_made_once_under_an_id_also_where_no_gateway_runs(shell,
     assert [line["id"] for line in ledger_lines(shell)] == ["a1", "a2"]
 
 
+def test_a_correction_is_found_again_in_an_archive(shell):
+    """
+    However long ago it was made.
+    """
+    shell.write(LEDGER_CONFIG)
+    assert shell.run("usage", "adjust", "alice", "--usd", "-5", "--id", "a1") == 0
+    (written,) = (shell.folder / "usage").glob("usage-*.jsonl")
+    written.rename(written.with_name("usage-2026-01.jsonl"))
+    for month in ("02", "03", "04"):
+        written.with_name(f"usage-2026-{month}.jsonl").touch()
+    assert shell.run("usage", "archive") == 0
+
+    assert shell.run("usage", "adjust", "alice", "--usd", "-5", "--id", "a1") == 1
+    assert "a1 was done already, and is not done again" in shell.err
+
+
 def test_verify_finds_the_line_that_was_changed(shell):
     """
     Exit code 0 and the last value of the chain, or 1 and the line.
