@@ -19,8 +19,8 @@ The story of a call:
         Upstreams.take          the session's home, else the best that is ready; or waits
         Attempt.received        holds bytes back until the first content, then relays them as they come
       Bookkeeper.book         appends an Entry to the ledger, before the client's last byte
+        Events.emit             tells the log and the metrics
       Reservation.release     gives back what was held
-    Events.emit             tells the log and the metrics
 
 The file is read from top to bottom, in five floors; each section uses what stands above it, and
 lists below its banner what it offers:
@@ -9449,7 +9449,7 @@ class Exchange:
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
         self.attempts: list[AttemptEntry] = []
-        self.tries = 0  # attempts that an upstream had a chance to answer
+        self.tries = 0  # attempts that count towards `routing.max_attempts`
         self.tried: set[tuple[str, int]] = set()  # where, since the last pause
         self.best: Attempt | None = None  # of those that failed: its answer is the client's if no other is better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
@@ -12718,8 +12718,8 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    One key has at most half of all connections, and they are kept alive between requests only while there are not more
-    of them than free places. Where there are no strangers, the key that has most connections gives one up that is not
+    One key has at most half of all connections. One that it opens while it has more than there are free places is
+    closed after its answer. Where there are no strangers, the key that has most connections gives one up that is not
     being answered; where all of its are, the next one does.
     """
 
