@@ -227,10 +227,10 @@ log = logging.getLogger("gateway")
 # --- 1. Words: Call, Spend, Limit, WINDOWS, the errors ----------------------------
 # Offers: Api, BadRequest, Besides, Budget, Call, ClientLeft, Clock, CommandError, EncodingRefused, error_body,
 #   error_headers, first_values, FromEnvironment, GatewayError, Headers, HeadTooLarge, INTERNAL_ERROR, KeyForbidden,
-#   KeyRefused, Limit, LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, NotFound, NOTHING_BESIDES,
-#   os_reason, Overloaded, Pace, PLAIN_TARGETS, PolicyBlocked, printable, RequestTimeout, Route, ROUTES, ScopeKind,
-#   Share, Spend, STEP_S, token_counts, TOKEN_KINDS, Tokens, TooLarge, Unavailable, UNREADABLE, UpstreamFailed,
-#   UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused, why_not, WINDOWS, Windows
+#   KeyRefused, Limit, LIMIT_UNITS, LimitFull, LimitSpent, LimitWindow, MethodNotAllowed, named_counts, NotFound,
+#   NOTHING_BESIDES, os_reason, Overloaded, Pace, PLAIN_TARGETS, PolicyBlocked, printable, RequestTimeout, Route,
+#   ROUTES, ScopeKind, Share, Spend, STEP_S, token_counts, TOKEN_KINDS, Tokens, TooLarge, Unavailable, UNREADABLE,
+#   UpstreamFailed, UpstreamRefusesUs, UpstreamTimeout, Usage, VersionRefused, why_not, WINDOWS, Windows
 
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # what decoding foreign JSON raises
 Headers = list[tuple[bytes, bytes]]
@@ -322,6 +322,11 @@ class Tokens(msgspec.Struct, kw_only=True):
 TOKEN_KINDS = tuple(re.sub(r"(_\d+[mh])?_tokens$", "", name) for name in Tokens.__struct_fields__)
 # The counts of whatever has them, in the order of Tokens.
 token_counts: Callable[[Any], tuple[int, ...]] = operator.attrgetter(*Tokens.__struct_fields__)
+
+
+def named_counts(tokens: Tokens) -> dict[str, Any]:
+    """Return its counts by the names of their classes."""
+    return dict(zip(Tokens.__struct_fields__, token_counts(tokens), strict=True))
 
 
 class Share(Tokens):
@@ -1193,13 +1198,16 @@ class PriceTable:
 
         A served name that has no row says nothing: servers answer with paths and aliases of their own.
         """
-        counts: dict[str, Any] = dict(zip(Tokens.__struct_fields__, token_counts(usage), strict=True))
+        counts = named_counts(usage)
         prompt = usage.prompt_tokens or usage.total_input_tokens
         names = [asked]
         if served and served != asked and self.price(served).is_known:
             names.append(served)
         if usage.is_fallback:
             names = names[-1:]  # what the asked model did is a share of its own
+        if len(names) == 1 and not (usage.shares or usage.extras or usage.premiums):  # as most calls are
+            price = self.price(names[0]).at(prompt)
+            return Bill(**counts, estimated=usage.estimated, cost_usd=price.cost_usd(usage), price=price)
         own: Tokens = usage
         if usage.shares:
             own = Tokens(**counts)
@@ -1231,8 +1239,7 @@ class PriceTable:
             price = row.at(share.prompt_tokens)
         factor = math.prod(row.premiums(usage.premiums).values())
         usd = round(price.cost_usd(share) * factor, 9)
-        counts: dict[str, Any] = dict(zip(Tokens.__struct_fields__, token_counts(share), strict=True))
-        return Charge(share.kind, usd, share.model, price=price, factor=factor, **counts)
+        return Charge(share.kind, usd, share.model, price=price, factor=factor, **named_counts(share))
 
 
 # --- 4. Types: a setting's text to a value, and what is wrong with it -------------
@@ -7226,7 +7233,7 @@ class Meter:
 
     def sum_up(self) -> Usage:
         """What the upstream said, in one. Raises AbsurdCount."""
-        usage = msgspec.convert(self.counts, Usage, from_attributes=True)
+        usage = Usage(**named_counts(self.counts))
         if self.extras:
             usage.extras = tuple(self.extras.items())
         if self.premiums:
@@ -12178,9 +12185,13 @@ class Request(msgspec.Struct):
         """Raise what is wrong with the version or the host (RFC 9110, 2.5 and 7.2)."""
         if self.version not in ("1.1", "1.0"):
             raise VersionRefused("This gateway speaks HTTP/1.1 and HTTP/1.0.")
-        hosts = [value.strip(b" \t") for name, value in self.headers if name.lower() == b"host"]
-        is_missing = not hosts and self.version == "1.1"
-        if is_missing or len(hosts) > 1 or not all(map(HOST.fullmatch, hosts)):
+        host = self.named.get(b"host")
+        is_wrong = host is None and self.version == "1.1"
+        if host is not None:
+            is_wrong = not HOST.fullmatch(host.strip(b" \t"))
+        if len(self.named) < len(self.headers):  # a name stands more than once
+            is_wrong = is_wrong or sum(name.lower() == b"host" for name, _ in self.headers) > 1
+        if is_wrong:
             raise BadRequest("Host: expected one, with a name or an address, and perhaps a port.")
 
 
