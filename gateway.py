@@ -270,8 +270,7 @@ class Pace(NamedTuple):
     poll_s: float = 1.0  # how often config.yaml's stat is compared; its content every tenth time
     settle_s: float = 0.05  # a save is a burst of events; the config is read when it is over
     ping_s: float = 15.0  # Claude Code gives up after 300 s without a byte
-    drain_s: float = 60.0  # an answer read on for nobody, at most this long …
-    drain_idle_s: float = 10.0  # … at most so long in silence …
+    drain_s: float = 60.0  # an answer read on for nobody, at most this long, or as long as `timeouts.idle` …
     drain_calls: int = 64  # … and so many at once, of one key at most as many as are still free
     free_drains: int = 2  # of one key's drains, how many do not count in `concurrent`
     queue_calls: int = 64  # calls that may wait for a slot of one `concurrent` limit
@@ -8000,6 +7999,8 @@ def look_up(host: str) -> list[str]:
     except socket.gaierror:
         socket.socket().close()  # the resolver does not say that it lacked descriptors: this does
         raise
+    except UnicodeError as error:  # a name that cannot be one
+        raise OSError(str(error)) from None
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
@@ -8012,10 +8013,11 @@ class Names:
     """
 
     FRESH_S = 60.0
-    STALE_S = 600.0
+    STALE_S = 660.0
 
     def __init__(self, clock: Clock, resolve: Callable[[str], list[str]] = look_up) -> None:
-        self._clock, self._resolve = clock, resolve
+        self._clock = clock
+        self._resolve = resolve
         self._known: dict[str, tuple[float, list[str]]] = {}  # since when (monotonic), and the addresses
         self._running: dict[str, asyncio.Future[list[str]]] = {}
 
@@ -8033,7 +8035,7 @@ class Names:
         if age <= self.FRESH_S:
             return addresses
         running = self._running.get(host) or self._start(host)
-        if age <= self.FRESH_S + self.STALE_S:
+        if age <= self.STALE_S:
             return addresses
         return await asyncio.shield(running)  # it is everybody's: who gives up waiting for it does not end it
 
@@ -8047,8 +8049,6 @@ class Names:
                 result = self._resolve(host)
             except OSError as error:
                 result = error
-            except UnicodeError as error:  # a name that cannot be one
-                result = OSError(str(error))
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(self._end, host, result)
 
@@ -8068,7 +8068,7 @@ class Names:
             running.set_result(result)
 
     def doubt(self, host: str) -> None:
-        """Look a name up anew with the next call: none of its addresses could be connected to."""
+        """Look a name up anew for the next call: none of its addresses could be connected to."""
         since, addresses = self._known.get(host, (-math.inf, []))
         self._known[host] = min(since, self._clock.monotonic() - self.FRESH_S - 1.0), addresses
 
@@ -8082,8 +8082,10 @@ class Pool:
         self.target = UpstreamTarget.of(upstream.url, upstream.proxy)
         self.names = names
         self._connecting: dict[asyncio.Timeout, float] = {}  # and by when
-        self._ca_file, self._allow_private = upstream.ca_file, upstream.allow_private
-        self._pace, self._clock = pace, clock
+        self._ca_file = upstream.ca_file
+        self._allow_private = upstream.allow_private
+        self._pace = pace
+        self._clock = clock
         self._idle: deque[UpstreamConnection] = deque()
         self._closed = False
         self.without_usage: dict[str, float] = {}  # models whose usage is not asked for, and until when
@@ -8164,9 +8166,7 @@ class Pool:
             transport.write(f"CONNECT {at} HTTP/1.1\r\nhost: {at}\r\n{authorization}\r\n".encode())
             try:
                 head = await reader.readuntil(b"\r\n\r\n")
-            except asyncio.IncompleteReadError:
-                raise ConnectionError("the proxy closed the connection") from None
-            except asyncio.LimitOverrunError:
+            except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
                 raise ConnectionError("the proxy's answer has no end") from None
             reader.feed_eof()
             status = head.split(b"\r\n", 1)[0].decode("latin-1")
@@ -8201,13 +8201,12 @@ class Pool:
         `stood_s`: the loop stood still for so long, in which no connection could get on.
         """
         now = self._clock.monotonic()
-        for limit, until in tuple(self._connecting.items()):
-            self._connecting[limit] = until + stood_s
-            if now > until + stood_s:
+        for limit in tuple(self._connecting):
+            self._connecting[limit] += stood_s
+            if now > self._connecting[limit]:
                 del self._connecting[limit]
                 limit.reschedule(0.0)
-        oldest = self._clock.monotonic() - self._pace.upstream_idle_s
-        while self._idle and self._idle[0].idle_since < oldest:
+        while self._idle and self._idle[0].idle_since < now - self._pace.upstream_idle_s:
             self._idle.popleft().abort()
 
     def close(self) -> None:
@@ -8928,15 +8927,8 @@ class Upstreams:
 # Offers: DEMO_MODEL, DemoLine
 
 DEMO_MODEL = "claude-demo"
-MAX_DEMO_BODY = 2 << 20  # bytes: the demo answers on the event loop, and looking at so many takes 25 ms
-MAX_DEMO_QUOTE = 80  # characters of the user's text that are said again
-
-
-class DemoMessage(msgspec.Struct):
-    """One message of a conversation; `content` is a text or a list of blocks."""
-
-    role: str
-    content: msgspec.Raw
+DEMO_TEXT = "Hello from the demo upstream. Put a real upstream into config.yaml to talk to a model."
+MAX_DEMO_BODY = 2 << 20  # bytes: the demo answers on the event loop
 
 
 class DemoRequest(msgspec.Struct):
@@ -8946,27 +8938,7 @@ class DemoRequest(msgspec.Struct):
     messages: msgspec.Raw
     system: msgspec.Raw = msgspec.Raw()
     tools: msgspec.Raw = msgspec.Raw()
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     stream: bool | None = None
-
-
-class DemoBlock(msgspec.Struct):
-    """What the demo reads of a block of a message."""
-
-    type: str
-    text: str = ""
-
-
-def last_user_text(request: DemoRequest) -> str:
-    """Return the last text of the user's last message, or "". Raises msgspec.ValidationError."""
-    # Claude Code appends a message of the role "system".
-    for message in reversed(msgspec.json.decode(request.messages, type=list[DemoMessage])):
-        if message.role == "user":
-            content = msgspec.json.decode(message.content, type=str | list[DemoBlock])
-            if isinstance(content, str):
-                return content
-            return next((block.text for block in reversed(content) if block.type == "text"), "")
-    return ""
 
 
 def demo_event(kind: str, **fields: object) -> bytes:
@@ -8976,26 +8948,16 @@ def demo_event(kind: str, **fields: object) -> bytes:
 
 def demo_message(request: DemoRequest) -> tuple[dict[str, Any], list[bytes]]:
     """Return an answer, whole and as events. A word of it is a token."""
-    quote = " ".join(last_user_text(request)[:20_000].split())[:MAX_DEMO_QUOTE]
-    said = f"You said: “{quote}”." if quote else "I have read that."
-    sentence = f"Hello from the demo upstream. {said} Put a real upstream into config.yaml to talk to a model."
-    all_words = re.findall(r"\S+\s*", sentence)
-    words = all_words[: request.max_tokens]
-    usage = {
-        "input_tokens": max(1, (len(request.messages) + len(request.system) + len(request.tools)) // 4),
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-        "output_tokens": len(words),
-    }
-    stop = {"stop_reason": "max_tokens" if len(words) < len(all_words) else "end_turn", "stop_sequence": None}
+    words = re.findall(r"\S+\s*", DEMO_TEXT)
+    size = len(request.messages) + len(request.system) + len(request.tools)
+    usage = {"input_tokens": max(1, size // 4), "output_tokens": len(words)}
+    stop = {"stop_reason": "end_turn", "stop_sequence": None}
     message: dict[str, Any] = {"id": "msg_demo", "type": "message", "role": "assistant", "model": request.model}
-    whole = {**message, "content": [{"type": "text", "text": "".join(words)}], **stop, "usage": usage}
+    whole = {**message, "content": [{"type": "text", "text": DEMO_TEXT}], **stop, "usage": usage}
     begun = {**whole, "content": [], "stop_reason": None, "usage": {**usage, "output_tokens": 1}}
     return whole, [
         demo_event("message_start", message=begun),
         demo_event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        demo_event("ping"),
         *(demo_event("content_block_delta", index=0, delta={"type": "text_delta", "text": word}) for word in words),
         demo_event("content_block_stop", index=0),
         demo_event("message_delta", delta=stop, usage=usage),
@@ -9005,17 +8967,18 @@ def demo_message(request: DemoRequest) -> tuple[dict[str, Any], list[bytes]]:
 
 def demo_answer(path: str, body: bytes) -> tuple[int, dict[str, Any], list[bytes]]:
     """Return the demo's answer: status, a JSON body, and the events where a stream was asked for."""
-    status, kind, message = 413, "request_too_large", f"the demo upstream reads at most {MAX_DEMO_BODY} bytes"
+    if len(body) > MAX_DEMO_BODY:
+        error = {"type": "request_too_large", "message": f"the demo upstream reads at most {MAX_DEMO_BODY} bytes"}
+        return 413, {"type": "error", "error": error}, []
     try:
-        if len(body) <= MAX_DEMO_BODY:
-            request = msgspec.json.decode(body, type=DemoRequest)
-            whole, events = demo_message(request)
-            if path == "/v1/messages/count_tokens":
-                return 200, {"input_tokens": whole["usage"]["input_tokens"]}, []
-            return 200, whole, events if request.stream else []
-    except UNREADABLE as error:
-        status, kind, message = 400, "invalid_request_error", str(error)
-    return status, {"type": "error", "error": {"type": kind, "message": message}}, []
+        request = msgspec.json.decode(body, type=DemoRequest)
+    except UNREADABLE as unreadable:
+        error = {"type": "invalid_request_error", "message": str(unreadable)}
+        return 400, {"type": "error", "error": error}, []
+    whole, events = demo_message(request)
+    if path == "/v1/messages/count_tokens":
+        return 200, {"input_tokens": whole["usage"]["input_tokens"]}, []
+    return 200, whole, events if request.stream else []
 
 
 class DemoLine:
@@ -9044,13 +9007,10 @@ class DemoLine:
             await self._goes_on.wait()
             self.heard = True
             answer.head(status, headers)
-            *before, last = pieces
-            for piece in before:
+            for i, piece in enumerate(pieces, 1):
                 await self._goes_on.wait()
-                answer.received(piece, False)
+                answer.received(piece, i == len(pieces))
                 await asyncio.sleep(self._word_s)
-            await self._goes_on.wait()
-            answer.received(last, True)
         except Exception as error:
             answer.crashed(error)
 
@@ -9174,6 +9134,7 @@ class Attempt:
         self.began = self.heard_at = self._clock()  # `heard_at`: when the upstream last said something
         self.sent_at: float | None = None
         self.first_byte_at: float | None = None
+        self.error_until = math.inf  # when what has come of an error's body must do
 
     def begin(self, line: Line, head: bytes, body: Pieces) -> None:
         """Send the request on a connection."""
@@ -9200,6 +9161,8 @@ class Attempt:
         self.status = status
         self.headers = headers
         self.first_byte_at = self.heard_at = self._clock()
+        if status >= 400:
+            self.error_until = self.heard_at + self.exchange.pace.error_body_s
         for name, value in headers:
             lower = name.lower()
             if lower == b"content-type":
@@ -9404,7 +9367,7 @@ class Attempt:
             name = "refused"
         elif not is_whole:
             name = "upstream_cut"
-        self.exchange.settle(Outcome(name, self.status), data, is_whole)
+        self.exchange.complete(Outcome(name, self.status), data, is_whole)
 
     def check(self, now: float) -> None:
         """Look at what the upstream must do in time."""
@@ -9418,7 +9381,7 @@ class Attempt:
         elif silence > self.first_byte_s or now > self.exchange.deadline:
             self.line.abort()
             self.lost(FIRST_BYTE_TIMEOUT)
-        elif self.status >= 400 and self.first_byte_at and now - self.first_byte_at > self.exchange.pace.error_body_s:
+        elif now > self.error_until:
             self._decide()
 
     def drop(self) -> None:
@@ -9450,8 +9413,6 @@ class Exchange:
         self.pace = relay.pace
         self.phase = ExchangePhase.QUIET
         self.done: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self.book: Callable[[Exchange, Outcome], None] | None = None  # is called before the answer's end
-        self.discard: Callable[[Exchange, Attempt], bool] | None = None  # holds what one has cost; may another follow?
         self.is_booked = False
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
@@ -9503,14 +9464,13 @@ class Exchange:
         if self.sink:  # without data: the head must leave all the same
             self.sink.write(data, False)
 
-    def settle(self, outcome: Outcome, data: bytes, whole: bool) -> None:
+    def complete(self, outcome: Outcome, data: bytes, whole: bool) -> None:
         """Write the answer's last bytes. First the ledger, then the client: who has seen the end finds it booked."""
         self.bytes_down += len(data)
         if self.sink is None:
             outcome = self._for_ledger(outcome)
         self.finish(outcome)
-        if self.book:
-            self.book(self, outcome)
+        self._relay.book(self, outcome)
         if self.sink:
             self.sink.write(data, whole)
             if not whole:
@@ -9573,9 +9533,12 @@ class Exchange:
             has_all = attempt.reader.is_finished
         self.client_ready()
         self._move(ExchangePhase.SERVED if has_all else ExchangePhase.LEFT)
-        wants_rest = attempt is not None and attempt.is_running and (has_all or self._hears_out(attempt))
-        if wants_rest and self._relay.begin_drain(self):
-            self.deadline = self.clock() + self._drain_limits()[0]
+        wants_rest = attempt and attempt.is_running and (has_all or self._hears_out(attempt))
+        if attempt and wants_rest and self._relay.begin_drain(self):
+            rest_s = self.pace.drain_s
+            if not has_all:
+                rest_s = max(rest_s, attempt.upstream.timeouts.idle)
+            self.deadline = self.clock() + rest_s
         else:
             self._leave()
 
@@ -9585,14 +9548,6 @@ class Exchange:
         if attempt and attempt.is_running and self.call.key.spends and self._hears_out(attempt):
             attempt.reader.is_unread |= not attempt.reader.is_finished
         self.end(self._for_ledger(Outcome("client_gone", self.status)))
-
-    def _drain_limits(self) -> tuple[float, float]:
-        """Return how many seconds a drain may take in all and in silence: where a limit holds, as for a client."""
-        attempt, pace = self.attempt, self.pace
-        if attempt and self.call.key.spends and not attempt.reader.is_finished:
-            idle = float(attempt.upstream.timeouts.idle)
-            return max(pace.drain_s, idle), max(pace.drain_idle_s, idle)
-        return pace.drain_s, pace.drain_idle_s
 
     def _hears_out(self, attempt: Attempt) -> bool:
         """Return whether the ledger wants the rest: `auto` does where a limit would be evaded by leaving early."""
@@ -9604,10 +9559,11 @@ class Exchange:
     # What the clock says
 
     def give_time(self, seconds: float) -> None:
-        """Put off every deadline by the time for which the loop stood still: nothing could be heard in it."""
+        """Put off what an upstream or a client must do in time: nothing could be heard while the loop stood still."""
         self.deadline += seconds
         if self.attempt:
             self.attempt.heard_at += seconds
+            self.attempt.error_until += seconds
         if self.paused_at is not None:
             self.paused_at += seconds
 
@@ -9617,7 +9573,7 @@ class Exchange:
             return
         attempt = self.attempt
         if self.sink is None:
-            if attempt is None or now > self.deadline or now - attempt.heard_at > self._drain_limits()[1]:
+            if attempt is None or now > self.deadline:
                 self._leave()
         elif self.paused_at is not None:
             if attempt and now - self.paused_at > attempt.upstream.timeouts.idle:
@@ -9685,7 +9641,7 @@ class Exchange:
                 self.sink.head(self.status, attempt.headers, attempt.is_streaming)
         elif not attempt.is_streaming:
             data = error_event(data, self.call.route.api)
-        self.settle(Outcome("refused" if attempt.status >= 400 else "upstream_error", self.status), data, True)
+        self.complete(Outcome("refused" if attempt.status >= 400 else "upstream_error", self.status), data, True)
         return self.done.result()
 
     def refuse(self, error: GatewayError) -> None:
@@ -9709,6 +9665,9 @@ class Relay:
         self.pace = pace
         self.upstreams = Upstreams(clock, pace)
         self.on_failure: Callable[[Call, Choice, AttemptFailed], None] = lambda call, choice, error: None
+        self.book: Callable[[Exchange, Outcome], None] = lambda exchange, outcome: None  # before an answer's end
+        # Holds what a failed attempt has cost; may another one follow?
+        self.hold_cost: Callable[[Exchange, Attempt], bool] = lambda exchange, attempt: True
         self.pools = Pools(clock, pace)
         self.running: set[Exchange] = set()
         self.drains: list[Exchange] = []  # that are read on for the ledger, the oldest first
@@ -9739,7 +9698,6 @@ class Relay:
             self.running.discard(exchange)
             if exchange in self.drains:
                 self.drains.remove(exchange)
-                self._free_slots(exchange.call.key.name)
             if exchange.attempt:
                 exchange.attempt.end()
 
@@ -9847,25 +9805,22 @@ class Relay:
 
     def _record_end(self, exchange: Exchange, ticket: Ticket, outcome: str) -> None:
         """Record for the upstream how an answer ended that the client got."""
-        attempt, upstream = exchange.attempt, ticket.choice.upstream
-        case, is_theirs = "mid_stream", outcome in ("upstream_cut", "timeout")
-        if outcome == "completed" and upstream.name in exchange.without_usage:
-            self._remember_usage(upstream, exchange.call.model)
-        if attempt and attempt.failure and outcome in ("refused", "upstream_error"):
-            self.upstreams.record_failure(ticket, attempt.failure.case, attempt.retry_after_s())
-            if upstream.verdict(attempt.failure.case).blame == "none":
-                self.upstreams.record_success(ticket)
-            return
-        if attempt and outcome == "upstream_error":
-            status = str(attempt.error_status)
-            blame = upstream.verdict(status).blame
-            is_theirs = blame != "none"
-            if blame == "key":
-                case = status
-        if is_theirs:
-            self.upstreams.record_failure(ticket, case)
-        elif outcome not in ("client_gone", "gateway_stopped"):
+        attempt = exchange.attempt
+        assert attempt is not None
+        case = ""
+        if attempt.failure and outcome in ("refused", "upstream_error"):  # it was passed on at once
+            case = attempt.failure.case
+        elif outcome == "upstream_error":  # an error event behind the first content
+            case = str(attempt.error_status)
+        elif outcome in ("upstream_cut", "timeout"):
+            case = "mid_stream"
+        if case:
+            self.upstreams.record_failure(ticket, case, attempt.retry_after_s())
+        is_good = not case or attempt.upstream.verdict(case).blame == "none"
+        if is_good and outcome not in ("client_gone", "gateway_stopped"):
             self.upstreams.record_success(ticket)
+        if outcome == "completed" and attempt.upstream.name in exchange.without_usage:
+            self._remember_usage(attempt.upstream, exchange.call.model)
 
     def _remember_usage(self, upstream: UpstreamConfig, model: str) -> None:
         """Ask an upstream no more for usage for a while: it refused the question, and answered without it."""
@@ -9903,7 +9858,7 @@ class Relay:
         is_affordable = True
         if attempt.was_billed:
             exchange.discarded.append((attempt, failure.case))
-            is_affordable = exchange.discard is None or exchange.discard(exchange, attempt)
+            is_affordable = self.hold_cost(exchange, attempt)
         if verdict.passes and attempt.is_from_api:
             exchange.best = attempt
         keys = [choice] if verdict.blame == "key" else self.upstreams.choices(choice.upstream, call.route.kind)
@@ -9916,13 +9871,13 @@ class Relay:
 
     def _final_error(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
         """Return the gateway's own error when no upstream error can be passed on."""
-        call, tries = exchange.call, exchange.tries
+        call = exchange.call
         last = exchange.attempts[-1].upstream if exchange.attempts else ""
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
         refused = self.upstreams.refused(call)
         if failed:
-            log.warning("%s: no answer, attempts %d: upstream %s %s", call.id, tries, last, failed)
+            log.warning("%s: no answer, attempts %d: upstream %s %s", call.id, exchange.tries, last, failed)
         if failed and failed.failure.case in REFUSED_KEY:  # though it may not be sure yet
             refused = last, failed.failure.case
         if refused:
@@ -9937,8 +9892,7 @@ class Relay:
             message = f"The gateway has no descriptors, ports or memory left to ask an upstream.{call.config.contact}"
             return Unavailable(message, retry_after_s=5)
         kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
-        count = f" (the last of {tries} attempts)" if tries > 1 else ""
-        return kind(f"The upstream {last} {failed.failure.sentence}{count}.", retry_after_s=wait_s)
+        return kind(f"The upstream {last} {failed.failure.sentence}.", retry_after_s=wait_s)
 
     def begin_drain(self, exchange: Exchange) -> bool:
         """Take a place for an answer that is read on for the ledger; return False if there is none for its key.
@@ -9950,17 +9904,9 @@ class Relay:
         if own >= self.pace.drain_calls - len(self.drains):
             return False
         self.drains.append(exchange)
-        self._free_slots(name)
+        if own < self.pace.free_drains:  # a client that asks again does not wait for what it left
+            exchange.call.reservation.return_slots()
         return True
-
-    def _free_slots(self, name: str) -> None:
-        """Give back the slots of a key's oldest drains: a client that asks again does not wait for what it left.
-
-        Any other keeps counting in `concurrent`, until one of these ends.
-        """
-        own = [drain for drain in self.drains if drain.call.key.name == name]
-        for drain in own[: self.pace.free_drains]:
-            drain.call.reservation.return_slots()
 
     def check(self, stood_s: float = 0.0) -> None:
         """Look at every running call's deadlines; a bug in one ends that call.
@@ -10676,7 +10622,7 @@ class Bookkeeper:
         self._emit = events.emit
         self._guard = guard
 
-    def hold_discarded(self, exchange: Exchange, attempt: Attempt) -> bool:
+    def hold_cost(self, exchange: Exchange, attempt: Attempt) -> bool:
         """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
         call, usage = exchange.call, attempt.usage()
         bill = call.config.bill(attempt.ticket.model, attempt.reader.model[:MAX_NAME], usage)
@@ -10894,6 +10840,8 @@ class Gateway:
         self._reading = asyncio.Lock()
         self.key_books = KeyBooks(self.books, self.limits, config)
         self.bookkeeper = Bookkeeper(self.ledger, self.limits, self.clock, self.events, self.guard)
+        self.relay.book = self.bookkeeper.book
+        self.relay.hold_cost = self.bookkeeper.hold_cost
         self._tasks: set[asyncio.Task[None]] = set()
 
     # Calls
@@ -10958,7 +10906,6 @@ class Gateway:
                 call.upstream_model = call.servings[0].model
                 self.check_open()
                 exchange = sink.exchange = Exchange(call, sink, self.relay)
-                exchange.book, exchange.discard = self.bookkeeper.book, self.bookkeeper.hold_discarded
                 if sink.is_gone:
                     exchange.client_gone()
                 await self.limits.admit(call, exchange.done)

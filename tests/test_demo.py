@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 import gateway as g
 
 MESSAGES, COUNT = "/v1/messages", "/v1/messages/count_tokens"
-SENTENCE = (
-    "Hello from the demo upstream. You said: “say hello”. Put a real upstream into config.yaml to talk to a model."
-)
+SENTENCE = "Hello from the demo upstream. Put a real upstream into config.yaml to talk to a model."
 
 
 def ask(path: str, request: object) -> tuple[int, dict, list[bytes]]:
@@ -43,7 +41,7 @@ CLAUDE_EVENTS = {
 
 
 def claude_events(events: list[bytes]) -> list:
-    """A Messages stream as the official SDK reads it; pings stay words."""
+    """A Messages stream as the official SDK reads it."""
     read = []
     for event in events:
         name, data, *rest = event.decode().split("\n")
@@ -51,7 +49,7 @@ def claude_events(events: list[bytes]) -> list:
         assert data.startswith("data: ") and rest == ["", ""]
         fields = json.loads(data.removeprefix("data: "))
         assert fields["type"] == kind
-        read.append("ping" if kind == "ping" else CLAUDE_EVENTS[kind].model_validate(fields))
+        read.append(CLAUDE_EVENTS[kind].model_validate(fields))
     return read
 
 
@@ -75,12 +73,7 @@ def test_a_message_has_all_that_the_official_sdk_expects():
         "content": [{"type": "text", "text": SENTENCE}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
-        "usage": {
-            "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
-            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-            "output_tokens": 20,
-        },
+        "usage": {"output_tokens": 16},
     }
 
 
@@ -92,44 +85,16 @@ def test_a_messages_stream_tells_the_same_word_by_word():
 
     events = claude_events(ask(MESSAGES, user("say hello", stream=True))[2])
 
-    kinds = [event if event == "ping" else event.type for event in events]
-    words = [event.delta.text for event in events[3:-3]]
+    kinds = [event.type for event in events]
+    words = [event.delta.text for event in events[2:-3]]
     start, delta = events[0].message, events[-2]
-    assert kinds[:3] == ["message_start", "content_block_start", "ping"]
-    assert kinds[3:-3] == ["content_block_delta"] * 20
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[2:-3] == ["content_block_delta"] * 16
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert (words[:3], "".join(words)) == (["Hello ", "from ", "the "], SENTENCE)
     assert (start.id, start.model, start.content, start.stop_reason) == ("msg_demo", "claude-demo", [], None)
     assert (start.usage.input_tokens, start.usage.output_tokens) == (delta.usage.input_tokens, 1)
     assert (delta.delta.stop_reason, delta.usage.output_tokens) == ("end_turn", whole["usage"]["output_tokens"])
-
-
-@pytest.mark.parametrize(
-    ("messages", "said"),
-    [
-        ([{"role": "user", "content": " a \n b "}], "You said: “a b”."),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "first"}, {"type": "text", "text": "last"}]}],
-            "“last”",
-        ),
-        ([{"role": "user", "content": "x" * 100}], "“" + "x" * 80 + "”"),
-        ([{"role": "user", "content": "é 𝄞 \u2028 字"}], "“é 𝄞 字”"),
-        (
-            [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}],
-            "“3”",
-        ),
-        ([{"role": "user", "content": "1"}, {"role": "system", "content": "2"}], "“1”"),
-        ([{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}], "I have read that."),
-        ([], "I have read that."),
-    ],
-)
-def test_the_last_words_of_the_user_are_said_again(messages, said):
-    """
-    Whoever tries it sees that the request arrived, and which one.
-    """
-    _, answer, _ = ask(MESSAGES, {"model": "claude-demo", "messages": messages})
-
-    assert said in answer["content"][0]["text"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -144,31 +109,6 @@ def test_the_same_request_has_the_same_answer(text, stream):
 
 
 # Numbers
-
-
-@pytest.mark.parametrize(
-    ("limit", "said", "stop", "tokens"),
-    [
-        (1, "Hello ", "max_tokens", 1),
-        (3, "Hello from the ", "max_tokens", 3),
-        (20, SENTENCE, "end_turn", 20),
-        (21, SENTENCE, "end_turn", 20),
-        (None, SENTENCE, "end_turn", 20),
-    ],
-)
-def test_max_tokens_cuts_the_answer(limit, said, stop, tokens):
-    """
-    A word is a token; the answer says that it was cut.
-    """
-    request = user("say hello", max_tokens=limit)
-    streamed = [event for event in claude_events(ask(MESSAGES, request | {"stream": True})[2]) if event != "ping"]
-
-    _, message, _ = ask(MESSAGES, request)
-
-    words = [event.delta.text for event in streamed if event.type == "content_block_delta"]
-    assert (message["content"][0]["text"], message["stop_reason"]) == (said, stop)
-    assert ("".join(words), streamed[-2].delta.stop_reason) == (said, stop)
-    assert message["usage"]["output_tokens"] == streamed[-2].usage.output_tokens == tokens
 
 
 ASKS = {
@@ -217,15 +157,10 @@ def test_the_meter_books_what_the_demo_says(tmp_path, request_, stream):
 
 BAD_REQUESTS = {
     "not JSON": b"{",
-    "not UTF-8": b'{"model": "m", "messages": [{"role": "user", "content": "\xff"}]}',
     "too deep": b'{"model": "m", "messages": [{"role": ' + b"[" * 100_000,
     "a list": [],
     "no model": {"messages": []},
     "no messages": {"model": "m"},
-    "messages of words": {"model": "m", "messages": ["x"]},
-    "content of numbers": user(5),
-    "max_tokens in words": user("x", max_tokens="many"),
-    "max_tokens below one": user("x", max_tokens=-3),
     "stream in words": user("x", stream="yes"),
 }
 
@@ -401,7 +336,7 @@ def test_what_the_demo_looks_at_is_bounded(request_body):
         sys.setprofile(None)
 
     assert status == 200 and len(json.dumps(answer)) < 20_000
-    assert len(calls) < 1500
+    assert len(calls) < 200
 
 
 @pytest.mark.parametrize(("size", "status"), [(g.MAX_DEMO_BODY, 200), (g.MAX_DEMO_BODY + 1, 413)])

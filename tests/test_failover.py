@@ -1195,10 +1195,14 @@ async def test_a_refusal_without_its_body_reaches_the_client(start_gateway, upst
     await client.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO).encode()))
     await until(lambda: any(e.attempt and e.attempt.status for e in gateway.gateway.relay.running))
 
+    gateway.clock.advance(6)
+    gateway.gateway.tick(stood_s=5.75)  # in which its body could not be read
+    held = [e.attempt.phase for e in gateway.gateway.relay.running if e.attempt]
     gateway.tick(6)
 
     async with asyncio.timeout(2):
         assert (await client.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+    assert held == [g.AttemptPhase.HELD]
 
 
 # --- what is left alone, and how it comes back ----------------------------------------------------

@@ -668,30 +668,26 @@ async def gateway_sees_it_gone(gateway) -> None:
     await until(lambda: not (any(exchange.sink for exchange in gateway.gateway.relay.running)))
 
 
-@pytest.mark.parametrize(("silences", "talks"), [([11], False), ([6] * 11, True)], ids=["idle", "in all"])
-async def test_a_drained_answer_has_its_bounds(start_gateway, upstream, silences, talks):
+@pytest.mark.parametrize(("idle", "bound_s"), [("1s", 60), ("5m", 300)])
+async def test_a_drained_answer_has_its_bounds(start_gateway, upstream, idle, bound_s):
     """
-    Invariant 8: an answer is heard out for at most 60 s, and 10 s of silence.
+    Invariant 8: an answer is heard out for at most 60 s, or as long as its upstream may be silent.
     """
-    gateway = await start_gateway(config_text(upstream.url, ", on_disconnect: drain"))
-    beats = [asyncio.Event() for _ in silences]
-    steps = [step for beat in beats for step in (wait_for(beat), text("more"))]
-    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), *steps, stall()]
+    more = f", on_disconnect: drain, timeouts: {{idle: {idle}}}"
+    gateway = await start_gateway(config_text(upstream.url, more))
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
     client = await start_stream(gateway)
     client.abort()
     await gateway_sees_it_gone(gateway)
     (exchange,) = gateway.gateway.relay.running
 
-    for seconds, beat in zip(silences, beats, strict=True):
-        gateway.tick(seconds)
-        received = exchange.bytes_down
-        beat.set()
-        if talks:
-            await until(lambda before=received: exchange.done.done() or exchange.bytes_down > before)
+    gateway.tick(seconds=bound_s)
+    in_time = exchange.done.done()
+    gateway.tick(seconds=1)
 
     await gateway.settled()
+    assert not in_time
     assert gateway.entries()[0]["outcome"] == "client_gone"
-    assert gateway.clock.now == (11 if not talks else 66)
 
 
 async def test_a_silent_answer_is_heard_out_as_long_as_for_a_client_where_a_limit_holds(start_gateway, upstream):
@@ -754,7 +750,7 @@ async def test_an_answer_that_came_to_its_end_without_usage_costs_its_text(start
     client.abort()
     await gateway_sees_it_gone(gateway)
 
-    gateway.tick(seconds=11)
+    gateway.tick(seconds=301)
     await gateway.settled()
 
     assert ledger_line(gateway.entries()[0], "outcome", "output_tokens", "estimated") == {
@@ -801,34 +797,6 @@ async def test_a_keys_third_drain_counts_as_a_running_call(start_gateway, upstre
     gateway.tick(seconds=301)
     await gateway.settled()
     assert not relay.drains
-    assert all(scope.running == 0 for scope in gateway.gateway.limits.store._scopes.values())
-
-
-async def test_when_a_drain_ends_another_one_of_its_key_counts_no_longer(start_gateway, upstream):
-    """
-    Two of a key's drains are free, whichever they are: who left four may ask again when two of them have ended.
-    """
-    gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, concurrent: 2}"))
-    go_on = [asyncio.Event() for _ in range(4)]
-    begin = [head(200, SSE), message_start(input_tokens=12), text("Hel")]
-    rest = [message_delta(output_tokens=7), message_stop(), end()]
-    upstream.scripts = [*([*begin, wait_for(step), *rest] for step in go_on), HELLO_SCRIPT]
-    for count in range(1, 5):
-        client = await start_stream(gateway)
-        client.abort()
-        await until(lambda count=count: drained(gateway) == count)
-
-    for step in go_on[:2]:
-        step.set()
-    await until(lambda: drained(gateway) == 2)
-    async with asyncio.timeout(1):
-        again = await gateway.post("/v1/messages", HELLO_STREAM)
-    for step in go_on[2:]:
-        step.set()
-    await gateway.settled()
-
-    assert again.texts == ["Hello", " world"]
-    assert not gateway.gateway.relay.drains
     assert all(scope.running == 0 for scope in gateway.gateway.limits.store._scopes.values())
 
 
@@ -1474,7 +1442,7 @@ async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(star
     if does_end:
         go_on.set()
     else:
-        gateway.tick(11)
+        gateway.tick(61)
     await gateway.settled()
 
     (entry,) = gateway.entries()
