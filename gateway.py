@@ -7777,7 +7777,8 @@ class AttemptFailed(Exception):
 
     def __init__(self, failure: Failure, detail: str = "", retry_after_s: float | None = None) -> None:
         super().__init__(f"{failure.sentence} ({detail})" if detail else failure.sentence)
-        self.failure, self.retry_after_s = failure, retry_after_s
+        self.failure = failure
+        self.retry_after_s = retry_after_s
 
 
 class Answer(Protocol):
@@ -8682,7 +8683,8 @@ class Upstreams:
         None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved). Raises what a
         reload says against the call's key.
         """
-        now, queues = self._clock.monotonic(), self._queues
+        now = self._clock.monotonic()
+        queues = self._queues
         if max(now + self.ready_in(call, tried), not_before) > until or len(queues.apart) >= self._pace.waiting_calls:
             return None
         seeker = Seeker(call, tried, not_before, until)
@@ -8775,7 +8777,8 @@ class Upstreams:
 
     def record_failure(self, ticket: Ticket, case: str, retry_after_s: float | None = None) -> None:
         """Take in how an attempt failed: the verdict says what is left alone for it, `_blame` for whom."""
-        choice, verdict = ticket.choice, ticket.choice.upstream.verdict(case)
+        choice = ticket.choice
+        verdict = choice.upstream.verdict(case)
         if case == OWN_TROUBLE.case:
             return  # it was not even asked
         if verdict.blame == "none":
@@ -8803,14 +8806,16 @@ class Upstreams:
 
         `is_said`: the answer says when to come again.
         """
-        call, kind = ticket.call, kind_of(case)
+        call = ticket.call
+        kind = kind_of(case)
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
         if is_first:
             call.blamed += (health,)
             health.failures += 1
         if case in VOUCHED_FOR and self._is_vouched_for(ticket.choice, health):
             return None
-        user, everybody = Whom(user_of(call)), EVERYBODY
+        user = Whom(user_of(call))
+        everybody = EVERYBODY
         if case in ("403", "429"):
             everybody = Whom(model=call.model)
         if len(health.counts) > MAX_COUNTS:
@@ -8911,7 +8916,8 @@ class Upstreams:
 
     def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
         """Return how each upstream and each of its keys stands."""
-        now, rows = self._clock.monotonic(), []
+        now = self._clock.monotonic()
+        rows = []
         for upstream in upstreams:
             choices = self.choices(upstream)
             keys = [{"number": choice.number, **choice.key_health.row(now)} for choice in choices]
@@ -9703,7 +9709,9 @@ class Relay:
 
     async def _answer(self, exchange: Exchange) -> Outcome:
         """Ask one upstream after the other until one answers or none is left. Return how the call ended."""
-        call, routing, upstreams = exchange.call, exchange.call.config.routing, self.upstreams
+        call = exchange.call
+        routing = call.config.routing
+        upstreams = self.upstreams
         failed: AttemptFailed | None = None
         exhausted: set[tuple[str, int]] = set()  # where the same would be said again
         rounds = 0
@@ -9794,7 +9802,8 @@ class Relay:
 
     def _first_byte_s(self, exchange: Exchange, ticket: Ticket) -> float:
         """Return how long an upstream may be silent: less where another one is ready."""
-        call, routing = exchange.call, exchange.call.config.routing
+        call = exchange.call
+        routing = call.config.routing
         limit = float(ticket.choice.upstream.timeouts.first_byte)
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
             return limit
@@ -9840,7 +9849,10 @@ class Relay:
         self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, exhausted: set[tuple[str, int]]
     ) -> bool:
         """Record how an attempt failed; return whether another one may do better. Raises BadRequest."""
-        call, choice, failure, attempt = exchange.call, ticket.choice, error.failure, exchange.attempt
+        call = exchange.call
+        choice = ticket.choice
+        failure = error.failure
+        attempt = exchange.attempt
         assert attempt is not None
         exchange.close_attempt(failure.case)
         attempt.end()

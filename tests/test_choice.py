@@ -926,20 +926,43 @@ def test_one_users_failures_among_others_successes_say_nothing(case):
     assert world.place() == ("a", 1)
 
 
-@pytest.mark.logs("is left alone")
-@pytest.mark.parametrize(("case", "away_s"), [("402", 1800.0), ("401", 1800.0), ("500", 10.0), ("cut", 10.0)])
-def test_a_single_user_has_a_breaker_too(case, away_s):
+@pytest.mark.parametrize(
+    ("met", "held_up"),
+    [
+        ("mallory 500, mallory 500", ""),
+        ("mallory 500, mallory 500, mallory 500", "mallory"),
+        ("mallory 403, mallory 403, mallory 403", "mallory"),
+        ("mallory 401, mallory 401, mallory 401", "mallory"),
+        ("mallory 500, mallory cut, bob ok, mallory 500, mallory cut", ""),
+        ("mallory 500, mallory 500, mallory 500, bob ok", ""),  # the first success forgets all suspicion
+        ("mallory 500, mallory 500, mallory 500, bob 500", "mallory"),  # who is held up alone is one failure
+        ("mallory 500, mallory 500, mallory 500, bob 500, carol 500", "everybody"),
+        ("mallory 500, bob 500, mallory 500", "everybody"),
+        ("mallory 401, bob 401", "everybody"),
+        ("mallory 401, mallory 401, mallory 401, bob 401", "everybody"),
+        ("mallory 401, bob 402", ""),
+        ("red/one 500, red/two 500, red/one 500", "red/three"),  # the keys of a team are one user
+        ("mallory unreachable, mallory connect_timeout, mallory not_http", "everybody"),  # no request brings that about
+    ],
+)
+def test_failures_hold_up_their_user_and_those_of_two_users_everybody(caplog, met, held_up):
     """
-    Where there is nobody else to fail, so many in a row are enough.
+    Three in a row, of one user or of several; a refused API key at once with the second user.
     """
     world = World({"a": ""})
 
-    for _ in range(3):
-        with world.take(user="only-one") as ticket:
-            world.upstreams.record_failure(ticket, case)
-        world.clock.advance(5)
+    for step in met.split(", "):
+        user, case = step.split()
+        team = user.rpartition("/")[0]
+        if case == "ok":
+            world.stream("s")
+        else:
+            world.fail_for(user, case, team=team)
 
-    assert world.upstreams.ready_in(world.call_of("only-one"), set()) == pytest.approx(away_s - 5)
+    asked = {"mallory": "", "dave": "", "red/three": "red"}
+    found = [user for user, team in asked.items() if not world.is_let_in(user, team=team)]
+    assert found == (list(asked) if held_up == "everybody" else held_up.split())
+    caplog.clear()
 
 
 @pytest.mark.parametrize("case", ["402", "401", "500", "cut"])
@@ -971,22 +994,6 @@ def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case)
         world.fail_for("carol", case)
     assert world.place() is None
     caplog.clear()
-
-
-@pytest.mark.logs("is left alone")
-def test_what_one_user_is_held_up_for_ends_with_anybodys_success():
-    """
-    The first success forgets all suspicion.
-    """
-    world = World({"a": ""})
-    for seconds in (0, 5, 5):
-        world.clock.advance(seconds)
-        world.fail_for("mallory")
-    before = world.is_let_in("mallory")
-
-    world.stream("s")
-
-    assert (before, world.is_let_in("mallory")) == (False, True)
 
 
 @pytest.mark.logs("is left alone for")
@@ -1076,49 +1083,6 @@ def test_a_trial_that_takes_long_keeps_nobody_out():
         ticket.__exit__()
 
     assert (alone, world.place(), world.reported()) == (None, ("a", 1), {"a": "ok"})
-
-
-@pytest.mark.logs("is left alone for the calls of mallory only")
-def test_one_failure_beside_a_user_who_is_held_up_alone_is_one_failure():
-    """
-    It is no trial: of a user whose calls fail by themselves nothing follows for the others.
-    """
-    world = World({"a": ""})
-    for seconds in (0, 5, 5):
-        world.clock.advance(seconds)
-        world.fail_for("mallory")
-
-    world.fail_for("bob")
-
-    assert [world.is_let_in(user) for user in ("mallory", "bob", "carol")] == [False, True, True]
-
-
-@pytest.mark.logs("is left alone for the calls of team red only")
-def test_two_keys_of_one_team_are_one_user():
-    """
-    Whoever has two gateway keys takes nothing from the other teams with them.
-    """
-    world = World({"a": ""})
-
-    for user in ("one", "two", "one"):
-        world.fail_for(user, team="red")
-
-    assert [world.is_let_in("three", team=team) for team in ("red", "blue", "")] == [False, True, True]
-
-
-@pytest.mark.logs("is left alone")
-@pytest.mark.parametrize("case", ["unreachable", "connect_timeout", "not_http"])
-def test_what_no_request_can_bring_about_needs_no_second_user(case):
-    """
-    A connection that cannot be made is the upstream's own failure, whoever asked for it.
-    """
-    world = World({"a": ""})
-
-    for _ in range(3):
-        with world.take(user="only-one") as ticket:
-            world.upstreams.record_failure(ticket, case)
-
-    assert world.place() is None
 
 
 def test_a_call_that_tries_again_and_again_is_one_failure():
