@@ -8168,7 +8168,7 @@ class Pool:
             try:
                 head = await reader.readuntil(b"\r\n\r\n")
             except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-                raise ConnectionError("the proxy's answer has no end") from None
+                raise ConnectionError("the proxy's answer is cut, or has no end") from None
             reader.feed_eof()
             status = head.split(b"\r\n", 1)[0].decode("latin-1")
             if not re.match(r"HTTP/1\.[01] 2\d\d\b", status) or await reader.read():
@@ -8995,11 +8995,7 @@ class DemoLine:
 
     def __init__(self, word_s: float) -> None:
         self._word_s = word_s
-        self._goes_on = asyncio.Event()
-        self._goes_on.set()
         self.heard = False
-        self.pause = self._goes_on.clear
-        self.resume = self._goes_on.set
 
     def send(self, head: bytes, body: Pieces, answer: Answer) -> None:
         path = head.split(b" ", 2)[1].partition(b"?")[0].decode()
@@ -9010,18 +9006,23 @@ class DemoLine:
 
     async def _say(self, status: int, headers: Headers, pieces: list[bytes], answer: Answer) -> None:
         try:
-            await self._goes_on.wait()
             self.heard = True
             answer.head(status, headers)
-            for i, piece in enumerate(pieces, 1):
-                await self._goes_on.wait()
-                answer.received(piece, i == len(pieces))
+            for piece in pieces[:-1]:
+                answer.received(piece, False)
                 await asyncio.sleep(self._word_s)
+            answer.received(pieces[-1], True)
         except Exception as error:
             answer.crashed(error)
 
     def abort(self) -> None:
         self._task.cancel()
+
+    def pause(self) -> None:
+        pass  # an answer of 3 KB slows nobody
+
+    def resume(self) -> None:
+        pass
 
 
 # --- 20. Attempts: one try of one upstream, and the gate --------------------------
@@ -9272,7 +9273,7 @@ class Attempt:
         text = b"".join(self.raw)
         if self.status in (400, 422):
             remedy = self.dialect.remedy(self.exchange.call, text)
-            is_allowed = self.upstream.retry_without_thinking and not self.exchange.repairs
+            is_allowed = self.upstream.retry_without_thinking and not self.exchange.is_repaired
             if remedy is Remedy.USAGE or (remedy is Remedy.THINKING and is_allowed):
                 self.remedy = remedy
                 return Failure("refused", remedy.value, "400")
@@ -9423,11 +9424,12 @@ class Exchange:
         self.is_written = False  # its entry was handed to the ledger
         self.attempt: Attempt | None = None  # the present one, or the last
         self.attempts: list[AttemptEntry] = []
-        self.tries = 0  # attempts that count towards `routing.max_attempts`
+        self.tries = 0  # attempts that count towards `routing.max_attempts`: not those that had a remedy
         self.tried: set[tuple[str, int]] = set()  # where, since the last pause
+        self.exhausted: set[tuple[str, int]] = set()  # where the same would be said again
         self.best: Attempt | None = None  # of those that failed: its answer is the client's if no other is better
         self.discarded: list[tuple[Attempt, str]] = []  # failed, and how; and billed all the same
-        self.repairs = 0  # attempts that failed with a remedy: each allows for one more
+        self.is_repaired = False  # its request goes without thinking blocks
         self.without_usage: set[str] = set()  # the upstreams that refused our question for the stream's usage
         self.status = 0  # that the client was sent
         self.bytes_down = 0
@@ -9713,14 +9715,12 @@ class Relay:
         routing = call.config.routing
         upstreams = self.upstreams
         failed: AttemptFailed | None = None
-        exhausted: set[tuple[str, int]] = set()  # where the same would be said again
         rounds = 0
-        # A remedy is one more try: else the last one's complaint would be lost, and its cure known.
-        while exchange.tries < routing.max_attempts + exchange.repairs and self.clock.monotonic() < exchange.deadline:
+        while exchange.tries < routing.max_attempts and self.clock.monotonic() < exchange.deadline:
             # Where? The best that is ready, else whichever is ready first. When all were tried: again, after a moment.
             not_before = 0.0
             if exchange.tried and upstreams.ready_in(call, exchange.tried) > 0:
-                exchange.tried = set(exhausted)
+                exchange.tried = set(exchange.exhausted)
                 not_before = self.clock.monotonic() + upstreams.backoff_s(rounds)
                 rounds += 1
             ticket = None if not_before else upstreams.take(call, exchange.tried)
@@ -9739,7 +9739,7 @@ class Relay:
                 else:
                     self._record_end(exchange, ticket, outcome.name)
                     return outcome
-                may_try_next = self._record_failure(exchange, ticket, failed, exhausted)
+                may_try_next = self._record_failure(exchange, ticket, failed)
             if exchange.end_if_left() or not may_try_next:
                 break
         if exchange.done.done():
@@ -9808,7 +9808,7 @@ class Relay:
         if limit <= routing.patience or not call.stream or len(call.servings) < 2:
             return limit
         own = {choice.place for choice in self.upstreams.choices(ticket.choice.upstream, call.route.kind)}
-        is_last = exchange.tries >= routing.max_attempts + exchange.repairs  # this attempt is counted already
+        is_last = exchange.tries >= routing.max_attempts  # this attempt is counted already
         has_other = not is_last and self.upstreams.is_anybody_ready(call, exchange.tried | own)
         return routing.patience if has_other else limit
 
@@ -9845,9 +9845,7 @@ class Relay:
             again_s,
         )
 
-    def _record_failure(
-        self, exchange: Exchange, ticket: Ticket, error: AttemptFailed, exhausted: set[tuple[str, int]]
-    ) -> bool:
+    def _record_failure(self, exchange: Exchange, ticket: Ticket, error: AttemptFailed) -> bool:
         """Record how an attempt failed; return whether another one may do better. Raises BadRequest."""
         call = exchange.call
         choice = ticket.choice
@@ -9859,8 +9857,9 @@ class Relay:
         self.on_failure(call, choice, error)
         if attempt.remedy:
             self.upstreams.record_answer(ticket)
-            exchange.repairs += 1
+            exchange.tries -= 1  # else the last one's complaint would be lost, and its cure known
             if attempt.remedy is Remedy.THINKING:
+                exchange.is_repaired = True
                 call.body = without_thinking(call.body)
             else:
                 exchange.without_usage.add(choice.upstream.name)
@@ -9878,7 +9877,7 @@ class Relay:
         exchange.tried |= places
         is_final = verdict.blame == "none" and failure is not OWN_TROUBLE
         if is_final or failure.case in REFUSED_KEY:
-            exhausted |= places
+            exchange.exhausted |= places
         return verdict.try_next and is_affordable
 
     def _final_error(self, exchange: Exchange, failed: AttemptFailed | None) -> GatewayError:
@@ -9904,7 +9903,8 @@ class Relay:
             message = f"The gateway has no descriptors, ports or memory left to ask an upstream.{call.config.contact}"
             return Unavailable(message, retry_after_s=5)
         kind = UpstreamTimeout if failed.failure.outcome == "timeout" else UpstreamFailed
-        return kind(f"The upstream {last} {failed.failure.sentence}.", retry_after_s=wait_s)
+        count = f" (the last of {exchange.tries} attempts)" if exchange.tries > 1 else ""
+        return kind(f"The upstream {last} {failed.failure.sentence}{count}.", retry_after_s=wait_s)
 
     def begin_drain(self, exchange: Exchange) -> bool:
         """Take a place for an answer that is read on for the ledger; return False if there is none for its key.

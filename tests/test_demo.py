@@ -255,58 +255,17 @@ async def test_a_line_of_the_demo_answers_at_once_where_no_stream_is_wanted(body
     assert json.loads(answer) == ask(MESSAGES, body)[1]
 
 
-async def test_a_paused_line_says_nothing_and_goes_on_from_there():
-    """
-    A slow client slows the demo too, again after each piece.
-    """
-    line = g.DemoLine(0.0)
-    heard = Heard(hook=lambda piece: line.pause())
-
-    line.send(HEAD, [STREAM], heard)
-    counts = []
-    while not heard.ended.is_set() and len(counts) < 100:
-        await turns()
-        counts.append(len(heard.pieces))
-        line.resume()
-
-    events = ask(MESSAGES, STREAM)[2]
-    assert heard.pieces == events
-    assert counts == list(range(1, len(events) + 1))
-
-
-@pytest.mark.parametrize("body", [STREAM, WHOLE], ids=["stream", "whole"])
-async def test_a_line_paused_before_its_head_begins_with_it_when_it_goes_on(body):
-    """
-    The client may still be reading the answer before this one.
-    """
-    line, heard = g.DemoLine(0.0), Heard()
-
-    line.send(HEAD, [body], heard)
-    line.pause()
-    await turns()
-    silence = (heard.head_, list(heard.pieces))
-    line.resume()
-    await turns(1000)
-
-    assert silence == (None, [])
-    assert heard.head_ is not None and heard.head_[0] == 200
-    assert heard.ended.is_set()
-
-
-@pytest.mark.parametrize("when", ["before the head", "in the middle", "while paused"])
+@pytest.mark.parametrize("when", ["before the head", "in the middle"])
 async def test_an_aborted_line_says_nothing_more(when):
     """
     A client that left is not told the rest, and no timer is left behind.
     """
     line = g.DemoLine(0.0)
-    heard = Heard(hook=lambda piece: line.pause() if when == "while paused" else line.abort())
+    heard = Heard(hook=lambda piece: line.abort())
 
     line.send(HEAD, [STREAM], heard)
     if when == "before the head":
         line.abort()
-    await turns()
-    line.abort()
-    line.resume()
     await turns()
 
     assert len(heard.pieces) == (0 if when == "before the head" else 1)
