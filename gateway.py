@@ -4778,31 +4778,31 @@ T = TypeVar("T")
 
 
 class Waiter(Generic[T]):
-    """A call that waits. `turn` is resolved with what it waits for, or with the refusal that ends its wait."""
+    """A call that waits. `done` is resolved with what it waits for, or with the refusal that ends its wait."""
 
-    __slots__ = ("asked", "call", "place", "turn", "until")
+    __slots__ = ("asked", "call", "done", "place", "until")
 
     def __init__(self, call: Call, until: float) -> None:
         self.call = call
         self.asked: asyncio.Future[Any] | None = None  # whether it is its turn: not answered yet
         self.until = until  # monotonic
         self.place: Hashable = None  # what it waits for: the name of its queue
-        self.turn: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
 
     def end(self, result: T | GatewayError) -> None:
         """End the wait, if it has not ended."""
-        if not self.turn.done():
-            self.turn.set_result(result)
+        if not self.done.done():
+            self.done.set_result(result)
 
     async def wait(self, gone: asyncio.Future[Any], if_gone: T | GatewayError) -> T:
-        """Wait for the turn; once the client has left (`gone` is resolved), for `if_gone`. Raises the refusal."""
+        """Wait for the result; once the client has left (`gone` is resolved), for `if_gone`. Raises the refusal."""
 
         def leave(_: object) -> None:
             self.end(if_gone)
 
         gone.add_done_callback(leave)
         try:
-            result = await self.turn
+            result = await self.done
         finally:
             gone.remove_done_callback(leave)
         if isinstance(result, GatewayError):
@@ -4860,7 +4860,7 @@ class WaitQueues(Generic[W]):
         """The first call of each key in a queue whose wait has not ended, in the order of their turns."""
         for waiters in self.queues.get(place, {}).values():
             for waiter in waiters:
-                if not waiter.turn.done():
+                if not waiter.done.done():
                     yield waiter
                     break
 
@@ -4885,7 +4885,7 @@ class WaitQueues(Generic[W]):
         now = self._clock.monotonic()
         for waiter in self:
             waiter.until += stood_s
-            if now >= waiter.until and not waiter.turn.done():
+            if now >= waiter.until and not waiter.done.done():
                 waiter.end(self._give_up(waiter))
 
     def close(self) -> None:
@@ -5436,8 +5436,8 @@ class Limits:
         waiter = reservation.waiter = Waiter[bool](call, self._clock.monotonic() + call.config.limits.queue)
         self._queues.push(None, waiter)
         self._take_in(waiter, reply)
-        if waiter.turn.done():
-            raise cast(GatewayError, waiter.turn.result())
+        if waiter.done.done():
+            raise cast(GatewayError, waiter.done.result())
 
     def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
         """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
@@ -5448,7 +5448,7 @@ class Limits:
             waiter.until += self.STORE_S
             reply.add_done_callback(lambda reply: self._heard(waiter, reply))
             return
-        if waiter.turn.done() or call.reservation.waiter is not waiter:
+        if waiter.done.done() or call.reservation.waiter is not waiter:
             return  # it has left, or its time is over: its slots come back in a moment
         if reply is None:
             self._queues.remove(waiter, is_served=True)
@@ -8369,11 +8369,11 @@ class Load:
 class Health:
     """What was seen of an upstream, or of one of its API keys. Survives reloads."""
 
-    __slots__ = ("ask_at", "cooldowns", "counts", "epoch", "failures", "load", "turn", "vouched_until")
+    __slots__ = ("ask_at", "cooldowns", "counts", "current_weight", "epoch", "failures", "load", "vouched_until")
 
     def __init__(self, load: Load) -> None:
         self.load = load
-        self.turn = 0.0  # of round robin
+        self.current_weight = 0.0  # of round robin
         self.epoch = 0  # +1 per cooldown and reset
         self.reset()
 
@@ -8640,9 +8640,9 @@ class Upstreams:
             # Smooth: who has waited longest for its weight has its turn.
             whole = sum(choice.weight for _, choice in ready) or 1.0
             for _, choice in ready:
-                choice.key_health.turn += (choice.weight or 1e-9) / whole
-            best = max(ready, key=lambda each: each[1].key_health.turn)
-            best[1].key_health.turn -= 1.0
+                choice.key_health.current_weight += (choice.weight or 1e-9) / whole
+            best = max(ready, key=lambda each: each[1].key_health.current_weight)
+            best[1].key_health.current_weight -= 1.0
             return best
         affinity = find_affinity(call)
 
@@ -8663,7 +8663,7 @@ class Upstreams:
         waits = (choice.ready_in(now, call) for choice in choices if choice.place not in tried)
         return min(waits, default=math.inf)
 
-    def refused(self, call: Call) -> tuple[str, str] | None:
+    def refused_key(self, call: Call) -> tuple[str, str] | None:
         """Return an upstream that refuses our API key, and how, where that is why nobody can be asked."""
         first = None
         for choice in self.choices_of(call):
@@ -8692,8 +8692,8 @@ class Upstreams:
         try:
             return await seeker.wait(gone, None)
         except asyncio.CancelledError:
-            if seeker.turn.done() and not seeker.turn.cancelled():
-                ticket = seeker.turn.result()
+            if seeker.done.done() and not seeker.done.cancelled():
+                ticket = seeker.done.result()
                 if isinstance(ticket, Ticket):
                     ticket.__exit__()
             raise
@@ -9035,7 +9035,7 @@ class DemoLine:
 #
 # `Attempt.done` is resolved once: it raises AttemptFailed if the attempt failed before the gate opened, and has a
 # result when the call is over. `Exchange.done` is resolved once, with the outcome. What is tried next is decided in
-# one loop, `Relay._answer`. A move that no table has is a bug, and ends the call as one.
+# `Relay._answer`; `Relay.send` only repeats what met a dead connection. A move that no table has is a bug.
 #
 # Example, a stream with two upstreams. 0 s: the request is sent to a (QUIET, ASKED). 15 s: a is silent, the client
 # gets 200 and a ping (PINGED). 20 s: a answers 529 (HELD, then WHOLE with the error's last byte): the gate stays shut,
@@ -9203,7 +9203,7 @@ class Attempt:
         is_open = self.phase is AttemptPhase.OPEN
         self._move(AttemptPhase.LOST)
         if is_open:
-            self.exchange.cut(Outcome(failure.outcome, self.status))
+            self.exchange.complete(Outcome(failure.outcome, self.status), b"", False)
         else:
             self._fail(failure)
 
@@ -9408,6 +9408,27 @@ class Attempt:
 # --- 21. Relay: a call through its attempts, pings, drains ------------------------
 # Offers: Exchange, Relay
 
+# How an admitted call ends
+#
+#   what happens                         by              outcome                              the client gets
+#   the last byte of an answer           complete        completed, refused, upstream_error   that byte
+#   a stream without its terminal        complete        upstream_cut, timeout                a cut connection
+#     event, or lost after its content
+#   no attempt is left; an API's error   hand_on         refused, upstream_error              that error ¹
+#   no attempt is left; no such error    Relay._answer   the last failure's, or unavailable   an error of ours ¹
+#   its body is unreadable, or its key   Relay.run       refused                              an error of ours ¹
+#     was revoked
+#   the client leaves                    _leave          client_gone                          nothing
+#   it had left when an attempt failed   end_if_left     client_gone                          nothing
+#   the gateway stops                    Relay.close     gateway_stopped                      503 ²
+#   a bug                                crash           internal_error                       500 ¹ ²
+#
+# ¹ An event, where pings have gone out. ² A cut connection, where an answer has begun.
+#
+# An answer that a client left while it was read on ends as client_gone, or as completed where the client had the
+# terminal event (`finish`). All of them are booked once: by `complete` before the client has the last byte, else by
+# `Gateway._carry`. The entry has the spend of the last attempt; others that were billed in vain have their own lines.
+
 
 class Exchange:
     """One call on its way, from its admission to its end: its attempts on one side, the client's sink on the other."""
@@ -9473,31 +9494,16 @@ class Exchange:
             self.sink.write(data, False)
 
     def complete(self, outcome: Outcome, data: bytes, whole: bool) -> None:
-        """Write the answer's last bytes. First the ledger, then the client: who has seen the end finds it booked."""
+        """Write the answer's last bytes; cut the client off where it is not whole, so that it looks cut.
+
+        First the ledger, then the client: who has seen the end finds it booked.
+        """
         self.bytes_down += len(data)
-        if self.sink is None:
-            outcome = self._for_ledger(outcome)
-        self.finish(outcome)
-        self._relay.book(self, outcome)
+        self._relay.book(self, self.finish(outcome))
         if self.sink:
             self.sink.write(data, whole)
             if not whole:
                 self.sink.cut()
-
-    def cut(self, outcome: Outcome) -> None:
-        """End an answer that broke off: what the client has so far must look cut."""
-        if self.sink:
-            self.sink.cut()
-        self.finish(self._for_ledger(outcome))
-
-    def _for_ledger(self, outcome: Outcome) -> Outcome:
-        """Return how the call ended for its client: who left and had the terminal event has missed nothing."""
-        if self.phase is ExchangePhase.LEFT:
-            return Outcome("client_gone", outcome.status)
-        if self.phase is ExchangePhase.SERVED:
-            has_failed = self.attempt is not None and self.attempt.reader.error_type
-            return Outcome("upstream_error" if has_failed else "completed", outcome.status)
-        return outcome
 
     def crash(self, error: Exception) -> None:
         """End the call for a bug of ours."""
@@ -9555,7 +9561,7 @@ class Exchange:
         attempt = self.attempt
         if attempt and attempt.is_running and self.call.key.spends and self._hears_out(attempt):
             attempt.reader.is_unread |= not attempt.reader.is_finished
-        self.end(self._for_ledger(Outcome("client_gone", self.status)))
+        self.end(Outcome("client_gone", self.status))
 
     def _hears_out(self, attempt: Attempt) -> bool:
         """Return whether the ledger wants the rest: `auto` does where a limit would be evaded by leaving early."""
@@ -9624,14 +9630,20 @@ class Exchange:
             self.sink.cut()
         self.finish(outcome)
 
-    def finish(self, outcome: Outcome) -> None:
-        """Resolve `done`, and wake what waits for the attempt."""
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Resolve `done`, and wake what waits for the attempt. Return the outcome for the client that it has."""
+        if self.phase is ExchangePhase.LEFT:
+            outcome = Outcome("client_gone", outcome.status)
+        elif self.phase is ExchangePhase.SERVED:  # it has missed nothing
+            has_failed = self.attempt is not None and self.attempt.reader.error_type
+            outcome = Outcome("upstream_error" if has_failed else "completed", outcome.status)
         self._move(ExchangePhase.ENDED)
         self.paused_at = None
         self.close_attempt(outcome.name)
         self.done.set_result(outcome)
         if self.attempt and not self.attempt.done.done():
             self.attempt.done.set_result(None)
+        return outcome
 
     def end_if_left(self) -> bool:
         """End the call of a client that left, after an attempt failed; return whether the call is over."""
@@ -9886,7 +9898,7 @@ class Relay:
         last = exchange.attempts[-1].upstream if exchange.attempts else ""
         ready_in = self.upstreams.ready_in(call, set())
         wait_s = max(1, math.ceil(ready_in)) if 0 < ready_in < math.inf else None
-        refused = self.upstreams.refused(call)
+        refused = self.upstreams.refused_key(call)
         if failed:
             log.warning("%s: no answer, attempts %d: upstream %s %s", call.id, exchange.tries, last, failed)
         if failed and failed.failure.case in REFUSED_KEY:  # though it may not be sure yet
@@ -9933,10 +9945,6 @@ class Relay:
                 exchange.check(now)
             except Exception as error:
                 exchange.crash(error)
-
-    def sweep(self, stood_s: float = 0.0) -> None:
-        """End what takes too long to connect, and close connections that were idle for too long."""
-        self.pools.check(stood_s)
 
     def close(self) -> None:
         """Cut what still runs and close every connection."""
@@ -11052,7 +11060,7 @@ class Gateway:
         run = self.guard.run
         run(self.relay.check, stood_s)
         run(self.relay.upstreams.check, stood_s)
-        run(self.relay.sweep, stood_s)
+        run(self.relay.pools.check, stood_s)
         run(self.limits.check, stood_s)
         run(self.ledger.tick)
         run(self.books.tick)
@@ -12525,7 +12533,7 @@ class ClientConnection(asyncio.Protocol):
             self._call = call = self._door.accept(self, request, route)
             if call.reservation.waiter:
                 # The body is read meanwhile: of a connection that is not read from is not known that its client leaves.
-                call.reservation.waiter.turn.add_done_callback(self._end_wait)
+                call.reservation.waiter.done.add_done_callback(self._end_wait)
             else:
                 self._ask_for_body()
         elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
@@ -12543,11 +12551,11 @@ class ClientConnection(asyncio.Protocol):
         else:
             self.transport.write(CONTINUE)  # Python's http.client takes 102 for the answer
 
-    def _end_wait(self, turn: asyncio.Future[bool | GatewayError]) -> None:
+    def _end_wait(self, done: asyncio.Future[bool | GatewayError]) -> None:
         """A call has its slot, or will have none, perhaps while its body is still on its way."""
         call = self._call
-        if call and call.reservation.waiter and call.reservation.waiter.turn is turn:
-            refusal = turn.result()
+        if call and call.reservation.waiter and call.reservation.waiter.done is done:
+            refusal = done.result()
             if isinstance(refusal, GatewayError):
                 self._reject(refusal)
             else:

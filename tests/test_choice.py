@@ -1471,8 +1471,8 @@ def test_only_the_user_for_whom_an_api_key_is_left_alone_is_told_that_it_is_refu
             world.upstreams.record_failure(ticket, "401")
         world.clock.advance(5)
 
-    assert world.upstreams.refused(world.call_of("mallory")) == ("a", "401")
-    assert world.upstreams.refused(world.call_of("bob")) is None
+    assert world.upstreams.refused_key(world.call_of("mallory")) == ("a", "401")
+    assert world.upstreams.refused_key(world.call_of("bob")) is None
 
 
 @pytest.mark.logs("is left alone")

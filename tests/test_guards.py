@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 
 import pytest
 from client import Reply, request_bytes
@@ -26,7 +27,7 @@ def tracebacks(caplog) -> int:
     [
         ("Books.tick", "books", "_clock"),
         ("Limits.check", "limits", "_queues"),
-        ("Relay.sweep", "relay", "pools"),
+        ("Pools.check", "relay.pools", "_pools"),
         ("KeyChecks.check", "key_checks", "_relay"),
         ("RefusalLog.check", "refusals", "_ends_at"),
     ],
@@ -39,7 +40,7 @@ async def test_a_bug_in_one_tick_ends_no_other_deadline(gateway, upstream, caplo
     stream = await gateway.connect()
     await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
     await stream.read_until(b"Hel")
-    part = getattr(gateway.gateway, owner)
+    part = operator.attrgetter(owner)(gateway.gateway)
     sound = getattr(part, name)
     setattr(part, name, None)
 

@@ -34,7 +34,7 @@ BUDGETS = {
     "Upstreams": 690,
     "Demo": 100,
     "Attempts": 380,
-    "Relay": 547,
+    "Relay": 556,
     "Events": 320,
     "Metrics": 214,
     "Models": 140,

@@ -1180,7 +1180,7 @@ async def test_a_wait_is_longer_by_the_time_for_which_the_loop_stood_still(start
     gateway.clock.advance(30)
     gateway.gateway.tick(30.0)
     (waiter,) = gateway.gateway.limits._queues
-    has_ended = waiter.turn.done()
+    has_ended = waiter.done.done()
     gateway.tick(10)
 
     assert not has_ended
@@ -1574,7 +1574,7 @@ async def test_a_freed_slot_costs_the_same_however_many_wait(clock):
         held = await waiters_in(limits, snapshot, count)
         assert limits.waiting == count
         found.append(calls_made(held[0].release))
-        assert limits.waiting == count - 1 and held[1].waiter.turn.done()
+        assert limits.waiting == count - 1 and held[1].waiter.done.done()
 
     assert found[0] == found[1]
 
@@ -1593,7 +1593,7 @@ async def test_two_processes_share_the_slots_of_a_store_elsewhere(clock):
         limits.enter(call.reservation)
         calls.append(call.reservation)
     await until(lambda: not one.waiting and not len(other._queues.apart))
-    before = [reservation.waiter.turn.done() for reservation in calls]
+    before = [reservation.waiter.done.done() for reservation in calls]
 
     calls[0].release()
     await until(lambda: store.running()["key", "alice"] == 1)
@@ -1601,7 +1601,7 @@ async def test_two_processes_share_the_slots_of_a_store_elsewhere(clock):
     await until(lambda: not other.waiting)
 
     assert before == [True, True, False]
-    assert calls[2].waiter.turn.result() is True and store.running()["key", "alice"] == 2
+    assert calls[2].waiter.done.result() is True and store.running()["key", "alice"] == 2
 
 
 @pytest.mark.parametrize("store", [FarStore], ids=[""])
@@ -1713,7 +1713,7 @@ def test_a_wait_queue_does_what_a_plain_list_would(bound, steps):
                 queues.push("place", waiters[number])
                 dropped = plain.push(step, number)
                 if dropped is not None:
-                    assert waiters[dropped].turn.result() == "dropped"
+                    assert waiters[dropped].done.result() == "dropped"
             assert queues.size == len(plain.waiting) <= bound
             assert set(queues) == {waiters[n] for _, n in plain.waiting}
 
@@ -1755,14 +1755,14 @@ keys:
                     call.reservation.release()
             elif held:
                 held.pop(at % len(held)).release()
-            while left := [r for r in held if r.waiter and r.waiter.turn.done() and r.slots < len(r.budgets)]:
+            while left := [r for r in held if r.waiter and r.waiter.done.done() and r.slots < len(r.budgets)]:
                 held.remove(left[0])
                 left[0].release()  # it had to make room
             for reservation in held:
                 assert all(scope.running <= budget.concurrent for budget, scope in reservation.scopes)
                 if reservation.slots < len(reservation.budgets):
                     budget, scope = reservation.scopes[reservation.slots]
-                    assert scope.running == budget.concurrent and not reservation.waiter.turn.done()
+                    assert scope.running == budget.concurrent and not reservation.waiter.done.done()
         for reservation in held:
             reservation.release()
         assert limits.waiting == 0 and {s.running for s in limits.store._scopes.values()} <= {0}
