@@ -3839,11 +3839,11 @@ class Counters(msgspec.Struct, array_like=True):
     left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
     steps: dict[int, list[int]] = msgspec.field(default_factory=dict)  # for sliding windows; calls where admitted
     since: float = 0.0  # between these two no window turns over
-    turn: float = 0.0
+    until: float = 0.0
 
-    def turn_to(self, rows: Sequence[LimitWindow], at: float, began: float, calendar: Calendar) -> None:
+    def roll(self, rows: Sequence[LimitWindow], at: float, began: float, calendar: Calendar) -> None:
         """Open the windows that a call counts in which began and ended at these times."""
-        since, turn = -math.inf, math.inf
+        since, until = -math.inf, math.inf
         for row in rows:
             window = self.windows.get(row.name)
             if window is None or not self._opens(row, window) <= at < window.end:
@@ -3851,9 +3851,9 @@ class Counters(msgspec.Struct, array_like=True):
             opens = self._opens(row, window)
             if opens > since:  # not `max`: a fold of a million lines comes here often
                 since = opens
-            if window.end < turn:
-                turn = window.end
-        self.since, self.turn = since, turn
+            if window.end < until:
+                until = window.end
+        self.since, self.until = since, until
 
     def _opens(self, row: LimitWindow, window: Window) -> float:
         """From when on calls count in a row's window: a little before it was opened, but not while another one was."""
@@ -3981,8 +3981,8 @@ class Fold:
                 tokens = DEFAULT_WEIGHTS.weigh(posting)
             scopes = known((posting.key, posting.team)) or self._learn(posting.key, posting.team)
             for counters in scopes:
-                if not counters.since <= at < counters.turn:
-                    counters.turn_to(calendar.turning, at, at - posting.duration_ms / 1000, calendar)
+                if not counters.since <= at < counters.until:
+                    counters.roll(calendar.turning, at, at - posting.duration_ms / 1000, calendar)
                 totals = counters.totals
                 totals[0] += tokens
                 totals[1] += nano_usd
@@ -4006,8 +4006,8 @@ class Fold:
         if not meant:
             raise ValueError(f"unknown limit {posting.limit}")
         counters = self.scope(posting.scope, posting.name)
-        counters.turn_to(self.calendar.calendar, at, at, self.calendar)
-        counters.turn = 0.0  # a reset opens no rolling window: the next call does
+        counters.roll(self.calendar.calendar, at, at, self.calendar)
+        counters.until = 0.0  # a reset opens no rolling window: the next call does
         for limit in meant:
             counters.reset(limit.unit, limit.window)
 
