@@ -6172,8 +6172,8 @@ def token_rate(body: bytes, attached: int) -> float:
 PDF_TOKENS = 1_000_000  # the largest context
 PAGE_TOKENS = 4_500  # 1,500 to 3,000 of text, and its image
 MAX_PDF = 8 << 20  # bytes, in base64 and inflated, of all PDFs of a request that are read: 30 ms, of bad ones 130
-MAX_PDF_PARTS = 50_000  # streams and lists of all of them: 2 µs each
-LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF
+LEAST_PDF = 16 << 10  # bytes that each PDF counts of MAX_PDF at least …
+PDF_PART = 160  # … and that each of its streams and lists does, which takes 2 µs
 PDF_STREAM = re.compile(rb">>\s{0,20}stream\r?\n")
 PDF_NUMBER = re.compile(rb"(\d{1,10})\s{1,9}\d{1,9}\s{1,9}\Z")  # of an object, before its `obj`
 PDF_PAGE = re.compile(rb"/Type\s*/Page\b")
@@ -6188,7 +6188,7 @@ class PdfReader:
     """Counts pages and text of the PDFs of one request. What is no plain one raises ValueError within."""
 
     def __init__(self) -> None:
-        self._bytes_left, self._parts_left = MAX_PDF, MAX_PDF_PARTS
+        self._bytes_left = MAX_PDF
 
     def tokens(self, text: bytes) -> int:
         """The tokens of a PDF in base64, at most PDF_TOKENS."""
@@ -6199,10 +6199,9 @@ class PdfReader:
             return PDF_TOKENS
         return min(max(pages * PAGE_TOKENS, text_bytes // 4), PDF_TOKENS)
 
-    def _take(self, size: int, parts: int = 0) -> None:
+    def _take(self, size: int) -> None:
         self._bytes_left -= size
-        self._parts_left -= parts
-        if min(self._bytes_left, self._parts_left) < 0:
+        if self._bytes_left < 0:
             raise ValueError("more than can be looked at")
 
     def _read(self, pdf: bytes) -> tuple[int, int]:
@@ -6234,7 +6233,7 @@ class PdfReader:
         for found in PDF_STREAM.finditer(pdf):
             if found.start() < end:
                 continue
-            self._take(0, parts=1)
+            self._take(PDF_PART)
             before = pdf[max(end, found.start() - 1000) : found.start()]
             start, end = before.rfind(b"obj"), pdf.find(b"endstream", found.end())
             if start < 0 or end < 0:
@@ -6259,7 +6258,7 @@ class PdfReader:
         """The numbers of the objects that all `Kids` and all `Contents` name, and how often."""
         named = {b"Kids": Counter[int](), b"Contents": Counter[int]()}
         for found in PDF_LIST.finditer(objects):
-            self._take(0, parts=1)
+            self._take(PDF_PART)
             kind, names = found.groups()
             if names is None or (kind == b"Kids" and not names.startswith(b"[")):
                 raise ValueError("a list that stands elsewhere")
@@ -6348,22 +6347,20 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
                 yield from attachments(memoryview(text), budget, depth + 1)
 
 
-def plain_base64(text: bytes) -> bytes:
-    """Base64 without its data: URL, the escapes of its JSON string, and white space, which servers look past."""
+def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
+    """Return the tokens of an image or a PDF in base64, None if it is neither.
+
+    `text` are the bytes of a JSON string. A data: URL before it, escapes and white space are looked past, as servers do.
+    """
+    has_blanks = b" " in text  # as words have, and no image
     if b"\\" in text:
         try:
             text = msgspec.json.decode(b'"%b"' % text, type=str).encode()
         except UNREADABLE:
-            return b""
+            return None
     if text.startswith(b"data:"):
         text = text[text.find(b",", 0, 256) + 1 :]
-    return text.translate(None, b" \t\r\n")
-
-
-def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
-    """The tokens of an image or a PDF in base64 (as a JSON string's bytes, perhaps a data: URL); None if it is none."""
-    has_blanks = b" " in text  # as words have, and no image
-    text = plain_base64(text)
+    text = text.translate(None, b" \t\r\n")
     step = max(1, len(text) // SAMPLES)
     if not all(BASE64_ONLY.fullmatch(text[i : i + 64]) for i in range(0, len(text), step)):
         return None
@@ -6562,6 +6559,9 @@ MODEL_USES = 3
 MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
 # Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
 CLIENTS_OWN = (msgspec.UNSET, *(msgspec.Raw(word) for word in (b'"function"', b'"custom"', b"null")))
+BILLED_FIELDS = operator.attrgetter(  # by which a request asks for something beside text and answer
+    "tools", "mcp_servers", "modalities", "web_search_options", "models", "fallbacks", *ROUTER_FIELDS
+)
 ONE_HOUR = re.compile(rb'"ttl"\s*:\s*"1h"')  # in a mark of prompt caching
 
 
@@ -6744,11 +6744,7 @@ def read_request(call: Call) -> None:
         asked = [(field, decode_short(getattr(peek, field), str, "")) for field in PREMIUMS]
         call.premiums = tuple((field, word) for field, word in asked if word not in ORDINARY)
     write = cache_write(body, is_escaped)
-    more = (
-        *(write, peek.tools, peek.mcp_servers, peek.modalities, peek.web_search_options, peek.models, peek.fallbacks),
-        *(peek.context_window_fallbacks, peek.content_policy_fallbacks, peek.plugins, peek.preset),
-    )
-    if any(more) or kind == "responses":
+    if write or kind == "responses" or any(BILLED_FIELDS(peek)):
         call.besides = read_besides(call, peek, write, is_escaped)
     call.session = find_session(call, peek)
 

@@ -1082,6 +1082,17 @@ def test_an_hour_in_the_cache_is_found_where_it_is_said(mark, write):
     assert read_call("messages", body).besides.write == write
 
 
+@pytest.mark.parametrize("kind", ["messages", "chat", "responses"])
+@pytest.mark.parametrize("name", g.ROUTER_FIELDS)
+def test_whatever_makes_a_router_choose_counts_as_the_dearest_model(name, kind):
+    """
+    Of LiteLLM's and OpenRouter's fields alike, also where the request has no tools.
+    """
+    besides = read_call(kind, body_of({name: ["claude-opus-4-1"]})).besides
+
+    assert besides is not None and besides.is_unclear
+
+
 def test_an_ordinary_request_has_nothing_besides():
     """
     No tools: nothing is read; tools of the client's own, whose texts have escapes and models: nothing is reserved.
