@@ -5959,8 +5959,6 @@ class EventReader:
 # said. Lists are walked item by item (`list_items`), with a bound on their number.
 
 Raw = msgspec.Raw | msgspec.UnsetType
-
-
 UNSAID = (msgspec.UNSET, msgspec.Raw(b"null"))  # values of a field that say nothing
 MAX_NAME = 256  # characters of a model's name: it stands in the log and in the ledger
 MAX_SHORT = 8 << 10  # bytes of a value that is decoded; Claude Code's metadata has 200
@@ -5980,7 +5978,7 @@ def decode_short(value: Raw, kind: type[Decoded], default: Decoded) -> Decoded:
 
 
 def bytes_of(value: Raw) -> bytes:
-    """The JSON of a value; "" where it is absent."""
+    """Return the JSON of a value; "" where it is absent."""
     return b"" if value is msgspec.UNSET else bytes(value)
 
 
@@ -6000,7 +5998,7 @@ def value_end(text: memoryview, start: int) -> int:
 
 
 def list_items(text: memoryview, most: int) -> Iterator[memoryview]:
-    """The items of a JSON list, at most so many, each as its bytes; nothing where it is no list."""
+    """Yield the items of a JSON list, at most `most`, each as its bytes; nothing where it is no list."""
     start = 1
     if not re.match(rb"\[[ \t\r\n]*[^\] \t\r\n]", text):
         return
@@ -6061,7 +6059,7 @@ END = re.compile(rb"[ \t\r\n]*+\{?[ \t\r\n]*+\}")
 
 
 def walk_fields(body: bytes) -> Iterator[tuple[str, int, int]]:
-    """The fields of a JSON object: each one's name, and where its value starts and ends (white space may follow).
+    """Yield the fields of a JSON object: name, start and end of the value (white space may follow).
 
     Raises BadRequest, and as decoding does.
     """
@@ -6131,7 +6129,7 @@ BASE64_ONLY = re.compile(rb"[A-Za-z0-9+/\\=]+")
 
 
 def token_rate(body: bytes, attached: int) -> float:
-    """Tokens per byte of a body's text, 0.25 to 1, `attached` bytes of it left out.
+    """Estimate the tokens per byte of a body's text, 0.25 to 1, with `attached` bytes of it left out.
 
     Of the samples that look like base64 so large a share is left out: beside an attachment there may be noise.
     """
@@ -6191,7 +6189,7 @@ class PdfReader:
         self._bytes_left = MAX_PDF
 
     def tokens(self, text: bytes) -> int:
-        """The tokens of a PDF in base64, at most PDF_TOKENS."""
+        """Return the tokens of a PDF in base64, at most PDF_TOKENS."""
         try:
             self._take(max(len(text), LEAST_PDF))
             pages, text_bytes = self._read(base64.b64decode(text, validate=True))
@@ -6205,7 +6203,7 @@ class PdfReader:
             raise ValueError("more than can be looked at")
 
     def _read(self, pdf: bytes) -> tuple[int, int]:
-        """The pages, and the bytes of their text."""
+        """Return the number of pages, and of the bytes of their text."""
         if not pdf.startswith(b"%PDF-"):
             raise ValueError("readers look past what stands before that")
         streams = list(self._streams(pdf))
@@ -6228,7 +6226,7 @@ class PdfReader:
         return pages, text_bytes
 
     def _streams(self, pdf: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-        """The streams: each one's number (0: not to be seen), its dictionary, and its bytes as they came."""
+        """Yield the streams: number (0: not to be seen), dictionary, and bytes as they came."""
         end = 0
         for found in PDF_STREAM.finditer(pdf):
             if found.start() < end:
@@ -6242,7 +6240,7 @@ class PdfReader:
             yield int(number[1]) if number else 0, before[start:], pdf[found.end() : end]
 
     def _inflate(self, fields: bytes, data: bytes) -> bytes:
-        """The bytes of a stream. Raises ValueError if they are packed in another way."""
+        """Unpack the bytes of a stream. Raises ValueError if they are packed in another way."""
         if b"/ASCII85Decode" in fields:
             self._take(16 * len(data))  # it takes longer
             data = base64.a85decode(b"<~" + data.strip(), adobe=True)
@@ -6255,7 +6253,7 @@ class PdfReader:
         return data
 
     def _named(self, objects: bytes) -> dict[bytes, Counter[int]]:
-        """The numbers of the objects that all `Kids` and all `Contents` name, and how often."""
+        """Count how often all `Kids` and all `Contents` name each object, by its number."""
         named = {b"Kids": Counter[int](), b"Contents": Counter[int]()}
         for found in PDF_LIST.finditer(objects):
             self._take(PDF_PART)
@@ -6311,7 +6309,7 @@ class Part(msgspec.Struct, gc=False):
 
 
 def attached_base64(part: Part, field: str) -> bytes | None:
-    """The base64 of an attachment with its quotes, or what is in its place; "" for a file's number, None for a text."""
+    """Return an attachment's base64 in quotes, or what is in its place; "" for a file's number, None for a text."""
     value = bytes_of(getattr(part, field))
     if value.startswith(b"{"):
         source = msgspec.json.decode(value, type=Part)
@@ -6322,7 +6320,7 @@ def attached_base64(part: Part, field: str) -> bytes | None:
 
 
 def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Iterator[tuple[bytes, bool]]:
-    """The attachments of a list of messages or blocks: each one's base64 (`attached_base64`), and if it is an image.
+    """Yield the attachments in a list of messages or blocks: `attached_base64`, and whether it is an image.
 
     Blocks stand within messages, results of tools, and documents; how deep is not for the client to choose.
     """
@@ -6350,7 +6348,7 @@ def attachments(parts: memoryview, budget: Iterator[int], depth: int = 0) -> Ite
 def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | None:
     """Return the tokens of an image or a PDF in base64, None if it is neither.
 
-    `text` are the bytes of a JSON string. A data: URL before it, escapes and white space are looked past, as servers do.
+    `text` is within a JSON string, perhaps as a data: URL. Escapes and white space are looked past, as servers do.
     """
     has_blanks = b" " in text  # as words have, and no image
     if b"\\" in text:
@@ -6379,23 +6377,28 @@ def estimate_attachment(text: bytes, most_image: int, pdfs: PdfReader) -> int | 
 
 
 def estimate_input(body: bytes, conversation: Raw, route: Route, model: str, is_escaped: bool) -> int:
-    """The tokens of a request: its text by what its bytes are, images and documents by what they can cost.
+    """Estimate the tokens of a request: text by what its bytes are, images and documents by what they can cost.
 
     `conversation` is the list of messages or input items within it; `is_escaped` says that names in it may be hidden.
     """
-    text_bytes, tokens, has_any = len(body), 0, is_escaped
+    text_bytes = len(body)
+    tokens = 0
+    has_any = is_escaped
     for mark in ATTACHMENT_MARKS[route.kind]:
         has_any = has_any or mark in body
     if has_any:
         is_tiled = route.api == "openai" and matches(TILED_IMAGES, model)
         most_image = TILED_IMAGE_TOKENS if is_tiled else IMAGE_TOKENS
-        found, pdfs = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS))), PdfReader()
+        pdfs = PdfReader()
+        found = attachments(memoryview(bytes_of(conversation)), iter(range(MAX_PARTS)))
         for text, is_image in itertools.islice(found, MAX_ATTACHMENTS):
             most = most_image if is_image else PDF_TOKENS
             cost = estimate_attachment(text[1:-1], most_image, pdfs)
-            if cost is not None:
+            if cost is None:
+                tokens += most
+            else:
+                tokens += min(cost, most)
                 text_bytes -= len(text)
-            tokens += most if cost is None else min(cost, most)
     return tokens + math.ceil(text_bytes * token_rate(body, len(body) - text_bytes))
 
 
@@ -6405,19 +6408,18 @@ OUTPUT_FIELDS = {
     "count_tokens": ("max_tokens",),
     "chat": ("max_completion_tokens", "max_tokens"),
     "responses": ("max_output_tokens",),
-    "embeddings": (),
 }
 MOST_ANSWERS = 128  # that OpenAI's API gives to one request
 
 
 def read_most(value: Raw) -> float:
-    """A count that a request allows; infinite where it is no number that all servers read alike, such as "8000"."""
+    """Read a count that a request allows; infinite where servers could read it in several ways, as "8000"."""
     count = decode_short(value, int, -1)
     return count if count >= 0 else math.inf
 
 
 def max_output(route: Route, peek: Any) -> float:
-    """The output tokens that a request allows, by the fields that its route has; infinite where they say nothing.
+    """Read the output tokens that a request allows in the fields of its route; infinite where they say nothing.
 
     A field that the upstream does not read must not make the reservation small. The larger one counts, for each of the
     `n` answers that a chat asks for.
@@ -6462,7 +6464,7 @@ class Tool(msgspec.Struct, gc=False):
     advisor: Raw = msgspec.UNSET
 
     def models(self) -> list[str]:
-        """The models that run for it; "" for what cannot be read."""
+        """Return the models that run for it; "" for what cannot be read."""
         found: list[str] = []
         if self.model not in UNSAID:
             found.append(decode_short(self.model, str, ""))
@@ -6478,20 +6480,19 @@ UNREAD_TOOLS = [Tool(type=msgspec.Raw(b'"web_search"'), max_uses=msgspec.Raw(b'"
 
 
 def decode_tools(tools: Raw) -> list[Tool]:
-    """The tools of a request; where they are too many, or none, one that may do anything any number of times."""
+    """Decode a request's tools; too many, or what are none, as one that may do anything any number of times."""
     if tools is msgspec.UNSET:
         return []
-    found: list[Tool] | None = UNREAD_TOOLS
     if len(tools) <= MAX_TOOL_BYTES:
         with contextlib.suppress(*UNREADABLE):
-            found = TOOLS_DECODER.decode(tools)
-    if found and len(found) > MAX_TOOLS:
-        found = UNREAD_TOOLS
-    return found or []
+            found = TOOLS_DECODER.decode(tools) or []
+            if len(found) <= MAX_TOOLS:
+                return found
+    return UNREAD_TOOLS
 
 
 def other_models(peek: Any, tools: list[Tool]) -> Iterator[tuple[str, str]]:
-    """The models that a request names beside `model`: each one's place, and its name, "" where that cannot be read."""
+    """Yield the models that a request names beside `model`: place, and name ("" where that cannot be read)."""
     for field in ("models", "fallbacks"):
         value = getattr(peek, field)
         if value in UNSAID:
@@ -6566,12 +6567,12 @@ ONE_HOUR = re.compile(rb'"ttl"\s*:\s*"1h"')  # in a mark of prompt caching
 
 
 def read_uses(value: Raw, default: int) -> int:
-    """How often a tool may be used, as a request says it."""
+    """Read how often a tool may be used."""
     return default if value in UNSAID else int(min(read_most(value), MOST_USES))
 
 
 def cache_write(body: bytes, is_escaped: bool) -> str:
-    """The price at which a request's input may be written to a cache, a field of `Price`; "" where it asks for none.
+    """Return the price, a field of `Price`, at which input may be written to a cache; "" where none is asked for.
 
     Where escapes may hide marks of prompt caching, and there are no others, they count as the usual ones.
     """
@@ -6581,7 +6582,7 @@ def cache_write(body: bytes, is_escaped: bool) -> str:
 
 
 def has_stored_input(call: Call, peek: Any, tools: bytes, is_escaped: bool) -> bool:
-    """Whether a request refers to input that lies upstream, or that the upstream fetches."""
+    """Return whether a request refers to input that lies upstream, or that the upstream fetches."""
     if peek.mcp_servers or b'"web_fetch' in tools or b'"mcp"' in tools:
         return True
     if call.route.kind != "responses":
@@ -6634,13 +6635,13 @@ OPENING_BYTES = 32 << 10  # … and so much of each, and of the system prompt: t
 
 
 def session_of(metadata: Raw) -> str:
-    """The session in a request's `metadata`, at most 128 characters."""
+    """Return the session in a request's `metadata`, at most 128 characters."""
     found = SESSION.search(bytes_of(metadata)[:MAX_SHORT])
     return (found[1] or found[2]).decode(errors="replace") if found else ""
 
 
 def find_session(call: Call, peek: Any) -> str:
-    """The session that a request names, at most 128 characters: Claude Code's, Codex's (headers) or opencode's."""
+    """Return the session that a request names, at most 128 characters: Claude Code's, Codex's or opencode's."""
     if not call.named.keys().isdisjoint(SESSION_HEADERS):
         for name in SESSION_HEADERS:
             if session := printable(call.header(name)):
@@ -6665,7 +6666,7 @@ class Opening(msgspec.Struct, gc=False):
 
 
 def start_without_marks(text: bytes | memoryview) -> bytes:
-    """The first OPENING_BYTES of a value without the marks of prompt caching, which move on from turn to turn."""
+    """Return the first OPENING_BYTES of a value without marks of prompt caching, which move from message to message."""
     start = bytes(text[: OPENING_BYTES + 4096])  # room for all the marks that there can be
     *pieces, last = CACHE_MARK.split(start)
     # A pattern that took the commas and blanks before a mark as well was quadratic in these: 34 s for 700 KB.
@@ -6688,7 +6689,7 @@ def opening_digest(body: bytes) -> str:
 
 
 def find_affinity(call: Call) -> str:
-    """What keeps calls together that share a prompt cache: the session, else the conversation's start, else the key."""
+    """Return what calls that share a prompt cache have in common: session, else conversation's start, else key."""
     if not call.affinity:
         call.affinity = call.session or call.key.name
         if not call.session and call.route.kind in ("messages", "count_tokens", "chat"):
@@ -6701,7 +6702,7 @@ ASKS_FOR_USAGE = re.compile(rb'\{[^][{}\\]*"include_usage"\s*:\s*true[^][{}\\]*\
 
 
 def asks_for_usage(options: Raw) -> bool | None:
-    """Whether `stream_options` of a chat stream asks for its usage; None where there is none.
+    """Return whether `stream_options` of a chat stream asks for its usage; None where there is none.
 
     Where readers could differ, or the value is longer than any honest one, it does not: the field is written anew.
     """
@@ -6803,7 +6804,7 @@ STATUS_OF_ERROR = {
 
 
 def status_of_error(name: str) -> int | None:
-    """The status that an error's type or code stands for, None where it tells nothing."""
+    """Return the status that an error's type or code stands for, None where it tells nothing."""
     if re.fullmatch(r"[45]\d\d", name):
         return int(name)
     is_clients = name.startswith(("invalid_", "image_"))  # OpenAI's: what is wrong with a prompt or an image
@@ -6815,7 +6816,7 @@ class AbsurdCount(ValueError):
 
 
 def read_count(value: Count) -> int:
-    """A count of an answer as an integer. Raises AbsurdCount."""
+    """Return a count of an answer as an integer. Raises AbsurdCount."""
     if type(value) is int and 0 <= value <= MAX_COUNT:  # as most are
         return value
     count = int(value)
@@ -6828,7 +6829,7 @@ MAX_ODD = 1000  # items of a list with an odd one; 600,000 of them, in an answer
 
 
 def decode_known(raw: bytes | msgspec.Raw, kind: Any) -> Any:
-    """A value of which one part has another shape than we know, without that part, however deep it stands.
+    """Decode a value without the parts of it that have another shape than we know, however deep they stand.
 
     So what is odd beside the usage does not hide it: of structs the other fields are read, of lists the other items.
     Raises what decoding raises where nothing is known, or a list has more than MAX_ODD items.
@@ -6857,7 +6858,7 @@ def decode_known(raw: bytes | msgspec.Raw, kind: Any) -> Any:
 
 
 def decode_items(raw: msgspec.Raw, kind: type[Decoded]) -> tuple[list[Decoded], bool]:
-    """The items of a list, and whether that is all of them: of an odd one there is what is known of it.
+    """Decode a list; return its items, and whether that is all of them. Of an odd one there is what is known of it.
 
     Where other servers have null or a number, there is nothing to be missed.
     """
@@ -7022,7 +7023,7 @@ class ChatDelta(msgspec.Struct):
     audio: Any = None
 
     def text_bytes(self) -> int:
-        """How much was said, as UTF-8."""
+        """Return how much was said, in bytes of UTF-8."""
         size = 0
         for text in (self.content, self.refusal, self.reasoning, self.reasoning_content):
             if text:
@@ -7120,7 +7121,7 @@ class Meter:
         self.premiums: dict[str, str] = {}  # words by the field of the answer
 
     def start(self, streaming: bool) -> None:
-        """The answer begins: events, or one JSON body."""
+        """Begin an answer: events, or one JSON body."""
         self._events = EventReader() if streaming else None
 
     @property
@@ -7165,7 +7166,7 @@ class Meter:
             self.read_unknown(data, is_json=True)
 
     def _pass_over(self, dropped: list[bytes]) -> None:
-        """Events that were too long to be read may have had the usage; and one of them may have been the last."""
+        """Note events that were too long to be read: they may have had the usage, and one may have been the last."""
         self.is_unread = self.has_content = True
         for start in dropped:
             name = self.EVENT_NAME.search(start)
@@ -7227,7 +7228,7 @@ class Meter:
         return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
 
     def sum_up(self) -> Usage:
-        """What the upstream said, in one. Raises AbsurdCount."""
+        """Put together what the upstream said. Raises AbsurdCount."""
         usage = Usage(**named_counts(self.counts))
         if self.extras:
             usage.extras = tuple(self.extras.items())
@@ -7236,7 +7237,7 @@ class Meter:
         return usage
 
     def spend(self, reached_upstream: bool) -> Usage:
-        """The usage to book, by the table above."""
+        """Return the usage to book, by the table above."""
         if not (self.charged and reached_upstream):
             return Usage()
         try:
@@ -7257,12 +7258,12 @@ class Meter:
         return usage
 
     def estimate(self) -> Usage:
-        """The usage without anything that the upstream said of it."""
+        """Return a usage without anything that the upstream said of it."""
         output = self._estimated_output()
         return Usage(input_tokens=self._call.input_estimate, output_tokens=output, estimated=True)
 
     def _estimated_output(self) -> int:
-        """By the content that passed. What was not read is no text, but an image or a sound: as much as was reserved.
+        """Count the content that passed. What was not read is an image or a sound, and counts what was reserved.
 
         By its bytes, an image of 9 MB would be 2 million tokens; it has 6,000.
         """
@@ -7329,7 +7330,7 @@ class MessagesMeter(Meter):
                 self.read_premium(field, word)
 
     def sum_up(self) -> Usage:
-        """The counts with the iterations that are beside them.
+        """Add up the counts and the iterations beside them.
 
         The top level has the executor's iterations (of its input perhaps only the first), and neither compaction nor
         advisors: so of each class the larger counts of top level and executor, and everything else in addition.
@@ -7461,7 +7462,7 @@ class ChatMeter(OpenAIMeter):
             super().read_unknown(data, is_json)
 
     def sum_up(self) -> Usage:
-        """The counts, and the search that `web_search_options` asked for, which the usage does not tell."""
+        """Add the search that `web_search_options` asked for, which the usage does not tell."""
         besides = self._call.besides
         if besides and any(name == CHAT_SEARCH for name, _ in besides.extras) and self.did_work:
             self.extras[CHAT_SEARCH] = max(1, self.extras.get(CHAT_SEARCH, 0))
@@ -7530,7 +7531,7 @@ class ResponsesMeter(OpenAIMeter):
             self.extras[piece] = self.extras.get(piece, 0) + 1
 
     def _read_tools(self, tools: ToolUsage) -> None:
-        """What the upstream itself says of its tools is worth more than what was counted."""
+        """Take what the upstream says of its tools in place of what was counted."""
         searches, drawn = tools.web_search, tools.image_gen
         if searches and searches.num_requests is not None:
             self.extras["web_search"] = read_count(searches.num_requests)
