@@ -1192,12 +1192,17 @@ class PriceTable:
         by_class = zip(*map(class_prices, prices), strict=True)
         return ModelPrice(Price(*map(max, by_class)))
 
-    def bill(self, asked: str, served: str, usage: Usage) -> Bill:
-        """Return what a call costs at the price of the model that was asked, or of the one that served if it is dearer.
+    def fill(self, bill: Bill, asked: str, served: str, usage: Usage) -> None:
+        """Write on a bill what a call costs at the price of the model that was asked, or that served if it is dearer.
 
         A served name that has no row says nothing: servers answer with paths and aliases of their own.
         """
-        counts = named_counts(usage)
+        bill.input_tokens = usage.input_tokens
+        bill.output_tokens = usage.output_tokens
+        bill.cache_write_5m_tokens = usage.cache_write_5m_tokens
+        bill.cache_write_1h_tokens = usage.cache_write_1h_tokens
+        bill.cache_read_tokens = usage.cache_read_tokens
+        bill.estimated = usage.estimated
         prompt = usage.prompt_tokens or usage.total_input_tokens
         names = [asked]
         if served and served != asked and self.price(served).is_known:
@@ -1205,11 +1210,12 @@ class PriceTable:
         if usage.is_fallback:
             names = names[-1:]  # what the asked model did is a share of its own
         if len(names) == 1 and not (usage.shares or usage.extras or usage.premiums):  # as most calls are
-            price = self.price(names[0]).at(prompt)
-            return Bill(**counts, estimated=usage.estimated, cost_usd=price.cost_usd(usage), price=price)
+            bill.price = self.price(names[0]).at(prompt)
+            bill.cost_usd = bill.price.cost_usd(usage)
+            return
         own: Tokens = usage
         if usage.shares:
-            own = Tokens(**counts)
+            own = Tokens(**named_counts(usage))
             for share in usage.shares:
                 own.add(share, -1)
         offers = []
@@ -1224,10 +1230,10 @@ class PriceTable:
         for name, count in usage.extras:
             if name in EXTRAS and row.surcharges[name]:
                 charges.append(Charge(what=name, usd=round(count * row.surcharges[name], 9), count=count))
-        cost_usd = round(cost + sum(map(operator.attrgetter("usd"), charges)), 9)
-        bill = Bill(**counts, estimated=usage.estimated, cost_usd=cost_usd)
-        bill.price, bill.premiums, bill.charges = price, premiums, charges
-        return bill
+        bill.cost_usd = round(cost + sum(map(operator.attrgetter("usd"), charges)), 9)
+        bill.price = price
+        bill.premiums = premiums
+        bill.charges = charges
 
     def _charge(self, share: Share, asked: str, row: ModelPrice, price: Price, usage: Usage) -> Charge:
         """Return what a share costs: sound at the call's model's price for it, another model's run at that model's."""
@@ -2656,10 +2662,15 @@ class Config:
         key.check(call.address, self.clock.wall())
         return key
 
-    def bill(self, asked: str, served: str, usage: Usage) -> Bill:
-        """What a call costs (`PriceTable.bill`), and what counts of it in limits of tokens."""
-        bill = self.file.prices.bill(asked, served, usage)
+    def fill(self, bill: Bill, asked: str, served: str, usage: Usage) -> None:
+        """Write on a bill what a call costs (`PriceTable.fill`), and what counts of it in limits of tokens."""
+        self.file.prices.fill(bill, asked, served, usage)
         bill.weighted_tokens = self.limits.weights.weigh(usage)
+
+    def bill(self, asked: str, served: str, usage: Usage) -> Bill:
+        """Return the bill of a call (`fill`)."""
+        bill = Bill()
+        self.fill(bill, asked, served, usage)
         return bill
 
     def route(self, call: Call) -> tuple[Serving, ...]:
@@ -3512,7 +3523,7 @@ def hold_ledger(directory: Path, opened: contextlib.ExitStack) -> list[Held]:
 
 
 class Ledger:
-    """Appends lines to `usage-YYYY-MM.jsonl`, one write each.
+    """Appends lines to `usage-YYYY-MM.jsonl`; those that are noted together share one write.
 
     A folder has one writer, who holds it (`hold_folder`). What the disk refuses waits in a bounded queue. `tick` is to
     be called often: it writes what waits, and has the file synced off the event loop. `on_line` is called with each
@@ -3587,10 +3598,18 @@ class Ledger:
 
     def append(self, line: LedgerLine) -> None:
         """Write one line; never raises. Where the disk refuses, it waits."""
+        self.note(line)
+        self.write()
+
+    def note(self, line: LedgerLine) -> None:
+        """Count one line, and have it wait for `write`."""
         text = ENTRY_ENCODER.encode(line)
         self._waiting.append((line.time[:7], text))
-        self._write()
         self.on_line(text)
+
+    def write(self) -> None:
+        """Write what waits; never raises. What the disk refuses goes on waiting."""
+        self._write()
         if self.fsync_s == 0:
             self._sync()
 
@@ -3633,26 +3652,36 @@ class Ledger:
     def _write_waiting(self) -> None:
         """Write what waits. Raises OSError."""
         while self._waiting:
-            month, text = self._waiting[0]
+            month = self._waiting[0][0]
             if self._fd < 0 or month > self.month:  # never back into an older file: the order is the chain's
                 self._open(max(month, self.month))
-            self._write_line(text)
-            self._waiting.popleft()
+            self._write_lines()
 
-    def _write_line(self, text: bytes) -> None:
-        """A line is in the file as a whole or not at all. Raises OSError."""
-        chain = chain_value(self._chain, text)
-        line = text[:-2] + chain + b'"}\n'
+    def _write_lines(self) -> None:
+        """Write the lines that wait for the open file. Each is in it as a whole or not at all. Raises OSError."""
+        chain, lines = self._chain, []
+        for month, text in self._waiting:
+            if month > self.month:
+                break
+            chain = chain_value(chain, text)
+            lines.append(text[:-2] + chain + b'"}\n')
+        data = b"".join(lines)
         written = 0
         try:
-            while written < len(line):
-                written += os.write(self._fd, line[written:])
-        except OSError:
-            if written:
-                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
-            raise
-        self._chain = chain
-        self._dirty = True
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+        finally:
+            kept = len(lines)
+            if written < len(data):
+                kept = data.count(b"\n", 0, written)
+                torn = written - (data.rfind(b"\n", 0, written) + 1)
+                if torn:
+                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
+            if kept:
+                self._chain = chain_of(lines[kept - 1])
+                self._dirty = True
+            for _ in range(kept):
+                self._waiting.popleft()
 
     def _open(self, month: str) -> None:
         """Go on in a month's file, without what a crash may have left of its last line. Raises OSError."""
@@ -9496,7 +9525,10 @@ class Exchange:
         First the ledger, then the client: who has seen the end finds it booked.
         """
         self.bytes_down += len(data)
-        self._relay.book(self, self.finish(outcome))
+        outcome = self.finish(outcome)
+        self._relay.book(self, outcome, functools.partial(self._end_answer, data, whole))
+
+    def _end_answer(self, data: bytes, whole: bool) -> None:
         if self.sink:
             self.sink.write(data, whole)
             if not whole:
@@ -9682,7 +9714,8 @@ class Relay:
         self.pace = pace
         self.upstreams = Upstreams(clock, pace)
         self.on_failure: Callable[[Call, Choice, AttemptFailed], None] = lambda call, choice, error: None
-        self.book: Callable[[Exchange, Outcome], None] = lambda exchange, outcome: None  # before an answer's end
+        # Books a call, and has its answer end behind that.
+        self.book: Callable[[Exchange, Outcome, Callable[[], None]], None] = lambda exchange, outcome, end: end()
         # Holds what a failed attempt has cost; may another one follow?
         self.hold_cost: Callable[[Exchange, Attempt], bool] = lambda exchange, attempt: True
         self.pools = Pools(clock, pace)
@@ -10629,6 +10662,10 @@ class Principal(NamedTuple):
     key: Key | None = None
 
 
+def do_nothing() -> None:
+    """Nothing follows."""
+
+
 class Bookkeeper:
     """Makes entries of what calls have used, and hands them to the ledger."""
 
@@ -10638,6 +10675,7 @@ class Bookkeeper:
         self._clock = clock
         self._emit = events.emit
         self._guard = guard
+        self._ends: list[Callable[[], None]] = []  # what waits for this turn's entries to be written
 
     def hold_cost(self, exchange: Exchange, attempt: Attempt) -> bool:
         """Hold what an attempt has cost in vain until its call is booked; whether the limits allow another attempt."""
@@ -10647,8 +10685,11 @@ class Bookkeeper:
         held = {"tokens": bill.weighted_tokens or 0, "usd": math.ceil(usd * NANO["usd"])}
         return self._limits.charge(call.reservation, held)
 
-    def book(self, exchange: Exchange, outcome: Outcome) -> None:
-        """Write the call's entry and its line in the log, once. Never raises: the answer's last bytes wait for this."""
+    def book(self, exchange: Exchange, outcome: Outcome, then: Callable[[], None] = do_nothing) -> None:
+        """Make a call's entry and its line in the log, once. `then` is called when the entry is in the file.
+
+        All calls that end in one turn of the event loop share one write, at the turn's end. Never raises.
+        """
         if exchange.is_booked:
             return
         exchange.is_booked = True
@@ -10656,7 +10697,17 @@ class Bookkeeper:
             # What was read of the answer cannot be booked. An entry without it still shows that there was a call.
             exchange.discarded.clear()
             plain = self._entry(exchange, None, Outcome("internal_error", outcome.status, outcome.error))
-            self._guard.run(self._ledger.append, plain)
+            self._guard.run(self._ledger.note, plain)
+        if not self._ends:
+            asyncio.get_running_loop().call_soon(self.write)
+        self._ends.append(then)
+
+    def write(self) -> None:
+        """Write the entries of this turn, then let the answers of their calls end."""
+        self._ledger.write()
+        ends, self._ends = self._ends, []
+        for end in ends:
+            self._guard.run(end)
 
     def _book(self, exchange: Exchange, outcome: Outcome) -> None:
         entry = self._entry(exchange, exchange.attempt, outcome)
@@ -10664,49 +10715,42 @@ class Bookkeeper:
             if attempt is not exchange.attempt:  # else it is the entry's own
                 thrown_away = self._entry(exchange, attempt, Outcome(tried))
                 line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
-                self._ledger.append(line)
+                self._ledger.note(line)
                 self._emit(AttemptDiscarded(exchange.call, line))
         exchange.is_written = True
-        self._ledger.append(entry)
+        self._ledger.note(entry)
         last = exchange.attempt
         if last and last.reader.seen_input:
             self._limits.estimates.learn(exchange.call, last.ticket.model, entry)
         self._emit(CallEnded(exchange.call, entry, exchange.attempts))
 
-    def _believed(self, call: Call, attempt: Attempt, served: str) -> Bill:
-        """What an attempt has used and what that costs; where nobody can believe it, an estimate of both."""
+    def _fill(self, entry: Entry, call: Call, attempt: Attempt) -> None:
+        """Write on an entry what an attempt has used and costs; where nobody can believe it, an estimate of both."""
         asked, meter = attempt.ticket.model, attempt.reader
-        bill = call.config.bill(asked, served, attempt.usage())
-        if bill.cost_usd > MAX_COST_USD:
-            meter.absurd = f"a cost of ${bill.cost_usd:,.0f}"
-            bill = call.config.bill(asked, served, meter.estimate())
+        call.config.fill(entry, asked, entry.model_served, attempt.usage())
+        if entry.cost_usd > MAX_COST_USD:
+            meter.absurd = f"a cost of ${entry.cost_usd:,.0f}"
+            entry.premiums = {}
+            entry.charges = []
+            call.config.fill(entry, asked, entry.model_served, meter.estimate())
         if meter.absurd:
             text = "%s: %s of upstream %s is not believed, and estimated"
             log.error(text, call.id, meter.absurd, attempt.upstream.name)
-        return bill
 
     def _entry(self, exchange: Exchange, attempt: Attempt | None, outcome: Outcome) -> Entry:
         """Make the entry of a call as it ended, with what one of its attempts has used."""
         call, error = exchange.call, outcome.error
-        if attempt:
-            served = printable(attempt.reader.model, MAX_NAME)
-            bill = self._believed(call, attempt, served)
-        else:
-            served = ""
-            bill = call.config.bill(call.upstream_model, "", Usage())
         entry = Entry(
             time=utc_time(self._clock.wall()),
             request_id=call.id,
             key=call.key.name,
             team=call.key.team,
             model=call.model,
-            model_served=served,
             path=call.route.path,
             stream=call.stream,
             status=outcome.status or exchange.status,
             outcome=outcome.name,
             attempts=exchange.attempts,
-            **msgspec.structs.asdict(bill),
             duration_ms=round((self._clock.monotonic() - call.started) * 1e3, 1),
             queued_ms=round((call.admitted - call.started) * 1e3, 1),
             bytes_up=call.bytes_up,
@@ -10718,14 +10762,18 @@ class Bookkeeper:
         if error:
             entry.status = entry.status or error.status
             entry.error_type = error.type
-        if attempt:
-            entry.upstream = attempt.upstream.name
-            entry.upstream_request_id = attempt.upstream_request_id
-            entry.error_type = attempt.reader.error_type or entry.error_type
-            if attempt.reader.absurd:
-                entry.error_type = entry.error_type or "absurd_usage"
-            if attempt.first_byte_at is not None:
-                entry.first_byte_ms = round((attempt.first_byte_at - call.started) * 1e3, 1)
+        if attempt is None:
+            call.config.fill(entry, call.upstream_model, "", Usage())
+            return entry
+        entry.upstream = attempt.upstream.name
+        entry.upstream_request_id = attempt.upstream_request_id
+        entry.model_served = printable(attempt.reader.model, MAX_NAME)
+        self._fill(entry, call, attempt)
+        entry.error_type = attempt.reader.error_type or entry.error_type
+        if attempt.reader.absurd:
+            entry.error_type = entry.error_type or "absurd_usage"
+        if attempt.first_byte_at is not None:
+            entry.first_byte_ms = round((attempt.first_byte_at - call.started) * 1e3, 1)
         return entry
 
 
@@ -10948,6 +10996,7 @@ class Gateway:
         finally:
             self.bookkeeper.book(exchange, outcome)
             if outcome.error:
+                self.bookkeeper.write()
                 exchange.refuse(outcome.error)
 
     def check_open(self) -> None:
@@ -11082,6 +11131,7 @@ class Gateway:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
         await self.limits.store.close()
+        self.bookkeeper.write()
         self.ledger.close()
         self.books.close()
         self.key_books.close()
