@@ -434,7 +434,7 @@ class Budget(NamedTuple):
         return f"the {self.scope} {self.name}" if self.name else "this gateway"
 
     @property
-    def place(self) -> tuple[str, str]:
+    def id(self) -> tuple[str, str]:
         """What tells it from others, in any snapshot."""
         return self.scope, self.name
 
@@ -3751,7 +3751,8 @@ class Ledger:
 
 
 # --- 9. Counters: what is spent in the windows of limits --------------------------
-# Offers: Calendar, Counters, Fold, HISTOGRAM_S, MAX_COST_USD, Posting, POSTING_DECODER, Scopes, Span, UNCOUNTABLE
+# Offers: Calendar, Counters, Fold, HISTOGRAM_S, MAX_COST_USD, Posting, POSTING_DECODER, Scopes, Span, steps_of,
+#   UNCOUNTABLE
 
 # All of this is derived from the ledger's lines: the index may be deleted at any time. Three folds go over the lines:
 #
@@ -3783,7 +3784,7 @@ class Ledger:
 # index could not be locked against a second writer.
 
 HISTOGRAM_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # upper bounds, inclusive
-UNIT_PLACES = {unit: place for place, unit in enumerate(LIMIT_UNITS)}
+UNIT_COLUMNS = {unit: column for column, unit in enumerate(LIMIT_UNITS)}
 MAX_COST_USD = 10_000.0  # of one call: a million tokens in and 128,000 out at the dearest price are $95
 
 
@@ -3827,7 +3828,7 @@ class Calendar:
     def __init__(self, timezone: dt.tzinfo, windows: Windows = WINDOWS) -> None:
         self.timezone, self.windows = timezone, windows
         self.calendar = [window for window in windows.values() if window.kind == "calendar"]
-        self.turning = [*self.calendar, *(window for window in windows.values() if window.kind == "rolling")]
+        self.ending = [*self.calendar, *(window for window in windows.values() if window.kind == "rolling")]
         self.sliding_s = max((window.seconds for window in windows.values() if window.kind == "sliding"), default=0)
         # Every offset in use is a multiple of a quarter of an hour: within one nothing turns over.
         self._of_quarter = functools.lru_cache(maxsize=4096)(self._spans)
@@ -3856,6 +3857,15 @@ class Calendar:
         return local if by == "hour" else local[: len("2026-01-31" if by == "day" else "2026-01")]
 
 
+def steps_of(now: float, seconds: int) -> range:
+    """The steps that count in a sliding window: the present one and those of its `seconds`, which so never hold more.
+
+    As many ahead count, too: calls that were booked while the clock was ahead, for no longer than that.
+    """
+    present, past = int(now // STEP_S), seconds // STEP_S
+    return range(present - past, present + past + 1)
+
+
 class Window(msgspec.Struct, array_like=True):
     """A window of limits: from `start` until before `end`. `mark` are the totals at its start."""
 
@@ -3878,7 +3888,7 @@ class Counters(msgspec.Struct, array_like=True):
     windows: dict[str, Window] = msgspec.field(default_factory=lambda: {"": Window(-1e18, 1e18, [0, 0, 0])})
     left: dict[str, list[Window]] = msgspec.field(default_factory=dict)  # here `mark` is what was spent in it
     steps: dict[int, list[int]] = msgspec.field(default_factory=dict)  # for sliding windows; calls where admitted
-    since: float = 0.0  # between these two no window turns over
+    since: float = 0.0  # between these two no window ends
     until: float = 0.0
 
     def roll(self, rows: Sequence[LimitWindow], at: float, began: float, calendar: Calendar) -> None:
@@ -3927,42 +3937,37 @@ class Counters(msgspec.Struct, array_like=True):
     def post_step(self, at: float, admitted: float, spent: tuple[int, int, int], sliding_s: int) -> None:
         """Count for sliding windows: tokens and money where the call ended, the call itself where it was admitted."""
         if len(self.steps) * STEP_S > 8 * sliding_s:
-            self.steps = self._last_steps(at, sliding_s)
+            lasting = steps_of(at, sliding_s)
+            self.steps = {step: spent for step, spent in self.steps.items() if step in lasting}
         tokens, nano_usd, requests = spent
         step = self.steps.setdefault(int(at // STEP_S), [0, 0, 0])
         step[0] += tokens
         step[1] += nano_usd
         self.steps.setdefault(int(admitted // STEP_S), [0, 0, 0])[2] += requests
 
-    def _last_steps(self, now: float, seconds: int) -> dict[int, list[int]]:
-        """Return what counts in a sliding window, by steps; what a clock that was ahead has left does not last.
-
-        The steps are those that `seconds` have and the present one, so that no `seconds` ever hold more.
-        """
-        here = now // STEP_S
-        return {step: spent for step, spent in self.steps.items() if abs(here - step) * STEP_S <= seconds}
-
     def reset(self, unit: str, window: LimitWindow) -> None:
         """Let a limit count from zero."""
-        place = UNIT_PLACES[unit]
+        column = UNIT_COLUMNS[unit]
         if window.kind == "sliding":
             for spent in self.steps.values():
-                spent[place] = 0
+                spent[column] = 0
         elif window.name in self.windows:
-            self.windows[window.name].mark[place] = self.totals[place]
+            self.windows[window.name].mark[column] = self.totals[column]
 
     def spent(self, unit: str, window: LimitWindow, now: float) -> int:
         """What counts in the window of `now`: weighted tokens, nano-USD or requests."""
-        place, current = UNIT_PLACES[unit], self.windows.get(window.name)
+        column = UNIT_COLUMNS[unit]
         if window.kind == "sliding":
-            return sum([spent[place] for spent in self._last_steps(now, window.seconds).values()])
+            lasting = steps_of(now, window.seconds)
+            return sum([spent[column] for step, spent in self.steps.items() if step in lasting])
+        current = self.windows.get(window.name)
         if current is None:
             return 0
         if current.start <= now < current.end or self._opens(window, current) <= now < current.end:
-            return self.totals[place] - current.mark[place]
+            return self.totals[column] - current.mark[column]
         for left in self.left.get(window.name, ()):
             if left.start <= now < left.end:
-                return left.mark[place]
+                return left.mark[column]
         return 0
 
     def resets_at(self, window: LimitWindow, now: float, calendar: Calendar) -> float | None:
@@ -4022,7 +4027,7 @@ class Fold:
             scopes = known((posting.key, posting.team)) or self._learn(posting.key, posting.team)
             for counters in scopes:
                 if not counters.since <= at < counters.until:
-                    counters.roll(calendar.turning, at, at - posting.duration_ms / 1000, calendar)
+                    counters.roll(calendar.ending, at, at - posting.duration_ms / 1000, calendar)
                 totals = counters.totals
                 totals[0] += tokens
                 totals[1] += nano_usd
@@ -4820,13 +4825,13 @@ T = TypeVar("T")
 class Waiter(Generic[T]):
     """A call that waits. `done` is resolved with what it waits for, or with the refusal that ends its wait."""
 
-    __slots__ = ("asked", "call", "done", "place", "until")
+    __slots__ = ("asked", "call", "done", "queue_name", "until")
 
     def __init__(self, call: Call, until: float) -> None:
         self.call = call
         self.asked: asyncio.Future[Any] | None = None  # whether it is its turn: not answered yet
         self.until = until  # monotonic
-        self.place: Hashable = None  # what it waits for: the name of its queue
+        self.queue_name: Hashable = None  # what it waits for; None as long as it stands apart
         self.done: asyncio.Future[T | GatewayError] = asyncio.get_running_loop().create_future()
 
     def end(self, result: T | GatewayError) -> None:
@@ -4857,12 +4862,12 @@ Queue = OrderedDict[str, OrderedDict[W, None]]  # by key; the first key is the n
 
 
 class WaitQueues(Generic[W]):
-    """All calls that wait for things of one kind, in a queue for each thing (its place); has the bounds and deadlines.
+    """All calls that wait for things of one kind, in a queue for each thing; has the bounds and deadlines.
 
     In a queue the calls of one key stand in the order in which they came, and the keys have turns. A full queue belongs
     to nobody: the newest call of the key that has most waiting makes room for a key that has fewer (longest queue
     drop). `give_up` makes what ends a wait that was dropped, has lasted too long, or is left at the end. As long as it
-    is not clear what a call will have to wait for, it stands apart, in a queue without a bound (its place is None).
+    is not clear what a call will have to wait for, it stands apart, in a queue without a bound, whose name is None.
     """
 
     def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
@@ -4880,25 +4885,25 @@ class WaitQueues(Generic[W]):
         """Who stands apart."""
         return [waiter for waiters in self._apart.values() for waiter in waiters]
 
-    def push(self, place: Hashable, waiter: W) -> None:
+    def push(self, name: Hashable, waiter: W) -> None:
         """Let a call wait in a queue, or apart (None). Where the queue is full, the wait of one call in it ends."""
         self.remove(waiter)
         queue = self._apart
-        if place is not None:
-            queue = self.queues.setdefault(place, OrderedDict())
+        if name is not None:
+            queue = self.queues.setdefault(name, OrderedDict())
         own = queue.setdefault(waiter.call.key.name, OrderedDict())
         own[waiter] = None
-        waiter.place = place
+        waiter.queue_name = name
         self.size += 1
-        if place is not None and sum(map(len, queue.values())) > self._bound:
+        if name is not None and sum(map(len, queue.values())) > self._bound:
             longest = max([own, *queue.values()], key=len)  # the first of several
             dropped = next(reversed(longest))
             dropped.end(self._give_up(dropped))
             self.remove(dropped)
 
-    def firsts(self, place: Hashable) -> Iterator[W]:
+    def firsts(self, name: Hashable) -> Iterator[W]:
         """The first call of each key in a queue whose wait has not ended, in the order of their turns."""
-        for waiters in self.queues.get(place, {}).values():
+        for waiters in self.queues.get(name, {}).values():
             for waiter in waiters:
                 if not waiter.done.done():
                     yield waiter
@@ -4906,19 +4911,20 @@ class WaitQueues(Generic[W]):
 
     def remove(self, waiter: W, is_served: bool = False) -> None:
         """Take one out, wherever it stands, if it still waits. If it is served, its key comes last next time."""
-        place, waiter.place = waiter.place, None
-        queue, name = self.queues.get(place, self._apart), waiter.call.key.name
-        waiters = queue.get(name)
+        name, key = waiter.queue_name, waiter.call.key.name
+        waiter.queue_name = None
+        queue = self.queues.get(name, self._apart)
+        waiters = queue.get(key)
         if waiters is None or waiter not in waiters:
             return
         if is_served:
-            queue.move_to_end(name)
+            queue.move_to_end(key)
         del waiters[waiter]
         self.size -= 1
         if not waiters:
-            del queue[name]
-        if not queue and place is not None:
-            del self.queues[place]
+            del queue[key]
+        if not queue and name is not None:
+            del self.queues[name]
 
     def check(self, stood_s: float = 0.0) -> None:
         """End the waits that have lasted long enough, the `stood_s` for which the loop stood still not counted."""
@@ -4952,6 +4958,8 @@ class WaitQueues(Generic[W]):
 #                            a limit is spent, or the store failed
 #     admitted -> deferred   its body is not whole after 5 s: slots and request go back, and it is new once it is whole
 #     admitted -> reserved   admit: the tokens and the money of its estimate; or refused
+#     reserved -> reserved   charge: more tokens and money, which an attempt that failed has cost
+#                            return_slots: its client has left, and its answer is read on for the ledger without a slot
 #     any      -> over       release: all goes back, and whoever waits for a slot of these budgets is served
 #
 # There are two steps because a refusal must come before the body is read, and an estimate needs the body. The request
@@ -5116,8 +5124,8 @@ class Scope:
             return self.reserved[limit.unit]
         if limit.window.kind != "sliding":
             return sum(self.admitted.values())
-        here, seconds = now // STEP_S, limit.window.seconds
-        return sum(calls for step, calls in self.admitted.items() if abs(here - step) * STEP_S <= seconds)
+        lasting = steps_of(now, limit.window.seconds)
+        return sum([calls for step, calls in self.admitted.items() if step in lasting])
 
     def taken(self, limit: Limit, now: float) -> int:
         """What of a limit is spent or held."""
@@ -5129,18 +5137,18 @@ class MemoryStore:
 
     def __init__(self, fold: Fold, clock: Clock) -> None:
         self._fold, self._now = fold, clock.wall
-        self._scopes: dict[tuple[str, str], Scope] = {}  # by scope and name of the budget
+        self._scopes: dict[tuple[str, str], Scope] = {}  # by the budget's id
 
     def _open(self, hold: Hold) -> Sequence[tuple[Budget, Scope]]:
         pairs = []
         for budget in hold.budgets:
-            place = budget.scope, budget.name
-            if place not in self._scopes:
+            scope = self._scopes.get(budget.id)
+            if scope is None:
                 counters = Counters()  # nothing is ever spent on count_tokens
                 if budget.scope != "count_tokens":
                     counters = self._fold.scope(budget.scope, budget.name)
-                self._scopes[place] = Scope(counters)
-            pairs.append((budget, self._scopes[place]))
+                scope = self._scopes[budget.id] = Scope(counters)
+            pairs.append((budget, scope))
         hold.scopes = pairs
         return pairs
 
@@ -5448,7 +5456,7 @@ class Limits:
         self.store = store
         self._clock, self._timezone = clock, timezone
         self.estimates = Estimates()
-        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's place
+        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's id
         self._has_failed = False  # the store, when it was asked last
 
     def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
@@ -5481,7 +5489,7 @@ class Limits:
 
     def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
         """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
-        call, place, now = waiter.call, waiter.place, self._clock.monotonic()
+        call, name, now = waiter.call, waiter.queue_name, self._clock.monotonic()
         waiter.asked = None
         if isinstance(reply, asyncio.Future):
             waiter.asked = reply
@@ -5499,16 +5507,16 @@ class Limits:
             waiter.end(self._refusal(call.config, reply))
         elif waiter.until <= now:
             waiter.end(self._too_many(call.reservation))
-        elif reply.budget.place == place:
+        elif reply.budget.id == name:
             return
         else:
             self._queues.remove(waiter, is_served=True)
-            self._queues.push(reply.budget.place, waiter)
-        self._serve(place)
+            self._queues.push(reply.budget.id, waiter)
+        self._serve(name)
 
     def _heard(self, waiter: Waiter[bool], reply: asyncio.Future[Standing | None]) -> None:
         waiter.until -= self.STORE_S
-        place, is_current = waiter.place, waiter.asked is reply  # else a reload came between
+        name, is_current = waiter.queue_name, waiter.asked is reply  # else a reload came between
         try:
             standing = self._result(reply)
         except Unavailable as error:
@@ -5516,7 +5524,7 @@ class Limits:
                 waiter.asked = None
                 self._queues.remove(waiter)
                 waiter.end(error)
-                self._serve(place)
+                self._serve(name)
             return
         if is_current:
             self._take_in(waiter, standing)
@@ -5538,9 +5546,9 @@ class Limits:
         self._has_failed = True
         return Unavailable(self.SILENT, retry_after_s=5)
 
-    def _serve(self, place: Hashable) -> None:
+    def _serve(self, name: Hashable) -> None:
         """Let the first call of a queue ask for the slot that it lacks; if it gets it, the next one asks."""
-        waiter = next(self._queues.firsts(place), None)
+        waiter = next(self._queues.firsts(name), None)
         if waiter and not waiter.asked:
             self._take_in(waiter, self.store.enter(waiter.call.reservation))
 
@@ -5550,7 +5558,7 @@ class Limits:
         return LimitFull(f"{what}. Try again in a moment.{contact}", retry_after_s=5)
 
     def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
-        if waiter.place:
+        if waiter.queue_name:
             return self._too_many(waiter.call.reservation)
         if waiter.until <= self._clock.monotonic():
             return self._no_answer("it is silent")
@@ -5617,7 +5625,7 @@ class Limits:
         self.store.settle(reservation, slots_only)
         if self._queues.size:
             for budget in reversed(freed):  # the gateway's slot, the team's, then the key's
-                self._serve(budget.place)
+                self._serve(budget.id)
 
     def take_config(self, config: Config) -> None:
         """Let those who wait see a new config's limits; who may not use its key any more is told so."""
@@ -5639,8 +5647,8 @@ class Limits:
     def check(self, stood_s: float = 0.0) -> None:
         """End the waits that have lasted long enough, and see whether the store has slots that others gave back."""
         self._queues.check(stood_s)
-        for place in tuple(self._queues.queues):
-            self._serve(place)
+        for name in tuple(self._queues.queues):
+            self._serve(name)
 
     def close(self) -> None:
         """End every wait."""

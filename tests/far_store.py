@@ -55,7 +55,7 @@ class FarStore:
         for budget in hold.budgets:
             rows += [self._standing(budget, limit) for limit in budget.limits]
             if budget.concurrent < 1e18:
-                rows.append(g.slots_standing(budget, self.running()[budget.place]))
+                rows.append(g.slots_standing(budget, self.running()[budget.id]))
         return rows
 
     async def close(self) -> None:
@@ -89,11 +89,11 @@ class FarStore:
         if standing:
             return standing
         row = self._row(hold)
-        row["counts in"] = [budget.place for budget in hold.budgets]
+        row["counts in"] = [budget.id for budget in hold.budgets]
         for budget in hold.budgets[len(row["slots"]) :]:
-            if self.running()[budget.place] >= budget.concurrent:
-                return g.slots_standing(budget, self.running()[budget.place])
-            row["slots"].append(budget.place)
+            if self.running()[budget.id] >= budget.concurrent:
+                return g.slots_standing(budget, self.running()[budget.id])
+            row["slots"].append(budget.id)
             hold.slots = len(row["slots"])
         row["step"] = self.clock.wall() // 5
         return None
@@ -129,7 +129,7 @@ class FarStore:
 
     def _amounts(self, budget: g.Budget, limit: g.Limit, now: float) -> tuple[float, float]:
         """What of a limit is spent and held at a time."""
-        rows = [row for row in self.held.values() if budget.place in row["counts in"]]
+        rows = [row for row in self.held.values() if budget.id in row["counts in"]]
         held = sum(row["amounts"][limit.unit] for row in rows)
         if limit.unit == "requests":
             steps = [row["step"] for row in rows if row["step"] is not None]
