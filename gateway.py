@@ -13600,7 +13600,8 @@ class LogWriter(logging.Handler):
                 else:
                     self.lost += len(lines)
             if not is_over:
-                time.sleep(self.PAUSE_S)
+                with contextlib.suppress(OSError):  # as under libfaketime; without a rest it only wakes more often
+                    time.sleep(self.PAUSE_S)
 
     def _write(self, fd: int, text: str) -> bool:
         """Write all of it, however long that takes; whether stderr took it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -125,19 +126,47 @@ def test_an_exit_waits_a_second_for_a_reader_and_only_once(pipe: Pipe):
     read_lines(pipe.reading, 10)  # lets the thread end
 
 
-def test_a_closed_pipe_loses_lines_and_nothing_else(pipe: Pipe):
+@pytest.mark.parametrize("is_full", [False, True], ids=["closed pipe", "full disk"])
+def test_what_stderr_refuses_is_lost_and_nothing_else(pipe: Pipe, is_full):
     """
-    They are counted; the writer goes on trying.
+    The lines are counted; the writer goes on trying, and says how many they were once it is taken again.
     """
-    writer = g.LogWriter()
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, pipe.reading)  # nobody can read any more
-    os.close(null)
+    writer, good = g.LogWriter(), os.dup(pipe.stderr.fileno())
+    reading, bad = os.pipe()
+    os.close(reading)  # nobody can read any more
+    if is_full:
+        os.close(bad)
+        bad = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(bad, pipe.stderr.fileno())
     with writer.in_thread(pipe.stderr):
-        writer.handle(line("one"))
-        writer.handle(line("two"))
+        for count, text in enumerate(("one", "two"), 1):
+            writer.handle(line(text))
+            while writer.lost < count:
+                os.sched_yield()
+        os.dup2(good, pipe.stderr.fileno())
+        writer.handle(line("three"))
+        read = read_lines(pipe.reading, 2)
+    os.close(good)
+    os.close(bad)
 
-    assert writer.lost == 2
+    assert read == ["three", "log: 2 lines were lost here, because stderr was not read or refused them"]
+    writer.close()
+
+
+def test_a_rest_that_the_system_refuses_ends_no_thread(pipe: Pipe, monkeypatch):
+    """
+    It ended the log for good under libfaketime.
+    """
+
+    def refuse(seconds: float) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    writer = g.LogWriter()
+    monkeypatch.setattr(time, "sleep", refuse)
+    with writer.in_thread(pipe.stderr):
+        for text in ("one", "two"):
+            writer.handle(line(text))
+            assert read_lines(pipe.reading, 1) == [text]
     writer.close()
 
 
