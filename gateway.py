@@ -12194,6 +12194,10 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 class Request(msgspec.Struct):
     """What has been read of a request."""
 
+    MAX_HEAD: ClassVar = 64 << 10  # bytes of a head
+    MAX_HEADERS: ClassVar = 100  # Claude Code sends 25; 16,000 of four bytes took 2 MB before any key was looked at
+    MAX_TARGET: ClassVar = 2 << 10  # bytes that are looked at for the format of a refusal
+
     method: bytes = b""
     target: bytes = b""
     path: str = ""  # of a target that is whole, as `normalize_target` writes it
@@ -12201,9 +12205,27 @@ class Request(msgspec.Struct):
     version: str = "1.1"
     headers: Headers = []
     named: dict[bytes, bytes] = {}  # their first values, once the head is whole
-    body: bytes | bytearray = b""
+    body: bytes = b""  # a bytearray if it came in several pieces, which nobody who reads it minds
     body_size: int = 0  # also of a body that is thrown away
     is_whole: bool = False
+
+    @property
+    def api(self) -> Api:
+        """The format of an error in answer to it; the head may not be whole."""
+        return api_of(self.path or normalize_target(self.target[: self.MAX_TARGET])[0])
+
+    @property
+    def head_size(self) -> int:
+        """The bytes of a head, where each field is written in the shortest way."""
+        line = len(self.method) + len(self.target) + len(b"  HTTP/1.1\r\n")
+        return line + sum(len(name) + len(value) + len(b":\r\n") for name, value in self.headers)
+
+    def head_without_upgrade(self) -> bytes:
+        """The head as it may be read again: without what asks for another protocol."""
+        dropped = (b"upgrade", b"http2-settings")
+        lines = [b"%b %b HTTP/%b" % (self.method, self.target, self.version.encode())]
+        lines += [b"%b:%b" % field for field in self.headers if field[0].lower() not in dropped]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def add_to_body(self, piece: bytes) -> None:
         """Keep a piece of the body. The first stays what it is, and is mostly all; more of them grow one buffer."""
@@ -12211,7 +12233,7 @@ class Request(msgspec.Struct):
             self.body = piece
             return
         if not isinstance(self.body, bytearray):
-            self.body = bytearray(self.body)
+            self.body = cast(bytes, bytearray(self.body))
         self.body += piece
 
     def check_http(self) -> None:
@@ -12231,6 +12253,12 @@ class Request(msgspec.Struct):
 def too_large(limit: int) -> TooLarge:
     """The error for a body over the limit, in bytes."""
     return TooLarge(f"The request body is larger than {limit} bytes, this gateway's server.max_body.")
+
+
+def head_too_large() -> HeadTooLarge:
+    """The error for a head over the limits of one."""
+    most, fields = Request.MAX_HEAD, Request.MAX_HEADERS
+    return HeadTooLarge(f"The request's head has more than {most} bytes, or {fields} headers.")
 
 
 class Hangups:
@@ -12286,20 +12314,31 @@ class Hangups:
 class Bridge(tornado.httputil.HTTPConnection):
     """What a handler in Tornado takes for its connection: its answer goes out through the client's own."""
 
-    def __init__(self, door: Door, client: ClientConnection, request: Request) -> None:
+    def __init__(self, door: Door, client: ClientConnection) -> None:
         self.door = door
         self.client = client
-        self.request = request
+        self.request = client.request
 
     def start(self) -> None:
-        """Have the request handled. Raises HTTPInputError where Tornado cannot read the query.
+        """Have the request answered; where a bug prevents that, the connection is closed."""
+        if not self.door.gateway.guard.run(self._handle):
+            self.client.transport.abort()
 
-        Nothing but method and query is Tornado's to read: a header might say something about the body, which is gone.
-        """
-        target = "/?" + self.request.query.decode("latin-1")
-        line = tornado.httputil.RequestStartLine(self.request.method.decode(), target, "HTTP/1.1")
+    def _handle(self) -> None:
+        # Nothing but method and query is Tornado's to read: a header might say something about the body, which is gone.
+        client, request = self.client, self.request
+        if client.state is not State.PAGE:
+            return
+        if client.transport.get_write_buffer_size():  # the client does not read its last answer
+            return client.close()
+        target = "/?" + request.query.decode("latin-1")
+        line = tornado.httputil.RequestStartLine(request.method.decode(), target, "HTTP/1.1")
         headers = tornado.httputil.HTTPHeaders({"Host": ""})
-        self.door.application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
+        try:
+            self.door.application(tornado.httputil.HTTPServerRequest(start_line=line, headers=headers, connection=self))
+        except tornado.httputil.HTTPInputError:
+            client.reject(BadRequest("The query cannot be read: expected at most 1,000 fields, in UTF-8."))
+        return None
 
     # What Tornado asks of a connection
 
@@ -12317,7 +12356,7 @@ class Bridge(tornado.httputil.HTTPConnection):
         body = chunk or b""
         length = int(headers.get("Content-Length", len(body)))
         fields = [pair for pair in headers.get_all() if pair[0] not in ("Content-Length", "Date")]
-        self.client.respond(status, fields, body, length)
+        self.client.sink.respond(status, fields, body, length)
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
@@ -12327,10 +12366,13 @@ class Bridge(tornado.httputil.HTTPConnection):
 
 
 class ClientSink:
-    """Writes the answers of calls to a client's connection, in its own framing: what the relay knows of the client."""
+    """Writes answers to a client's connection, in its own framing; it is what the relay knows of the client.
 
-    def __init__(self, connection: ClientConnection) -> None:
-        self._connection = connection
+    The answer to a call comes in pieces (`head`, `write`, `cut`), one of our own as a whole (`refuse`, `respond`).
+    """
+
+    def __init__(self, door: Door, connection: ClientConnection) -> None:
+        self._door, self._connection = door, connection
         self.exchange: Exchange | None = None
         self.is_gone = False
         self.is_slow = False  # the transport says so once, perhaps at the end of the answer before
@@ -12358,7 +12400,7 @@ class ClientSink:
             lines.append(b"content-length: " + length)
         elif has_body:
             connection.keeps_alive = False  # HTTP/1.0: the end of the connection is the end of the body
-        self._pending = connection.head_of(status, lines, b"date" in named)
+        self._pending = self._head(status, lines, b"date" in named)
 
     def write(self, data: bytes, last: bool) -> None:
         """Send bytes of the answer."""
@@ -12390,28 +12432,67 @@ class ClientSink:
     def refuse(self, error: GatewayError, api: Api, request_id: str) -> None:
         """Answer with an error of our own."""
         body = error_body(error, api, request_id)
-        self._connection.respond(error.status, error_headers(error, request_id), body, len(body))
+        self.respond(error.status, error_headers(error, request_id), body, len(body))
+
+    def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
+        """Send a whole answer of our own; `length` is the body's, also where the answer is to a HEAD."""
+        connection = self._connection
+        if connection.state in (State.LEAVING, State.GONE):
+            return
+        lines = [f"{name}: {value}".encode("latin-1", "replace") for name, value in headers]
+        lines.append(b"content-length: %d" % length)
+        data = self._head(status, lines)
+        if connection.request.method != b"HEAD":
+            data += body
+        connection.transport.write(data)
+        connection.end_answer()
+
+    def _head(self, status: int, lines: list[bytes], has_date: bool = False) -> bytes:
+        """The head of an answer with these lines; it says whether the connection closes behind the answer."""
+        door, connection = self._door, self._connection
+        lines.insert(0, b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode()))
+        if not has_date:
+            lines.append(b"date: " + http_date(int(door.gateway.clock.wall())).encode())
+        if door.gateway.stopping or door.has_too_many(connection.key_name):
+            connection.keeps_alive = False
+        if not connection.keeps_alive:
+            lines.append(b"connection: close")
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    # What the connection says of the client
+
+    def client_slow(self) -> None:
+        self.is_slow = True
+        if self.exchange:
+            self.exchange.client_slow()
+
+    def client_ready(self) -> None:
+        self.is_slow = False
+        if self.exchange:
+            self.exchange.client_ready()
+
+    def client_gone(self) -> None:
+        self.is_gone = True
+        if self.exchange:
+            self.exchange.client_gone()
 
 
 class ClientConnection(asyncio.Protocol):
     """One client's connection with HTTP/1: reads requests, and has each answered."""
 
-    MAX_HEAD = 64 << 10  # bytes of a head
-    MAX_HEADERS = 100  # Claude Code sends 25; 16,000 of four bytes each took 2 MB before any key was looked at
-    MAX_TARGET = 2 << 10  # bytes of a refused request's target that are looked at
     MAX_PAGE_BODY = 1 << 20  # of a request that is no call
     MOST_HELD = 80 << 10  # bytes of memory before any key was looked at, as was measured
 
     def __init__(self, door: Door) -> None:
         self._door = door
         self._parser = httptools.HttpRequestParser(self)
-        self._state = State.IDLE
+        self.state = State.IDLE
         self.request = Request()
         self._call: Call | None = None  # whose body is being read
         self._owes_continue = False  # the client sends no body until it is asked for it
         self._is_ahead = False  # something came behind a request: it is thrown away
         self._received = 0  # bytes of a head; or since a head, its own read left out
-        self.sink = ClientSink(self)  # of the calls' answers
+        self.sink = ClientSink(door, self)
         self._asked_at: float | None = None  # when a client that sends no more was last asked whether it is there
         self._active_at = self._entered_at = door.now()  # when it last sent something, and when the state began
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)
@@ -12425,20 +12506,20 @@ class ClientConnection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.peer = (transport.get_extra_info("peername") or ("",))[0]
         if not self._door.enter(self):
-            self._state = State.GONE
+            self.state = State.GONE
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._active_at = self._door.now()
-        if self._state is State.LEAVING or self._is_ahead:
+        if self.state is State.LEAVING or self._is_ahead:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
-        if self._state is State.IDLE:
+        if self.state is State.IDLE:
             self._received = 0
         self._received += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as stop:
-            if self._state is State.HEAD:
+            if self.state is State.HEAD:
                 return self._ignore_upgrade(data[stop.args[0] :])
             self._is_ahead = True  # CONNECT: the parser reads no further here
             self.keeps_alive = False
@@ -12446,18 +12527,18 @@ class ClientConnection(asyncio.Protocol):
             if isinstance(error, httptools.HttpParserCallbackError):
                 log.error("a bug in reading a request", exc_info=error.__context__ or error)
             self.keeps_alive = False
-            if self._state in (State.IDLE, State.HEAD, State.BODY):
-                self._reject(BadRequest(f"This request cannot be read: {error}"))
-        if self._state is State.HEAD:
-            if self._received > self.MAX_HEAD or len(self.request.headers) > self.MAX_HEADERS:
-                self._reject(self._head_too_large())
-        elif self._state is State.BODY and self._received > self.MAX_HEAD + self.request.body_size * 9 // 8:
+            if self.state in (State.IDLE, State.HEAD, State.BODY):
+                self.reject(BadRequest(f"This request cannot be read: {error}"))
+        if self.state is State.HEAD:
+            if self._received > Request.MAX_HEAD or len(self.request.headers) > Request.MAX_HEADERS:
+                self.reject(head_too_large())
+        elif self.state is State.BODY and self._received > Request.MAX_HEAD + self.request.body_size * 9 // 8:
             # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
-            self._reject(BadRequest("Most of the body is framing: small chunks, extensions of them, or trailers."))
+            self.reject(BadRequest("Most of the body is framing: small chunks, extensions of them, or trailers."))
 
     def eof_received(self) -> bool:
         """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
-        if self._state not in (State.ANSWERING, State.PAGE) or self.request.version != "1.1":
+        if self.state not in (State.ANSWERING, State.PAGE) or self.request.version != "1.1":
             return False
         if not self._door.hangups.watch(self.transport):
             return False
@@ -12466,29 +12547,23 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._state = State.GONE
-        self.sink.is_gone = True
+        self.state = State.GONE
         self._door.leave(self)
         self._door.hangups.forget(self.transport)
         self._drop_call()
-        if self.sink.exchange:
-            self.sink.exchange.client_gone()
+        self.sink.client_gone()
 
     def pause_writing(self) -> None:
-        self.sink.is_slow = True
-        if self.sink.exchange:
-            self.sink.exchange.client_slow()
+        self.sink.client_slow()
 
     def resume_writing(self) -> None:
-        self.sink.is_slow = False
-        if self.sink.exchange:
-            self.sink.exchange.client_ready()
+        self.sink.client_ready()
 
     # What the parser says
 
     def on_message_begin(self) -> None:
-        if self._state is State.IDLE and not self._is_ahead:
-            self._state = State.HEAD
+        if self.state is State.IDLE and not self._is_ahead:
+            self.state = State.HEAD
             self._entered_at = self._active_at
             self.request = Request()
         else:
@@ -12496,15 +12571,15 @@ class ClientConnection(asyncio.Protocol):
             self.keeps_alive = False
 
     def on_url(self, url: bytes) -> None:
-        if self._state is State.HEAD:
+        if self.state is State.HEAD:
             self.request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._state is State.HEAD:  # else a trailer
+        if self.state is State.HEAD:  # else a trailer
             self.request.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self._state is not State.HEAD:
+        if self.state is not State.HEAD:
             return
         request = self.request
         request.method = self._parser.get_method()
@@ -12512,24 +12587,23 @@ class ClientConnection(asyncio.Protocol):
         request.named = first_values(request.headers)
         self.keeps_alive = True
         try:
-            if len(request.headers) > self.MAX_HEADERS:
-                raise self._head_too_large()
             # With a body behind it in the same read, a good head may look too large.
-            if self._received > self.MAX_HEAD and self._head_size() > self.MAX_HEAD:
-                raise self._head_too_large()
+            is_long = self._received > Request.MAX_HEAD and request.head_size > Request.MAX_HEAD
+            if is_long or len(request.headers) > Request.MAX_HEADERS:
+                raise head_too_large()
             if self._parser.should_upgrade() and request.method != b"CONNECT":
                 return  # `_ignore_upgrade` follows
             request.check_http()
             request.path, request.query = normalize_target(request.target)
             self._received = 0
-            self._state = State.BODY
+            self.state = State.BODY
             self._entered_at = self._active_at
             self._begin_request()
         except GatewayError as error:
-            self._reject(error)
+            self.reject(error)
 
     def on_body(self, piece: bytes) -> None:
-        if self._state is not State.BODY:
+        if self.state is not State.BODY:
             return
         request, call = self.request, self._call
         request.body_size += len(piece)
@@ -12547,12 +12621,12 @@ class ClientConnection(asyncio.Protocol):
                 call.reservation.hold_body(len(piece))
             request.add_to_body(piece)
         except GatewayError as error:
-            self._reject(error)
+            self.reject(error)
 
     def on_message_complete(self) -> None:
-        if self._state is State.LEAVING:
+        if self.state is State.LEAVING:
             self.transport.close()
-        if self._state is not State.BODY:
+        if self.state is not State.BODY:
             return
         self.request.is_whole = True
         if not self._parser.should_keep_alive():  # a trailer may say so
@@ -12560,33 +12634,22 @@ class ClientConnection(asyncio.Protocol):
         call, self._call = self._call, None
         if call is None:
             return self._begin_page()
-        self._state = State.ANSWERING
-        call.body = cast(bytes, self.request.body)  # nobody who reads it minds a bytearray
+        self.state = State.ANSWERING
+        call.body = self.request.body
         self.request.headers, self.request.named, self.request.body = [], {}, b""  # the call has them
         self._door.gateway.start(call, self.sink)
         return None
 
     # A request's head
 
-    def _head_size(self) -> int:
-        """The bytes of a head, where each field is written in the shortest way."""
-        request = self.request
-        line = len(request.method) + len(request.target) + len(b"  HTTP/1.1\r\n")
-        return line + sum(len(name) + len(value) + len(b":\r\n") for name, value in request.headers)
-
-    def _head_too_large(self) -> HeadTooLarge:
-        return HeadTooLarge(f"The request's head has more than {self.MAX_HEAD} bytes, or {self.MAX_HEADERS} headers.")
-
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Read a request again without `Upgrade`, as any server may (RFC 9110, 7.8); `rest` came behind its head.
 
         The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
         """
-        request, dropped = self.request, (b"upgrade", b"http2-settings")
-        lines = [b"%b %b HTTP/%b" % (request.method, request.target, request.version.encode())]
-        lines += [b"%b:%b" % field for field in request.headers if field[0].lower() not in dropped]
-        self._parser, self._state = httptools.HttpRequestParser(self), State.IDLE
-        self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
+        self._parser = httptools.HttpRequestParser(self)
+        self.state = State.IDLE
+        self.data_received(self.request.head_without_upgrade() + rest)
 
     def _begin_request(self) -> None:
         """Begin a call or a page by its head. Raises GatewayError."""
@@ -12600,7 +12663,7 @@ class ClientConnection(asyncio.Protocol):
             if call.reservation.waiter:
                 # The body is read meanwhile: of a connection that is not read from is not known that its client leaves.
                 call.reservation.waiter.done.add_done_callback(self._end_wait)
-            else:
+            elif expects:
                 self._ask_for_body()
         elif int(request.named.get(b"content-length", 0)) > self.MAX_PAGE_BODY:
             raise too_large(self.MAX_PAGE_BODY)
@@ -12623,7 +12686,7 @@ class ClientConnection(asyncio.Protocol):
         if call and call.reservation.waiter and call.reservation.waiter.done is done:
             refusal = done.result()
             if isinstance(refusal, GatewayError):
-                self._reject(refusal)
+                self.reject(refusal)
             else:
                 self._ask_for_body()
 
@@ -12644,66 +12707,29 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin_page(self) -> None:
         """Have a request that is no call answered once this read is parsed: by then is known what came behind it."""
-        self._state = State.PAGE
-        asyncio.get_running_loop().call_soon(self._answer_page)
+        self.state = State.PAGE
+        asyncio.get_running_loop().call_soon(Bridge(self._door, self).start)
 
-    def _answer_page(self) -> None:
-        if not self._door.gateway.guard.run(self._make_page):
-            self.transport.abort()
-
-    def _make_page(self) -> None:
-        if self._state is not State.PAGE:
-            return
-        if self.transport.get_write_buffer_size():  # the client does not read its last answer
-            return self.close()
-        try:
-            Bridge(self._door, self, self.request).start()
-        except tornado.httputil.HTTPInputError:
-            self._reject(BadRequest("The query cannot be read: expected at most 1,000 fields, in UTF-8."))
-        return None
-
-    def _reject(self, error: GatewayError) -> None:
+    def reject(self, error: GatewayError) -> None:
         """Refuse without reading on: answer at once in the format of the path, then leave."""
         self._drop_call()
         request = self.request
-        path = request.path or normalize_target(request.target[: self.MAX_TARGET])[0]  # its head may not be whole
-        request_id = self._door.refuse(self, request, error)
+        request.method = request.method or self._parser.get_method()
+        request_id = self._door.announce_refusal(self, request, error)
         self.keeps_alive = False
-        self.sink.refuse(error, api_of(path), request_id)
-
-    def head_of(self, status: int, lines: list[bytes], has_date: bool) -> bytes:
-        """An answer's head with these lines in it, and what is the connection's own to say."""
-        lines.insert(0, b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode()))
-        if not has_date:
-            lines.append(b"date: " + http_date(int(self._door.gateway.clock.wall())).encode())
-        if self._door.gateway.stopping:
-            self.keeps_alive = False
-        if not self.keeps_alive:
-            lines.append(b"connection: close")
-        return b"\r\n".join(lines) + b"\r\n\r\n"
-
-    def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
-        """Send a whole answer of our own; `length` is the body's, also where the answer is to a HEAD."""
-        if self._state in (State.LEAVING, State.GONE):
-            return None
-        lines = [f"{name}: {value}".encode("latin-1", "replace") for name, value in headers]
-        lines.append(b"content-length: %d" % length)
-        data = self.head_of(status, lines, False)
-        if (self.request.method or self._parser.get_method()) != b"HEAD":
-            data += body
-        self.transport.write(data)
-        if self.request.is_whole:
-            return self.end_answer()
-        self._leave()
-        return self.transport.write_eof()
+        self.sink.refuse(error, request.api, request_id)
 
     def end_answer(self) -> None:
-        """The answer is out: on to the next request, or close."""
-        self._state = State.IDLE
+        """The answer is out: on to the next request, or close; or leave, if it came before the request was whole."""
+        if not self.request.is_whole:
+            self._leave()
+            return self.transport.write_eof()
+        self.state = State.IDLE
         self._entered_at = self._door.now()
         self.sink.exchange = None
         if not self.keeps_alive:
             self.close()
+        return None
 
     def close(self) -> None:
         """End the connection once the last answer is out."""
@@ -12712,7 +12738,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _leave(self) -> None:
         """Keep nothing of a request: what still comes is thrown away."""
-        self._state = State.LEAVING
+        self.state = State.LEAVING
         self._entered_at = self._active_at = self._door.now()
         self.request = Request()
 
@@ -12723,33 +12749,28 @@ class ClientConnection(asyncio.Protocol):
         silence, age = now - self._active_at, now - self._entered_at
         has_unsent = self.transport.get_write_buffer_size() > 0
         is_stuck = False
-        if self._state is State.LEAVING:
+        if self.state is State.LEAVING:
             is_stuck = age > pace.body_s
             if not has_unsent:
                 is_stuck = age > pace.leave_s or silence > pace.linger_s
-        elif self._state is State.PAGE and age > pace.page_s:
+        elif self.state is State.PAGE and age > pace.page_s:
             is_stuck = True
         elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
             self._ask()
-        elif self._state is State.IDLE:
+        elif self.state is State.IDLE and age > pace.head_s:
             is_stuck = has_unsent and age > pace.page_s  # a page of logs that is not read
-            if age > (pace.keep_alive_s if self.key_name else pace.head_s):
+            if not self.key_name or age > pace.keep_alive_s or self._door.has_too_many(self.key_name):
                 return self.close()
-        elif self._state is State.HEAD and age > pace.head_s:
-            self._reject(RequestTimeout("The request did not come in time."))
-        elif self._state is State.BODY and not self._owes_continue:  # the wait for a slot has its own deadline
+        elif self.state is State.HEAD and age > pace.head_s:
+            self.reject(RequestTimeout("The request did not come in time."))
+        elif self.state is State.BODY and not self._owes_continue:  # the wait for a slot has its own deadline
             if silence > pace.body_s or age > pace.body_s + self.request.body_size / pace.body_bytes_s:
-                self._reject(RequestTimeout("The request's body came too slowly."))
+                self.reject(RequestTimeout("The request's body came too slowly."))
             elif self._call and age > pace.slow_body_s:
                 self._call.reservation.defer()
         if is_stuck:
             self.transport.abort()
         return None
-
-    @property
-    def is_answering(self) -> bool:
-        """Whether it is being answered."""
-        return self._state in (State.ANSWERING, State.PAGE)
 
 
 Group = tuple[Literal["address", "key"], str]  # whose a connection is: an address's, or a key's by its name
@@ -12762,10 +12783,12 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    One key has at most half of all connections. One that it opens while it has more than there are free places is
-    closed after its answer. Where there are no strangers, the key that has most connections gives one up that is not
-    being answered; where all of its are, the next one does.
+    One key has at most half of all connections. While it has more than there are free places, its connections are
+    closed with their next answer, or after `head_s` without a request. Where there are no strangers, one that is not
+    being answered is given up, an idle one before any other: of the key that has most connections and has such a one.
     """
+
+    GIVEN_UP = (State.IDLE, State.LEAVING, State.HEAD, State.BODY)  # in this order
 
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
         self.gateway, self.application, self.most = gateway, application, most
@@ -12798,15 +12821,18 @@ class Door:
         return True
 
     def _surplus(self) -> ClientConnection | None:
-        """The newest connection that is not being answered, of the key that has most of them and has such a one.
+        """The connection to be given up where there are no strangers: of several the newest.
 
         290 connections of one key with unfinished bodies kept everybody else out, /health included, for a minute.
         """
-        for group in sorted(self._groups.values(), key=len, reverse=True):  # there are no strangers
-            for connection in reversed(group):
-                if not connection.is_answering:
-                    return connection
-        return None
+        groups = sorted(self._groups.values(), key=len, reverse=True)
+        connections = itertools.chain.from_iterable(map(reversed, groups))
+        found = [connection for connection in connections if connection.state in self.GIVEN_UP]
+        return min(found, key=lambda connection: self.GIVEN_UP.index(connection.state), default=None)
+
+    def has_too_many(self, key_name: str) -> bool:
+        """Whether a key has more connections than there are free places."""
+        return len(self._groups.get(("key", key_name), ())) > self.most - len(self.connections)
 
     def _give_up(self, stranger: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
@@ -12838,7 +12864,7 @@ class Door:
         gateway.enter(call, length)
         return call
 
-    def refuse(self, connection: ClientConnection, request: Request, error: GatewayError) -> str:
+    def announce_refusal(self, connection: ClientConnection, request: Request, error: GatewayError) -> str:
         """Announce that a request is refused before it is read; the id for its answer."""
         gateway, request_id, key = self.gateway, "req_" + secrets.token_hex(12), ""
         named = request.named or first_values(request.headers)  # where the head is not whole
@@ -12849,14 +12875,12 @@ class Door:
         return request_id
 
     def recognize(self, connection: ClientConnection, key: Key) -> None:
-        """A connection has shown a good key: it is no stranger's. Where the key has many, it ends with its answer."""
+        """A connection has shown a good key: it is no stranger's any more."""
         if connection.key_name or connection not in self.connections:  # or it has just been given up
             return
         self.leave(connection)
         connection.key_name = key.name
         self._join(connection, ("key", key.name))
-        if len(self._groups["key", key.name]) > self.most - len(self.connections):
-            connection.keeps_alive = False
 
     def _join(self, connection: ClientConnection, group: Group) -> None:
         self.connections[connection] = group

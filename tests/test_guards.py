@@ -200,7 +200,7 @@ async def test_a_bug_in_reading_a_config_keeps_the_last_one(gateway):
     assert not taken and health["config"]["reload_failed_at"]
 
 
-@pytest.mark.logs("a bug in ClientConnection._make_page")
+@pytest.mark.logs("a bug in Bridge._handle")
 async def test_a_bug_in_what_a_connection_calls_closes_that_connection(gateway, upstream):
     """
     The log has the traceback; the connection beside it goes on.

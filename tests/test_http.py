@@ -376,7 +376,7 @@ async def test_the_bound_of_a_head_is_the_same_however_it_is_cut(gateway, upstre
     """
     upstream.script = hello_json()
     start = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\nx-api-key: {KEY}\r\ncontent-length: {len(BODY)}\r\nx: ".encode()
-    fill = g.ClientConnection.MAX_HEAD - len(start) - 4 + over
+    fill = g.Request.MAX_HEAD - len(start) - 4 + over
     data = start + b"y" * fill + b"\r\n\r\n" + BODY
     connection = await gateway.connect()
 
@@ -402,7 +402,7 @@ async def test_the_bounds_of_a_head_hold_for_each_kind_of_it(gateway, upstream, 
     upstream.script = hello_json()
     head = f"{before}POST {path} HTTP/1.1\r\nhost:x\r\nx-api-key:{KEY}\r\ncontent-length:{len(BODY)}\r\n{upgrade}{fill}"
     if is_good:
-        head += "z:" + "z" * (g.ClientConnection.MAX_HEAD - len(head) - 6) + "\r\n"
+        head += "z:" + "z" * (g.Request.MAX_HEAD - len(head) - 6) + "\r\n"
     connection = await gateway.connect()
 
     await connection.send(head.encode() + b"\r\n" + BODY)

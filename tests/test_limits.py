@@ -1270,7 +1270,7 @@ async def finish(client: Connection) -> Reply:
 
 def states(gateway: GatewayUnderTest) -> Counter[str]:
     """What the clients' connections are doing."""
-    return Counter(connection._state.name for connection in gateway.door.connections)
+    return Counter(connection.state.name for connection in gateway.door.connections)
 
 
 async def test_a_slot_is_taken_before_the_body_is_read(start_gateway, upstream):

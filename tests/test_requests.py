@@ -400,7 +400,7 @@ async def test_a_head_has_a_bounded_number_of_headers(gateway, upstream):
     16,000 headers of four bytes took 2 MB a connection before any key was looked at.
     """
     upstream.script = hello_json()
-    many = {f"x-{i}": "" for i in range(g.ClientConnection.MAX_HEADERS - 3)}  # and host, key, length
+    many = {f"x-{i}": "" for i in range(g.Request.MAX_HEADERS - 3)}  # and host, key, length
 
     good = await gateway.post("/v1/messages", HELLO, **many)
     bad = await gateway.post("/v1/messages", HELLO, **many, more="")
@@ -671,9 +671,54 @@ async def test_one_keys_idle_connections_do_not_fill_the_place(start_gateway, up
     await until(lambda: len(gateway.door.connections) == 3)
 
 
-async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_gateway, upstream):
+async def test_a_connection_is_kept_only_while_its_key_has_few(start_gateway, upstream):
     """
-    alice has the most, and all of hers are being answered: one of bob's that is not is closed for whoever comes.
+    150 idle ones stayed where 48 places were left: judged with each answer now, not with the first one alone.
+    """
+    upstream.script = hello_json()
+    two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=8)
+    connections, body = [await gateway.connect() for _ in range(4)], json.dumps(HELLO).encode()
+
+    async def post(number: int) -> str:
+        key = OTHER_KEY if number == 3 else KEY
+        reply = await connections[number].request("POST", "/v1/messages", {"x-api-key": key}, body)
+        return reply.headers.get("connection", "kept")
+
+    while_there_is_room = [await post(0), await post(1), await post(2), await post(3)]
+    gateway.door.most = 5  # alice has three, one place is free
+    of_alice = [await post(0), await post(1)]  # two and two, after the first
+    await until(lambda: len(gateway.door.connections) == 3)
+    afterwards = [await post(2), await post(3)]
+
+    assert while_there_is_room == ["kept"] * 4
+    assert of_alice == ["close", "kept"]
+    assert afterwards == ["kept"] * 2
+
+
+async def test_idle_connections_of_a_key_with_many_are_closed_sooner(start_gateway):
+    """
+    After as long as a stranger's: nobody asks with them again, so no answer could close them.
+    """
+    two = config_text("http://127.0.0.1:9").replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
+    gateway = await start_gateway(two, most=8)
+    for key in (KEY, KEY, KEY, OTHER_KEY):
+        await (await gateway.connect()).request("GET", "/v1/usage", {"x-api-key": key})
+    gateway.door.most = 6  # alice has three, two places are free
+
+    gateway.tick(29)
+    before = len(gateway.door.connections)
+    gateway.tick(2)
+    await until(lambda: len(gateway.door.connections) < before)
+
+    assert before == 4
+    assert [connection.key_name for connection in gateway.door.connections] == ["bob"]
+
+
+@pytest.mark.parametrize("sent", [1.0, 0.5])
+async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_gateway, upstream, sent):
+    """
+    alice has the most, and hers are being answered, or their bodies come: bob's idle one is closed for whoever comes.
     """
     upstream.scripts = [hello_json(), [stall()], [stall()]]
     two = config_text(upstream.url).replace("keys:", f"keys:\n  - {{name: bob, key: {OTHER_KEY}}}")
@@ -681,10 +726,11 @@ async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_ga
     idle, body = await gateway.connect(), json.dumps(HELLO).encode()
     await idle.request("POST", "/v1/messages", {"x-api-key": OTHER_KEY}, body)
     gateway.door.most = 4  # for alice's half
+    call = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body)
     for count in range(2):
         connection = await gateway.connect()
-        await connection.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body))
-        await until(lambda count=count: len(upstream.requests) == count + 2)
+        await connection.send(call[: len(call) - round(len(body) * (1 - sent))])
+        await until(lambda count=count: len(gateway.door._groups.get(("key", "alice"), ())) == count + 1)
     gateway.door.most = 3
 
     health = await gateway.get("/health", token="")
@@ -692,6 +738,26 @@ async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_ga
     assert health.status == 200
     assert gateway.gateway.metrics.connections_refused == {"key": 1}
     assert await idle.is_closed()
+
+
+async def test_what_loses_least_makes_room_first(start_gateway):
+    """
+    An idle connection, then one with part of a head, then one with part of a body, the oldest though it is.
+    """
+    gateway = await start_gateway(config_text("http://127.0.0.1:9"), most=20)
+    call, known = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, b"{}"), []
+    for beginning in (call[:-1], call[:40], b""):
+        connection = await gateway.connect()
+        await connection.request("GET", "/v1/usage", {"x-api-key": KEY})
+        await connection.send(beginning)
+        known.append(connection)
+    await until(lambda: {c.state for c in gateway.door.connections} == {g.State.BODY, g.State.HEAD, g.State.IDLE})
+
+    for most, given_up in zip((3, 2, 1), reversed(known), strict=True):
+        await until(lambda most=most: len(gateway.door.connections) == most)
+        gateway.door.most = most
+        health = await gateway.get("/health", token="")
+        assert health.status == 200 and await given_up.is_closed()
 
 
 async def test_a_page_that_takes_too_long_is_given_up(start_gateway, upstream):
@@ -794,7 +860,7 @@ async def test_a_body_that_drips_in_has_a_deadline(gateway):
         await client.send(piece)
         await until(lambda sent=sent: ours.request.body_size == sent)
         gateway.tick(20)
-        if ours._state is not g.State.BODY:
+        if ours.state is not g.State.BODY:
             break
     reply = await client.answer()
 
@@ -1418,7 +1484,7 @@ async def test_a_body_that_came_unasked_leaves_the_deadlines_of_the_next_request
     reply = await second.answer()
 
     await second.send(b"POST /v1/messages HTTP/1.1\r\nhost:")
-    await until(lambda: any(each._state is g.State.HEAD for each in gateway.door.connections))
+    await until(lambda: any(each.state is g.State.HEAD for each in gateway.door.connections))
     gateway.tick(seconds=31)
 
     assert reply.status == 200
