@@ -279,7 +279,7 @@ class Pace(NamedTuple):
     tick_s: float = 0.25  # how often deadlines are looked at
     late_s: float = 1.0  # a tick that comes later than that was held up: the time is given to whoever has a deadline
     poll_s: float = 1.0  # how often config.yaml's stat is compared; its content every tenth time
-    settle_s: float = 0.05  # a save is a burst of events; the config is read when it is over
+    burst_s: float = 0.05  # a save is a burst of events; the config is read when it is over
     ping_s: float = 15.0  # Claude Code gives up after 300 s without a byte
     drain_s: float = 60.0  # an answer read on for nobody, at most this long, or as long as `timeouts.idle` …
     drain_calls: int = 64  # … and so many at once, of one key at most as many as are still free
@@ -13487,7 +13487,7 @@ class ConfigWatch(FileSystemEventHandler):
 
     def _changed(self) -> None:
         if self._pending is None:  # the first event of a burst starts the wait, later ones do not prolong it
-            self._pending = self._loop.call_later(self._gateway.pace.settle_s, self.start_reload)
+            self._pending = self._loop.call_later(self._gateway.pace.burst_s, self.start_reload)
 
     def start_reload(self, is_asked: bool = False) -> None:
         """Have the config read now; `is_asked` as in `Gateway.reload`."""

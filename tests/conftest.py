@@ -76,7 +76,7 @@ class FakeClock:
 class GatewayUnderTest:
     """A gateway with its front door, and what a test wants to ask it."""
 
-    PACE = g.Pace(settle_s=0.005, demo_s=0.0)
+    PACE = g.Pace(burst_s=0.005, demo_s=0.0)
 
     def __init__(
         self, path: Path, clock: FakeClock, pace: g.Pace, most: int = 4000, store: type[g.CounterStore] = g.MemoryStore

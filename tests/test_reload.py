@@ -38,7 +38,7 @@ def watched(io_loop, tmp_path) -> Iterator[g.Gateway]:
 
 def watch(io_loop, path: Path) -> Iterator[g.Gateway]:
     """Load `path` and watch it."""
-    gateway = g.Gateway(g.Config.load(path), g.Pace(settle_s=0.005))
+    gateway = g.Gateway(g.Config.load(path), g.Pace(burst_s=0.005))
 
     async def start() -> g.ConfigWatch:
         watcher = g.ConfigWatch(gateway)
