@@ -5489,7 +5489,9 @@ class Limits:
 
     def _take_in(self, waiter: Waiter[bool], reply: Reply) -> None:
         """Move a waiting call by the store's answer: admitted, refused, or to the queue for the slot that it lacks."""
-        call, name, now = waiter.call, waiter.queue_name, self._clock.monotonic()
+        call = waiter.call
+        name = waiter.queue_name
+        now = self._clock.monotonic()
         waiter.asked = None
         if isinstance(reply, asyncio.Future):
             waiter.asked = reply
@@ -5515,8 +5517,10 @@ class Limits:
         self._serve(name)
 
     def _heard(self, waiter: Waiter[bool], reply: asyncio.Future[Standing | None]) -> None:
+        """Take in what a store has answered that is asked elsewhere."""
         waiter.until -= self.STORE_S
-        name, is_current = waiter.queue_name, waiter.asked is reply  # else a reload came between
+        name = waiter.queue_name
+        is_current = waiter.asked is reply  # else a reload came between
         try:
             standing = self._result(reply)
         except Unavailable as error:
@@ -12257,8 +12261,7 @@ def too_large(limit: int) -> TooLarge:
 
 def head_too_large() -> HeadTooLarge:
     """The error for a head over the limits of one."""
-    most, fields = Request.MAX_HEAD, Request.MAX_HEADERS
-    return HeadTooLarge(f"The request's head has more than {most} bytes, or {fields} headers.")
+    return HeadTooLarge(f"The request's head has more than {Request.MAX_HEAD} bytes, or {Request.MAX_HEADERS} headers.")
 
 
 class Hangups:
@@ -12343,7 +12346,7 @@ class Bridge(tornado.httputil.HTTPConnection):
     # What Tornado asks of a connection
 
     def set_close_callback(self, callback: Callable[[], None] | None) -> None:
-        """Whoever wants to know whether the client is there asks its connection."""
+        """Do nothing: handlers ask the client's connection whether it is there."""
 
     def write_headers(
         self,
@@ -12372,7 +12375,8 @@ class ClientSink:
     """
 
     def __init__(self, door: Door, connection: ClientConnection) -> None:
-        self._door, self._connection = door, connection
+        self._door = door
+        self._connection = connection
         self.exchange: Exchange | None = None
         self.is_gone = False
         self.is_slow = False  # the transport says so once, perhaps at the end of the answer before
@@ -12834,11 +12838,11 @@ class Door:
         """Whether a key has more connections than there are free places."""
         return len(self._groups.get(("key", key_name), ())) > self.most - len(self.connections)
 
-    def _give_up(self, stranger: ClientConnection, why: str) -> None:
+    def _give_up(self, connection: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
         self.gateway.emit(ConnectionRefused(why))
-        self.leave(stranger)
-        stranger.transport.abort()
+        self.leave(connection)
+        connection.transport.abort()
 
     def accept(self, connection: ClientConnection, request: Request, route: Route) -> Call:
         """Begin a call by its head, before its body is read. Raises GatewayError."""

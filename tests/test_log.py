@@ -338,6 +338,26 @@ def test_the_greeting_is_written_at_once(tmp_path):
     assert written.startswith("claude-gateway ") and written.endswith("gateway.py seal\n")
 
 
+async def test_a_greeting_that_nobody_can_read_stops_nothing(tmp_path, connect):
+    """
+    stdout is a closed pipe: the log has the port instead, calls are served, and the end is no error.
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    environ = os.environ | {"GATEWAY_PORT": "0"}
+    with subprocess.Popen(
+        [sys.executable, g.__file__], cwd=tmp_path, env=environ, stdout=writing, stderr=subprocess.PIPE, text=True
+    ) as process:
+        os.close(writing)
+        port = next(int(found[1]) for line in process.stderr if (found := re.search(r"listens on port (\d+)", line)))
+        health = await (await connect(port)).request("GET", "/health", {})
+        process.terminate()
+        rest = process.stderr.read()
+
+    assert (health.status, process.returncode) == (200, 0)
+    assert "Traceback" not in rest
+
+
 def test_malformed_requests_do_not_fill_the_log(tmp_path, processes):  # noqa: F811
     """
     A bad Host is Tornado's to refuse, which wrote a line for each: 27 MB of log a second, without any key.

@@ -742,18 +742,18 @@ async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_ga
 
 async def test_what_loses_least_makes_room_first(start_gateway):
     """
-    An idle connection, then one with part of a head, then one with part of a body, the oldest though it is.
+    An idle connection, then one with part of a head, then one with part of a body, though it is the newest.
     """
     gateway = await start_gateway(config_text("http://127.0.0.1:9"), most=20)
     call, known = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, b"{}"), []
-    for beginning in (call[:-1], call[:40], b""):
+    for beginning in (b"", call[:40], call[:-1]):
         connection = await gateway.connect()
         await connection.request("GET", "/v1/usage", {"x-api-key": KEY})
         await connection.send(beginning)
         known.append(connection)
     await until(lambda: {c.state for c in gateway.door.connections} == {g.State.BODY, g.State.HEAD, g.State.IDLE})
 
-    for most, given_up in zip((3, 2, 1), reversed(known), strict=True):
+    for most, given_up in zip((3, 2, 1), known, strict=True):
         await until(lambda most=most: len(gateway.door.connections) == most)
         gateway.door.most = most
         health = await gateway.get("/health", token="")
