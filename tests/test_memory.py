@@ -189,10 +189,12 @@ class Memory(RuleBasedStateMachine):
         self.gateway: g.Gateway = self.loop.run_until_complete(start())
 
     def turns(self, count: int) -> None:
-        """Let the loop turn so often."""
+        """Let the loop turn so often. A turn in which calls end is over when their entries are written."""
 
         async def turn() -> None:
             for _ in range(count):
+                await asyncio.sleep(0)
+            while self.gateway.bookkeeper._ends:
                 await asyncio.sleep(0)
 
         self.loop.run_until_complete(turn())
@@ -317,6 +319,7 @@ class Memory(RuleBasedStateMachine):
     def counters_are_the_sum_of_the_lines(self) -> None:
         if not hasattr(self, "gateway"):
             return
+        self.turns(0)
         model, now = Model(self.folder / "usage"), START + self.clock.now
         for scope, name in (("key", "alice"), ("key", "bob"), ("team", "red"), ("gateway", "")):
             counters = self.gateway.books.fold.scope(scope, name)
