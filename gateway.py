@@ -9279,7 +9279,8 @@ class Attempt:
         failure = self._find_failure()
         if failure:
             self.drop()
-            return self._fail(failure)
+            self._fail(failure)
+            return
         data = b"".join(self.held)
         self.exchange.open(self)
         self.raw.clear()
@@ -9289,7 +9290,6 @@ class Attempt:
         else:
             self._move(AttemptPhase.OPEN)
             self.exchange.relay(data, self.heard_at)
-        return None
 
     def _fail(self, failure: Failure) -> None:
         self.failure = failure

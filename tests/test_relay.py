@@ -1423,9 +1423,9 @@ ENDED = {
 }
 
 
-@pytest.mark.parametrize("does_end", [True, False], ids=["and the upstream ends", "and the upstream stays silent"])
+@pytest.mark.parametrize("then", ["the upstream ends", "the upstream stays silent", "the gateway stops"])
 @pytest.mark.parametrize("kind", ENDED)
-async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(start_gateway, upstream, kind, does_end):
+async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(start_gateway, upstream, kind, then):
     """
     Codex does so after response.completed, others after message_stop or [DONE]: that is `completed`.
     """
@@ -1439,7 +1439,9 @@ async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(star
 
     client.abort()
     await gateway_sees_it_gone(gateway)
-    if does_end:
+    if then == "the gateway stops":
+        gateway.gateway.relay.close()
+    elif then == "the upstream ends":
         go_on.set()
     else:
         gateway.tick(61)
@@ -1454,6 +1456,22 @@ async def test_a_client_that_closes_after_the_terminal_event_had_its_answer(star
         "estimated": False,
     }
     assert entry["attempts"][0]["outcome"] == "completed"
+
+
+async def test_an_answer_that_its_client_left_is_client_gone_also_where_the_gateway_stops(start_gateway, upstream):
+    """
+    Whose answer a stop has cut is told by `gateway_stopped`: nobody's here.
+    """
+    gateway = await start_gateway(config_text(upstream.url, ", on_disconnect: drain"))
+    upstream.script = [head(200, SSE), message_start(input_tokens=12), text("Hel"), stall()]
+    client = await start_stream(gateway)
+    client.abort()
+    await gateway_sees_it_gone(gateway)
+
+    gateway.gateway.relay.close()
+    await gateway.settled()
+
+    assert [entry["outcome"] for entry in gateway.entries()] == ["client_gone"]
 
 
 async def test_a_client_that_closes_before_the_terminal_event_is_gone(gateway, upstream):
