@@ -6462,6 +6462,7 @@ OUTPUT_FIELDS = {
     "responses": ("max_output_tokens",),
 }
 MOST_ANSWERS = 128  # that OpenAI's API gives to one request
+MOST_USES = 1_000_000  # answers of a request, or uses of a tool, that are reckoned with, whatever number stands there
 
 
 def read_most(value: Raw) -> float:
@@ -6486,7 +6487,7 @@ def max_output(route: Route, peek: Any) -> float:
     if most < 0:
         return math.inf
     if route.kind == "chat" and peek.n not in UNSAID:
-        most *= max(1, decode_short(peek.n, int, MOST_ANSWERS))
+        most *= max(1, min(decode_short(peek.n, int, MOST_ANSWERS), MOST_USES))
     return most
 
 
@@ -6609,7 +6610,6 @@ def check_other_models(call: Call, peek: Any) -> None:
 # container of Code Interpreter is billed once), and of one that has a model of its own, such as an advisor.
 USES = {"web_search": 10, "file_search": 10, "code_execution": 10, "code_interpreter": 1, "image_generation": 4}
 MODEL_USES = 3
-MOST_USES = 1_000_000  # that are reckoned with, also for a number that cannot be read
 # Types of tools that the client runs itself. What JSON has escaped ("funct\u0069on") is none of them.
 CLIENTS_OWN = (msgspec.UNSET, *(msgspec.Raw(word) for word in (b'"function"', b'"custom"', b"null")))
 BILLED_FIELDS = operator.attrgetter(  # by which a request asks for something beside text and answer
@@ -6863,20 +6863,6 @@ def status_of_error(name: str) -> int | None:
     return STATUS_OF_ERROR.get(name, 400 if is_clients else None)
 
 
-class AbsurdCount(ValueError):
-    """A count that no call can have: negative, in pieces, or beyond MAX_COUNT."""
-
-
-def read_count(value: Count) -> int:
-    """Return a count of an answer as an integer. Raises AbsurdCount."""
-    if type(value) is int and 0 <= value <= MAX_COUNT:  # as most are
-        return value
-    count = int(value)
-    if count != value or not 0 <= count <= MAX_COUNT:
-        raise AbsurdCount(f"a count of {value:.6g} tokens")
-    return count
-
-
 MAX_ODD = 1000  # items of a list with an odd one; 600,000 of them, in an answer of 7 MB, took 43 s
 
 
@@ -6967,24 +6953,6 @@ class AnthropicUsage(msgspec.Struct):
     inference_geo: str | None = None
     type: str | None = None  # of an iteration
     model: str | None = None
-
-    def read_into(self, counts: Tokens) -> None:
-        """Overwrite what is said here. Raises AbsurdCount."""
-        if self.input_tokens:
-            counts.input_tokens = read_count(self.input_tokens)
-        if self.output_tokens:
-            counts.output_tokens = read_count(self.output_tokens)
-        if self.cache_read_input_tokens:
-            counts.cache_read_tokens = read_count(self.cache_read_input_tokens)
-        split = self.cache_creation
-        if split and split.ephemeral_1h_input_tokens:
-            counts.cache_write_1h_tokens = read_count(split.ephemeral_1h_input_tokens)
-        if split and split.ephemeral_5m_input_tokens:
-            counts.cache_write_5m_tokens = read_count(split.ephemeral_5m_input_tokens)
-        if self.cache_creation_input_tokens:  # the final one has no split, and counts all the same
-            whole = read_count(self.cache_creation_input_tokens)
-            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
-            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
 
 
 class AnthropicMessage(msgspec.Struct):
@@ -7197,8 +7165,6 @@ class Meter:
         for data in self._events.feed(chunk):
             try:
                 self.read_event(self.events.decode(data))
-            except AbsurdCount as error:
-                self.absurd = str(error)
             except msgspec.ValidationError:
                 self._read_odd(data)
             except UNREADABLE:
@@ -7212,8 +7178,6 @@ class Meter:
         try:
             self.read_event(decode_known(data, self.events.type))
             self.has_content = self.has_content or not self.error_type
-        except AbsurdCount as error:
-            self.absurd = str(error)
         except UNREADABLE:
             self.read_unknown(data, is_json=True)
 
@@ -7241,7 +7205,7 @@ class Meter:
             self.read_usage(answer.usage)
 
     def read_usage(self, usage: Any) -> None:
-        """Overwrite what a usage object says. Raises AbsurdCount."""
+        """Overwrite what a usage object says."""
         raise NotImplementedError
 
     def read_error(self, error: ApiError | None) -> None:
@@ -7253,12 +7217,20 @@ class Meter:
     def _read_body(self, body: bytes) -> None:
         try:
             self.read_answer(decode_known(body, self.answer_type))
-        except AbsurdCount as error:
-            self.absurd = str(error)
         except msgspec.ValidationError:
             pass  # no object
         except UNREADABLE:
             self.is_broken = not self.is_unread
+
+    def count(self, value: Count) -> int:
+        """Return a count as an integer; one that no call can have as 0, and nothing of the usage is believed."""
+        if type(value) is int and 0 <= value <= MAX_COUNT:  # as most are
+            return value
+        count = int(value)
+        if count == value and 0 <= count <= MAX_COUNT:
+            return count
+        self.absurd = f"a count of {max(-1e18, min(value, 1e18)):.6g} tokens"  # it may have a thousand digits
+        return 0
 
     def read_output(self, count: Count | None) -> None:
         """Remember the count of the output in a usage that is not the first of several."""
@@ -7280,7 +7252,7 @@ class Meter:
         return self.has_content or self.counts.total_input_tokens + self.counts.output_tokens > 0
 
     def sum_up(self) -> Usage:
-        """Put together what the upstream said. Raises AbsurdCount."""
+        """Put together what the upstream said."""
         usage = Usage(**named_counts(self.counts))
         if self.extras:
             usage.extras = tuple(self.extras.items())
@@ -7292,10 +7264,7 @@ class Meter:
         """Return the usage to book, by the table above."""
         if not (self.charged and reached_upstream):
             return Usage()
-        try:
-            usage = self.sum_up()
-        except AbsurdCount as error:
-            self.absurd = str(error)
+        usage = self.sum_up()
         if self.absurd:
             return self.estimate()
         usage.estimated = self._is_partial
@@ -7363,8 +7332,26 @@ class MessagesMeter(Meter):
             self.read_output(answer.usage.output_tokens)
         super().read_answer(answer)
 
+    def _read_counts(self, usage: AnthropicUsage, counts: Tokens) -> None:
+        """Overwrite the counts that a usage object, or one of its iterations, says."""
+        if usage.input_tokens:
+            counts.input_tokens = self.count(usage.input_tokens)
+        if usage.output_tokens:
+            counts.output_tokens = self.count(usage.output_tokens)
+        if usage.cache_read_input_tokens:
+            counts.cache_read_tokens = self.count(usage.cache_read_input_tokens)
+        split = usage.cache_creation
+        if split and split.ephemeral_1h_input_tokens:
+            counts.cache_write_1h_tokens = self.count(split.ephemeral_1h_input_tokens)
+        if split and split.ephemeral_5m_input_tokens:
+            counts.cache_write_5m_tokens = self.count(split.ephemeral_5m_input_tokens)
+        if usage.cache_creation_input_tokens:  # the final one has no split, and counts all the same
+            whole = self.count(usage.cache_creation_input_tokens)
+            counts.cache_write_1h_tokens = min(counts.cache_write_1h_tokens, whole)
+            counts.cache_write_5m_tokens = whole - counts.cache_write_1h_tokens
+
     def read_usage(self, usage: AnthropicUsage) -> None:
-        usage.read_into(self.counts)
+        self._read_counts(usage, self.counts)
         self.seen_input = self.seen_input or usage.input_tokens is not None
         if usage.iterations:
             self._iterations, is_whole = [], False
@@ -7375,7 +7362,7 @@ class MessagesMeter(Meter):
             for name, count in itertools.islice(usage.server_tool_use.items(), MAX_PIECE_NAMES):
                 piece = name[:MAX_PIECE_NAME].removesuffix("_requests")
                 if piece in self.extras or len(self.extras) < MAX_PIECE_NAMES:
-                    self.extras[piece] = read_count(count or 0)
+                    self.extras[piece] = self.count(count or 0)
         for field in PREMIUMS:
             word = getattr(usage, field)
             if word:
@@ -7395,7 +7382,7 @@ class MessagesMeter(Meter):
         usage.is_fallback = any(iteration.type == "fallback_message" for iteration in self._iterations)
         for iteration in self._iterations:
             kind, model, tokens = iteration.type or "", iteration.model or "", Tokens()
-            iteration.read_into(tokens)
+            self._read_counts(iteration, tokens)
             is_executor = kind in ("message", "fallback_message")
             (executor if is_executor else outside).add(tokens)
             if is_executor and (model == self.model or not (model or usage.is_fallback)):
@@ -7436,21 +7423,22 @@ class OpenAIMeter(Meter):
     def read_usage(self, usage: OpenAIUsage) -> None:
         """Take in counts that stand under either API's names: servers write zeros under those that are not in use."""
         counts = self.counts
-        whole = max(usage.prompt_tokens or 0, usage.input_tokens or 0, key=abs)
-        output = max(usage.completion_tokens or 0, usage.output_tokens or 0, key=abs)
-        if self.speaks and whole and isinstance(usage.total_tokens, int | float):
-            output = max(output, usage.total_tokens - whole)  # xAI counts reasoning in nothing else
+        whole = self.count(max(usage.prompt_tokens or 0, usage.input_tokens or 0, key=abs))
+        output = self.count(max(usage.completion_tokens or 0, usage.output_tokens or 0, key=abs))
+        total = usage.total_tokens
+        if self.speaks and whole and isinstance(total, int | float) and total > whole + output:
+            output = self.count(total) - whole  # xAI counts reasoning in nothing else
         heard = spoken = 0
         if whole:
             self.seen_input = True
-            counts.input_tokens = read_count(whole)
+            counts.input_tokens = whole
             details = usage.prompt_tokens_details if usage.prompt_tokens else usage.input_tokens_details
             if details:
                 heard = self._read_details(details)
         if output:
-            counts.output_tokens = read_count(output)
+            counts.output_tokens = output
             if usage.completion_tokens_details:
-                spoken = min(read_count(usage.completion_tokens_details.audio_tokens or 0), counts.output_tokens)
+                spoken = min(self.count(usage.completion_tokens_details.audio_tokens or 0), counts.output_tokens)
         if output or usage.completion_tokens is not None or usage.output_tokens is not None:
             self.read_output(output)
         if heard or spoken:
@@ -7463,12 +7451,12 @@ class OpenAIMeter(Meter):
         """
         counts, whole = self.counts, self.counts.input_tokens
         kept = details.cache_write_tokens_details or OpenAIDetails()
-        written = read_count(details.cache_write_tokens or 0)
-        counts.cache_read_tokens = read_count(details.cached_tokens or 0)
-        counts.cache_write_1h_tokens = min(written, read_count(kept.ttl_12h_tokens or 0))
+        written = self.count(details.cache_write_tokens or 0)
+        counts.cache_read_tokens = self.count(details.cached_tokens or 0)
+        counts.cache_write_1h_tokens = min(written, self.count(kept.ttl_12h_tokens or 0))
         counts.cache_write_5m_tokens = written - counts.cache_write_1h_tokens
         counts.input_tokens = max(0, whole - counts.cache_read_tokens - written)
-        return min(read_count(details.audio_tokens or 0), counts.input_tokens)
+        return min(self.count(details.audio_tokens or 0), counts.input_tokens)
 
     def read_answer(self, answer: OpenAIAnswer) -> None:
         super().read_answer(answer)
@@ -7586,11 +7574,11 @@ class ResponsesMeter(OpenAIMeter):
         """Take what the upstream says of its tools in place of what was counted."""
         searches, drawn = tools.web_search, tools.image_gen
         if searches and searches.num_requests is not None:
-            self.extras["web_search"] = read_count(searches.num_requests)
+            self.extras["web_search"] = self.count(searches.num_requests)
         if drawn and (drawn.input_tokens or drawn.output_tokens):
             share = self._shares["image_gen"] = Share(kind="image_gen", model="gpt-image-1")
-            share.input_tokens = read_count(drawn.input_tokens or 0)
-            share.output_tokens = read_count(drawn.output_tokens or 0)
+            share.input_tokens = self.count(drawn.input_tokens or 0)
+            share.output_tokens = self.count(drawn.output_tokens or 0)
 
 
 class EmbeddingsMeter(OpenAIMeter):

@@ -28,7 +28,7 @@ BUDGETS = {
     "Limits": 730,
     "Wire": 330,
     "Requests": 815,
-    "Formats": 800,
+    "Formats": 790,
     "Dialects": 200,
     "Connections": 500,
     "Upstreams": 690,

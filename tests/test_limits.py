@@ -865,6 +865,8 @@ OUTPUTS = [
     ("/v1/chat/completions", {"max_tokens": 5, "n": -3}, 5),
     ("/v1/chat/completions", {"max_tokens": 5, "n": None}, 5),
     ("/v1/chat/completions", {"max_tokens": 5, "n": "8"}, 5 * 128),
+    ("/v1/chat/completions", {"max_tokens": 5, "n": 10**400}, 5 * 10**6),
+    ("/v1/chat/completions", {"max_tokens": "5", "n": 10**400}, math.inf),
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": "8000"}, math.inf),
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": 0.5}, math.inf),
     ("/v1/chat/completions", {"max_tokens": 1, "max_completion_tokens": None}, 1),

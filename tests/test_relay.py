@@ -1494,10 +1494,11 @@ async def test_a_client_that_closes_before_the_terminal_event_is_gone(gateway, u
 
 
 @pytest.mark.logs("is not believed, and estimated")
-@pytest.mark.parametrize("count", [1 << 48, 10**9])
+@pytest.mark.parametrize("count", [1 << 48, 10**9, 10**400])
 async def test_an_absurd_usage_is_refused_loudly_and_the_limit_holds(start_gateway, upstream, count):
     """
-    2^48 tokens once turned the counter over and lifted the limit; a billion, which can be counted, would cost $50,000.
+    2^48 tokens once turned the counter over and lifted the limit; a billion, which can be counted, would cost $50,000;
+    of a number with 400 digits the client got a 500.
     """
     gateway = await start_gateway(limited(upstream.url, "{usd/day: 20, tokens/day: 1M}"))
     upstream.script = stream_of("Hello", " world", input_tokens=12, output_tokens=count)

@@ -1942,7 +1942,10 @@ def test_an_unreadable_event_changes_nothing(meter, event):
     ]
 
 
-ABSURD = {"in pieces": 0.5, "below zero": -9, "beyond a billion": 10**9 + 1, "2^48": 1 << 48, "endless": 10**30}
+ABSURD = {
+    **{"in pieces": 0.5, "below zero": -9, "beyond a billion": 10**9 + 1, "2^48": 1 << 48},
+    **{"endless": 10**30, "of 400 digits": 10**400},
+}
 
 
 @pytest.mark.parametrize("count", ABSURD.values(), ids=ABSURD)
