@@ -194,10 +194,10 @@ class Memory(RuleBasedStateMachine):
         async def turn() -> None:
             for _ in range(count):
                 await asyncio.sleep(0)
-            while self.gateway.bookkeeper._ends:
-                await asyncio.sleep(0)
 
         self.loop.run_until_complete(turn())
+        while self.gateway.bookkeeper._ends:  # looked at out here: the loop turns once more before it stops
+            self.loop.run_until_complete(asyncio.sleep(0))
 
     async def close_gateway(self) -> None:
         await self.gateway.close()
