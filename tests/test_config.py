@@ -6,6 +6,7 @@ import base64
 import contextlib
 import datetime as dt
 import errno
+import gc
 import json
 import math
 import os
@@ -2079,3 +2080,30 @@ def test_in_a_rootless_container_who_is_believed_by_address_is_warned_of(tmp_pat
         (tmp_path / "proc/self/uid_map").write_text(ids + "\n")
 
     assert g.is_rootless(tmp_path) is is_warned_of
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+@pytest.mark.parametrize(("end", "is_good"), [("", True), ("\nport: 1", False)])
+def test_no_garbage_is_collected_while_a_config_is_read(is_enabled, end, is_good):
+    """
+    Each collection goes through all that was made so far, and no other thread, thus no stream, goes on meanwhile.
+    """
+    text = KEYS + "".join(f"  - {{name: key-{i}, key: 'sha256:{i:064x}'}}\n" for i in range(1000)) + end
+    phases: list[str] = []
+    was_enabled = gc.isenabled()
+
+    def noted(phase: str, info: object) -> None:
+        phases.append(phase)
+
+    gc.callbacks.append(noted)
+    try:
+        gc.enable() if is_enabled else gc.disable()
+        with contextlib.nullcontext() if is_good else pytest.raises(g.ConfigError):
+            load(text)
+        collected, after = phases.count("start"), gc.isenabled()
+    finally:
+        gc.callbacks.remove(noted)
+        gc.enable() if was_enabled else gc.disable()
+
+    assert after == is_enabled
+    assert collected <= is_enabled  # one, once it goes on
