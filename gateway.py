@@ -2618,11 +2618,7 @@ def disabled_keys(document: Document) -> set[str]:
 
 @contextlib.contextmanager
 def paused_collection() -> Iterator[None]:
-    """Pause the collection of garbage in circles, in all threads.
-
-    A snapshot of ten thousand keys is a million objects and no circles: going through them again and again takes as
-    long as making them, and each time no other thread runs for 0.2 s.
-    """
+    """Pause the collection of circles, of which a snapshot has none: for 10,000 keys each stops all threads for 0.2 s."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -9,9 +9,14 @@ import inspect
 import json
 import logging
 import os
+import re
+import signal
+import subprocess
 import sys
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tornado.ioloop
@@ -57,6 +62,20 @@ def calls_made(step: Callable[[], None]) -> int:
         sys.setprofile(None)
         gc.enable()
     return count
+
+
+class TracedMemory:
+    """What Python allocates while it is entered: bytes at the end, and at most."""
+
+    held = peak = 0
+
+    def __enter__(self) -> TracedMemory:
+        tracemalloc.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.held, self.peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
 
 
 class FakeClock:
@@ -270,6 +289,59 @@ def connect(io_loop) -> Iterator[Callable[[int], Awaitable[Connection]]]:
 def gateway(io_loop, start_gateway, upstream) -> GatewayUnderTest:
     """A gateway in front of the scripted upstream, with one key."""
     return io_loop.run_sync(lambda: start_gateway(config_text(upstream.url)))
+
+
+PROGRAM = Path(g.__file__)
+
+
+class Process:
+    """The gateway as a person starts it."""
+
+    def __init__(self, folder: Path, *arguments: str, program: Path = PROGRAM, **environ: str) -> None:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+        self.process = subprocess.Popen(
+            [sys.executable, str(program), *arguments],
+            cwd=folder,
+            env=inherited | {"GATEWAY_PORT": "0"} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.greeting = ""
+        for line in self.process.stdout:
+            self.greeting += line
+            if "gateway.py seal" in line or "gateway.py key add" in line:
+                break
+        found = re.search(r"listens on http://127\.0\.0\.1:(\d+)", self.greeting)
+        self.port = int(found[1]) if found else 0
+
+    @property
+    def key(self) -> str:
+        """The first key, which stands in a file: a pipe is no terminal."""
+        return Path(re.search(r"ANTHROPIC_AUTH_TOKEN=\$\(cat (\S+)\)", self.greeting)[1]).read_text().strip()
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; exit code and log."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=20)
+        return self.process.returncode, log
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., Process]]:
+    """Start the program as a process, which ends with the test."""
+    started: list[Process] = []
+
+    def start(*arguments: Any, **options: Any) -> Process:
+        started.append(Process(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.communicate()
 
 
 SKIPPED = pytest.StashKey[bool]()

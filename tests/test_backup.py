@@ -22,13 +22,11 @@ from pathlib import Path
 
 import pytest
 from client import Connection
-from conftest import HELLO, KEY, FakeClock
+from conftest import HELLO, KEY, PROGRAM, FakeClock
 from test_command_line import Shell
 from test_command_line import mounted as mounted  # a fixture
 from test_command_line import shell as shell  # a fixture
 from test_ledger import entry, mount_small_disk, needs_mount
-from test_stories import PROGRAM, Process
-from test_stories import processes as processes  # a fixture
 
 import gateway as g
 
@@ -394,13 +392,12 @@ def test_a_backup_while_a_gateway_writes_and_months_turn_is_a_beginning_of_the_c
     assert len(g.LedgerFiles(site.folder / "usage").paths()) > 1
 
 
-async def test_a_backup_of_a_running_gateway_starts_elsewhere_with_its_counters(tmp_path, processes):
+async def test_a_backup_of_a_running_gateway_starts_elsewhere_with_its_counters(tmp_path, start_process):
     """
     The whole way, with processes: calls go on while it is copied; what is restored serves, with the same key, from
     where the copy ends.
     """
-    first = Process(tmp_path, "--log-level", "warning")
-    processes.append(first)
+    first = start_process(tmp_path, "--log-level", "warning")
     connection = await Connection.open(first.port)
 
     async def call() -> None:
@@ -429,8 +426,7 @@ async def test_a_backup_of_a_running_gateway_starts_elsewhere_with_its_counters(
         check=True,
     )
     copied = int(re.search(r"jsonl: ([\d,]+) lines", restored.stderr)[1].replace(",", ""))
-    second = Process(new)
-    processes.append(second)
+    second = start_process(new)
     connection = await Connection.open(second.port)
     await call()
     usage = await connection.request("GET", "/v1/usage", {"x-api-key": first.key}, b"")
@@ -588,12 +584,11 @@ def test_a_ledger_alone_is_not_replaced_unasked(site, backup):
     assert list(Path("usage").iterdir()) == []
 
 
-async def test_a_gateway_that_runs_keeps_a_restore_away(site, backup, processes):
+async def test_a_gateway_that_runs_keeps_a_restore_away(site, backup, start_process):
     """
     It would go on writing into files that are moved, with counters of something else: by its lock, even while it hangs.
     """
-    process = Process(site.folder)
-    processes.append(process)
+    process = start_process(site.folder)
     os.kill(process.process.pid, signal.SIGSTOP)
     os.waitpid(process.process.pid, os.WUNTRACED)  # noqa: ASYNC222 - until it stands still
     before = everything(site.folder)
@@ -805,12 +800,12 @@ def test_a_ledger_on_another_disk_is_put_there_whole_or_not_at_all(site, backup)
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-async def test_a_gateway_that_runs_on_another_folder_keeps_a_restore_away_too(site, backup, processes):
+async def test_a_gateway_that_runs_on_another_folder_keeps_a_restore_away_too(site, backup, start_process):
     """
     What counts is the config that is there, and not only the backup's.
     """
     site.write(site.config + "usage: {directory: usage2}\n")
-    processes.append(Process(site.folder))
+    start_process(site.folder)
 
     code = site.run("restore", str(backup), "--force")
 

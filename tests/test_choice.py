@@ -1787,6 +1787,15 @@ def test_link_local_and_metadata_addresses_are_forbidden(address, expected):
     assert found is expected
 
 
+def mistake_of(text: str, clock: FakeClock) -> str:
+    """What is wrong with a config, "" if nothing."""
+    try:
+        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
+    except g.ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     "url, more, problem",
     [
@@ -1802,11 +1811,7 @@ def test_a_config_with_a_forbidden_address_is_refused(clock, url, more, problem)
     """
     text = f"upstreams:\n  - {{name: a, url: '{url}', api_key: k{more}}}\n"
 
-    try:
-        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
-        said = ""
-    except g.ConfigError as error:
-        said = str(error)
+    said = mistake_of(text, clock)
 
     assert said == (problem and f"config.yaml:2: upstreams[0].url: {problem}")
 
@@ -1908,11 +1913,7 @@ def test_headers_that_the_gateway_needs_cannot_be_set_or_removed(clock, rule, na
     text = f"upstreams:\n  - name: a\n    url: http://a.test\n    headers:\n      {rule % name}\n"
     is_allowed = rule.startswith("set") and name == "host"
 
-    try:
-        g.Config.parse(text, Path("config.yaml"), clock.clock, {})
-        said = ""
-    except g.ConfigError as error:
-        said = str(error)
+    said = mistake_of(text, clock)
 
     assert said.startswith("" if is_allowed else "config.yaml:5: upstreams[0].headers.")
     assert bool(said) is not is_allowed

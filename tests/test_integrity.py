@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_stories import Process, processes  # noqa: F401 - a fixture
 
 import gateway as g
 
@@ -281,7 +280,7 @@ def test_the_command_says_how_this_environment_is():
     assert [line for line in problems if "was changed" in line] == []
 
 
-def test_a_gateway_with_a_list_compares_when_it_listens(site, processes):  # noqa: F811
+def test_a_gateway_with_a_list_compares_when_it_listens(site, start_process):
     """
     Its line comes after the port is open, and the start is not refused. `check` ends with 1.
     """
@@ -297,8 +296,7 @@ def test_a_gateway_with_a_list_compares_when_it_listens(site, processes):  # noq
         "sys.exit(gateway.main())\n"
     )
     checked = subprocess.run([sys.executable, program, "check", "--integrity"], capture_output=True)
-    process = Process(site.above, program=program)
-    processes.append(process)
+    process = start_process(site.above, program=program)
     is_told, _, _ = select.select([process.process.stderr], [], [], 20)
     assert is_told
     line = process.process.stderr.readline()

@@ -13,7 +13,6 @@ import sys
 
 import pytest
 from conftest import HELLO, KEY, GatewayUnderTest, StartGateway, until
-from test_stories import Process, processes  # noqa: F401
 
 import gateway as g
 
@@ -273,7 +272,7 @@ async def test_who_asks_nothing_keeps_nobody_waiting(listening, monkeypatch):
     assert await send(listening, b'{"action":') == b""
 
 
-async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tmp_path, processes):  # noqa: F811
+async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tmp_path, start_process):
     """
     A command asks it while it runs, and writes alone before and after.
     """
@@ -284,8 +283,7 @@ async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tm
         return subprocess.run(run, cwd=tmp_path, capture_output=True).returncode
 
     codes = [adjust()]
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     codes.append(await asyncio.to_thread(adjust))
     _, log = process.end()
     codes.append(adjust())

@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 import pytest
-from conftest import HELLO, KEY
+from conftest import HELLO, KEY, Process
 from test_metrics import number, numbers
-from test_stories import Process, ledger, processes  # noqa: F401 - a fixture
+from test_stories import ledger
 
 import gateway as g
 
@@ -216,12 +216,11 @@ async def serve_calls(process: Process, connect, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
-async def test_a_gateway_whose_log_nobody_reads_serves_and_stops(tmp_path, processes, connect, is_closed):  # noqa: F811
+async def test_a_gateway_whose_log_nobody_reads_serves_and_stops(tmp_path, start_process, connect, is_closed):
     """
     A pipe is full after some 450 calls. Calls, /health, /metrics and SIGTERM go on as before.
     """
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     if is_closed:
         process.process.stderr.close()
 
@@ -358,16 +357,16 @@ async def test_a_greeting_that_nobody_can_read_stops_nothing(tmp_path, connect):
     assert "Traceback" not in rest
 
 
-def test_malformed_requests_do_not_fill_the_log(tmp_path, processes):  # noqa: F811
+def test_malformed_requests_do_not_fill_the_log(tmp_path, start_process):
     """
     A bad Host is Tornado's to refuse, which wrote a line for each: 27 MB of log a second, without any key.
     """
-    processes.append(Process(tmp_path))
+    process = start_process(tmp_path)
 
     for _ in range(20):
-        with socket.create_connection(("127.0.0.1", processes[0].port)) as client:
+        with socket.create_connection(("127.0.0.1", process.port)) as client:
             client.sendall(b"GET /health HTTP/1.1\r\nhost: a b\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 400")
-    code, log = processes[0].end()
+    code, log = process.end()
 
     assert code == 0 and "Malformed" not in log

@@ -7,12 +7,11 @@ import contextlib
 import json
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import pytest
 from client import request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, config_text, until
+from conftest import HELLO, HELLO_STREAM, KEY, UPSTREAM_KEY, GatewayUnderTest, TracedMemory, config_text, until
 from upstream import head, hello_json, json_body, message_start, stall, text
 
 import gateway as g
@@ -330,16 +329,12 @@ async def test_an_unfinished_body_that_nobody_reads_is_not_kept(gateway):
     piece = b"x" * 10_000
     await connection.send(request_bytes("POST", "/v1/files", {"content-length": "1000000"}))
 
-    tracemalloc.start()
-    try:
+    with TracedMemory() as memory:
         for _ in range(90):
             await connection.send(piece)
         await until(lambda: ours.request.body_size == 900_000)
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
 
-    assert held < 100_000
+    assert memory.held < 100_000
 
 
 async def test_a_page_reads_the_head_that_the_client_sent(gateway, upstream):
@@ -450,20 +445,16 @@ async def test_a_value_without_end_is_not_kept_in_any_state(gateway, upstream, s
     upstream.script = [stall()]
     connection = await gateway.connect()
     await connection.send(sent)
-    tracemalloc.start()
-    try:
+    with TracedMemory() as memory:
         with contextlib.suppress(ConnectionError):
             for _ in range(64):
                 await connection.send(b"x" * (64 << 10))
         await until(lambda: upstream.requests or status != 504)
         gateway.tick(seconds=400 if status == 504 else 0)
         reply = await connection.answer()
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
 
     assert reply.status == status
-    assert peak < 2 << 20  # of 4 MB, and what asyncio holds of them in this process
+    assert memory.peak < 2 << 20  # of 4 MB, and what asyncio holds of them in this process
 
 
 async def test_a_refused_client_is_let_go_though_it_sends_on(gateway):
@@ -880,17 +871,13 @@ async def test_a_body_is_kept_once(gateway):
     client = await gateway.connect()
     await client.send(data)
     ours = await connection_of(gateway)
-    tracemalloc.start()
-    try:
+    with TracedMemory() as memory:
         for sent in range(0, size, len(half)):
             await client.send(half)
             await until(lambda sent=sent: ours.request.body_size == sent + len(half))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
 
     assert (await client.answer()).status == 400
-    assert peak < 1.5 * size
+    assert memory.peak < 1.5 * size
 
 
 async def test_a_head_that_drips_in_is_let_go_all_the_same(gateway):

@@ -11,14 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import anthropic
 import openai
 import pytest
 from client import request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, config_text
+from conftest import HELLO, HELLO_STREAM, KEY, PROGRAM, config_text
 from upstream import (
     HELLO as HELLO_SCRIPT,
 )
@@ -36,66 +35,18 @@ from upstream import (
 
 import gateway as g
 
-PROGRAM = Path(g.__file__)
 
-
-class Process:
-    """The gateway as a person starts it."""
-
-    def __init__(self, folder: Path, *arguments: str, program: Path = PROGRAM, **environ: str) -> None:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-        self.process = subprocess.Popen(
-            [sys.executable, str(program), *arguments],
-            cwd=folder,
-            env=inherited | {"GATEWAY_PORT": "0"} | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.greeting = ""
-        for line in self.process.stdout:
-            self.greeting += line
-            if "gateway.py seal" in line or "gateway.py key add" in line:
-                break
-        found = re.search(r"listens on http://127\.0\.0\.1:(\d+)", self.greeting)
-        self.port = int(found[1]) if found else 0
-
-    @property
-    def key(self) -> str:
-        """The first key, which stands in a file: a pipe is no terminal."""
-        return Path(re.search(r"ANTHROPIC_AUTH_TOKEN=\$\(cat (\S+)\)", self.greeting)[1]).read_text().strip()
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Send a signal; exit code and log."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        _, log = self.process.communicate(timeout=20)
-        return self.process.returncode, log
-
-
-@pytest.fixture
-def processes() -> Iterator[list[Process]]:
-    started: list[Process] = []
-    yield started
-    for process in started:
-        if process.process.poll() is None:
-            process.process.kill()
-        process.process.communicate()
-
-
-async def test_the_first_command_makes_everything_and_the_second_changes_nothing(tmp_path, processes):
+async def test_the_first_command_makes_everything_and_the_second_changes_nothing(tmp_path, start_process):
     """
     With no config the program makes one, a secret of mode 600 and a key, and serves the demo; then it finds them.
     """
-    first = Process(tmp_path)
-    processes.append(first)
+    first = start_process(tmp_path)
     client = anthropic.AsyncAnthropic(base_url=f"http://127.0.0.1:{first.port}", api_key=first.key, max_retries=0)
     reply = await client.messages.create(model="claude-demo", max_tokens=100, messages=HELLO["messages"])
     code, log = first.end()
     before = {file: file.read_bytes() for file in (tmp_path / "config.yaml", tmp_path / "gateway.secret")}
 
-    second = Process(tmp_path)
-    processes.append(second)
+    second = start_process(tmp_path)
     second.end()
 
     assert reply.content[0].text.startswith("Hello from the demo upstream.")
@@ -108,15 +59,14 @@ async def test_the_first_command_makes_everything_and_the_second_changes_nothing
     await client.close()
 
 
-def test_the_readmes_status_line_runs(tmp_path, processes):
+def test_the_readmes_status_line_runs(tmp_path, start_process):
     """
     Claude Code gives it to a shell, with the two variables that it has itself.
     """
     settings = json.loads(
         re.search(r'^\{"statusLine".*\}$', PROGRAM.with_name("README.md").read_text(), re.MULTILINE)[0]
     )
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     url = f"http://127.0.0.1:{process.port}"
 
     def shown(**environ: str) -> str:
@@ -130,7 +80,7 @@ def test_the_readmes_status_line_runs(tmp_path, processes):
     assert shown(ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN="sk-proxy-no") == "gateway: not reached\n"
 
 
-async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, processes, upstream, connect):
+async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, start_process, upstream, connect):
     """
     After SIGTERM /health is not ready, new calls are refused, running streams finish, and the exit code is 0.
     """
@@ -145,8 +95,7 @@ async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, pr
         end(),
     ]
     (tmp_path / "config.yaml").write_text(config_text(upstream.url))
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     stream, asking, calling = [await connect(process.port) for _ in range(3)]
     await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
     await stream.read_until(b'"Hel"')
@@ -171,7 +120,7 @@ async def test_sigterm_lets_a_stream_finish_and_takes_no_more_calls(tmp_path, pr
     assert (entry["outcome"], entry["output_tokens"]) == ("completed", 5)
 
 
-async def test_a_second_signal_ends_at_once_and_books_what_ran(tmp_path, processes, upstream, connect):
+async def test_a_second_signal_ends_at_once_and_books_what_ran(tmp_path, start_process, upstream, connect):
     """
     Whoever cannot wait sends the signal again; the cut call is in the ledger.
     """
@@ -182,8 +131,7 @@ async def test_a_second_signal_ends_at_once_and_books_what_ran(tmp_path, process
         wait_for(asyncio.Event()),
     ]
     (tmp_path / "config.yaml").write_text(config_text(upstream.url))
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     stream = await connect(process.port)
     await stream.send(request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode()))
     await stream.read_until(b'"Hel"')
@@ -207,13 +155,12 @@ def ledger(folder: Path) -> list[dict]:
     ]
 
 
-async def test_invariant_2_after_kill_9_the_ledger_is_what_it_was(tmp_path, processes, upstream, connect):
+async def test_invariant_2_after_kill_9_the_ledger_is_what_it_was(tmp_path, start_process, upstream, connect):
     """
     A killed gateway has lost only the call in flight; a torn last line is set aside and is no reason not to start.
     """
     (tmp_path / "config.yaml").write_text(config_text(upstream.url))
-    process = Process(tmp_path)
-    processes.append(process)
+    process = start_process(tmp_path)
     request = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELLO_STREAM).encode())
     upstream.script = HELLO_SCRIPT
     client = await connect(process.port)
@@ -227,8 +174,7 @@ async def test_invariant_2_after_kill_9_the_ledger_is_what_it_was(tmp_path, proc
     process.end(signal.SIGKILL)
     (file,) = (tmp_path / "usage").glob("usage-*.jsonl")
     file.write_bytes(file.read_bytes() + b'{"time":"2026-11-')
-    again = Process(tmp_path)
-    processes.append(again)
+    again = start_process(tmp_path)
     upstream.script = HELLO_SCRIPT
     client = await connect(again.port)
     await client.send(request)
@@ -254,15 +200,13 @@ def test_sigterm_ends_a_start_as_well(tmp_path):
     assert (starting.returncode, log) == (0, "")
 
 
-def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, processes):
+def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path, start_process):
     """
     What stands in the way of a start is named with its remedy, without a traceback.
     """
-    first = Process(tmp_path)
-    processes.append(first)
+    first = start_process(tmp_path)
 
-    second = Process(tmp_path, GATEWAY_PORT=str(first.port))
-    processes.append(second)
+    second = start_process(tmp_path, GATEWAY_PORT=str(first.port))
     code, log = second.end()
 
     assert code == 1
@@ -331,21 +275,18 @@ async def test_no_call_is_taken_while_the_ledger_is_read(gateway, upstream):
     assert reply.error["message"] == "The gateway is starting: it still reads its ledger."
 
 
-def test_a_second_gateway_on_the_same_ledger_is_refused_until_the_first_is_gone(tmp_path, processes):
+def test_a_second_gateway_on_the_same_ledger_is_refused_until_the_first_is_gone(tmp_path, start_process):
     """
     Each would count only its own calls against the limits, and a restart would lose the other's. A killed one holds
     nothing, and commands work beside a running one.
     """
-    first = Process(tmp_path)
-    processes.append(first)
+    first = start_process(tmp_path)
 
-    second = Process(tmp_path)
-    processes.append(second)
+    second = start_process(tmp_path)
     code, log = second.end()
     usage = subprocess.run([sys.executable, str(PROGRAM), "usage"], cwd=tmp_path, capture_output=True, timeout=20)
     first.end(signal.SIGKILL)
-    third = Process(tmp_path)
-    processes.append(third)
+    third = start_process(tmp_path)
 
     assert (code, second.port) == (1, 0)
     assert f"error: cannot use the ledger in {tmp_path / 'usage'}: another gateway runs on it, or a backup" in log
@@ -481,7 +422,7 @@ def test_a_terminal_is_shown_the_first_key_and_no_file_keeps_it(tmp_path):
     assert all(key not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
 
 
-def test_the_first_key_is_shown_also_where_the_port_is_taken(tmp_path):
+def test_the_first_key_is_shown_also_where_the_port_is_taken(tmp_path, start_process):
     """
     The config with its hash is made, and the next start makes no other.
     """
@@ -489,7 +430,7 @@ def test_the_first_key_is_shown_also_where_the_port_is_taken(tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         environ = {"GATEWAY_PORT": str(taken.getsockname()[1])}
-        process = Process(tmp_path, **environ)
+        process = start_process(tmp_path, **environ)
         code, log = process.end()
 
     assert code == 1 and "cannot listen on" in log
@@ -538,16 +479,15 @@ def test_a_name_with_a_typo_makes_no_demo_gateway(tmp_path, case):
     assert [file.name for file in tmp_path.iterdir()] == ["usage"]
 
 
-def test_what_lies_beside_the_ledger_is_for_its_owner_and_group(tmp_path, processes):
+def test_what_lies_beside_the_ledger_is_for_its_owner_and_group(tmp_path, start_process):
     """
     Who works when, and on what, is nobody else's business, whatever the umask says.
     """
     before = os.umask(0)
     try:
-        process = Process(tmp_path)
+        process = start_process(tmp_path)
     finally:
         os.umask(before)
-    processes.append(process)
     process.end()
 
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "usage").iterdir() if file.is_file()}

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import msgspec
 import pytest
-from conftest import KEY, UPSTREAM_KEY, calls_made, config_text
+from conftest import KEY, UPSTREAM_KEY, TracedMemory, calls_made, config_text
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -751,14 +751,11 @@ def test_reading_a_body_takes_less_memory_than_the_body_has(config, body, reader
     Any client can send 30 MB; a tree of them in Python would be 900 MB, and stop every other call for seconds.
     """
     call = call_of(config, body)
-    tracemalloc.start()
 
-    with contextlib.suppress(g.BadRequest):
+    with TracedMemory() as memory, contextlib.suppress(g.BadRequest):
         reader(call)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
 
-    assert peak < 4 * len(body) + (8 << 20)
+    assert memory.peak < 4 * len(body) + (8 << 20)
 
 
 @pytest.mark.parametrize("text", [" " * 36_000, ", " * 18_000, '\\"cache_control\\":{' * 2000])
@@ -1134,15 +1131,11 @@ def test_a_changed_body_is_no_copy(kind):
     """
     body = kind(json.dumps({"system": "x" * (4 << 20), "model": "a", "stream": True}).encode())
 
-    tracemalloc.start()
-    try:
+    with TracedMemory() as memory:
         pieces = g.spliced(body, [g.splice_field(body, "model", b'"b"'), g.splice_usage(body)])
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
 
     assert json.loads(b"".join(pieces)) == json.loads(body) | {"model": "b", "stream_options": {"include_usage": True}}
-    assert most < 1 << 20
+    assert memory.peak < 1 << 20
 
 
 JSON = st.recursive(
@@ -1787,14 +1780,12 @@ def test_of_the_items_of_a_responses_stream_nothing_is_kept(config):
     meter = READERS["responses"](call_of(config))
     meter.start(True)
     events = [sse(item_done(type="code_interpreter_call", container_id=f"{i}", code="x" * 10_000)) for i in range(2000)]
-    tracemalloc.start()
 
-    for event in events:
-        meter.read(event, False)
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    with TracedMemory() as memory:
+        for event in events:
+            meter.read(event, False)
 
-    assert held < 1 << 20
+    assert memory.held < 1 << 20
     assert meter.extras == {"code_interpreter": 2000}
 
 
