@@ -2618,7 +2618,7 @@ def disabled_keys(document: Document) -> set[str]:
 
 @contextlib.contextmanager
 def paused_collection() -> Iterator[None]:
-    """Pause the collection of circles, of which a snapshot has none: for 10,000 keys each stops all threads for 0.2 s."""
+    """Pause the collection of circles: a snapshot has none, and each stops all threads for 0.2 s with 10,000 keys."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
