@@ -846,6 +846,7 @@ async def test_only_so_many_answers_are_drained_at_once(start_gateway, upstream)
         client.abort()
     await gateway_sees_it_gone(gateway)
     await until(lambda: not (len(gateway.gateway.relay.running) > 1))
+    await until(gateway.entries)  # which are written at the end of a turn of the loop
 
     assert len(gateway.entries()) == 1
 
