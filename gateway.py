@@ -1675,8 +1675,8 @@ class Policies(tuple[tuple[str, Policy], ...]):
 
 
 # --- 5. Settings: every setting as a typed field ----------------------------------
-# Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED, UpstreamConfig,
-#   UsageConfig, VerdictConfig, VERDICTS, Weights
+# Offers: BreakerConfig, ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED,
+#   UpstreamConfig, UsageConfig, VerdictConfig, VERDICTS, Weights
 
 # The settings
 
@@ -8300,19 +8300,24 @@ class Pools:
 # --- 18. Upstreams: health and choice ---------------------------------------------
 # Offers: Choice, Cooldown, Health, read_retry_after, Ticket, Upstreams
 
-# The problem. A failure may be everybody's (the provider is down) or one request's own, and the answer does not say
-# which; whatever status and headers one user's requests bring about, they must not take an upstream from the others. So
-# each user has a breaker at each upstream and API key, and what two users met in a row opens the one of everybody. The
-# verdict on a failure says whether it counts against the upstream or the API key. What leads to a cooldown (`_blame`):
+# The problem. A failure may be everybody's (the provider is down) or one request's own (a prompt too long for the
+# account), the answer does not say which, and two users may act together. So each user has a breaker at each upstream
+# and API key; what two users met opens the one of everybody; and that one soon lets in a user who has not met it. The
+# verdict on a failure says whether it counts against the upstream or the API key. What leads to a cooldown
+# (`Evidence.add`):
 #
 #     failure                       of its user's calls        of everybody's
 #     not reached, not HTTP         -                          `failures` in a row
 #     `cooldown` in the config      -                          at once
 #     401, 402                      `failures` in a row        at once, when two users met it
+#     401 of the list of models     -                          at once, when a call was refused before
 #     403                           `failures` in a row        the same, for that model
 #     429                           at once                    the same, for that model
 #     other, with a `retry-after`   at once                    as without it
 #     other                         `failures` in a row        `failures` in a row, when two users met it
+#
+# After a 401 or a 403 the API key's list of models is asked for, which no request can spoil: a list speaks for the key
+# for `VOUCHED_S`, a 401 against it; any other answer says nothing.
 #
 # A cooldown ends with a trial: at `until` the next call that it covers may go, and for `TRIAL_S` no other. Its answer,
 # or a failure of another kind, lets in the others; the same failure begins the cooldown anew, twice as long. There may
@@ -8320,6 +8325,11 @@ class Pools:
 # counts, and ends what one user is held up for, unless the upstream said for how long. A user who is held up alone
 # counts as one failure for the others. Each cooldown and each reset begins an epoch: what an attempt of an older one
 # brings is ignored.
+#
+# Its witnesses are the users on whose failures alone a cooldown of everybody's rests. Two of them hold up the others
+# for `breaker.cooldown` at most, each further one for twice as long. The others have a gate of their own for their
+# trial, which no trial of a witness shuts or puts off. If it fails in the same way, its user is one more witness. Once
+# a trial is answered, what the witnesses meet holds up nobody else for `DOUBTED_S`.
 #
 # Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
 # Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of three users, and
@@ -8329,12 +8339,13 @@ class Pools:
 # least busy, or each in turn. A call that finds nobody ready waits with those that may be sent to the same ones.
 #
 # Given up: a probe (the trial is one), the demotion of slow upstreams (the time to the first byte follows the prompt),
-# and a breaker that counts calls and not users.
+# a breaker that counts calls and not users, and one that believes two users for as long as the upstream said.
 
 MAX_RETRY_AFTER_S = 1800.0
 KEPT_S = 600.0  # an ended cooldown for which no trial came is remembered for so long
 TRIAL_S = 10.0  # a trial goes alone for so long
 VOUCHED_S = 60.0  # a list of models speaks so long for the API key that got it
+DOUBTED_S = 600.0  # after an answered trial, what its witnesses meet holds up nobody else for so long
 NUMBER = re.compile(rb"\d+(\.\d+)?")
 VOUCHED_FOR = ("401", "403")  # what the list of models can speak against
 MAX_COUNTS = 1000  # of an upstream or API key; the names of models in them are the clients'
@@ -8382,28 +8393,74 @@ class Whom(NamedTuple):
 
 
 EVERYBODY = Whom()
+Users = frozenset[str]  # as `user_of` names them
+
+
+class Gate:
+    """Where calls that a cooldown holds up are let through: one at `opens_at`, the others `TRIAL_S` later."""
+
+    __slots__ = ("is_tried", "opens_at")
+
+    def __init__(self, opens_at: float) -> None:
+        self.opens_at = opens_at  # monotonic
+        self.is_tried = False
+
+    def enter(self, now: float) -> None:
+        """Let a call through."""
+        if not self.is_tried:
+            self.is_tried = True
+            self.opens_at = now + TRIAL_S
+
+    def wait_s(self, now: float) -> float:
+        """Return in how many seconds a trial may be made; 0 where one is running, as it may end at any time."""
+        if self.is_tried:
+            return 0.0
+        return max(0.0, self.opens_at - now)
 
 
 class Cooldown:
     """One time in which an upstream or an API key is left alone for some calls, until one of them gets an answer."""
 
-    __slots__ = ("health", "is_said", "kind", "since", "trial_at", "trips", "until", "until_time", "whom", "why")
+    __slots__ = (
+        *("gate", "health", "is_said", "kind", "others_gate", "since", "trips"),
+        *("until", "until_time", "whom", "why", "witnesses"),
+    )
 
-    def __init__(self, health: Health, whom: Whom, why: str, seconds: float, is_said: bool, clock: Clock) -> None:
+    def __init__(
+        self,
+        health: Health,
+        whom: Whom,
+        why: str,
+        seconds: float,
+        is_said: bool = False,
+        witnesses: Users = frozenset(),
+    ) -> None:
         self.health = health
         self.whom = whom
         self.why = why
         self.kind = kind_of(why)
         self.is_said = is_said  # the upstream said how long
+        self.witnesses = witnesses  # none: it is sure, or one user's
         self.trips = 1  # in a row
-        self.until = clock.monotonic() + seconds
-        self.trial_at = self.until  # monotonic: when the next call may try
-        self.since = clock.wall()
+        now = health.clock.monotonic()
+        self.until = now + seconds
+        self.since = health.clock.wall()
         self.until_time = self.since + seconds  # wall time
+        self.gate = Gate(self.until)
+        self.others_gate = self.gate  # of those who are no witnesses
+
+    def is_new_to(self, call: Call) -> bool:
+        """Whether a call is of a user who has not met what led to it."""
+        return not self.witnesses or user_of(call) not in self.witnesses
+
+    def gate_of(self, call: Call) -> Gate:
+        """Return where it lets a call through."""
+        return self.others_gate if self.is_new_to(call) else self.gate
 
     def close(self) -> None:
-        """Let in whom this covers."""
+        """Let in whom this covers; what its witnesses met was their own, or is over."""
         del self.health.cooldowns[self.whom]
+        self.health.evidence.doubt(self.witnesses)
 
 
 class Load:
@@ -8416,13 +8473,95 @@ class Load:
         self.counting = 0
 
 
+def longest_wait_s(breaker: BreakerConfig, witnesses: int) -> float:
+    """Return how long what so many users met may hold up the others: twice as long with each but the first two."""
+    return breaker.cooldown * 2.0 ** min(max(0, witnesses - 2), 30)
+
+
+def cooldown_length_s(
+    ticket: Ticket, whom: Whom, case: str, retry_after_s: float | None, trips: int, chance: float
+) -> float:
+    """Return how long a cooldown lasts after so many that their trials did not end; with jitter by `chance`, 0 to 1."""
+    breaker = ticket.call.config.routing.breaker
+    doubled = 2.0 ** min(trips, 30)
+    if retry_after_s:
+        if kind_of(case) == "failed" and not whom.user:  # the header is one user's answer's
+            retry_after_s = min(retry_after_s, breaker.max_cooldown)
+        # Nobody is to come before its time, nor all at once; a little later where it was too short.
+        seconds = max(retry_after_s, min(breaker.cooldown, doubled))
+        return min(seconds * (1 + 0.1 * chance), MAX_RETRY_AFTER_S)
+    base = ticket.choice.upstream.verdict(case).cooldown_s or breaker.cooldown
+    return min(max(breaker.max_cooldown, base), base * doubled) * (0.9 + 0.2 * chance)
+
+
+class Evidence:
+    """Which users met which failures at an upstream or with an API key, in a row: whose calls are held up for it?
+
+    The table above has the cases.
+    """
+
+    __slots__ = ("_clock", "_doubted", "counts")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.counts: dict[tuple[str, str], Counter[str]] = {}  # by kind (and model, or ""), of each user
+        self._doubted: dict[str, float] = {}  # users who hold up nobody else, until when (monotonic)
+
+    def doubt(self, users: Iterable[str]) -> None:
+        """Let nobody else be held up by what these users meet, for a while."""
+        now = self._clock.monotonic()
+        self._doubted = {user: until for user, until in self._doubted.items() if until > now}
+        self._doubted.update(dict.fromkeys(users, now + DOUBTED_S))
+
+    def add(
+        self, ticket: Ticket, case: str, is_first: bool, is_said: bool, again: Mapping[Whom, Cooldown]
+    ) -> tuple[Whom | None, Users]:
+        """Take in a failure. Return whose calls it and those before it hold up (None: nobody's), and its witnesses.
+
+        `is_first`: of its call; the others count no more. `is_said`: the answer says when to come again. `again`: the
+        cooldowns whose trial has failed in the same way.
+        """
+        call = ticket.call
+        kind = kind_of(case)
+        user = Whom(user_of(call))
+        everybody = EVERYBODY
+        if case in ("403", "429"):
+            everybody = Whom(model=call.model)
+        if len(self.counts) > MAX_COUNTS:
+            self.counts.clear()
+        counts = self.counts.setdefault((kind, everybody.model), Counter())
+        if is_first:
+            counts[user.user] += 1
+        failures = call.config.routing.breaker.failures
+        at_once = ticket.choice.upstream.verdict(case).cooldown_s > 0
+        is_sure = case in UNREACHED or (kind == "failed" and at_once)
+        if is_sure and (at_once or counts.total() >= failures or everybody in again):
+            return everybody, frozenset()
+        now = self._clock.monotonic()
+        believed = {name: count for name, count in counts.items() if now >= self._doubted.get(name, -math.inf)}
+        is_often = at_once or sum(believed.values()) >= failures
+        if user.user in believed:
+            if everybody in again:
+                return everybody, again[everybody].witnesses.union(believed)
+            if is_often and len(believed) > 1:
+                return everybody, frozenset(believed)
+        if user in again or is_said or kind == "429" or counts[user.user] >= failures:
+            counts[user.user] = 1  # for the others
+            return user, frozenset()
+        return None, frozenset()
+
+
 class Health:
     """What was seen of an upstream, or of one of its API keys. Survives reloads."""
 
-    __slots__ = ("ask_at", "cooldowns", "counts", "current_weight", "epoch", "failures", "load", "vouched_until")
+    __slots__ = (
+        *("ask_at", "clock", "cooldowns", "current_weight", "epoch"),
+        *("evidence", "failures", "load", "vouched_until"),
+    )
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, clock: Clock) -> None:
         self.load = load
+        self.clock = clock
         self.current_weight = 0.0  # of round robin
         self.epoch = 0  # +1 per cooldown and reset
         self.reset()
@@ -8431,7 +8570,7 @@ class Health:
         """Forget what spoke against it."""
         self.epoch += 1
         self.failures = 0  # in a row
-        self.counts: dict[tuple[str, str], Counter[str]] = {}  # the same by kind (and model, or ""), of each user
+        self.evidence = Evidence(self.clock)
         self.cooldowns: dict[Whom, Cooldown] = {}
         self.ask_at = -math.inf  # monotonic: when the list of models may be asked for again
         self.vouched_until = -math.inf  # monotonic: until then the list speaks for the API key
@@ -8444,7 +8583,7 @@ class Health:
     def record_success(self) -> None:
         """Zero the failure counters: an answer came to its end."""
         self.failures = 0
-        self.counts.clear()
+        self.evidence.counts.clear()
         if self.cooldowns:
             for cooldown in tuple(self.cooldowns.values()):
                 if cooldown.whom.user and not cooldown.is_said:
@@ -8453,10 +8592,27 @@ class Health:
     def vouch(self, until: float) -> None:
         """Hold no refusal against the API key, until a time (monotonic)."""
         self.ask_at = self.vouched_until = until
-        self.counts = {key: counts for key, counts in self.counts.items() if key[0] not in VOUCHED_FOR}
+        counts = self.evidence.counts
+        self.evidence.counts = {key: users for key, users in counts.items() if key[0] not in VOUCHED_FOR}
         for cooldown in tuple(self.cooldowns.values()):
             if cooldown.kind in VOUCHED_FOR:
                 cooldown.close()
+
+    def cool_down(self, cooldown: Cooldown, others_s: float) -> None:
+        """Begin a cooldown, or the one that it follows anew. Whoever is no witness waits for `others_s` at most."""
+        now = self.clock.monotonic()
+        for old in tuple(self.cooldowns.values()):
+            if now > old.until + KEPT_S:
+                del self.cooldowns[old.whom]
+        before = self.cooldowns.get(cooldown.whom)
+        if before:
+            cooldown.trips += before.trips
+        if cooldown.witnesses:
+            cooldown.others_gate = Gate(min(cooldown.until, now + others_s))
+            if before and cooldown.witnesses <= before.witnesses:
+                cooldown.others_gate = before.others_gate
+        self.cooldowns[cooldown.whom] = cooldown
+        self.epoch += 1
 
     def cooldowns_of(self, call: Call) -> list[Cooldown]:
         """Return those that cover a call."""
@@ -8468,7 +8624,7 @@ class Health:
 
     def is_out(self, now: float) -> bool:
         """Whether it is left alone for everybody."""
-        return EVERYBODY in self.cooldowns and now < self.cooldowns[EVERYBODY].until
+        return EVERYBODY in self.cooldowns and self.cooldowns[EVERYBODY].others_gate.wait_s(now) > 0
 
     def shown(self) -> Cooldown | None:
         """Return the cooldown that people are shown: for the most calls, and the longest."""
@@ -8483,7 +8639,7 @@ class Health:
         shown = self.shown()
         if shown is None or shown.whom.user:
             return "ok"
-        return "cooling" if now < shown.until else "half_open"
+        return "cooling" if shown.others_gate.wait_s(now) > 0 else "half_open"
 
     def row(self, now: float) -> dict[str, Any]:
         """Return how it stands, for people: why it is left alone, since when and until when. Names no user."""
@@ -8521,7 +8677,7 @@ class Choice(NamedTuple):
         """Whether a call may be sent there now: neither left alone nor full."""
         health, key, limit = self.health, self.key_health, self.upstream.max_concurrent
         is_cooling = health.cooldowns or key.cooldowns
-        if is_cooling and any(now < cooldown.trial_at for cooldown in self.cooldowns_of(call)):
+        if is_cooling and any(now < cooldown.gate_of(call).opens_at for cooldown in self.cooldowns_of(call)):
             return False
         if self.is_count:
             # It has half of the slots, and so leaves the others to calls that are paid for.
@@ -8537,7 +8693,7 @@ class Choice(NamedTuple):
 
     def ready_in(self, now: float, call: Call) -> float:
         """Return in how many seconds no cooldown covers a call, as far as is known."""
-        return max([0.0, *(cooldown.until - now for cooldown in self.cooldowns_of(call))])
+        return max([0.0, *(cooldown.gate_of(call).wait_s(now) for cooldown in self.cooldowns_of(call))])
 
 
 @functools.lru_cache(maxsize=8192)  # a session asks again and again
@@ -8549,6 +8705,30 @@ def rendezvous(affinity: str, name: str, weight: float) -> float:
     digest = hashlib.blake2b(f"{affinity}\0{name}".encode("utf-8", "replace"), digest_size=8).digest()
     share = ((int.from_bytes(digest, "little") >> 12) + 0.5) / 2**52  # between 0 and 1
     return -weight / math.log(share)
+
+
+def best_of(call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
+    """Return whom the policy prefers of those who are ready, with the name of the model there."""
+    policy = call.config.routing.policy.of(call.model)
+    if policy == "round_robin":
+        # Smooth: who has waited longest for its weight has its turn.
+        whole = sum(choice.weight for _, choice in ready) or 1.0
+        for _, choice in ready:
+            choice.key_health.current_weight += (choice.weight or 1e-9) / whole
+        best = max(ready, key=lambda each: each[1].key_health.current_weight)
+        best[1].key_health.current_weight -= 1.0
+        return best
+    affinity = find_affinity(call)
+
+    def rank(each: tuple[str, Choice]) -> tuple[float, ...]:
+        choice, name = each[1], each[1].upstream.name
+        home = rendezvous(affinity, name, choice.upstream.weight)
+        homes = home, rendezvous(affinity, f"{name}\0{choice.number}", 1.0)
+        if policy == "sticky":
+            return homes
+        return choice.weight > 0, -choice.key_health.running / (choice.weight or 1.0), *homes
+
+    return max(ready, key=rank)
 
 
 class Ticket:
@@ -8567,21 +8747,20 @@ class Ticket:
             if choice.is_count:
                 load.counting += 1
         self._epochs = {health: health.epoch, key_health: key_health.epoch}
-        self.trials: list[Cooldown] = []  # what this call finds out about
+        self.trials: list[tuple[Cooldown, Gate]] = []  # what this call finds out about, and where it was let through
         if health.cooldowns or key_health.cooldowns:
-            self.trials = choice.cooldowns_of(call)
-            for cooldown in self.trials:
-                if cooldown.trial_at == cooldown.until:  # it is the first
-                    cooldown.trial_at = call.config.clock.monotonic() + TRIAL_S
+            self.trials = [(cooldown, cooldown.gate_of(call)) for cooldown in choice.cooldowns_of(call)]
+            for _, gate in self.trials:
+                gate.enter(call.config.clock.monotonic())
 
     def __enter__(self) -> Ticket:
         return self
 
     def end_trials(self) -> list[Cooldown]:
         """End its trials; return the cooldowns about which no other call has found out yet."""
-        trials = self.trials
+        trials = [(cooldown.health.cooldowns.get(cooldown.whom), gate) for cooldown, gate in self.trials]
         self.trials = []
-        return [cooldown for cooldown in trials if cooldown.health.cooldowns.get(cooldown.whom) is cooldown]
+        return [cooldown for cooldown, gate in trials if cooldown and gate in (cooldown.gate, cooldown.others_gate)]
 
     def is_current(self, health: Health) -> bool:
         """Whether this attempt began in the present epoch of its upstream's or key's health."""
@@ -8658,7 +8837,7 @@ class Upstreams:
             load = Load()
             if is_count:
                 load = self._health(upstream, key, False).load
-            self._healths[name] = Health(load)
+            self._healths[name] = Health(load, self._clock)
         return self._healths[name]
 
     def take(self, call: Call, tried: set[tuple[str, int]]) -> Ticket | None:
@@ -8675,36 +8854,13 @@ class Upstreams:
             return None
         model, choice = ready[0]
         if len(ready) > 1:
-            model, choice = self._best(call, ready)
+            model, choice = best_of(call, ready)
         return Ticket(self, call, choice, model)
 
     def is_anybody_ready(self, call: Call, tried: set[tuple[str, int]]) -> bool:
         """Whether there is somebody to be asked now; takes nobody's turn."""
         now = self._clock.monotonic()
         return any(choice.is_ready(now, call) and choice.place not in tried for choice in self.choices_of(call))
-
-    @staticmethod
-    def _best(call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
-        policy = call.config.routing.policy.of(call.model)
-        if policy == "round_robin":
-            # Smooth: who has waited longest for its weight has its turn.
-            whole = sum(choice.weight for _, choice in ready) or 1.0
-            for _, choice in ready:
-                choice.key_health.current_weight += (choice.weight or 1e-9) / whole
-            best = max(ready, key=lambda each: each[1].key_health.current_weight)
-            best[1].key_health.current_weight -= 1.0
-            return best
-        affinity = find_affinity(call)
-
-        def rank(each: tuple[str, Choice]) -> tuple[float, ...]:
-            choice, name = each[1], each[1].upstream.name
-            home = rendezvous(affinity, name, choice.upstream.weight)
-            homes = home, rendezvous(affinity, f"{name}\0{choice.number}", 1.0)
-            if policy == "sticky":
-                return homes
-            return choice.weight > 0, -choice.key_health.running / (choice.weight or 1.0), *homes
-
-        return max(ready, key=rank)
 
     def ready_in(self, call: Call, tried: set[tuple[str, int]]) -> float:
         """Return in how many seconds somebody may be ready for a call; infinite where nobody is left."""
@@ -8769,7 +8925,7 @@ class Upstreams:
     def _serve_next(self, wanted: Hashable) -> bool:
         """Give a ticket to the call of a queue whose turn it is; False where none can have one.
 
-        A call that is held up for its user or its model is passed over and keeps its turn. Any other may use all that
+        A call that is held up for its model, or its user, is passed over and keeps its turn. Any other may use all that
         they may, so if one finds nothing, none would.
         """
         for seeker in self._queues.firsts(wanted):
@@ -8778,10 +8934,8 @@ class Upstreams:
                 self._queues.remove(seeker, is_served=True)
                 seeker.end(ticket)
                 return True
-            covered = [
-                each.whom for choice in self.choices_of(seeker.call) for each in choice.cooldowns_of(seeker.call)
-            ]
-            if all(whom == EVERYBODY for whom in covered):
+            covering = [each for choice in self.choices_of(seeker.call) for each in choice.cooldowns_of(seeker.call)]
+            if all(cooldown.whom == EVERYBODY and cooldown.is_new_to(seeker.call) for cooldown in covering):
                 return False
         return False
 
@@ -8838,80 +8992,30 @@ class Upstreams:
         if verdict.blame == "key":
             health = choice.key_health
         is_current = ticket.is_current(health)
-        again: list[Whom] = []  # whom the trial was for that failed in the same way
+        again: dict[Whom, Cooldown] = {}  # those whose trial failed in the same way
         for cooldown in ticket.end_trials():
             if cooldown.health is health and cooldown.kind == kind_of(case):
-                again.append(cooldown.whom)
+                again[cooldown.whom] = cooldown
             elif cooldown.health is health or verdict.blame == "key":  # else nothing is known of the API key
                 cooldown.close()
         if not is_current:
             return
-        whom = self._blame(ticket, health, case, bool(retry_after_s), again)
-        if whom is not None:
-            seconds = self._cooldown_s(ticket, health.cooldowns.get(whom), whom, case, retry_after_s)
-            self._cool_down(choice, health, whom, case, seconds, is_said=bool(retry_after_s))
-
-    def _blame(self, ticket: Ticket, health: Health, case: str, is_said: bool, again: list[Whom]) -> Whom | None:
-        """Count a failure; return whose calls it and those before it hold up, None for nobody's. See the table above.
-
-        `is_said`: the answer says when to come again.
-        """
         call = ticket.call
-        kind = kind_of(case)
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
         if is_first:
             call.blamed += (health,)
             health.failures += 1
-        if case in VOUCHED_FOR and self._is_vouched_for(ticket.choice, health):
-            return None
-        user = Whom(user_of(call))
-        everybody = EVERYBODY
-        if case in ("403", "429"):
-            everybody = Whom(model=call.model)
-        if len(health.counts) > MAX_COUNTS:
-            health.counts.clear()
-        counts = health.counts.setdefault((kind, everybody.model), Counter())
-        if is_first:
-            counts[user.user] += 1
-        failures = call.config.routing.breaker.failures
-        at_once = ticket.choice.upstream.verdict(case).cooldown_s > 0
-        is_sure = case in UNREACHED or (kind == "failed" and at_once)
-        is_often = at_once or counts.total() >= failures
-        if everybody in again or (is_often and (is_sure or len(counts) > 1)):
-            return everybody
-        if user in again or is_said or kind == "429" or counts[user.user] >= failures:
-            counts[user.user] = 1  # for the others
-            return user
-        return None
+        if case in VOUCHED_FOR and self._is_vouched_for(choice, health):
+            return
+        whom, witnesses = health.evidence.add(ticket, case, is_first, bool(retry_after_s), again)
+        if whom is not None:
+            trips = health.cooldowns[whom].trips if whom in health.cooldowns else 0
+            seconds = cooldown_length_s(ticket, whom, case, retry_after_s, trips, self._chance())
+            others_s = longest_wait_s(call.config.routing.breaker, len(witnesses))
+            self._cool_down(choice, Cooldown(health, whom, case, seconds, bool(retry_after_s), witnesses), others_s)
 
-    def _cooldown_s(
-        self, ticket: Ticket, before: Cooldown | None, whom: Whom, case: str, retry_after_s: float | None
-    ) -> float:
-        """Return how long a cooldown lasts after the one that its trial did not end; with jitter."""
-        breaker = ticket.call.config.routing.breaker
-        trips = 0
-        if before:
-            trips = min(before.trips, 30)
-        if retry_after_s:
-            if kind_of(case) == "failed" and not whom.user:  # the header is one user's answer's
-                retry_after_s = min(retry_after_s, breaker.max_cooldown)
-            # Nobody is to come before its time, nor all at once; a little later where it was too short.
-            seconds = max(retry_after_s, min(breaker.cooldown, 2.0**trips))
-            return min(seconds * (1 + 0.1 * self._chance()), MAX_RETRY_AFTER_S)
-        base = ticket.choice.upstream.verdict(case).cooldown_s or breaker.cooldown
-        return min(max(breaker.max_cooldown, base), base * 2.0**trips) * (0.9 + 0.2 * self._chance())
-
-    def _cool_down(
-        self, choice: Choice, health: Health, whom: Whom, why: str, seconds: float, is_said: bool = False
-    ) -> None:
-        cooldown = Cooldown(health, whom, why, seconds, is_said, self._clock)
-        for old in tuple(health.cooldowns.values()):
-            if self._clock.monotonic() > old.until + KEPT_S:
-                old.close()
-        if whom in health.cooldowns:
-            cooldown.trips += health.cooldowns[whom].trips
-        health.cooldowns[whom] = cooldown
-        health.epoch += 1
+    def _cool_down(self, choice: Choice, cooldown: Cooldown, others_s: float) -> None:
+        cooldown.health.cool_down(cooldown, others_s)
         self.on_trip(choice, cooldown)
 
     # What the list of models, which costs nothing, says of an API key that calls were refused with
@@ -8935,9 +9039,11 @@ class Upstreams:
         if 200 <= status < 300:
             health.vouch(self._clock.monotonic() + VOUCHED_S)
             self.wake()
-        elif status == 401 and health.failures and EVERYBODY not in health.cooldowns:
-            seconds = choice.upstream.verdict("401").cooldown_s or MAX_RETRY_AFTER_S
-            self._cool_down(choice, health, EVERYBODY, "401", seconds)
+        elif status == 401 and health.failures:
+            before = health.cooldowns.get(EVERYBODY)
+            if before is None or before.witnesses:
+                seconds = choice.upstream.verdict("401").cooldown_s or MAX_RETRY_AFTER_S
+                self._cool_down(choice, Cooldown(health, EVERYBODY, "401", seconds), seconds)
 
     # What people ask and say
 
@@ -10202,15 +10308,19 @@ def log_cooldown(event: UpstreamTripped) -> None:
         whose = f"{printable(cooldown.whom.model)} only, for "
     elif cooldown.whom.user:
         whose = f"the calls of {cooldown.whom.user} only, for "
+    others = ""
+    others_s = cooldown.others_gate.wait_s(cooldown.health.clock.monotonic())
+    if others_s < seconds - 1:
+        others = f"; users who have not met it wait for {others_s:.1f} s"
     if cooldown.why in REFUSED_KEY:
-        why = f"{cooldown.why}, {VERDICTS[cooldown.why].meaning.partition(':')[0]}"
+        why = f"{cooldown.why}, {VERDICTS[cooldown.why].meaning.partition(':')[0]}{others}"
         remedy = f"Once the config has a good one: {PROGRAM} upstream reset {choice.upstream.name}"
         log.error(
             "upstream %s: its API key is left alone for %s%.0f m: %s. %s", choice, whose, seconds / 60, why, remedy
         )
     else:
-        text = "upstream %s is left alone for %s%.1f s: %s, %d in a row"
-        log.warning(text, choice, whose, seconds, cooldown.why, cooldown.health.failures)
+        text = "upstream %s is left alone for %s%.1f s: %s, %d in a row%s"
+        log.warning(text, choice, whose, seconds, cooldown.why, cooldown.health.failures, others)
 
 
 def log_config(event: ConfigLoaded) -> None:

@@ -325,7 +325,7 @@ def test_a_session_stays_on_one_key_and_the_keys_share_the_sessions():
 
 @pytest.mark.parametrize(
     "case, retry_after_s, away_s",
-    [("429", None, 10.0), ("429", 60.0, 63.0), ("401", None, 1800.0), ("402", None, 1800.0), ("403", None, 1800.0)],
+    [("429", None, 10.0), ("429", 5.0, 5.25), ("401", None, 10.0), ("402", None, 10.0), ("403", None, 10.0)],
 )
 def test_a_refused_key_is_blamed_alone(caplog, case, retry_after_s, away_s):
     """
@@ -571,8 +571,8 @@ def breaker_world(more: str = "") -> World:
         (["unexpected", "not_http", "408"], 10.0),
         (["429", "429"], 10.0),
         (["401"], 0.0),
-        (["401", "401"], 1800.0),
-        (["402", "402"], 1800.0),
+        (["401", "401"], 10.0),
+        (["402", "402"], 10.0),
         (["401", "ok", "401"], 0.0),
         (["401", "402"], 0.0),
     ],
@@ -732,10 +732,12 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
 
 
 class NaiveRest:
-    """One cooldown, and when the next call may try."""
+    """One cooldown, when the next call of somebody else's may try, and on how many users' failures it rests."""
 
-    def __init__(self, until: float, trips: int) -> None:
-        self.until, self.trips, self.trial_at = until, trips, until
+    def __init__(self, now: float, seconds: float, trips: int, users: set[str]) -> None:
+        self.until, self.trips, self.users, self.is_tried = now + seconds, trips, users, False
+        others_s = 10.0 * 2 ** max(0, len(users) - 2) if users else math.inf
+        self.trial_at = min(self.until, now + others_s)
 
 
 class NaiveBreaker:
@@ -743,6 +745,7 @@ class NaiveBreaker:
 
     def __init__(self) -> None:
         self.era = self.failures = self.count = 0
+        self.users: set[str] = set()  # who failed, but for those whose cooldown an answer has ended
         self.rests: dict[str | g.Whom, NaiveRest] = {}
         self.began: dict[g.Ticket, int] = {}
         self.tries: dict[g.Ticket, list[NaiveRest]] = {}
@@ -758,33 +761,40 @@ class NaiveBreaker:
         self.began[ticket] = self.era
         self.tries[ticket] = self.of_others()
         for rest in self.of_others():
-            if rest.trial_at == rest.until:
-                rest.trial_at = now + 10.0
+            if not rest.is_tried:
+                rest.is_tried, rest.trial_at = True, now + 10.0
 
     def answered(self, ticket: g.Ticket) -> None:
         for name, rest in tuple(self.rests.items()):
             if rest in self.tries[ticket]:
                 del self.rests[name]
+                self.users -= rest.users
         self.tries[ticket] = []
 
     def finished(self, ticket: g.Ticket) -> None:
         if self.began[ticket] == self.era:
             self.failures = self.count = 0
+            self.users = set()
             self.rests = {name: rest for name, rest in self.rests.items() if isinstance(name, str)}
 
-    def failed(self, ticket: g.Ticket, now: float, is_429: bool) -> None:
-        tried = [name for name, rest in self.rests.items() if rest in self.tries[ticket]]
+    def failed(self, ticket: g.Ticket, now: float, case: str) -> None:
+        tried = {name: rest.users for name, rest in self.rests.items() if rest in self.tries[ticket]}
         self.left(ticket)
         if self.began[ticket] == self.era:
             self.failures += 1
             self.count += 1
-            name: str | g.Whom = "model" if is_429 else "all"
-            if is_429 and self.count == 1 and name not in tried:
-                name = g.Whom(user=ticket.call.key.name)
-            if is_429 or name in tried or self.count >= 3:
+            self.users |= {ticket.call.key.name}
+            name: str | g.Whom = "model" if case == "429" else "all"
+            users = self.users | tried.get(name, set())
+            if case == "429" and len(users) == 1:
+                name, users = g.Whom(user=ticket.call.key.name), set()
+            is_sure = case == "unreachable"
+            if case == "429" or name in tried or (self.count if is_sure else len(self.users)) >= 3:
+                if is_sure:
+                    users = set()
                 self.rests = {each: rest for each, rest in self.rests.items() if now <= rest.until + 600}
                 trips = self.rests[name].trips if name in self.rests else 0
-                self.rests[name] = NaiveRest(now + min(40.0, 10.0 * 2**trips), trips + 1)
+                self.rests[name] = NaiveRest(now, min(40.0, 10.0 * 2**trips), trips + 1, users)
                 self.era += 1
 
     def left(self, ticket: g.Ticket) -> None:
@@ -792,6 +802,7 @@ class NaiveBreaker:
 
     def reset(self) -> None:
         self.failures = self.count = 0
+        self.users = set()
         self.rests.clear()
         self.era += 1
 
@@ -844,9 +855,9 @@ class BreakerMachine(RuleBasedStateMachine):
             self.upstream.finished(ticket)
             self.key.finished(ticket)
         elif case == "429":
-            self.key.failed(ticket, self.now, True)
+            self.key.failed(ticket, self.now, case)
         elif case in ("529", "unreachable"):
-            self.upstream.failed(ticket, self.now, False)
+            self.upstream.failed(ticket, self.now, case)
         self.upstream.left(ticket)
         self.key.left(ticket)
 
@@ -867,11 +878,10 @@ class BreakerMachine(RuleBasedStateMachine):
         for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
             rests = {names.get(whom, whom): rest for whom, rest in health.cooldowns.items()}
             assert (health.running, health.failures) == (len(self.tickets), naive.failures)
-            one, other = (
-                {name: (rest.until, rest.trial_at, rest.trips) for name, rest in found.items()}
-                for found in (rests, naive.rests)
-            )
-            assert one == other
+            assert {
+                name: (rest.until, rest.others_gate.opens_at, rest.trips, rest.witnesses)
+                for name, rest in rests.items()
+            } == {name: (rest.until, rest.trial_at, rest.trips, rest.users) for name, rest in naive.rests.items()}
 
     def teardown(self) -> None:
         for ticket in self.tickets:
@@ -998,6 +1008,185 @@ def test_what_one_user_brought_about_alone_holds_up_only_that_user(caplog, case,
     caplog.clear()
 
 
+# --- users who act together ------------------------------------------------------------------
+
+PROVOKED = [("429", 1800.0), ("429", None), ("403", None), ("401", None), ("402", None), ("500", 60.0), ("cut", None)]
+
+
+def waits_under_attack(case: str, retry_after_s: float | None, users: int, seconds: int) -> list[int]:
+    """Bob's waits, who asks every five seconds, while some users do nothing but fail, and are always first."""
+    world = World({"a": ""})
+    since, waits = 0, []
+    for now in range(seconds):
+        for user in range(users):
+            while world.is_let_in(f"mallory-{user}"):
+                world.fail_for(f"mallory-{user}", case, retry_after_s)
+        for choice, health in world.upstreams.take_suspects():
+            world.upstreams.record_key_check(choice, health, 404)
+        if now >= since and world.is_let_in("bob"):
+            with world.take(user="bob") as ticket:
+                world.upstreams.record_answer(ticket)
+                world.upstreams.record_success(ticket)
+            waits.append(now - since)
+            since = now + 5
+        world.clock.advance(1)
+    assert waits and since > seconds - 200
+    return waits
+
+
+@pytest.mark.parametrize(
+    ("users", "case", "retry_after_s", "longest_s", "all_s"),
+    [
+        *((2, case, retry_after_s, 10, 20) for case, retry_after_s in PROVOKED),
+        (3, "429", None, 30, 60),
+        (3, "500", 60.0, 30, 60),
+        (5, "401", None, 150, 300),
+    ],
+)
+def test_users_who_act_together_hold_up_another_one_for_seconds(caplog, users, case, retry_after_s, longest_s, all_s):
+    """
+    Two of them took an upstream, a model or an API key from everybody for all the time. Now two hold up the others for
+    10 s, three for 30 s, which a call waits, and five for 150 s; then for ten minutes only themselves.
+    """
+    waits = waits_under_attack(case, retry_after_s, users, seconds=800)
+
+    assert max(waits) <= longest_s and sum(waits) <= all_s
+    caplog.clear()
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize("case", ["429", "402"])
+def test_the_more_users_met_it_the_longer_the_others_wait(case):
+    """
+    An account that is spent for half an hour is asked by one more user after 10, 20, 40 s and so on. Who has met it
+    waits for as long as the upstream said (with jitter).
+    """
+    world = World({"a": ""})
+    world.fail_for("user", case, 1700.0)
+    others_s = []
+    for number in range(9):
+        world.fail_for(f"user {number}", case, 1700.0)
+        others_s.append(world.upstreams.ready_in(world.call_of("bob"), set()))
+        own_s = world.upstreams.ready_in(world.call_of(f"user {number}"), set())
+        assert own_s == pytest.approx(1785.0)
+        world.clock.advance(others_s[-1])
+
+    assert others_s == [10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0, 1280.0, pytest.approx(1785.0)]
+
+
+@pytest.mark.logs("is left alone")
+@pytest.mark.parametrize(("case", "retry_after_s", "away_s"), [("429", 600.0, 630.0), ("500", None, 10.0)])
+def test_where_only_two_users_ask_both_are_held_up_for_as_long_as_the_upstream_said(case, retry_after_s, away_s):
+    """
+    What they met is all that there is to know. Of their calls one is the trial, and its failure holds up both again.
+    """
+    world = World({"a": ""})
+    world.fail_for("alice", case)
+    if case == "500":
+        world.fail_for("alice", case)
+    world.fail_for("bob", case, retry_after_s)
+    let_in = []
+
+    for seconds in (away_s - 0.1, 0.1):
+        let_in += [world.is_let_in("alice"), world.is_let_in("bob")]
+        world.clock.advance(seconds)
+    with world.take(user="bob") as trial:
+        let_in.append(world.is_let_in("alice"))
+        world.upstreams.record_failure(trial, case, retry_after_s)
+
+    assert let_in == [False] * 5
+    assert world.upstreams.ready_in(world.call_of("alice"), set()) >= min(20.0, away_s)
+    assert world.is_let_in("carol")
+
+
+@pytest.mark.logs("is left alone")
+def test_what_was_answered_to_another_user_is_held_against_nobody_else_for_ten_minutes():
+    """
+    Those who met it before are held up alone, and one of them and a third user do not count as two.
+    """
+    world = World({"a": ""})
+    for user in ("mallory", "trudy"):
+        world.fail_for(user, "402")
+    assert not world.is_let_in("bob")
+    world.clock.advance(10)
+    with world.take(user="bob") as trial:
+        world.upstreams.record_answer(trial)
+    found = []
+
+    for case in ("401", "403"):
+        for user in ("mallory", "trudy", "dave"):
+            world.fail_for(user, case)
+        found.append(world.is_let_in("carol"))
+        world.clock.advance(300)
+    world.fail_for("mallory", "402")
+    found.append(world.is_let_in("carol"))
+
+    assert found == [True, True, False]
+
+
+@pytest.mark.logs("is left alone")
+async def test_a_trial_of_a_user_who_has_met_it_keeps_nobody_else_waiting():
+    """
+    Two users' calls wait in front, take the trials, are silent, and fail: the others' is made beside them, and its
+    answer ends the cooldown, although theirs began it anew meanwhile.
+    """
+    world = World({"a": ""})
+    for user in ("mallory", "trudy"):
+        world.fail_for(user, "429")
+    waiting = []
+    for user in ("mallory", "mallory", "trudy", "bob", "carol"):
+        waiting.append(world.waiting(world.call_of(user))[0])
+        await begun(world, len(waiting))
+
+    world.clock.advance(10)
+    world.upstreams.check()
+    bad, good = await waiting[0], await waiting[3]
+    is_alone = [task.done() for task in waiting] == [True, False, False, True, False]
+    world.upstreams.record_failure(bad, "429")
+    world.upstreams.record_answer(good)
+    carol = await waiting[4]
+
+    assert is_alone and bad.call.key.name == "mallory" and good.call.key.name == "bob"
+    assert carol.call.key.name == "carol" and world.reported() == {"a": "ok"}
+    world.upstreams.close()
+    await asyncio.gather(*waiting)
+
+
+@pytest.mark.logs("is left alone")
+def test_those_who_met_it_do_not_put_off_the_others_trial():
+    """
+    However often their own fails at the moment at which it may be made.
+    """
+    world = World({"a": ""})
+    for user in ("mallory", "trudy"):
+        world.fail_for(user, "403")
+    world.clock.advance(1800)
+
+    world.fail_for("mallory", "403")
+    states = [world.is_let_in(user) for user in ("mallory", "trudy", "bob")]
+
+    assert states == [False, False, True]
+
+
+@pytest.mark.logs("its API key is left alone for 30 m: 401")
+def test_a_401_of_the_list_of_models_is_believed_without_users():
+    """
+    Also where two users were refused before it came: nobody tries before the half hour is over.
+    """
+    world = World({"a": ""})
+    world.fail("401", times=2)
+    before_s = world.upstreams.ready_in(world.call_of("carol"), set())
+
+    ((choice, health),) = world.upstreams.take_suspects()
+    for _ in range(2):
+        world.upstreams.record_key_check(choice, health, 401)
+
+    assert (before_s, world.upstreams.ready_in(world.call_of("carol"), set())) == (10.0, 1800.0)
+
+
+# --- models, times and trials ----------------------------------------------------------------
+
+
 @pytest.mark.logs("is left alone for")
 def test_a_429_of_two_users_rests_an_api_key_for_its_model_only():
     """
@@ -1044,8 +1233,9 @@ async def test_a_waiting_call_for_a_model_that_rests_holds_up_no_other_model():
 @pytest.mark.parametrize("case", ["500", "503", "408", "529"])
 def test_a_retry_after_said_to_one_user_holds_up_only_that_user(case):
     """
-    It says how long, not whose fault it is: the others go on until the same has failed so often as without it, and then
-    wait no longer than the breaker's longest. A success of others does not shorten it.
+    It says how long, not whose fault it is: the others go on until the same has failed so often as without it. Who met
+    it then waits no longer than the breaker's longest, and who did not for 20 s, because three users met it. A success
+    of others does not shorten it.
     """
     world = World({"a": ""})
 
@@ -1059,7 +1249,8 @@ def test_a_retry_after_said_to_one_user_holds_up_only_that_user(case):
     dave = world.is_let_in("dave")
     world.fail_for("dave", case, 1800.0)
 
-    assert dave and 600.0 <= world.upstreams.ready_in(world.call_of("erin"), set()) <= 660.0
+    assert dave and 600.0 <= world.upstreams.ready_in(world.call_of("dave"), set()) <= 660.0
+    assert world.upstreams.ready_in(world.call_of("erin"), set()) == 20.0
     assert (mallory, bob, carol, state) == (pytest.approx(63.0), 0.0, True, {"a": "ok"})
     assert not world.is_let_in("erin") and world.reported() == {"a": "cooling"}
 
@@ -1542,7 +1733,9 @@ async def test_a_call_for_which_nobody_can_be_ready_in_time_does_not_wait(until_
     It is refused at once, not after its time; where the cooldown ends in time it gets the trial.
     """
     world = World({"a": ""})
-    world.refuse("401")
+    world.fail("401")
+    ((choice, health),) = world.upstreams.take_suspects()
+    world.upstreams.record_key_check(choice, health, 401)
 
     task, _ = world.waiting(world.call(), until_s=until_s)
     await until(lambda: task.done() or world.upstreams.waiting)

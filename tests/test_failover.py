@@ -399,6 +399,32 @@ async def test_one_users_requests_take_no_key_from_the_others(start_gateway, ups
     caplog.clear()
 
 
+@pytest.mark.logs("is left alone for")
+async def test_two_users_who_act_together_take_no_upstream_from_a_third(start_gateway, upstreams):
+    """
+    Their prompts are too long for the account, and a 429 says to come again in half an hour. Carol's call waits for ten
+    seconds of it and is answered, and so are those after it, at once, whatever the two do.
+    """
+    carol = BOB[:-1] + "5"
+    text = config_of({"a": upstreams["a"].url}, "max_attempts: 1")
+    gateway = await start_gateway(text.replace("{name: bob,", f"{{name: carol, key: {carol}}}, {{name: bob,"))
+    spent = api_error(429, "rate_limit_error", retry_after="1800")
+    upstreams["a"].script = lambda request: spent if "too long" in str(request.json) else stream_of("Hello")
+    too_long = HELLO | {"messages": [{"role": "user", "content": "too long"}]}
+    refused = [await gateway.post("/v1/messages", too_long, token) for token in (KEY, BOB)]
+    began = gateway.clock.now
+
+    async with passing_time(gateway):
+        first = await gateway.post("/v1/messages", ask_of(1), carol)
+        waited_s = gateway.clock.now - began
+    refused += [await gateway.post("/v1/messages", too_long, token) for token in (KEY, BOB)]
+    others = [await gateway.post("/v1/messages", ask_of(i), carol) for i in (2, 3)]
+
+    assert [reply.status for reply in refused] == [429, 429, 529, 429]
+    assert [reply.texts for reply in (first, *others)] == [["Hello"]] * 3
+    assert 10.0 <= waited_s < 15.0
+
+
 async def test_a_count_tokens_429_leaves_the_key_to_messages(start_gateway, upstreams, caplog):
     """
     Counting has its own rate limit: a key that is out of it goes on answering.
@@ -1348,7 +1374,8 @@ async def test_a_long_stream_that_ends_forgives_nothing_that_came_later(start_ga
     assert (choice.health.failures, choice.health.cooldowns[g.EVERYBODY].trips) == (2, 1)
 
 
-@pytest.mark.logs("401, the upstream refuses our API key. Once the config has a good one: gateway.py upstream reset a")
+@pytest.mark.logs("401, the upstream refuses our API key; users who have not met it wait for 10.0 s. Once the config")
+@pytest.mark.logs("has a good one: gateway.py upstream reset a")
 @pytest.mark.logs("no answer, attempts 1")
 async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, capsys):
     """
