@@ -516,7 +516,7 @@ class Call(msgspec.Struct, eq=False):
     includes_usage: bool | None = True  # of a chat stream: None where the client said nothing of it
 
     def __post_init__(self) -> None:
-        self.id = "req_" + secrets.token_hex(12)
+        self.id = "req_" + os.urandom(12).hex()
         self.named = self.named or first_values(self.headers)
         self.user_agent = printable(self.named.get(b"user-agent", b"").decode("latin-1").partition(" ")[0], 64)
         self.started = self.admitted = self.config.clock.monotonic()
@@ -5681,7 +5681,7 @@ class Limits:
 # --- 13. Wire: heads, header rules, events, no I/O --------------------------------
 # Offers: api_of, client_address, downstream_headers, error_event, event_data, EVENT_HEADERS, EventReader,
 #   FRAMED_BY, HOST, http_date, models_head, normalize_target, Pieces, PINGS, request_head, Splice, spliced,
-#   UpstreamTarget
+#   status_line, UpstreamTarget
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-connection proxy-authenticate proxy-authorization te trailer "
@@ -5753,9 +5753,15 @@ HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|(?:[\w.~!$&'()*+;=-]++|%[0-9A-Fa-f]{2})
 
 
 @functools.lru_cache(maxsize=4)
-def http_date(second: int) -> str:
+def http_date(second: int) -> bytes:
     """A time as HTTP writes it, such as `Sat, 31 Jan 2026 12:34:56 GMT`."""
-    return email.utils.formatdate(second, usegmt=True)
+    return email.utils.formatdate(second, usegmt=True).encode()
+
+
+@functools.lru_cache(maxsize=1024)
+def status_line(status: int) -> bytes:
+    """The first line of an answer, such as `HTTP/1.1 200 OK`."""
+    return b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode())
 
 
 def api_of(path: str) -> Api:
@@ -5785,10 +5791,8 @@ def comes_down(name: bytes) -> bool:
 
 def connection_options(headers: Headers) -> frozenset[bytes]:
     """The header names that `Connection` says are for this hop only (RFC 9110, 7.6.1)."""
-    named = [value.lower() for name, value in headers if len(name) == 10 and name.lower() == b"connection"]
-    if not named or named == [b"keep-alive"]:  # as most are
-        return frozenset(named)
-    return frozenset(option.strip() for value in named for option in value.split(b","))
+    values = [value.lower() for name, value in headers if name.lower() == b"connection"]
+    return frozenset(option.strip() for value in values for option in value.split(b","))
 
 
 class UpstreamTarget(NamedTuple):
@@ -5889,11 +5893,13 @@ def models_head(upstream: UpstreamConfig, api_key: str, target: UpstreamTarget) 
     return b"\r\n".join(apply_header_rules(lines, upstream)) + b"\r\n\r\n"
 
 
-def downstream_headers(headers: Headers) -> Headers:
-    """The answer's headers as the client gets them."""
+def downstream_headers(headers: Headers, named: Mapping[bytes, bytes]) -> Headers:
+    """The answer's headers as the client gets them; `named` are their first values."""
     kept = [header for header in headers if len(header[0]) <= MAX_HEADER_NAME and comes_down(header[0])]
-    dropped = connection_options(headers) - HOP_BY_HOP  # these are gone
-    return [header for header in kept if header[0].lower() not in dropped] if dropped else kept
+    if b"connection" not in named:
+        return kept
+    dropped = connection_options(headers)
+    return [header for header in kept if header[0].lower() not in dropped]
 
 
 EVENT_HEADERS: Headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
@@ -12502,7 +12508,7 @@ class ClientSink:
     def head(self, status: int, headers: Headers, streaming: bool) -> None:
         """Begin an answer. Its head leaves together with the first bytes of its body."""
         connection, named = self._connection, first_values(headers)
-        lines = [b"%b: %b" % header for header in downstream_headers(headers)]
+        lines = [b"%b: %b" % header for header in downstream_headers(headers, named)]
         length = named.get(b"content-length")
         if streaming:  # in chunks: a length leaves no room for pings, and a cut at its end would not show
             length = None
@@ -12565,9 +12571,9 @@ class ClientSink:
     def _head(self, status: int, lines: list[bytes], has_date: bool = False) -> bytes:
         """The head of an answer with these lines; it says whether the connection closes behind the answer."""
         door, connection = self._door, self._connection
-        lines.insert(0, b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "").encode()))
+        lines.insert(0, status_line(status))
         if not has_date:
-            lines.append(b"date: " + http_date(int(door.gateway.clock.wall())).encode())
+            lines.append(b"date: " + http_date(int(door.gateway.clock.wall())))
         if door.gateway.stopping or door.has_too_many(connection.key_name):
             connection.keeps_alive = False
         if not connection.keeps_alive:

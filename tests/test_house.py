@@ -26,7 +26,7 @@ BUDGETS = {
     "Index": 820,
     "Waiting": 127,
     "Limits": 730,
-    "Wire": 330,
+    "Wire": 340,
     "Requests": 815,
     "Formats": 790,
     "Dialects": 200,

@@ -207,7 +207,7 @@ async def test_every_answer_of_our_own_has_a_date(gateway, upstream, clock, meth
 
     assert reply.headers["date"].endswith(" GMT")
     assert [name for name, _ in reply.header_list].count("date") == 1
-    assert relayed.headers["date"] == g.http_date(int(clock.clock.wall()))
+    assert relayed.headers["date"] == g.http_date(int(clock.clock.wall())).decode()
 
 
 async def test_a_date_of_the_upstream_is_kept(gateway, upstream):
