@@ -1961,8 +1961,8 @@ class ConfigFile(Setting, frozen=True):
 
 
 # --- 6. Config: YAML to a checked, frozen snapshot --------------------------------
-# Offers: available_memory, Config, config_digest, ConfigError, Document, join_steps, ledger_of, read_text,
-#   setting_of, TEXT_LOADER, time_zone
+# Offers: available_memory, Config, config_digest, ConfigError, Document, is_mounted, join_steps, ledger_of,
+#   read_text, setting_of, TEXT_LOADER, time_zone
 
 # A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
 # and what would be right; the next step begins only where there were none.
@@ -14502,6 +14502,9 @@ def command_backup(options: argparse.Namespace) -> None:
 
 def command_restore(options: argparse.Namespace) -> None:
     """Put a backup in place, after checking all of it; the gateway must not be running."""
+    if is_mounted(options.config):
+        remedy = "mount its folder instead; nothing was restored"
+        raise CommandError(f"{options.config} is mounted as a single file, and cannot be replaced: {remedy}")
     try:
         with standard(sys.stdin, "rb") if options.file == "-" else open(options.file, "rb") as file:
             told = restore(file, options.config, options.force)

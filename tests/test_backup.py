@@ -656,6 +656,22 @@ def test_a_chain_that_was_broken_before_is_restored_as_it_was(site):
     assert everything(Path("new/usage")) == everything(Path("usage"))
 
 
+def test_a_config_that_is_mounted_alone_is_not_replaced(mounted, shell):
+    """
+    As with `docker -v config.yaml`: nothing can take its place, and what to do is said.
+    """
+    shell.run("init", "--config", "other/config.yaml")
+    shell.run("backup", "b.tar.gz", "--config", "other/config.yaml")
+    (mounted / "usage").mkdir()
+    before = everything(mounted)
+
+    assert shell.run("restore", "b.tar.gz", "--force", "--config", str(mounted / "config.yaml")) == 1
+
+    why = "is mounted as a single file, and cannot be replaced: mount its folder instead; nothing was restored"
+    assert shell.err == f"error: {mounted}/config.yaml {why}\n"
+    assert everything(mounted) == before
+
+
 # Backups that are not what they should be
 
 
