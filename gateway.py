@@ -1425,7 +1425,9 @@ def find_mistakes(value: object, kind: Any, mistakes: Mistakes, at: Steps) -> No
     else:
         got = describe(value)
         if isinstance(value, str):
-            if expected.startswith(("a list", "a mapping")):  # not quoted: it may be `api_key:sk-ant-…`
+            if expected.startswith("a list"):  # not quoted: it may be a secret
+                got = "text: put it in brackets, [text], or on a line of its own as `- text`"
+            elif expected.startswith("a mapping"):  # neither: it may be `api_key:sk-ant-…`
                 got = "text (is a colon missing, or the blank behind one?)"
             got += odd_character(value)
         mistakes.note(at, f"expected {expected}, got {got}")
@@ -2765,6 +2767,18 @@ def overwrite(file: io.FileIO, data: bytes) -> None:
     os.fsync(file.fileno())
 
 
+def copy_secret(path: Path, backup: Path, data: bytes) -> None:
+    """Write what `path` holds to `backup`, with its mode and never a wider one. Raises OSError, and leaves no part."""
+    backup.unlink(missing_ok=True)
+    try:
+        with open(os.open(backup, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        shutil.copystat(path, backup)
+    except OSError:
+        backup.unlink(missing_ok=True)
+        raise
+
+
 def write_in_place(path: Path, data: bytes) -> None:
     """Overwrite a file without changing its inode; meanwhile a copy beside it has what it was. Raises ConfigError.
 
@@ -2775,7 +2789,7 @@ def write_in_place(path: Path, data: bytes) -> None:
     try:
         with open(path, "r+b", buffering=0) as file:
             before = file.read()
-            shutil.copy2(path, backup)
+            copy_secret(path, backup, before)
             kept = f"; what it was is in {backup}"
             try:
                 overwrite(file, data)
@@ -3439,8 +3453,9 @@ class LedgerFiles:
             raise BrokenChain(f"no line has the chain value {seen}: what it stood for was rewritten or removed")
         return chain.decode()
 
-    def archive(self, tell: Callable[[str], None]) -> None:
-        """Gzip every month but the newest; they go on counting. Raises OSError."""
+    def archive(self, tell: Callable[[str], None]) -> int:
+        """Gzip every month but the newest; they go on counting. Return how many were plain. Raises OSError."""
+        count = 0
         for path in self.paths()[:-1]:
             if path.suffix == ".gz":
                 continue
@@ -3454,6 +3469,8 @@ class LedgerFiles:
             temporary.replace(packed)
             path.unlink()
             tell(f"{packed.name}: {packed.stat().st_size:,} bytes, {before:,} before")
+            count += 1
+        return count
 
     def billed(self, since: str = "", until: str = "9") -> Iterator[Entry | Discarded]:
         """What upstreams charge for: calls, and attempts whose answer was thrown away."""
@@ -9067,7 +9084,7 @@ class Upstreams:
         for place, health in self._healths.items():
             if place[0] == name:
                 health.reset()
-        log.info("upstream %s: what spoke against it is forgotten", name)
+        log.info("upstream %s: cooldowns and failure counts were reset", name)
         self.wake()
 
     def can_serve(self, upstreams: Iterable[UpstreamConfig]) -> bool:
@@ -9077,13 +9094,20 @@ class Upstreams:
         return not all(choice.health.is_out(now) or choice.key_health.is_out(now) for choice in choices)
 
     def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
-        """Return how each upstream and each of its keys stands."""
+        """Return how each upstream and each of its keys stands.
+
+        While keys of one that is ok are not, it is `degraded`; while none is, `half_open` or `cooling` as they are.
+        """
         now = self._clock.monotonic()
         rows = []
         for upstream in upstreams:
             choices = self.choices(upstream)
             keys = [{"number": choice.number, **choice.key_health.row(now)} for choice in choices]
-            rows.append({**choices[0].health.row(now), "name": upstream.name, "keys": keys})
+            row = {**choices[0].health.row(now), "name": upstream.name, "keys": keys}
+            states = {"degraded" if "for_one_model" in key and key["state"] != "ok" else key["state"] for key in keys}
+            if row["state"] == "ok" and states != {"ok"}:
+                row["state"] = "degraded" if states & {"ok", "degraded"} else max(states)  # half_open before cooling
+            rows.append(row)
         return rows
 
     def close(self) -> None:
@@ -10348,7 +10372,7 @@ def log_config(event: ConfigLoaded) -> None:
     changed = sorted(name for name in old | new if old.get(name) != new.get(name))
     keys = ""
     if changed:
-        keys = f"; keys that are new, others or gone: {printable(', '.join(changed), 200)}"
+        keys = f"; keys added, changed or removed: {printable(', '.join(changed), 200)}"
     log.info("config %s loaded%s", config.digest, keys)
 
 
@@ -11278,8 +11302,8 @@ class Gateway:
 
 
 # --- 26. Actions: what a command, a request or the page changes -------------------
-# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, Correction, Edit, House, make_secret,
-#   MOST_COUNT, MOST_USD, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried,
+# Offers: act, Action, ActionCode, ActionError, AddKey, AdjustUsage, Change, check_new, Correction, Edit, House,
+#   make_secret, MOST_COUNT, MOST_USD, ResetLimits, ResetUpstream, RevokeKey, RotateKey, Sealed, SealSecrets, Tried,
 #   unknown_name, UpstreamTest, write_new
 
 # An action is a change that somebody asks for, as a value, with the function that makes it: values in, values out, no
@@ -11405,10 +11429,11 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
                 raise ActionError("taken", f"there is a key named {self.name!r} already")
             fields = {"name": yaml_scalar(self.name), "key": seal_key(key)}
             if self.limits:
-                try:
-                    LimitSet.parse(self.limits)
-                except ValueError as error:
-                    raise ActionError("invalid", f"limits: {error}") from None
+                for name, amount in self.limits.items():
+                    try:
+                        LimitSet.parse({name: amount})
+                    except ValueError as error:
+                        raise ActionError("invalid", f"limit {name!r}: {error}") from None
                 fields["limits"] = "{" + ", ".join(f"{name}: {amount}" for name, amount in self.limits.items()) + "}"
             if self.models:
                 fields["models"] = f"[{', '.join(map(yaml_scalar, self.models))}]"
@@ -11511,13 +11536,6 @@ class House(NamedTuple):
     gateway: Gateway | None
 
 
-def is_booked(directory: Path, correction_id: str) -> bool:
-    """Return whether a correction is in the ledger, the newest month first. Raises OSError and BrokenChain."""
-    needle = b'"id":' + msgspec.json.encode(correction_id)
-    files = LedgerFiles(directory)
-    return any(needle in line for path in reversed(files.paths()) for line in files.lines_of(path))
-
-
 MOST_USD, MOST_COUNT = LINE_MAX / 1e9, 10**15  # of one adjustment: more is no amount that sums and counters can take
 
 
@@ -11536,16 +11554,8 @@ class Correction(Action, frozen=True):
     def audit(self, *parts: str) -> str:
         """What the audit line says: what is done, to whom, how much and why."""
         noted = [repr(self.note)] if self.note else []
-        return f"{self.__struct_config__.tag} {self.whom}: {', '.join([*parts, *noted])}"
-
-    def check_new(self, directory: Path) -> None:
-        """Raise ActionError where it was done already: its `id`, where that is not a fresh one, is in the ledger."""
-        try:
-            is_done = self.is_repeated and is_booked(directory, self.id)
-        except (OSError, BrokenChain) as error:
-            raise ActionError("failed", f"nothing was done, {self.id} cannot be looked for: {error}") from None
-        if is_done:
-            raise ActionError("taken", f"{self.id} was done already, and is not done again")
+        known_as = [f"id {self.id}"] if self.id else []
+        return f"{self.__struct_config__.tag} {self.whom}: {', '.join([*parts, *noted, *known_as])}"
 
     def check(self, config: Config) -> None:
         """Raise ActionError for a name that is not in the config."""
@@ -11590,8 +11600,12 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
     requests: Annotated[int, msgspec.Meta(ge=-MOST_COUNT, le=MOST_COUNT)] = 0
 
     def __str__(self) -> str:
+        return self.audit(*self.amounts())
+
+    def amounts(self) -> list[str]:
+        """Return what is added, such as `-3.5 usd`."""
         amounts = {"usd": self.usd, "tokens": self.tokens, "requests": self.requests}
-        return self.audit(*(f"{amount:+.16g} {unit}" for unit, amount in amounts.items() if amount))
+        return [f"{amount:+.16g} {unit}" for unit, amount in amounts.items() if amount]
 
     def run(self, house: House) -> str:
         """Append the line; the team that it counts with, or "". Raises ActionError, and OSError as `append` does."""
@@ -11611,6 +11625,31 @@ class AdjustUsage(Correction, frozen=True, tag="usage adjust"):
             line.team = next(key.team for key in house.config.keys if key.name == self.name)
         house.append(line)
         return line.team
+
+
+def check_new(action: Correction, directory: Path) -> None:
+    """Raise ActionError where the ledger has a correction of this id, this one or another; a fresh id has none."""
+    if not action.is_repeated:
+        return
+    files, needle = LedgerFiles(directory), b'"id":' + msgspec.json.encode(action.id)
+    try:
+        lines = (line for path in reversed(files.paths()) for line in files.lines_of(path) if needle in line)
+        found = next(lines, None)
+        if found is None:
+            return
+        line = msgspec.json.decode(found, type=Adjustment | Reset)
+    except (OSError, BrokenChain, *UNREADABLE) as error:
+        raise ActionError("failed", f"nothing was done, {action.id} cannot be looked for: {error}") from None
+    if isinstance(line, Reset):
+        booked: Correction = ResetLimits(line.scope, line.name, line.note, line.limit, id=line.id)
+    else:
+        whose: list[tuple[ScopeKind, str]] = [("key", line.key), ("team", line.team)]
+        scope, name = next((each for each in whose if each[1]), ("gateway", ""))
+        amounts = line.cost_usd, line.input_tokens, line.requests
+        booked = AdjustUsage(scope, name, line.note, *amounts, id=line.id)
+    if booked == msgspec.structs.replace(action, note=line.note, is_repeated=False):
+        raise ActionError("taken", f"{action.id} was done already, and is not done again")
+    raise ActionError("taken", f"nothing was done: --id {action.id} was used for another correction ({booked})")
 
 
 class ResetUpstream(NamedAction, frozen=True, tag="upstream reset"):
@@ -11647,7 +11686,7 @@ async def act(gateway: Gateway, action: Edit | Change, who: str) -> Any:
         if gateway.ledger.failure:
             raise ActionError("failed", f"nothing was done, the ledger cannot be written: {gateway.ledger.failure}")
         if isinstance(action, Correction):
-            await asyncio.to_thread(action.check_new, gateway.config.usage_directory)
+            await asyncio.to_thread(check_new, action, gateway.config.usage_directory)
         result = action.run(House(gateway.config, gateway.ledger.append, gateway))
     gateway.emit(ChangeMade(who, str(action)))
     return result
@@ -13398,7 +13437,7 @@ def append_alone(config: Config, action: Change, line: LedgerLine) -> None:
     held = hold_folder(directory)
     try:
         if isinstance(action, Correction):
-            action.check_new(directory)
+            check_new(action, directory)
         Ledger.correct(directory, line, config.clock)
     finally:
         os.close(held)
@@ -14021,7 +14060,9 @@ def greeting(config: Config, port: int, key: str) -> str:
     if not key:
         lines.append(f"Make a key: {another}")
     elif key.startswith("$"):
-        lines.append(f"The first key is in that file, for its owner only: delete it then. Another: {another}")
+        lines.append(
+            f"That file, which only its owner can read, has the first key: delete it afterwards. Another: {another}"
+        )
     else:
         lines.append(f"This key is shown once; {config.path.name} keeps only its hash. Another: {another}")
     if all(upstream.format == "demo" for upstream in config.upstreams):
@@ -14065,9 +14106,12 @@ def command_init(options: argparse.Namespace) -> None:
     show_key("me", f"Wrote {options.config}, the sealing secret, and a key for you:\n\n  {key}\n\n{start}")
 
 
+LOOKS_LIKE_KEY = re.compile(r"(?:sk-|AIza|AKIA|gsk_|enc:|sha256:)[\w+/=-]{16,}|\b(?=[a-zA-Z]*\d)[0-9a-zA-Z]{20,}")
+
+
 def name_text(model: str) -> str:
-    """A model's name or a glob, as the config writes it; "" stands for requests without a model."""
-    return model or '""'
+    """Return a model's name or glob for people; "" is a request without a model. What looks like a key is masked."""
+    return LOOKS_LIKE_KEY.sub(lambda found: "*" * len(found[0]), model) or '""'
 
 
 def key_line(key: Key, now: float) -> str:
@@ -14390,15 +14434,14 @@ def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
     return named[0]
 
 
-def correct(action: ResetLimits | AdjustUsage, path: Path) -> Any:
-    """Make a correction; what it gives back. Raises CommandError."""
-    config = Config.load(path)
+def correct(action: ResetLimits | AdjustUsage, config: Config) -> tuple[str, Any]:
+    """Make a correction; return its id and what it gives back. Raises CommandError."""
     if action.id:
         action = msgspec.structs.replace(action, is_repeated=True)
     else:
         action = msgspec.structs.replace(action, id=secrets.token_hex(8))
     try:
-        return perform(action, config)
+        return action.id, perform(action, config)
     except ActionError as error:
         if error.code == "unsure":
             raise CommandError(f"{error}. Repeat it with --id {action.id}: what is done is not done again") from None
@@ -14410,8 +14453,12 @@ def correct(action: ResetLimits | AdjustUsage, path: Path) -> Any:
 def command_usage_reset(options: argparse.Namespace) -> None:
     """Let limits count from zero again, from now on; reports stay as they are."""
     action = ResetLimits(*corrected(options), options.note, options.limit, id=options.id)
-    correct(action, options.config)
-    print(f"{options.limit or 'All limits'} of {action.whom}: from zero.")
+    config = Config.load(options.config)
+    made_as, _ = correct(action, config)
+    if action.limits(config):
+        print(f"{options.limit or 'All limits'} of {action.whom}: from zero (id {made_as}).")
+    else:
+        print(f"{action.whom} has no limits in {config.path.name}: the reset is booked (id {made_as}), no more.")
 
 
 def command_usage_adjust(options: argparse.Namespace) -> None:
@@ -14420,13 +14467,13 @@ def command_usage_adjust(options: argparse.Namespace) -> None:
     action = AdjustUsage(*corrected(options), options.note, *amounts, id=options.id)
     if not (action.usd or action.tokens or action.requests):
         raise CommandError("say what to adjust, by how much other than 0: --usd, --tokens or --requests")
-    team = correct(action, options.config)
+    made_as, team = correct(action, Config.load(options.config))
     counted = [action.whom]
     if team and action.scope == "key":
         counted.append(f"team {team}")
     if action.scope != "gateway":
         counted.append("the gateway")
-    print(f"Adjusted: {', '.join(counted)}.")
+    print(f"Adjusted by {', '.join(action.amounts())}: {', '.join(counted)} (id {made_as}).")
 
 
 def command_usage_verify(options: argparse.Namespace) -> None:
@@ -14463,10 +14510,15 @@ def command_usage_archive(options: argparse.Namespace) -> None:
     """Gzip the months that are over; they go on counting in limits and reports."""
     files = books(options.config)
     try:
-        files.archive(functools.partial(print, flush=True))
+        count = files.archive(functools.partial(print, flush=True))
     except OSError as error:
         raise CommandError(f"cannot archive in {files.directory}: {why_not(error)}") from None
-    print("Every month that is over is gzipped.")
+    if count:
+        print(f"Months gzipped: {count}.")
+    elif len(files.paths()) > 1:
+        print("Nothing to do: every month but the newest is gzipped already.")
+    else:
+        print("Nothing to do: the ledger has no month but the newest.")
 
 
 @contextlib.contextmanager
@@ -14521,7 +14573,7 @@ def command_restore(options: argparse.Namespace) -> None:
 def command_upstream_reset(options: argparse.Namespace) -> None:
     """Let an upstream that is left alone be asked again at once."""
     perform(ResetUpstream(options.name), Config.load(options.config))
-    print(f"{options.name}: what spoke against it is forgotten, it is asked again.")
+    print(f"{options.name}: cooldowns and failure counts were reset; it is asked again.")
 
 
 def bounded(read: Callable[[str], float], most: float, expected: str) -> Callable[[str], float]:

@@ -165,6 +165,9 @@ def test_init_says_why_it_cannot_write(shell):
 # check
 
 
+PASTED = "sk-ant-api03-" + "aB3-" * 10 + "x"
+
+
 def test_check_prints_what_the_config_means(shell, monkeypatch):
     """
     Upstreams, keys, models and warnings, in one look and without a secret.
@@ -251,6 +254,22 @@ def test_a_host_that_this_machine_has_not_is_told_at_the_start(shell, host, why)
 
     assert shell.err.startswith(f"error: cannot listen on {host}:0: ") and why in shell.err
     assert shell.err.endswith(f"; set server.host: {remedy}\n")
+
+
+def test_check_masks_a_key_that_was_pasted_under_models(shell):
+    """
+    A model's own name is shown, however long.
+    """
+    shell.write(f"""
+upstreams:
+  - {{name: demo, format: demo, models: {{"{PASTED}": "*", "claude-*": "AIza{"b" * 30}"}}}}
+keys: [{{name: alice, key: {KEY}, models: ["{PASTED}", "anthropic.claude-3-5-sonnet-20241022-v2:0"]}}]
+""")
+
+    for command in ("check", "key list"):
+        assert shell.run(*command.split()) == 0
+        assert PASTED not in shell.out and "b" * 30 not in shell.out and f"models {'*' * len(PASTED)}" in shell.out
+        assert "anthropic.claude-3-5-sonnet-20241022-v2:0" in shell.out
 
 
 def test_check_says_that_without_keys_nobody_can_call(shell):
@@ -1061,6 +1080,11 @@ def ledger_lines(shell) -> list[dict]:
     return [{name: line[name] for name in line if name not in ("time", "chain")} for line in lines]
 
 
+def without_id(text: str) -> str:
+    """What a correction prints, without the id that was drawn for it."""
+    return re.sub(r" \(id [0-9a-f]{16}\)", " (id …)", text)
+
+
 def test_a_reset_is_a_line_of_the_ledger(shell):
     """
     For a key, a team or the gateway; for one limit or all.
@@ -1068,10 +1092,12 @@ def test_a_reset_is_a_line_of_the_ledger(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "reset", "alice", "--limit", "usd/day", "--note", "holiday") == 0
-    assert shell.out == "usd/day of key alice: from zero.\n"
+    assert without_id(shell.out) == "usd/day of key alice: from zero (id …).\n"
     assert shell.run("usage", "reset", "--team", "red") == 0
-    assert shell.out == "All limits of team red: from zero.\n"
+    told = "team red has no limits in config.yaml: the reset is booked (id …), no more.\n"
+    assert without_id(shell.out) == told
     assert shell.run("usage", "reset", "--gateway") == 0
+    assert without_id(shell.out) == "All limits of gateway: from zero (id …).\n"
 
     lines = ledger_lines(shell)
     assert len({line.pop("id") for line in lines}) == 3
@@ -1089,7 +1115,8 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "adjust", "alice", "--usd", "-3.5", "--tokens", "1000", "--note", "refund") == 0
-    assert shell.out == "Adjusted: key alice, team red, the gateway.\n"
+    told = "Adjusted by -3.5 usd, +1000 tokens: key alice, team red, the gateway (id …).\n"
+    assert without_id(shell.out) == told
     assert shell.run("usage", "adjust", "bob", "--requests", "2") == 0
     assert shell.run("usage", "--by", "key,team,model", "--csv") == 0
 
@@ -1124,6 +1151,30 @@ def test_a_correction_is_made_once_under_an_id_also_where_no_gateway_runs(shell,
     assert shell.run("usage", *arguments, "--id", "a2") == 0
 
     assert [line["id"] for line in ledger_lines(shell)] == ["a1", "a2"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["adjust", "alice", "--usd", "-6"],
+        ["adjust", "alice", "--tokens", "-5"],
+        ["adjust", "bob", "--usd", "-5"],
+        ["adjust", "--team", "red", "--usd", "-5"],
+        ["reset", "alice"],
+    ],
+)
+def test_an_id_that_another_correction_has_is_refused_and_says_which(shell, other):
+    """
+    Else it would be taken for booked, and is not.
+    """
+    shell.write(LEDGER_CONFIG)
+    assert shell.run("usage", "adjust", "alice", "--usd", "-5", "--note", "refund", "--id", "a1") == 0
+
+    assert shell.run("usage", *other, "--id", "a1") == 1
+
+    booked = "usage adjust key alice: -5 usd, 'refund', id a1"
+    assert shell.err == f"error: nothing was done: --id a1 was used for another correction ({booked})\n"
+    assert len(ledger_lines(shell)) == 1
 
 
 def test_a_correction_is_found_again_in_an_archive(shell):
@@ -1218,12 +1269,12 @@ def test_archived_months_go_on_counting(shell):
     nothing = shell.out
     shell.run("usage")
 
-    done = "Every month that is over is gzipped.\n"
+    done = "Months gzipped: 2.\n"
     assert (packed, again) == (0, 0)
     assert re.sub(r"[\d,]+ bytes", "N bytes", re.sub(r"[\d,]+ before", "N before", told)) == (
         "usage-2026-08.jsonl.gz: N bytes, N before\nusage-2026-09.jsonl.gz: N bytes, N before\n" + done
     )
-    assert nothing == done
+    assert nothing == "Nothing to do: every month but the newest is gzipped already.\n"
     assert shell.out == before
     assert shell.run("usage", "verify") == 0
 
@@ -1395,9 +1446,9 @@ REFUSED: list[tuple[str, list[str], str]] = [  # a command, what more it is give
     ("key add", ["alice"], "there is a key named 'alice' already\n"),
     *(("key add", [name], f"{{}}:8: {NAME}") for name in ("", " bob")),
     *(("key add", [name], f"{TEXT} {name!a}") for name in ("bob\n", "b\udcffb")),
-    ("key add carol", ["--limit", "usd/day"], "limits: expected a number of dollars"),
-    ("key add carol", ["--limit", "usd/day=lots"], "limits: expected a number of dollars"),
-    ("key add carol", ["--limit", "usd/year=5"], "limits: unknown limit, did you mean usd/day?"),
+    ("key add carol", ["--limit", "usd/day"], "limit 'usd/day': expected a number of dollars"),
+    ("key add carol", ["--limit", "usd/day=lots"], "limit 'usd/day': expected a number of dollars"),
+    ("key add carol", ["--limit", "usd/year=5"], "limit 'usd/year': unknown limit, did you mean usd/day?"),
     *(("key add carol", ["--expires", date], f"{A_DATE} {date!r}\n") for date in ("tomorrow", "2027", "01.02.2027")),
     *(
         ("key add carol", ["--expires", date], f"{A_DATE} {date!r}\n")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import subprocess
 import time
@@ -1804,6 +1805,23 @@ def test_a_disk_that_fills_while_writing_in_place_leaves_a_copy_that_is_named(bu
     assert str(caught.value) == f"{saved}: cannot be written: No space left on device; what it was is in {backup}"
     assert backup.read_text() == saved.read_text() == ALICE
     assert stat.S_IMODE(backup.stat().st_mode) == 0o600
+
+
+def test_a_copy_that_does_not_fit_on_the_disk_leaves_no_part(busy, saved, monkeypatch):
+    """
+    Nothing was overwritten yet, and half a copy would keep secrets under a name that nobody was told.
+    """
+
+    def fail(*paths: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copystat", fail)
+
+    with pytest.raises(g.ConfigError) as caught:
+        save(saved)
+
+    assert str(caught.value) == f"{saved}: cannot be written: No space left on device"
+    assert os.listdir(saved.parent) == ["config.yaml"] and saved.read_text() == ALICE
 
 
 @pytest.mark.parametrize("section", ["server", "keys", "teams", "defaults", "limits", "prices", "usage"])

@@ -1091,7 +1091,7 @@ async def test_each_of_an_upstreams_keys_is_left_alone_on_its_own(start_gateway,
     keys = [request.header["x-api-key"][-2:] for request in upstreams["a"].requests]
     assert keys.count("-1") in (2, 3) and keys.count("-2") == 20  # until two users were refused
     states = (await gateway.get("/health")).json["upstreams"][0]
-    assert (states["state"], [key["state"] for key in states["keys"]]) == ("ok", ["cooling", "ok"])
+    assert (states["state"], [key["state"] for key in states["keys"]]) == ("degraded", ["cooling", "ok"])
     assert (states["keys"][0]["why"], states["keys"][0]["until"] > states["keys"][0]["since"]) == ("401", True)
     caplog.clear()
 
@@ -1309,7 +1309,7 @@ async def test_the_gateway_is_not_ready_while_no_upstream_key_can_be_used(start_
     states = [row["state"] for row in (await gateway.get("/health")).json["upstreams"]]
 
     assert found == [READY] * (len(found) - 1) + [NOT_READY]
-    assert (ended, states) == (READY, ["ok", "half_open"])
+    assert (ended, states) == (READY, ["cooling", "half_open"])
 
 
 @pytest.mark.logs("is left alone for")
@@ -1394,7 +1394,7 @@ async def test_upstream_reset_lets_it_be_asked_again(start_gateway, upstreams, c
     code = await asyncio.to_thread(g.main, command)
 
     assert (before, code) == ("cooling", 0)
-    assert capsys.readouterr().out == "a: what spoke against it is forgotten, it is asked again.\n"
+    assert capsys.readouterr().out == "a: cooldowns and failure counts were reset; it is asked again.\n"
     reply = await gateway.post("/v1/messages", ask_of(2))
     assert reply.texts == ["a ", "heard ", "question 2"], reply
 

@@ -59,20 +59,22 @@ async def test_a_correction_is_written_by_the_running_gateway(listening, capsys,
     await listening.post("/v1/messages", HELLO)
 
     codes = [
-        await command(listening, "usage", "adjust", "alice", "--usd", "0.5", "--note", "refund"),
-        await command(listening, "usage", "reset", "--team", "red", "--limit", "usd/week"),
+        await command(listening, "usage", "adjust", "alice", "--usd", "0.5", "--note", "refund", "--id", "a1"),
+        await command(listening, "usage", "reset", "--team", "red", "--limit", "usd/week", "--id", "a2"),
     ]
     await listening.post("/v1/messages", HELLO)
 
     assert codes == [0, 0]
-    assert capsys.readouterr().out == "Adjusted: key alice, team red, the gateway.\nusd/week of team red: from zero.\n"
+    assert capsys.readouterr().out == (
+        "Adjusted by +0.5 usd: key alice, team red, the gateway (id a1).\nusd/week of team red: from zero (id a2).\n"
+    )
     used = {row["limit"]: row["used"] for row in (await listening.get("/v1/usage")).json["limits"]}
     assert used["usd/day"] > 0.5
     assert [line["type"] for line in listening.entries()] == ["call", "adjust", "reset", "call"]
     assert len(g.LedgerFiles(listening.gateway.ledger.directory).verify("", print)) == 32
     assert audits(caplog) == [
-        f"audit: usage adjust key alice: +0.5 usd, 'refund', {BY}",
-        f"audit: usage reset team red: usd/week, {BY}",
+        f"audit: usage adjust key alice: +0.5 usd, 'refund', id a1, {BY}",
+        f"audit: usage reset team red: usd/week, id a2, {BY}",
     ]
 
 
@@ -102,7 +104,7 @@ async def test_an_edit_is_live_when_its_command_ends(listening, capsys, caplog):
 
     codes = [
         await command(listening, "key", "add", "bob"),
-        await command(listening, "usage", "adjust", "bob", "--usd", "1"),
+        await command(listening, "usage", "adjust", "bob", "--usd", "1", "--id", "a1"),
         await command(listening, "key", "revoke", "alice"),
         *[await command(listening, "seal") for _ in range(2)],
     ]
@@ -111,7 +113,7 @@ async def test_an_edit_is_live_when_its_command_ends(listening, capsys, caplog):
     assert (await listening.post("/v1/messages", HELLO)).status == 403
     assert audits(caplog) == [
         f"audit: key add bob, {BY}",
-        f"audit: usage adjust key bob: +1 usd, {BY}",
+        f"audit: usage adjust key bob: +1 usd, id a1, {BY}",
         f"audit: key revoke alice, {BY}",
         f"audit: seal, {BY}",
     ]
@@ -289,7 +291,7 @@ async def test_while_a_real_gateway_runs_and_after_it_the_ledger_is_one_chain(tm
     codes.append(adjust())
 
     assert codes == [0, 0, 0]
-    assert "audit: usage adjust key alice: +0.1 usd, by user" in log
+    assert re.search("audit: usage adjust key alice: [+]0.1 usd, id [0-9a-f]{16}, by user", log)
     files = g.LedgerFiles(tmp_path / "usage")
     assert len(list(files.lines())) == 3 and len(files.verify("", print)) == 32
     assert not (tmp_path / "usage" / g.LOCAL_SOCKET).exists()
