@@ -341,7 +341,7 @@ def test_a_refused_key_is_blamed_alone(caplog, case, retry_after_s, away_s):
 
     assert {home, other} == {("a", 1), ("a", 2)}
     assert (still, world.place()) == (other, home)
-    assert world.reported() == {"a": "ok"}
+    assert world.reported() == {"a": "degraded"}
     assert "left alone" in caplog.text
     caplog.clear()
 
@@ -728,7 +728,7 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
         "until": "2026-09-21T14:44:20.000Z",
     }
     keys = [{"number": i, **(refused if i == number else fine)} for i in (1, 2)]
-    assert row == {"name": "a", **fine, "keys": keys}
+    assert row == {"name": "a", **fine, "state": "degraded", "keys": keys}
 
 
 class NaiveRest:
@@ -1202,7 +1202,7 @@ def test_a_429_of_two_users_rests_an_api_key_for_its_model_only():
 
     assert alone == [False, True]
     assert [world.is_let_in("carol", model) for model in (MODEL, "claude-other")] == [False, True]
-    assert (row["state"], row["keys"][0]["state"], row["keys"][0]["for_one_model"]) == ("ok", "cooling", True)
+    assert (row["state"], row["keys"][0]["state"], row["keys"][0]["for_one_model"]) == ("degraded", "cooling", True)
     world.clock.advance(10)
     assert world.is_let_in("carol")
 

@@ -1309,7 +1309,7 @@ async def test_the_gateway_is_not_ready_while_no_upstream_key_can_be_used(start_
     states = [row["state"] for row in (await gateway.get("/health")).json["upstreams"]]
 
     assert found == [READY] * (len(found) - 1) + [NOT_READY]
-    assert (ended, states) == (READY, ["cooling", "half_open"])
+    assert (ended, states) == (READY, ["half_open", "half_open"])
 
 
 @pytest.mark.logs("is left alone for")

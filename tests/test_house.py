@@ -31,7 +31,7 @@ BUDGETS = {
     "Formats": 790,
     "Dialects": 200,
     "Connections": 500,
-    "Upstreams": 788,
+    "Upstreams": 800,
     "Demo": 100,
     "Attempts": 380,
     "Relay": 570,
