@@ -105,15 +105,15 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" and __spec__ is None and "serve" in sys.argv:  # not by `python -m gateway`
-    # Python keeps the syntax tree of a script until it ends (31 MB of this one), and compiles it at every start. So the
-    # server is started again from the module, whose code is cached and whose tree is gone.
-    OPTIONS = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
-    AGAIN = (
-        f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r}); import gateway; "
-        "sys.exit(gateway.main())"
-    )
-    os.execv(sys.executable, [sys.executable, *OPTIONS, "-P", "-c", AGAIN, *sys.argv[1:]])
+if __name__ == "__main__" and __spec__ is None and os.path.basename(os.path.realpath(__file__)) == "gateway.py":
+    # Python keeps the syntax tree of a script until it ends: 31 MB of this one. So the server is started again as a
+    # module, whose tree goes at once, and whose code is cached.
+    PAIRS = zip(sys.argv, sys.argv[1:], strict=False)
+    if [word for before, word in PAIRS if word[:1] != "-" and before != "--config"] in ([], ["serve"]):
+        OPTIONS = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+        FOLDER = os.path.dirname(os.path.realpath(__file__))
+        AGAIN = f"import sys; sys.path.insert(0, {FOLDER!r}); import gateway; sys.exit(gateway.main())"
+        os.execv(sys.executable, [sys.executable, *OPTIONS, "-P", "-c", AGAIN, *sys.argv[1:]])
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback

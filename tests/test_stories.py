@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import anthropic
 import openai
 import pytest
 from client import request_bytes
-from conftest import HELLO, HELLO_STREAM, KEY, PROGRAM, config_text
+from conftest import HELLO, HELLO_STREAM, KEY, PROGRAM, config_text, until
 from upstream import (
     HELLO as HELLO_SCRIPT,
 )
@@ -508,3 +509,52 @@ def test_a_secret_that_others_can_read_is_warned_of(tmp_path):
         warnings.append([warning for warning in g.Config.load(path, environ={}).warnings if str(secret) in warning])
 
     assert [len(found) for found in warnings] == [1, 0, 0] and "chmod 600" in warnings[0][0]
+
+
+# How it is started
+
+
+def resident_mb(process: subprocess.Popen[str]) -> float:
+    """The memory that a process has."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("arguments", [(), ("serve",), ("--config", "config.yaml"), ("--config=config.yaml", "serve")])
+async def test_a_server_that_is_started_as_a_script_keeps_no_syntax_tree(tmp_path, start_process, arguments):
+    """
+    Python keeps a script's until it ends, 31 MB of this one: with it, it would have more than 70 MB.
+    """
+    subprocess.run([sys.executable, PROGRAM, "init"], cwd=tmp_path, check=True, capture_output=True)
+
+    server = start_process(tmp_path, *arguments)
+
+    await until(lambda: resident_mb(server.process) < 55)
+    assert server.end()[0] == 0
+
+
+def test_a_copy_of_the_script_with_another_name_serves_as_well(tmp_path, start_process):
+    """
+    It is no module that could be imported.
+    """
+    program = Path(shutil.copy(PROGRAM, tmp_path / "claude gateway"))
+
+    server = start_process(tmp_path, "serve", program=program)
+
+    assert server.port > 0
+    assert server.end()[0] == 0
+
+
+def test_a_link_to_the_script_serves_from_a_folder_that_has_modules_of_the_same_names(tmp_path, start_process):
+    """
+    What is imported lies beside the script, or was installed: never in the folder where it was started.
+    """
+    (tmp_path / "link.py").symlink_to(PROGRAM)
+    for name in ("gateway", "yaml", "tornado"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+
+    server = start_process(tmp_path, "serve", program=tmp_path / "link.py")
+
+    assert server.port > 0
+    assert server.end()[0] == 0
