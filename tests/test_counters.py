@@ -7,6 +7,7 @@ import functools
 import math
 import zoneinfo
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -542,6 +543,36 @@ def test_each_class_of_tokens_has_a_price_a_weight_and_a_place_in_reports(name):
     assert tokens.total_input_tokens == (0 if name == "output_tokens" else 1_000_000)
     assert g.Price(3, 15).cost_usd(tokens) > 0 and g.Weights().weigh(tokens) > 0
     assert total.input_tokens + total.output_tokens + total.cache_write_tokens + total.cache_read_tokens == 1_000_000
+
+
+counts = st.integers(0, g.MAX_COUNT)
+entries = st.builds(
+    g.Entry,
+    time=st.floats(START - 40 * DAY, START + 40 * DAY).map(g.utc_time),
+    key=st.sampled_from(["alice", "bob", ""]),
+    team=st.sampled_from(["red", ""]),
+    path=st.sampled_from(["/v1/messages", g.COUNT_TOKENS]),
+    weighted_tokens=st.none() | counts,
+    cost_usd=st.floats(0, g.MAX_COST_USD).map(lambda usd: round(usd, 9)),
+    duration_ms=st.floats(0, 10 * DAY * 1000),
+    queued_ms=st.floats(0, 10_000),
+    **dict.fromkeys(TOKENS, counts),
+)
+
+
+@given(st.lists(entries, max_size=20))
+def test_an_entry_counts_as_its_line_would(entries):
+    """
+    The running gateway counts what it writes without reading it again; a restart counts the lines.
+    """
+    ledger = g.Ledger(Path("never written"), 1.0, g.Clock(lambda: START, lambda: 0.0))
+    books = g.Books(ledger, ledger._clock, dt.UTC)
+    for entry in entries:
+        ledger.note(entry)
+    from_lines = fold()
+    from_lines.post(g.POSTING_DECODER.decode(text) for _, text in ledger._waiting)
+
+    assert books.fold.scopes == from_lines.scopes
 
 
 def test_limits_count_the_tokens_as_they_were_weighted():

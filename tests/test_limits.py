@@ -792,6 +792,17 @@ def test_bytes_of_a_token_depend_on_what_they_are(text, least, most):
     assert least < len(body) / estimate_of(body) < most
 
 
+@pytest.mark.parametrize("size", [1, 100, 8192, 8193, 40_000])
+def test_each_class_of_bytes_has_its_rate(size):
+    """
+    However many there are of it: what is summed up has room for the dearest body that is looked at.
+    """
+    for bytes_of_class, rate in ((b"az \n", 0.25), (b"09", 0.75), (b"AZ", 1.0), (b'{"\x00\xff', 0.5)):
+        body = (bytes_of_class * size)[:size]
+
+        assert g.token_rate(body, 0) == rate
+
+
 @pytest.mark.parametrize("size", [12_000, 16_000, 30_000])
 def test_every_byte_of_a_body_is_as_likely_to_be_sampled(size):
     """
