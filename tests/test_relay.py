@@ -1050,11 +1050,11 @@ async def test_a_client_that_left_while_an_attempt_failed_gets_no_second_one(gat
     config = gateway.gateway.config
     call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
     sink = g.ClientConnection(gateway.door).sink
-    exchange = sink.exchange = g.Exchange(call, sink, gateway.gateway.relay)
+    exchange = sink.exchange = g.Exchange.of(call, sink, gateway.gateway.relay)
 
     (choice,) = gateway.gateway.relay.upstreams.choices(config.upstreams[0])
     with g.Ticket(gateway.gateway.relay.upstreams, call, choice, "m") as ticket:
-        attempt = exchange.attempt = g.Attempt(exchange, ticket, g.DIALECTS["anthropic", "messages"])
+        attempt = exchange.attempt = g.Attempt.of(exchange, ticket, g.DIALECTS["anthropic", "messages"])
 
     attempt.lost(g.CUT)
     exchange.client_gone()
@@ -1562,10 +1562,10 @@ async def test_a_phase_becomes_only_what_its_table_has(gateway, moves):
     relay, config = gateway.gateway.relay, gateway.gateway.config
     call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
     (choice,) = relay.upstreams.choices(config.upstreams[0])
-    moving = g.Exchange(call, g.ClientConnection(gateway.door), relay)
+    moving = g.Exchange.of(call, g.ClientConnection(gateway.door), relay)
     if moves is g.ATTEMPT_MOVES:
         with g.Ticket(relay.upstreams, call, choice, "m") as ticket:
-            moving = g.Attempt(moving, ticket, g.DIALECTS["anthropic", "messages"])
+            moving = g.Attempt.of(moving, ticket, g.DIALECTS["anthropic", "messages"])
 
     made = set()
     for before, after in itertools.product(moves, repeat=2):
@@ -1642,9 +1642,9 @@ async def test_a_translated_stream_is_held_back_as_a_native_one(gateway, fails):
     call = g.Call(config, next(iter(config.keys)), g.ROUTES["/v1/messages"], b"", [], "127.0.0.1")
     (choice,) = relay.upstreams.choices(config.upstreams[0])
     sink = Kept()
-    exchange = sink.exchange = g.Exchange(call, sink, relay)
+    exchange = sink.exchange = g.Exchange.of(call, sink, relay)
     with g.Ticket(relay.upstreams, call, choice, "m") as ticket:
-        attempt = exchange.attempt = g.Attempt(exchange, ticket, g.Dialect(Shout))
+        attempt = exchange.attempt = g.Attempt.of(exchange, ticket, g.Dialect(Shout))
     attempt.begin(g.DemoLine(0.0), b"POST / HTTP/1.1\r\n\r\n", (b"{",))
     attempt.line.abort()
 
