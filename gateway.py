@@ -307,7 +307,7 @@ class Pace(NamedTuple):
     demo_s: float = 0.02  # between two words of the demo upstream
 
 
-class Tokens(msgspec.Struct, kw_only=True):
+class Tokens(msgspec.Struct, kw_only=True, gc=False):
     """Counts of tokens by class. `input_tokens` are those neither written to nor read from a cache."""
 
     input_tokens: int = 0
@@ -3022,7 +3022,7 @@ FIRST_CHAIN = b"0" * 32
 COUNT_TOKENS = "/v1/messages/count_tokens"  # free: no call, no tokens, no cost
 
 
-class AttemptEntry(msgspec.Struct):
+class AttemptEntry(msgspec.Struct, gc=False):
     """An attempt as the ledger keeps it.
 
     `outcome` is that of the call, or its row in the table of verdicts; `stale_connection` where the attempt met a
@@ -5962,9 +5962,6 @@ def spliced(body: bytes, splices: Sequence[Splice]) -> Pieces:
 
 def event_data(block: bytes) -> bytes:
     """The data of one event: the values of its `data:` lines, joined by newlines."""
-    before, _, data = block.partition(b"data:")
-    if b"\n" not in data and (not before or before.endswith(b"\n")):
-        return data.removeprefix(b" ")
     lines = [line.partition(b":") for line in block.split(b"\n")]
     values = [value.removeprefix(b" ") for name, _, value in lines if name == b"data"]
     return b"\n".join(values)
@@ -6024,7 +6021,16 @@ class EventReader:
         if self._is_long or len(held) > self.MAX_EVENT:
             self._is_long = True
             del held[self.MAX_START : -1]
-        return [data for block in blocks if block and (data := event_data(block))]
+        found = []
+        for block in filter(None, blocks):
+            before, _, data = block.partition(b"data:")
+            if b"\n" in data or (before and not before.endswith(b"\n")):  # not one line of data, and at the end
+                data = event_data(block)
+            else:
+                data = data.removeprefix(b" ")
+            if data:
+                found.append(data)
+        return found
 
     def _newlines(self, chunk: bytes) -> bytes:
         """CRLF and CR become LF; a CR at the end is one, and an LF right after it is skipped."""
@@ -6956,10 +6962,10 @@ def decode_items(raw: msgspec.Raw, kind: type[Decoded]) -> tuple[list[Decoded], 
 
 
 # The shapes of answers: only what is looked at. None: this event does not say. `Raw`: looked at by itself, since it may
-# have another shape than we know.
+# have another shape than we know. They hold no cycles, and most are made per event: the collector need not know them.
 
 
-class ApiError(msgspec.Struct):
+class ApiError(msgspec.Struct, gc=False):
     """`error` of any API."""
 
     type: str | None = None
@@ -6979,14 +6985,14 @@ class Refusal(msgspec.Struct):
     error: ApiError
 
 
-class AnthropicCacheCreation(msgspec.Struct):
+class AnthropicCacheCreation(msgspec.Struct, gc=False):
     """The split of cache writes; stands only in message_start and in non-stream answers."""
 
     ephemeral_5m_input_tokens: Count | None = None
     ephemeral_1h_input_tokens: Count | None = None
 
 
-class AnthropicUsage(msgspec.Struct):
+class AnthropicUsage(msgspec.Struct, gc=False):
     """`usage` of the Messages API, or one of its `iterations`."""
 
     input_tokens: Count | None = None
@@ -7003,7 +7009,7 @@ class AnthropicUsage(msgspec.Struct):
     model: str | None = None
 
 
-class AnthropicMessage(msgspec.Struct):
+class AnthropicMessage(msgspec.Struct, gc=False):
     """`message` of message_start, or a whole non-stream answer."""
 
     model: str | None = None
@@ -7011,7 +7017,7 @@ class AnthropicMessage(msgspec.Struct):
     error: ApiError | None = None
 
 
-class AnthropicDelta(msgspec.Struct):
+class AnthropicDelta(msgspec.Struct, gc=False):
     """What a content_block_delta brings."""
 
     text: str | None = None
@@ -7019,7 +7025,7 @@ class AnthropicDelta(msgspec.Struct):
     partial_json: str | None = None
 
 
-class AnthropicEvent(msgspec.Struct):
+class AnthropicEvent(msgspec.Struct, gc=False):
     """One event of a Messages stream."""
 
     type: str | None = None
@@ -7029,7 +7035,7 @@ class AnthropicEvent(msgspec.Struct):
     error: ApiError | None = None
 
 
-class OpenAIDetails(msgspec.Struct):
+class OpenAIDetails(msgspec.Struct, gc=False):
     """What is among the input tokens, or among those of the output; or how long cache writes are kept."""
 
     cached_tokens: Count | None = None
@@ -7039,7 +7045,7 @@ class OpenAIDetails(msgspec.Struct):
     audio_tokens: Count | None = None
 
 
-class OpenAIUsage(msgspec.Struct):
+class OpenAIUsage(msgspec.Struct, gc=False):
     """`usage` of chat completions and embeddings (prompt, completion), and of responses and drawing tools."""
 
     prompt_tokens: Count | None = None
@@ -7053,14 +7059,14 @@ class OpenAIUsage(msgspec.Struct):
     num_requests: Count | None = None  # of searches
 
 
-class ToolUsage(msgspec.Struct):
+class ToolUsage(msgspec.Struct, gc=False):
     """`tool_usage` of a response: what hosted tools have used, beside the model."""
 
     image_gen: OpenAIUsage | None = None
     web_search: OpenAIUsage | None = None
 
 
-class OpenAIAnswer(msgspec.Struct):
+class OpenAIAnswer(msgspec.Struct, gc=False):
     """A non-stream answer, or the `response` of a responses event."""
 
     model: str | None = None
@@ -7072,14 +7078,14 @@ class OpenAIAnswer(msgspec.Struct):
     error: ApiError | None = None
 
 
-class ChatCall(msgspec.Struct):
+class ChatCall(msgspec.Struct, gc=False):
     """A piece of a call of a tool, or the `function` within it."""
 
     arguments: str | None = None
     function: ChatCall | None = None
 
 
-class ChatDelta(msgspec.Struct):
+class ChatDelta(msgspec.Struct, gc=False):
     """What a chunk of a chat stream brings; reasoning under the names that servers give it."""
 
     content: str | None = None
@@ -7104,14 +7110,14 @@ class ChatDelta(msgspec.Struct):
         return size
 
 
-class ChatChoice(msgspec.Struct):
+class ChatChoice(msgspec.Struct, gc=False):
     """One choice of a chat stream's chunk."""
 
     delta: ChatDelta | None = None
     finish_reason: str | None = None
 
 
-class ChatChunk(msgspec.Struct):
+class ChatChunk(msgspec.Struct, gc=False):
     """One event of a chat stream."""
 
     model: str | None = None
@@ -7121,7 +7127,7 @@ class ChatChunk(msgspec.Struct):
     error: ApiError | None = None
 
 
-class OutputItem(msgspec.Struct):
+class OutputItem(msgspec.Struct, gc=False):
     """What a response consists of: messages, calls of hosted tools and others."""
 
     type: str | None = None
@@ -7130,7 +7136,7 @@ class OutputItem(msgspec.Struct):
     container_id: str | None = None
 
 
-class ResponsesEvent(msgspec.Struct):
+class ResponsesEvent(msgspec.Struct, gc=False):
     """One event of a responses stream. `delta` is text where the event is a text delta."""
 
     type: str | None = None
@@ -7248,7 +7254,8 @@ class Meter:
     def read_answer(self, answer: Any) -> None:
         """Take in a whole answer, or the one that a terminal event has."""
         self.model = answer.model or ""
-        self.read_error(answer.error)
+        if answer.error:
+            self.read_error(answer.error)
         if answer.usage:
             self.read_usage(answer.usage)
 
@@ -7256,11 +7263,10 @@ class Meter:
         """Overwrite what a usage object says."""
         raise NotImplementedError
 
-    def read_error(self, error: ApiError | None) -> None:
+    def read_error(self, error: ApiError) -> None:
         """Remember an error's type, or its code where that tells more."""
-        if error:
-            names = [printable(str(name), MAX_PIECE_NAME) for name in (error.type, error.code) if name] or ["error"]
-            self.error_type = next((name for name in names if status_of_error(name)), names[0])
+        names = [printable(str(name), MAX_PIECE_NAME) for name in (error.type, error.code) if name] or ["error"]
+        self.error_type = next((name for name in names if status_of_error(name)), names[0])
 
     def _read_body(self, body: bytes) -> None:
         try:
@@ -10519,12 +10525,17 @@ class Spent:
     """What calls and discarded attempts at one upstream add up to."""
 
     def __init__(self) -> None:
-        self.tokens = token_counts(Tokens())
+        self.tokens = [0] * len(Tokens.__struct_fields__)
         self.cost_usd = 0.0
 
     def add(self, entry: Entry | Discarded) -> None:
         """Add the tokens and the cost of a ledger entry."""
-        self.tokens = tuple(map(operator.add, self.tokens, token_counts(entry)))
+        tokens = self.tokens
+        tokens[0] += entry.input_tokens
+        tokens[1] += entry.output_tokens
+        tokens[2] += entry.cache_write_5m_tokens
+        tokens[3] += entry.cache_write_1h_tokens
+        tokens[4] += entry.cache_read_tokens
         self.cost_usd += entry.cost_usd
 
 

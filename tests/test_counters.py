@@ -539,10 +539,13 @@ def test_each_class_of_tokens_has_a_price_a_weight_and_a_place_in_reports(name):
     sums = [0] * len(g.COLUMNS)
     g.add_to(sums, line)
     total = g.Total.of({}, sums)
+    spent = g.Spent()
+    spent.add(g.Entry(time="", **{name: 1_000_000}))
 
     assert tokens.total_input_tokens == (0 if name == "output_tokens" else 1_000_000)
     assert g.Price(3, 15).cost_usd(tokens) > 0 and g.Weights().weigh(tokens) > 0
     assert total.input_tokens + total.output_tokens + total.cache_write_tokens + total.cache_read_tokens == 1_000_000
+    assert spent.tokens == [getattr(tokens, field) for field in g.Tokens.__struct_fields__]
 
 
 counts = st.integers(0, g.MAX_COUNT)
