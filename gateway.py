@@ -1218,15 +1218,15 @@ class PriceTable:
         bill.cache_read_tokens = usage.cache_read_tokens
         bill.estimated = usage.estimated
         prompt = usage.prompt_tokens or usage.total_input_tokens
+        if served in ("", asked) and not (usage.shares or usage.extras or usage.premiums):  # as most calls are
+            bill.price = self.price(asked).at(prompt)
+            bill.cost_usd = bill.price.cost_usd(usage)
+            return
         names = [asked]
         if served and served != asked and self.price(served).is_known:
             names.append(served)
         if usage.is_fallback:
             names = names[-1:]  # what the asked model did is a share of its own
-        if len(names) == 1 and not (usage.shares or usage.extras or usage.premiums):  # as most calls are
-            bill.price = self.price(names[0]).at(prompt)
-            bill.cost_usd = bill.price.cost_usd(usage)
-            return
         own: Tokens = usage
         if usage.shares:
             own = Tokens(**named_counts(usage))
@@ -3971,10 +3971,13 @@ class Counters(msgspec.Struct, array_like=True):
             lasting = steps_of(at, sliding_s)
             self.steps = {step: spent for step, spent in self.steps.items() if step in lasting}
         tokens, nano_usd, requests = spent
-        step = self.steps.setdefault(int(at // STEP_S), [0, 0, 0])
+        ended, began = int(at // STEP_S), int(admitted // STEP_S)
+        step = self.steps.get(ended) or self.steps.setdefault(ended, [0, 0, 0])
         step[0] += tokens
         step[1] += nano_usd
-        self.steps.setdefault(int(admitted // STEP_S), [0, 0, 0])[2] += requests
+        if began != ended:
+            step = self.steps.get(began) or self.steps.setdefault(began, [0, 0, 0])
+        step[2] += requests
 
     def reset(self, unit: str, window: LimitWindow) -> None:
         """Let a limit count from zero."""
@@ -6843,7 +6846,8 @@ def read_request(call: Call) -> None:
     if call.stream and kind == "chat":
         call.includes_usage = asks_for_usage(peek.stream_options)
     call.bytes_up = len(body)
-    is_escaped = b"\\u00" in body and ESCAPED.search(body) is not None
+    escape = body.find(b"\\u00")
+    is_escaped = escape >= 0 and ESCAPED.search(body, escape) is not None
     conversation = peek.input if kind == "responses" else peek.messages
     call.input_estimate = estimate_input(body, conversation, call.route, model, is_escaped)
     call.max_output = max_output(call.route, peek)

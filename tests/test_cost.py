@@ -26,7 +26,7 @@ import gateway as g
 
 CALLS = 300  # that are counted, after as many as fill every cache
 EVENTS = 300  # of a stream
-CALLS_PER_REQUEST = 226
+CALLS_PER_REQUEST = 223
 CALLS_PER_LONE_EVENT = 8.1
 CALLS_PER_EVENT_OF_A_BURST = 1.3
 BLOCKS_PER_EVENT = 0.1  # of memory that stay while the stream goes on: none, but for what a cache or a buffer takes
