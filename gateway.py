@@ -465,6 +465,12 @@ def printable(text: str, most: int = 128) -> str:
     return BLANK.sub("�", text)
 
 
+@functools.lru_cache(maxsize=256)
+def program_of(user_agent: bytes) -> str:
+    """The first word of a User-Agent, the name and the version of a program, as `printable`."""
+    return printable(user_agent.decode("latin-1").partition(" ")[0], 64)
+
+
 def first_values(headers: Headers) -> dict[bytes, bytes]:
     """The first value of each header, by its name in lower case."""
     return {name.lower(): value for name, value in reversed(headers)}
@@ -518,7 +524,7 @@ class Call(msgspec.Struct, eq=False):
     def __post_init__(self) -> None:
         self.id = "req_" + os.urandom(12).hex()
         self.named = self.named or first_values(self.headers)
-        self.user_agent = printable(self.named.get(b"user-agent", b"").decode("latin-1").partition(" ")[0], 64)
+        self.user_agent = program_of(self.named.get(b"user-agent", b"")[:256])
         self.started = self.admitted = self.config.clock.monotonic()
 
     def __repr__(self) -> str:
@@ -909,7 +915,7 @@ class KeyRing:
         """The key that a request's credentials name (Bearer, x-api-key or both). Raises KeyRefused."""
         if not tokens:
             raise KeyRefused("No key was sent. Set ANTHROPIC_AUTH_TOKEN to the sk-proxy-… key that you were given.")
-        if any(token != tokens[0] for token in tokens):
+        if len(tokens) > 1 and len(set(tokens)) > 1:
             raise KeyRefused("Two different keys were sent. Unset ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN.")
         key = self._by_digest.get(hashlib.sha256(tokens[0].encode("latin-1", "replace")).digest())
         if key is None:
@@ -3888,13 +3894,13 @@ class Calendar:
         return local if by == "hour" else local[: len("2026-01-31" if by == "day" else "2026-01")]
 
 
-def steps_of(now: float, seconds: int) -> range:
-    """The steps that count in a sliding window: the present one and those of its `seconds`, which so never hold more.
+def steps_of(now: float, seconds: int) -> tuple[int, int]:
+    """Return the first and last step of a sliding window: the present one and those of its `seconds`, so never more.
 
     As many ahead count, too: calls that were booked while the clock was ahead, for no longer than that.
     """
     present, past = int(now // STEP_S), seconds // STEP_S
-    return range(present - past, present + past + 1)
+    return present - past, present + past
 
 
 class Window(msgspec.Struct, array_like=True):
@@ -3967,9 +3973,9 @@ class Counters(msgspec.Struct, array_like=True):
 
     def post_step(self, at: float, admitted: float, spent: tuple[int, int, int], sliding_s: int) -> None:
         """Count for sliding windows: tokens and money where the call ended, the call itself where it was admitted."""
-        if len(self.steps) * STEP_S > 8 * sliding_s:
-            lasting = steps_of(at, sliding_s)
-            self.steps = {step: spent for step, spent in self.steps.items() if step in lasting}
+        if len(self.steps) * STEP_S > 3 * sliding_s:
+            first, last = steps_of(at, sliding_s)
+            self.steps = {step: spent for step, spent in self.steps.items() if first <= step <= last}
         tokens, nano_usd, requests = spent
         ended, began = int(at // STEP_S), int(admitted // STEP_S)
         step = self.steps.get(ended) or self.steps.setdefault(ended, [0, 0, 0])
@@ -3992,12 +3998,15 @@ class Counters(msgspec.Struct, array_like=True):
         """What counts in the window of `now`: weighted tokens, nano-USD or requests."""
         column = UNIT_COLUMNS[unit]
         if window.kind == "sliding":
-            lasting = steps_of(now, window.seconds)
-            return sum([spent[column] for step, spent in self.steps.items() if step in lasting])
+            spent, (first, last) = 0, steps_of(now, window.seconds)
+            for step, counts in self.steps.items():
+                if first <= step <= last:
+                    spent += counts[column]
+            return spent
         current = self.windows.get(window.name)
         if current is None:
             return 0
-        if current.start <= now < current.end or self._opens(window, current) <= now < current.end:
+        if self.since <= now < self.until or self._opens(window, current) <= now < current.end:
             return self.totals[column] - current.mark[column]
         for left in self.left.get(window.name, ()):
             if left.start <= now < left.end:
@@ -5087,7 +5096,7 @@ def limit_phrase(row: Mapping[str, Any]) -> str:
     return f"{amount_text(unit, row['used'], row['allowed'])} {WINDOWS[window].phrase}{scope}"
 
 
-class Demand(NamedTuple):
+class Demand(msgspec.Struct, frozen=True):
     """What a call asks to hold, by unit: `need` must fit; of `output` tokens as many as fit beside it."""
 
     need: Mapping[str, int]
@@ -5102,13 +5111,14 @@ ONE_REQUEST = Demand({"tokens": 0, "usd": 0, "requests": 1}, 0, {"tokens": 0, "u
 class Hold:
     """What one call holds of its budgets. The store alone changes it, except for `budgets`."""
 
-    __slots__ = ("amounts", "budgets", "scopes", "slots", "step")
+    # Of a store that has the budgets' numbers here: these, and all their limits with what each allows (nano-USD).
+    scopes: Sequence[tuple[Budget, Scope]] = ()
+    limits: Sequence[tuple[Budget, Scope, Limit, float]] = ()
+    slots = 0  # so many of the budgets, from the first on, have given it a slot
+    step: int | None = None  # in which its request counts (`STEP_S`)
 
     def __init__(self, budgets: Sequence[Budget]) -> None:
         self.budgets = budgets
-        self.scopes: Sequence[tuple[Budget, Scope]] = ()  # the budgets' numbers, of a store that has them here
-        self.slots = 0  # so many of the budgets, from the first on, have given it a slot
-        self.step: int | None = None  # in which its request counts (`STEP_S`)
         self.amounts: dict[str, int] = {}
 
 
@@ -5167,12 +5177,8 @@ class Scope:
             return self.reserved[limit.unit]
         if limit.window.kind != "sliding":
             return sum(self.admitted.values())
-        lasting = steps_of(now, limit.window.seconds)
-        return sum([calls for step, calls in self.admitted.items() if step in lasting])
-
-    def taken(self, limit: Limit, now: float) -> int:
-        """What of a limit is spent or held."""
-        return self.counters.spent(limit.unit, limit.window, now) + self.held(limit, now)
+        first, last = steps_of(now, limit.window.seconds)
+        return sum([calls for step, calls in self.admitted.items() if first <= step <= last])
 
 
 class MemoryStore:
@@ -5181,35 +5187,43 @@ class MemoryStore:
     def __init__(self, fold: Fold, clock: Clock) -> None:
         self._fold, self._now = fold, clock.wall
         self._scopes: dict[tuple[str, str], Scope] = {}  # by the budget's id
+        self._opened: dict[str, tuple[Any, ...]] = {}  # budgets, scopes and limits, by the name of the first budget
 
-    def _open(self, hold: Hold) -> Sequence[tuple[Budget, Scope]]:
-        pairs = []
-        for budget in hold.budgets:
-            scope = self._scopes.get(budget.id)
-            if scope is None:
-                counters = Counters()  # nothing is ever spent on count_tokens
-                if budget.scope != "count_tokens":
-                    counters = self._fold.scope(budget.scope, budget.name)
-                scope = self._scopes[budget.id] = Scope(counters)
-            pairs.append((budget, scope))
-        hold.scopes = pairs
-        return pairs
+    def _open(self, hold: Hold) -> None:
+        """Have the numbers of a hold's budgets in it. They are looked for once for each key and snapshot."""
+        budgets = hold.budgets
+        name = budgets[0].name  # the key's own
+        if name not in self._opened or self._opened[name][0] is not budgets:
+            scopes = [(budget, self._scope(budget)) for budget in budgets]
+            limits = [(*pair, limit, limit.amount * NANO[limit.unit]) for pair in scopes for limit in pair[0].limits]
+            self._opened[name] = budgets, scopes, limits
+        _, hold.scopes, hold.limits = self._opened[name]
+
+    def _scope(self, budget: Budget) -> Scope:
+        if budget.id not in self._scopes:
+            counters = Counters()  # nothing is ever spent on count_tokens
+            if budget.scope != "count_tokens":
+                counters = self._fold.scope(budget.scope, budget.name)
+            self._scopes[budget.id] = Scope(counters)
+        return self._scopes[budget.id]
 
     def _fit(self, hold: Hold, demand: Demand, now: float) -> Standing | float:
         """Return how many output tokens fit beside what is needed in every limit, or a limit in which that does not."""
-        need, output, per_token = demand
-        for budget, scope in hold.scopes or self._open(hold):
-            for limit in budget.limits:
-                unit = limit.unit
-                if unit not in need:
-                    continue
-                allowed = limit.amount * NANO[unit]
-                used = scope.counters.spent(unit, limit.window, now)
-                held = scope.held(limit, now) if unit == "requests" else scope.reserved[unit]
-                if used >= allowed or used + held + need[unit] > allowed:
-                    return self._standing(budget, scope, limit, now, need[unit])
-                if per_token[unit]:
-                    output = min(output, (allowed - used - held - need[unit]) / per_token[unit])
+        if not hold.scopes:
+            self._open(hold)
+        output, per_token = demand.output, demand.per_token
+        for budget, scope, limit, allowed in hold.limits:
+            unit = limit.unit
+            need = demand.need.get(unit)
+            if need is None:
+                continue
+            used = scope.counters.spent(unit, limit.window, now)
+            held = scope.held(limit, now) if unit == "requests" else scope.reserved[unit]
+            taken = used + held + need
+            if used >= allowed or taken > allowed:
+                return self._standing(budget, scope, limit, now, need)
+            if output * per_token[unit] > allowed - taken:
+                output = (allowed - taken) / per_token[unit]
         return output
 
     def _standing(self, budget: Budget, scope: Scope, limit: Limit, now: float, need: int = 0) -> Standing:
@@ -5218,8 +5232,10 @@ class MemoryStore:
         wait_s = 0
         if window.kind == "sliding" and need <= allowed:
             waits = range(STEP_S - int(now) % STEP_S, window.seconds, STEP_S)
-            fitting = (s for s in waits if scope.taken(limit, now + s) + max(need, 1) <= allowed)
-            wait_s = next(fitting, window.seconds)
+            for wait_s in (*waits, window.seconds):
+                taken = scope.counters.spent(limit.unit, window, now + wait_s) + scope.held(limit, now + wait_s)
+                if taken + max(need, 1) <= allowed:
+                    break
         resets_at = scope.counters.resets_at(window, now, self._fold.calendar)
         return Standing(budget, limit, used, held, allowed, resets_at, need, wait_s)
 
@@ -5242,10 +5258,8 @@ class MemoryStore:
         output = self._fit(hold, demand, self._now())
         if isinstance(output, Standing):
             return output
-        amounts = {}
-        for unit, amount in demand.need.items():
-            amounts[unit] = amount + math.floor(output * demand.per_token[unit])
-        self.charge(hold, amounts)
+        per_token = demand.per_token
+        self.charge(hold, {unit: need + int(output * per_token[unit]) for unit, need in demand.need.items()})
         return None
 
     def charge(self, hold: Hold, amounts: Mapping[str, int]) -> None:
@@ -5278,7 +5292,8 @@ class MemoryStore:
 
     def standings(self, hold: Hold) -> list[Standing]:
         rows, now = [], self._now()
-        for budget, scope in self._open(hold):
+        self._open(hold)
+        for budget, scope in hold.scopes:
             rows += [self._standing(budget, scope, limit, now) for limit in budget.limits]
             if math.isfinite(budget.concurrent):
                 rows.append(slots_standing(budget, scope.running))
@@ -5336,15 +5351,14 @@ class Reservation(Hold):
     A context manager: leaving it gives everything back, whatever happened.
     """
 
-    __slots__ = ("_limits", "_memory", "body_bytes", "call", "is_deferred", "waiter")
+    body_bytes = 0
+    waiter: Waiter[bool] | None = None  # where it had to wait for a slot
+    is_deferred = False  # it enters again when its body is whole
 
     def __init__(self, limits: Limits, memory: BodyMemory, call: Call) -> None:
         super().__init__(limits.budgets(call.key, call.route.kind))
         self._limits, self._memory = limits, memory
         self.call = call
-        self.body_bytes = 0
-        self.waiter: Waiter[bool] | None = None  # where it had to wait for a slot
-        self.is_deferred = False  # it enters again when its body is whole
 
     def hold_body(self, size: int) -> None:
         """Hold so many bytes (more) for the body. Raises TooLarge or Unavailable."""
@@ -11131,7 +11145,7 @@ class Gateway:
         self.bookkeeper = Bookkeeper(self.ledger, self.limits, self.clock, self.events, self.guard)
         self.relay.book = self.bookkeeper.book
         self.relay.hold_cost = self.bookkeeper.hold_cost
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Sink] = {}  # of the calls that are handled
 
     # Calls
 
@@ -11168,12 +11182,12 @@ class Gateway:
     def start(self, call: Call, sink: Sink) -> None:
         """Handle a call in a task of its own."""
         task = asyncio.get_running_loop().create_task(self.handle(call, sink))
-        self._tasks.add(task)
-        task.add_done_callback(functools.partial(self._ended, sink))
+        self._tasks[task] = sink
+        task.add_done_callback(self._ended)
 
-    def _ended(self, sink: Sink, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         """Cut off a client whose call could not even be refused."""
-        self._tasks.discard(task)
+        sink = self._tasks.pop(task)
         error = None if task.cancelled() else task.exception()
         if error:
             self.guard.failures["Gateway.handle"] += 1
