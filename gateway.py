@@ -105,7 +105,7 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__" and __spec__ is None and os.path.basename(os.path.realpath(__file__)) == "gateway.py":
+if __name__ == "__main__" and os.path.basename(os.path.realpath(__file__)) == "gateway.py":
     # Python keeps the syntax tree of a script until it ends: 31 MB of this one. So the server is started again as a
     # module, whose tree goes at once, and whose code is cached.
     PAIRS = zip(sys.argv, sys.argv[1:], strict=False)
@@ -113,7 +113,8 @@ if __name__ == "__main__" and __spec__ is None and os.path.basename(os.path.real
         OPTIONS = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
         FOLDER = os.path.dirname(os.path.realpath(__file__))
         AGAIN = f"import sys; sys.path.insert(0, {FOLDER!r}); import gateway; sys.exit(gateway.main())"
-        os.execv(sys.executable, [sys.executable, *OPTIONS, "-P", "-c", AGAIN, *sys.argv[1:]])
+        if not {"-m", "-c", "--"} & {*OPTIONS}:  # else it is a module already
+            os.execv(sys.executable, [sys.executable, *OPTIONS, "-P", "-c", AGAIN, *sys.argv[1:]])
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
@@ -3579,6 +3580,7 @@ class Ledger:
     """
 
     QUEUE = 10_000  # entries; new calls are refused before one more would not fit
+    BATCH = 64  # entries that share a write: a disk that refuses them is asked in each turn of the event loop
 
     def __init__(self, directory: Path, fsync_s: float, clock: Clock) -> None:
         self.directory, self.fsync_s = directory, fsync_s
@@ -3706,9 +3708,9 @@ class Ledger:
             self._write_lines()
 
     def _write_lines(self) -> None:
-        """Write the lines that wait for the open file. Each is in it as a whole or not at all. Raises OSError."""
+        """Write lines that wait for the open file. Each is in it as a whole or not at all. Raises OSError."""
         chain, lines = self._chain, []
-        for month, text in self._waiting:
+        for month, text in itertools.islice(self._waiting, self.BATCH):
             if month > self.month:
                 break
             chain = chain_value(chain, text)
@@ -3719,17 +3721,23 @@ class Ledger:
             while written < len(data):
                 written += os.write(self._fd, data[written:])
         finally:
-            kept = len(lines)
-            if written < len(data):
-                kept = data.count(b"\n", 0, written)
-                torn = written - (data.rfind(b"\n", 0, written) + 1)
-                if torn:
-                    os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
-            if kept:
-                self._chain = chain_of(lines[kept - 1])
-                self._dirty = True
-            for _ in range(kept):
-                self._waiting.popleft()
+            self._take_out(lines, data, written)
+
+    def _take_out(self, lines: list[bytes], data: bytes, written: int) -> None:
+        """Let the lines wait no more that are whole in the first `written` bytes of `data`. Raises OSError."""
+        whole = data.count(b"\n", 0, written)
+        if whole:
+            self._chain = chain_of(lines[whole - 1])
+            self._dirty = True
+        for _ in range(whole):
+            self._waiting.popleft()
+        torn = written - (data.rfind(b"\n", 0, written) + 1)
+        if torn:
+            try:
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - torn)
+            except OSError:
+                self._let_go()  # nothing is written behind it: `_open` sets it aside first
+                raise
 
     def _open(self, month: str) -> None:
         """Go on in a month's file, without what a crash may have left of its last line. Raises OSError."""
@@ -13017,9 +13025,10 @@ class Door:
     Those that have shown no good key yet are the strangers. An address has only so many strangers. Where there is no
     room for a new connection, the oldest stranger, of its address or of all, is closed for it: honest clients show
     their key at once, and one colleague's broken script does not keep out whoever shares its address.
-    One key has at most half of all connections. While it has more than there are free places, its connections are
-    closed with their next answer, or after `head_s` without a request. Where there are no strangers, one that is not
-    being answered is given up, an idle one before any other: of the key that has most connections and has such a one.
+    One key has no more connections than no key has (see `BodyMemory`): half of all, or a third if another one has as
+    many; so there is always room. While it has more than there are free places, its connections are closed with their
+    next answer, or after `head_s` without a request. Where there are no strangers, one that is not being answered is
+    given up, an idle one before any other: of the key that has most connections and has such a one.
     """
 
     GIVEN_UP = (State.IDLE, State.LEAVING, State.HEAD, State.BODY)  # in this order
@@ -13080,11 +13089,12 @@ class Door:
         key, address = gateway.authenticate(request.headers, named, connection.peer)
         if not connection.key_name:
             self.recognize(connection, key)
-            # 480 silent streams of one key under `ulimit -n 1024` had closed the door to everybody, /health included.
-            if len(self._groups.get(("key", key.name), ())) > max(1, self.most // 2):
+            # 480 silent streams of two keys under `ulimit -n 1024` had closed the door to everybody, /health included.
+            own = len(self._groups.get(("key", key.name), ()))
+            if own > max(1, self.most - (len(self.connections) - len(self._strangers))):
                 raise Unavailable(
-                    f"The key {key} has more than half of the connections that this gateway can have "
-                    f"({self.most:,}; see `ulimit -n`): the others are for everybody else.",
+                    f"The key {key} has {own:,} connections, more than are still free of the {self.most:,} that this "
+                    "gateway can have (see `ulimit -n`): these are for everybody else.",
                     retry_after_s=5,
                 )
         gateway.check_open()

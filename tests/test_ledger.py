@@ -303,6 +303,70 @@ def test_a_torn_line_that_cannot_be_set_aside_costs_no_descriptors(make_ledger, 
     assert (tmp_path / "usage-2026-09.torn").read_text() == TORN + "\n"
 
 
+class FailingDisk:
+    """Writes so many bytes of each piece that it is given, then refuses; it may refuse to cut a file, too."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int, cuts: bool) -> None:
+        self.room, self.sizes = room, list[int]()
+        self._write, self._is_full = os.write, False
+        monkeypatch.setattr(os, "write", self.write)
+        if not cuts:
+            monkeypatch.setattr(os, "ftruncate", self.refuse)
+
+    def write(self, fd: int, data: bytes) -> int:
+        self.sizes.append(len(data))
+        self._is_full = not self._is_full
+        if not self._is_full or not self.room:
+            self.refuse()
+        return self._write(fd, data[: self.room])
+
+    def refuse(self, *_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.logs("ledger: ")
+@pytest.mark.parametrize("cuts", [True, False], ids=["it is cut off", "it cannot be cut off"])
+@pytest.mark.parametrize("room", [0, 1, 300, 1000, 2000])
+def test_what_a_disk_takes_of_a_batch_is_whole_and_stands_there_once(make_ledger, tmp_path, monkeypatch, room, cuts):
+    """
+    The entries of one turn share a write, of which a disk may take any part; the rest of a line is no line's beginning.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    with monkeypatch.context() as patch:
+        FailingDisk(patch, room, cuts)
+        for number in range(2, 21):
+            ledger.note(entry(number))
+        ledger.write()
+        ledger.write()
+        waiting = ledger.waiting
+    ledger.tick()
+
+    assert waiting > 0
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 20)
+    g.LedgerFiles(tmp_path).verify("", lambda line: None)
+
+
+@pytest.mark.logs("ledger: cannot write to", "can be written again")
+def test_a_disk_that_refuses_is_not_given_the_whole_queue_each_time(make_ledger, tmp_path, monkeypatch):
+    """
+    It is asked in each turn in which a call ends: 5,000 entries in each took 20 ms.
+    """
+    ledger = make_ledger()
+    ledger.append(entry(1))
+    size = (tmp_path / SEPTEMBER).stat().st_size
+    with monkeypatch.context() as patch:
+        disk = FailingDisk(patch, 0, True)
+        for number in range(2, 502):
+            ledger.note(entry(number))
+        ledger.write()
+
+    assert ledger.waiting == 500
+    assert max(disk.sizes) < 70 * size
+    ledger.tick()
+    assert numbers(tmp_path / SEPTEMBER) == requests(1, 501)
+
+
 # Files that others move
 
 

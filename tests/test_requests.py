@@ -420,6 +420,7 @@ CALL = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, json.dumps(HELL
 LOGS = request_bytes("POST", "/api/event_logging/batch", {"transfer-encoding": "chunked"})
 CHUNKED_CALL = request_bytes("POST", "/v1/messages", {"x-api-key": KEY, "transfer-encoding": "chunked"})
 OTHER_KEY = "sk-proxy-zyxwvutsrqponmlkjihgfedcba9876543"
+THIRD_KEY = "sk-proxy-third0123456789abcdefghijklmnopqrst"
 REFUSED = request_bytes("POST", "/v1/messages", {"x-api-key": "wrong", "transfer-encoding": "chunked"})
 
 
@@ -621,8 +622,31 @@ async def test_one_key_has_half_of_all_connections_at_most(start_gateway, upstre
     health, bob = await gateway.get("/health"), await gateway.post("/v1/messages", HELLO, token=OTHER_KEY)
 
     assert (refused.status, health.status, bob.status) == (503, 200, 200)
-    assert "more than half of the connections" in refused.error["message"]
+    assert "4 connections, more than are still free of the 6" in refused.error["message"]
     assert await fourth.is_closed()
+
+
+async def test_however_many_streams_two_keys_have_there_is_room_for_others(start_gateway, upstream):
+    """
+    Each had half of all connections, which left none for /health, nor for anybody else.
+    """
+    upstream.script = [head(200, "text/event-stream"), message_start(12), text("hello"), stall()]
+    others = "".join(f"\n  - {{name: {name}, key: {key}}}" for name, key in (("bob", OTHER_KEY), ("carol", THIRD_KEY)))
+    gateway = await start_gateway(config_text(upstream.url).replace("keys:", f"keys:{others}"), most=12)
+    streams = []
+    for number in range(40):
+        stream = await gateway.connect()
+        token = (KEY, OTHER_KEY)[number % 2]
+        call = request_bytes("POST", "/v1/messages", {"x-api-key": token}, json.dumps(HELLO_STREAM).encode())
+        await stream.send(call)
+        await stream.read_until(b"\r\n\r\n")
+        streams.append(stream)
+
+    upstream.script = hello_json()
+    health, carol = await gateway.get("/health"), await gateway.post("/v1/messages", HELLO, token=THIRD_KEY)
+
+    assert (health.status, carol.status) == (200, 200)
+    assert 8 <= len(gateway.gateway.relay.running) <= 10
 
 
 @pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"7\r\n[1,2,3]\r\n"])
@@ -716,7 +740,7 @@ async def test_an_idle_connection_makes_room_whichever_key_has_the_most(start_ga
     gateway = await start_gateway(two, most=3)
     idle, body = await gateway.connect(), json.dumps(HELLO).encode()
     await idle.request("POST", "/v1/messages", {"x-api-key": OTHER_KEY}, body)
-    gateway.door.most = 4  # for alice's half
+    gateway.door.most = 5  # of which alice may have two
     call = request_bytes("POST", "/v1/messages", {"x-api-key": KEY}, body)
     for count in range(2):
         connection = await gateway.connect()

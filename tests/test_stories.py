@@ -558,3 +558,14 @@ def test_a_link_to_the_script_serves_from_a_folder_that_has_modules_of_the_same_
 
     assert server.port > 0
     assert server.end()[0] == 0
+
+
+@pytest.mark.parametrize("by", [("--",), ("-X", "dev", "-W", "ignore"), ("-I",)], ids=" ".join)
+def test_the_script_takes_the_options_of_the_interpreter(tmp_path, by):
+    """
+    It hands them on where it starts itself again.
+    """
+    ended = subprocess.run([sys.executable, *by, PROGRAM, "--help"], cwd=tmp_path, capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "serve" in ended.stdout
