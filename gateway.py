@@ -4469,14 +4469,14 @@ class Index:
 
     FILE = "index.sqlite"
     BATCH = 32 << 20  # bytes of lines in one transaction, while much is read
-    PAGE = 4096  # bytes of SQLite's pages
+    SQLITE_PAGE = 4096  # bytes of SQLite's pages
     # Derived, of one process and one thread: nobody else may lock it, and no shared memory is needed (EXCLUSIVE). A
     # power cut may take the last seconds, but must not tear it (NORMAL: the WAL is synced before it is moved).
     PRAGMAS = (
         "PRAGMA locking_mode = EXCLUSIVE",
         "PRAGMA journal_mode = WAL",
         "PRAGMA synchronous = NORMAL",
-        f"PRAGMA page_size = {PAGE}",
+        f"PRAGMA page_size = {SQLITE_PAGE}",
         "PRAGMA cache_size = -16384",
         "PRAGMA temp_store = MEMORY",
         "PRAGMA trusted_schema = OFF",
@@ -4497,7 +4497,7 @@ class Index:
         """Go on from what is kept, as far as it fits."""
         path = self.directory / self.FILE
         try:
-            if path.exists() and path.stat().st_size % self.PAGE:  # SQLite takes what is missing for zeros
+            if path.exists() and path.stat().st_size % self.SQLITE_PAGE:  # SQLite takes what is missing for zeros
                 log.warning("index: made anew: it was cut")
                 self.remove(self.directory)
             self._connect(path)
@@ -7955,6 +7955,7 @@ class UpstreamConnection(asyncio.Protocol):
         if answer is None:  # bytes that nobody asked for: this connection cannot be trusted
             return self.abort()
         self.heard = True
+        self._bodiless += len(data)
         try:
             try:
                 self._parser.feed_data(data)
@@ -7965,10 +7966,8 @@ class UpstreamConnection(asyncio.Protocol):
             # The parser joins a header's value until it ends, and each piece copies all before it: 130 MB took 21 s.
             if self._pieces:
                 self._bodiless = 0
-            else:
-                self._bodiless += len(data)
-                if self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
-                    self._failed = not self._complete
+            elif self._bodiless > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
+                self._failed = not self._complete
             self._hand_on(answer)
         except Exception as error:
             self._crash(answer, error)
@@ -8025,21 +8024,18 @@ class UpstreamConnection(asyncio.Protocol):
         if self._head_whole:
             return
         self._status = self._parser.get_status_code()
-        size, is_framed = 0, False
-        for name, value in self._headers:
-            size += len(name) + len(value)
-            if name.lower() in FRAMED_BY:
-                is_framed = True
-        if self._status < 100 or self._status == 101:  # nobody asked for another protocol
-            self._failed = True
-        if size > self.MAX_HEAD or len(self._headers) > self.MAX_HEADERS:
+        # With a body behind it in the same read, a good head may look too large.
+        is_long = self._bodiless > self.MAX_HEAD and sum(map(len, itertools.chain(*self._headers))) > self.MAX_HEAD
+        is_odd = self._status < 100 or self._status == 101  # nobody asked for another protocol
+        if is_odd or is_long or len(self._headers) > self.MAX_HEADERS:
             self._failed = True
         if self._status < 200 or self._failed:  # or interim: the answer is still to come
             self._headers = []
             return
         self._head_whole = True
         self._keep_alive = self._parser.should_keep_alive()
-        self._until_close = not is_framed and self._status not in (204, 304)
+        is_unframed = FRAMED_BY.isdisjoint([name.lower() for name, _ in self._headers])
+        self._until_close = is_unframed and self._status not in (204, 304)
 
     def on_message_complete(self) -> None:
         if self._head_whole and not self._complete:
@@ -8216,12 +8212,16 @@ class Pool:
         context.set_alpn_protocols(["http/1.1"])
         return context
 
-    async def acquire(self, connect_s: float, fresh: bool = False) -> UpstreamConnection:
-        """An idle connection, else a new one. Raises AttemptFailed."""
-        while self._idle and not fresh:
+    def take_idle(self) -> UpstreamConnection | None:
+        """Return the idle connection that was used last, if there is one."""
+        while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
                 return connection
+        return None
+
+    async def connect(self, connect_s: float) -> UpstreamConnection:
+        """Return a new connection. Raises AttemptFailed."""
         try:
             async with asyncio.timeout(None) as limit:
                 # Not a timer, which would go off before a word of what came while the loop stood still: see `check`.
@@ -8753,7 +8753,7 @@ class Choice(NamedTuple):
                 return False
             if health.load.counting >= max(1, self.upstream.max_connections // 2):
                 return False
-        return health.running < self.upstream.max_connections and (limit is None or key.running < limit)
+        return health.load.running < self.upstream.max_connections and (limit is None or key.load.running < limit)
 
     def cooldowns_of(self, call: Call) -> list[Cooldown]:
         """Return those of the upstream and of the API key that cover a call."""
@@ -8816,7 +8816,7 @@ class Ticket:
             health.load.counting += 1
             key_health.load.counting += 1
         self._epochs = (health.epoch, key_health.epoch)
-        self.trials: list[tuple[Cooldown, Gate]] = []  # what this call finds out about, and where it was let through
+        self.trials: Sequence[tuple[Cooldown, Gate]] = ()  # what it finds out about, and where it was let through
         if health.cooldowns or key_health.cooldowns:
             self.trials = [(cooldown, cooldown.gate_of(call)) for cooldown in choice.cooldowns_of(call)]
             for _, gate in self.trials:
@@ -8828,7 +8828,7 @@ class Ticket:
     def end_trials(self) -> list[Cooldown]:
         """End its trials; return the cooldowns about which no other call has found out yet."""
         trials = [(cooldown.health.cooldowns.get(cooldown.whom), gate) for cooldown, gate in self.trials]
-        self.trials = []
+        self.trials = ()
         return [cooldown for cooldown, gate in trials if cooldown and gate in (cooldown.gate, cooldown.others_gate)]
 
     def is_current(self, health: Health) -> bool:
@@ -9962,11 +9962,15 @@ class Relay:
         self.upstreams.keep_only(upstreams)
         self.pools.keep_only(upstreams)
 
-    async def line(self, upstream: UpstreamConfig, fresh: bool = False) -> Line:
-        """Return a connection to an upstream. Raises AttemptFailed."""
+    def ready_line(self, upstream: UpstreamConfig) -> Line | None:
+        """Return a connection to an upstream that is ready, if there is one."""
         if upstream.format == "demo":
             return DemoLine(self.pace.demo_s)
-        return await self.pools.of(upstream).acquire(upstream.timeouts.connect, fresh)
+        return self.pools.of(upstream).take_idle()
+
+    async def line(self, upstream: UpstreamConfig) -> Line:
+        """Return a connection to an upstream. Raises AttemptFailed."""
+        return self.ready_line(upstream) or await self.pools.of(upstream).connect(upstream.timeouts.connect)
 
     async def run(self, exchange: Exchange) -> Outcome:
         """Carry one call to its end. Never raises what upstreams did: the outcome says it."""
@@ -10033,17 +10037,16 @@ class Relay:
         dropped it after 12 s, and was paid twice); that is a failure like any other. Raises AttemptFailed.
         """
         call, choice = exchange.call, ticket.choice
-        upstream = choice.upstream
+        upstream, pool = choice.upstream, self.pools.of(choice.upstream)
         for fresh in (False, True):
             dialect = self._dialect(exchange, upstream)
             body = dialect.request(call, ticket.model)
-            target = UpstreamTarget.of(upstream.url, upstream.proxy)
-            head = request_head(call, call.route.path, upstream, choice.api_key, target, sum(map(len, body)))
+            head = request_head(call, call.route.path, upstream, choice.api_key, pool.target, sum(map(len, body)))
             attempt = exchange.attempt = Attempt.of(exchange, ticket, dialect)
             exchange.attempts.append(attempt.entry)
             exchange.tries += 1
             attempt.first_byte_s = self._first_byte_s(exchange, ticket)
-            line = await self.line(upstream, fresh)
+            line = (None if fresh else self.ready_line(upstream)) or await pool.connect(upstream.timeouts.connect)
             if exchange.done.done():  # the client left meanwhile
                 line.abort()
                 break
@@ -10059,7 +10062,7 @@ class Relay:
                 age = self.clock.monotonic() - (attempt.sent_at or 0.0)
                 if fresh or not is_cut_unseen or age > self.pace.resend_s:
                     raise
-            self.pools.of(upstream).forget_idle()  # they are as dead
+            pool.forget_idle()  # they are as dead
             exchange.close_attempt(STALE_CONNECTION)
             exchange.tries -= 1
             if exchange.end_if_left():
@@ -12401,9 +12404,9 @@ def check_in_background(metrics: Metrics, path: Sequence[str], file: Path) -> No
 #     state        the connection                 moves to     when
 #     IDLE         waits for a request            HEAD         a request begins (`on_message_begin`)
 #     HEAD         reads a head                   BODY         it is whole and good (`on_headers_complete`)
-#     BODY         reads a body                   ANSWERING    a call is whole (`on_message_complete`)
+#     BODY         reads a body                   CALL         a call is whole (`on_message_complete`)
 #                                                 PAGE         another request is whole, or its body is not wanted
-#     ANSWERING    waits for a call's end         IDLE         the answer is out, and another request may follow
+#     CALL         waits for a call's end         IDLE         the answer is out, and another request may follow
 #     PAGE         waits for a page               IDLE         the same
 #     each of them                                LEAVING      a refusal, or the last answer, is out (`_leave`)
 #     LEAVING      throws away what still comes   GONE         (below)
@@ -12424,12 +12427,13 @@ class State(enum.Enum):
     IDLE = enum.auto()
     HEAD = enum.auto()
     BODY = enum.auto()
-    ANSWERING = enum.auto()
+    CALL = enum.auto()
     PAGE = enum.auto()
     LEAVING = enum.auto()
     GONE = enum.auto()
 
 
+IDLE, HEAD, BODY, CALL, PAGE, LEAVING, GONE = State  # as with the phases of an attempt
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -12568,7 +12572,7 @@ class Bridge(tornado.httputil.HTTPConnection):
     def _handle(self) -> None:
         # Nothing but method and query is Tornado's to read: a header might say something about the body, which is gone.
         client, request = self.client, self.request
-        if client.state is not State.PAGE:
+        if client.state is not PAGE:
             return
         if client.transport.get_write_buffer_size():  # the client does not read its last answer
             return client.close()
@@ -12679,7 +12683,7 @@ class ClientSink:
     def respond(self, status: int, headers: Iterable[tuple[str, str]], body: bytes, length: int) -> None:
         """Send a whole answer of our own; `length` is the body's, also where the answer is to a HEAD."""
         connection = self._connection
-        if connection.state in (State.LEAVING, State.GONE):
+        if connection.state in (LEAVING, GONE):
             return
         lines = [f"{name}: {value}".encode("latin-1", "replace") for name, value in headers]
         lines.append(b"content-length: %d" % length)
@@ -12728,7 +12732,7 @@ class ClientConnection(asyncio.Protocol):
     def __init__(self, door: Door) -> None:
         self._door = door
         self._parser = httptools.HttpRequestParser(self)
-        self.state = State.IDLE
+        self.state = IDLE
         self.request = Request()
         self._call: Call | None = None  # whose body is being read
         self._owes_continue = False  # the client sends no body until it is asked for it
@@ -12748,20 +12752,20 @@ class ClientConnection(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.peer = (transport.get_extra_info("peername") or ("",))[0]
         if not self._door.enter(self):
-            self.state = State.GONE
+            self.state = GONE
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._active_at = self._door.now()
-        if self.state is State.LEAVING or self._is_ahead:
+        if self.state is LEAVING or self._is_ahead:
             return  # thrown away unparsed: the parser joins a header's value until it ends, however long it is
-        if self.state is State.IDLE:
+        if self.state is IDLE:
             self._received = 0
         self._received += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as stop:
-            if self.state is State.HEAD:
+            if self.state is HEAD:
                 return self._ignore_upgrade(data[stop.args[0] :])
             self._is_ahead = True  # CONNECT: the parser reads no further here
             self.keeps_alive = False
@@ -12769,18 +12773,18 @@ class ClientConnection(asyncio.Protocol):
             if isinstance(error, httptools.HttpParserCallbackError):
                 log.error("a bug in reading a request", exc_info=error.__context__ or error)
             self.keeps_alive = False
-            if self.state in (State.IDLE, State.HEAD, State.BODY):
+            if self.state in (IDLE, HEAD, BODY):
                 self.reject(BadRequest(f"This request cannot be read: {error}"))
-        if self.state is State.HEAD:
+        if self.state is HEAD:
             if self._received > Request.MAX_HEAD or len(self.request.headers) > Request.MAX_HEADERS:
                 self.reject(head_too_large())
-        elif self.state is State.BODY and self._received > Request.MAX_HEAD + self.request.body_size * 9 // 8:
+        elif self.state is BODY and self._received > Request.MAX_HEAD + self.request.body_size * 9 // 8:
             # Each chunk costs a call: 8 connections with bodies in chunks of 7 bytes kept others waiting for 9 s.
             self.reject(BadRequest("Most of the body is framing: small chunks, extensions of them, or trailers."))
 
     def eof_received(self) -> bool:
         """The client sends no more. While it may still want its answer, the connection stays open (see `Hangups`)."""
-        if self.state not in (State.ANSWERING, State.PAGE) or self.request.version != "1.1":
+        if self.state not in (CALL, PAGE) or self.request.version != "1.1":
             return False
         if not self._door.hangups.watch(self.transport):
             return False
@@ -12789,7 +12793,7 @@ class ClientConnection(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.state = State.GONE
+        self.state = GONE
         self._door.leave(self)
         self._door.hangups.forget(self.transport)
         self._drop_call()
@@ -12804,8 +12808,8 @@ class ClientConnection(asyncio.Protocol):
     # What the parser says
 
     def on_message_begin(self) -> None:
-        if self.state is State.IDLE and not self._is_ahead:
-            self.state = State.HEAD
+        if self.state is IDLE and not self._is_ahead:
+            self.state = HEAD
             self._entered_at = self._active_at
             self.request = Request()
         else:
@@ -12813,15 +12817,15 @@ class ClientConnection(asyncio.Protocol):
             self.keeps_alive = False
 
     def on_url(self, url: bytes) -> None:
-        if self.state is State.HEAD:
+        if self.state is HEAD:
             self.request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self.state is State.HEAD:  # else a trailer
+        if self.state is HEAD:  # else a trailer
             self.request.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        if self.state is not State.HEAD:
+        if self.state is not HEAD:
             return
         request = self.request
         request.method = self._parser.get_method()
@@ -12838,14 +12842,14 @@ class ClientConnection(asyncio.Protocol):
             request.check_http()
             request.path, request.query = normalize_target(request.target)
             self._received = 0
-            self.state = State.BODY
+            self.state = BODY
             self._entered_at = self._active_at
             self._begin_request()
         except GatewayError as error:
             self.reject(error)
 
     def on_body(self, piece: bytes) -> None:
-        if self.state is not State.BODY:
+        if self.state is not BODY:
             return
         request, call = self.request, self._call
         request.body_size += len(piece)
@@ -12866,9 +12870,9 @@ class ClientConnection(asyncio.Protocol):
             self.reject(error)
 
     def on_message_complete(self) -> None:
-        if self.state is State.LEAVING:
+        if self.state is LEAVING:
             self.transport.close()
-        if self.state is not State.BODY:
+        if self.state is not BODY:
             return
         self.request.is_whole = True
         if not self._parser.should_keep_alive():  # a trailer may say so
@@ -12876,7 +12880,7 @@ class ClientConnection(asyncio.Protocol):
         call, self._call = self._call, None
         if call is None:
             return self._begin_page()
-        self.state = State.ANSWERING
+        self.state = CALL
         call.body = self.request.body
         self.request.headers, self.request.named, self.request.body = [], {}, b""  # the call has them
         self._door.gateway.start(call, self.sink)
@@ -12890,7 +12894,7 @@ class ClientConnection(asyncio.Protocol):
         The parser would take these for another protocol. Every stock HttpClient of the JDK asks for h2c, with bodies.
         """
         self._parser = httptools.HttpRequestParser(self)
-        self.state = State.IDLE
+        self.state = IDLE
         self.data_received(self.request.head_without_upgrade() + rest)
 
     def _begin_request(self) -> None:
@@ -12949,7 +12953,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _begin_page(self) -> None:
         """Have a request that is no call answered once this read is parsed: by then is known what came behind it."""
-        self.state = State.PAGE
+        self.state = PAGE
         asyncio.get_running_loop().call_soon(Bridge(self._door, self).start)
 
     def reject(self, error: GatewayError) -> None:
@@ -12966,7 +12970,7 @@ class ClientConnection(asyncio.Protocol):
         if not self.request.is_whole:
             self._leave()
             return self.transport.write_eof()
-        self.state = State.IDLE
+        self.state = IDLE
         self._entered_at = self._door.now()
         self.sink.exchange = None
         if not self.keeps_alive:
@@ -12980,7 +12984,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _leave(self) -> None:
         """Keep nothing of a request: what still comes is thrown away."""
-        self.state = State.LEAVING
+        self.state = LEAVING
         self._entered_at = self._active_at = self._door.now()
         self.request = Request()
 
@@ -12991,21 +12995,21 @@ class ClientConnection(asyncio.Protocol):
         silence, age = now - self._active_at, now - self._entered_at
         has_unsent = self.transport.get_write_buffer_size() > 0
         is_stuck = False
-        if self.state is State.LEAVING:
+        if self.state is LEAVING:
             is_stuck = age > pace.body_s
             if not has_unsent:
                 is_stuck = age > pace.leave_s or silence > pace.linger_s
-        elif self.state is State.PAGE and age > pace.page_s:
+        elif self.state is PAGE and age > pace.page_s:
             is_stuck = True
         elif self._asked_at is not None and now - self._asked_at > pace.ask_s:
             self._ask()
-        elif self.state is State.IDLE and age > pace.head_s:
+        elif self.state is IDLE and age > pace.head_s:
             is_stuck = has_unsent and age > pace.page_s  # a page of logs that is not read
             if not self.key_name or age > pace.keep_alive_s or self._door.has_too_many(self.key_name):
                 return self.close()
-        elif self.state is State.HEAD and age > pace.head_s:
+        elif self.state is HEAD and age > pace.head_s:
             self.reject(RequestTimeout("The request did not come in time."))
-        elif self.state is State.BODY and not self._owes_continue:  # the wait for a slot has its own deadline
+        elif self.state is BODY and not self._owes_continue:  # the wait for a slot has its own deadline
             if silence > pace.body_s or age > pace.body_s + self.request.body_size / pace.body_bytes_s:
                 self.reject(RequestTimeout("The request's body came too slowly."))
             elif self._call and age > pace.slow_body_s:
@@ -13031,7 +13035,7 @@ class Door:
     given up, an idle one before any other: of the key that has most connections and has such a one.
     """
 
-    GIVEN_UP = (State.IDLE, State.LEAVING, State.HEAD, State.BODY)  # in this order
+    GIVEN_UP = (IDLE, LEAVING, HEAD, BODY)  # in this order
 
     def __init__(self, gateway: Gateway, application: tornado.web.Application, most: int = 448) -> None:
         self.gateway, self.application, self.most = gateway, application, most

@@ -1289,7 +1289,7 @@ async def test_a_bug_of_ours_is_booked_and_told_without_its_details(gateway, ups
     """
     Invariant 1 holds for our own mistakes: one entry, a 500 in the client's format, the traceback in the log only.
     """
-    gateway.gateway.relay.line = None  # calling None is a bug as good as any
+    gateway.gateway.relay.ready_line = None  # calling None is a bug as good as any
 
     reply = await gateway.post("/v1/messages", HELLO)
 
