@@ -9261,8 +9261,8 @@ class DemoLine:
 
 
 # --- 20. Attempts: one try of one upstream, and the gate --------------------------
-# Offers: ANSWERING, Attempt, ENDED, EXCHANGE_MOVES, ExchangePhase, FAILED, IllegalMove, LEFT, Outcome, PINGED,
-#   QUIET, SERVED, Sink, WHOLE
+# Offers: ANSWERING, Attempt, ENDED, EXCHANGE_MOVES, ExchangePhase, FAILED, HIDDEN_KEY, IllegalMove, LEFT, Outcome,
+#   PINGED, QUIET, SERVED, Sink, WHOLE
 
 # A call on its way is an `Exchange`: its client on one side, its attempts on the other. An upstream may fail at any
 # byte, and a client may leave or stop reading at any byte. Until the client has got the first byte of an answer a
@@ -9323,6 +9323,9 @@ EXCHANGE_MOVES: dict[ExchangePhase, tuple[ExchangePhase, ...]] = {
     SERVED: (ENDED,),
     ENDED: (),
 }
+
+
+HIDDEN_KEY = "(our API key)"  # in place of one that an upstream says back, in the log and in the ledger
 
 
 class IllegalMove(Exception):
@@ -9509,7 +9512,10 @@ class Attempt(msgspec.Struct, eq=False):
         if reader.has_failed and reader.did_work and (self.is_streaming or not is_pinged):
             return None  # it is paid for: another try would be paid for as well
         if reader.error_type:
-            sentence = f"answered with an error ({reader.error_type})"
+            error_type = reader.error_type
+            if self.ticket.choice.api_key:
+                error_type = error_type.replace(self.ticket.choice.api_key, HIDDEN_KEY)
+            sentence = f"answered with an error ({error_type})"
             return self._unless_passed(Failure("upstream_error", sentence, str(self.error_status)))
         if not self.is_streaming:
             is_answer = self.is_json and not reader.is_broken and not is_pinged
@@ -11021,6 +11027,10 @@ class Bookkeeper:
         entry.error_type = attempt.reader.error_type or entry.error_type
         if attempt.reader.absurd:
             entry.error_type = entry.error_type or "absurd_usage"
+        api_key = attempt.ticket.choice.api_key
+        if api_key and api_key in f"{entry.upstream_request_id} {entry.model_served} {entry.error_type}":
+            for name in ("upstream_request_id", "model_served", "error_type"):  # an upstream has said our key back
+                setattr(entry, name, getattr(entry, name).replace(api_key, HIDDEN_KEY))
         if attempt.first_byte_at is not None:
             entry.first_byte_ms = round((attempt.first_byte_at - call.started) * 1e3, 1)
         return entry

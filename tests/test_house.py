@@ -33,7 +33,7 @@ BUDGETS = {
     "Connections": 500,
     "Upstreams": 800,
     "Demo": 100,
-    "Attempts": 400,
+    "Attempts": 410,
     "Relay": 570,
     "Events": 320,
     "Metrics": 214,

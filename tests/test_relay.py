@@ -1319,6 +1319,32 @@ async def test_invariant_9_no_secret_leaves(gateway, upstream, caplog):
     caplog.clear()
 
 
+async def test_an_api_key_that_an_upstream_says_back_is_neither_in_the_ledger_nor_in_the_log(gateway, upstream, caplog):
+    """
+    As an error's type, as the model that served, as the id of its answer. The answer's own bytes are the client's.
+    """
+    caplog.set_level("DEBUG")
+    failed = {"type": "error", "error": {"type": f"bad_{UPSTREAM_KEY}", "message": "no"}}
+    answered = {
+        "id": "msg_1",
+        "type": "message",
+        "role": "assistant",
+        "model": UPSTREAM_KEY,
+        "content": [],
+        "usage": {},
+    }
+    upstream.scripts = [json_body(each, request_id=f"req-{UPSTREAM_KEY}") for each in (failed, answered)]
+
+    for _ in range(2):
+        await gateway.post("/v1/messages", HELLO)
+        await gateway.settled()
+
+    booked = json.dumps(gateway.entries())
+    assert UPSTREAM_KEY not in booked + caplog.text
+    assert "req-(our API key)" in booked and "bad_(our API key)" in booked + caplog.text
+    caplog.clear()
+
+
 # --- what an error that is the client's at once says of its upstream --------------------
 
 
