@@ -1687,8 +1687,8 @@ class Policies(tuple[tuple[str, Policy], ...]):
 
 
 # --- 5. Settings: every setting as a typed field ----------------------------------
-# Offers: BreakerConfig, ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED,
-#   UpstreamConfig, UsageConfig, VerdictConfig, VERDICTS, Weights
+# Offers: ConfigFile, FRAMING, HeaderRules, is_withheld, NO_RULES, REFUSED_KEY, Serving, UNREACHED, UpstreamConfig,
+#   UsageConfig, VerdictConfig, VERDICTS, Weights
 
 # The settings
 
@@ -8391,12 +8391,14 @@ class Pools:
 # be several cooldowns at once: a call goes where all that cover it let it in. An answer that came to its end clears the
 # counts, and ends what one user is held up for, unless the upstream said for how long. A user who is held up alone
 # counts as one failure for the others. Each cooldown and each reset begins an epoch: what an attempt of an older one
-# brings is ignored.
+# brings is ignored, unless it is a trial of a cooldown that still lasts.
 #
-# Its witnesses are the users on whose failures alone a cooldown of everybody's rests. Two of them hold up the others
-# for `breaker.cooldown` at most, each further one for twice as long. The others have a gate of their own for their
-# trial, which no trial of a witness shuts or puts off. If it fails in the same way, its user is one more witness. Once
-# a trial is answered, what the witnesses meet holds up nobody else for `DOUBTED_S`.
+# Its witnesses are the users on whose failures alone a cooldown of everybody's rests. They and the others have a gate
+# each for their trials. If a witness's fails in the same way, it holds up that witness alone, twice as long each time,
+# and the next may try at once. If another user's does, there is one witness more: the others wait for
+# `breaker.cooldown` for two, twice as long for each further one, the witnesses no longer than before. So whoever met a
+# short outage waits for 10 s, or for 30 s if all calls of one other user fail; ten users ask an upstream that is down
+# for half an hour 80 times. Once a trial is answered, what its witnesses meet holds up nobody else for `DOUBTED_S`.
 #
 # Example, with three failures in a row: mallory's calls get 500 at 0, 5 and 10 s, and mallory is held up until 20 s.
 # Bob's call gets 500 at 11 s: that makes two, and carol's call goes. It gets 500 at 12 s: three, of three users, and
@@ -8462,6 +8464,7 @@ class Whom(NamedTuple):
 
 EVERYBODY = Whom()
 Users = frozenset[str]  # as `user_of` names them
+NO_USERS: Users = frozenset()
 
 
 class Gate:
@@ -8479,6 +8482,11 @@ class Gate:
             self.is_tried = True
             self.opens_at = now + TRIAL_S
 
+    def reopen(self, now: float) -> None:
+        """Let the next trial be made: one has failed."""
+        self.is_tried = False
+        self.opens_at = now
+
     def wait_s(self, now: float) -> float:
         """Return in how many seconds a trial may be made; 0 where one is running, as it may end at any time."""
         if self.is_tried:
@@ -8495,13 +8503,7 @@ class Cooldown:
     )
 
     def __init__(
-        self,
-        health: Health,
-        whom: Whom,
-        why: str,
-        seconds: float,
-        is_said: bool = False,
-        witnesses: Users = frozenset(),
+        self, health: Health, whom: Whom, why: str, seconds: float, is_said: bool = False, witnesses: Users = NO_USERS
     ) -> None:
         self.health = health
         self.whom = whom
@@ -8541,11 +8543,6 @@ class Load:
         self.counting = 0
 
 
-def longest_wait_s(breaker: BreakerConfig, witnesses: int) -> float:
-    """Return how long what so many users met may hold up the others: twice as long with each but the first two."""
-    return breaker.cooldown * 2.0 ** min(max(0, witnesses - 2), 30)
-
-
 def cooldown_length_s(
     ticket: Ticket, whom: Whom, case: str, retry_after_s: float | None, trips: int, chance: float
 ) -> float:
@@ -8563,10 +8560,7 @@ def cooldown_length_s(
 
 
 class Evidence:
-    """Which users met which failures at an upstream or with an API key, in a row: whose calls are held up for it?
-
-    The table above has the cases.
-    """
+    """Which users met which failures in a row, and whose calls are held up for it: the table above has the cases."""
 
     __slots__ = ("_clock", "_doubted", "counts")
 
@@ -8583,8 +8577,8 @@ class Evidence:
 
     def add(
         self, ticket: Ticket, case: str, is_first: bool, is_said: bool, again: Mapping[Whom, Cooldown]
-    ) -> tuple[Whom | None, Users]:
-        """Take in a failure. Return whose calls it and those before it hold up (None: nobody's), and its witnesses.
+    ) -> dict[Whom, Users]:
+        """Take in a failure. Return whose calls it and those before it hold up, each with the witnesses.
 
         `is_first`: of its call; the others count no more. `is_said`: the answer says when to come again. `again`: the
         cooldowns whose trial has failed in the same way.
@@ -8604,19 +8598,24 @@ class Evidence:
         at_once = ticket.choice.upstream.verdict(case).cooldown_s > 0
         is_sure = case in UNREACHED or (kind == "failed" and at_once)
         if is_sure and (at_once or counts.total() >= failures or everybody in again):
-            return everybody, frozenset()
+            return {everybody: NO_USERS}
         now = self._clock.monotonic()
         believed = {name: count for name, count in counts.items() if now >= self._doubted.get(name, -math.inf)}
         is_often = at_once or sum(believed.values()) >= failures
-        if user.user in believed:
-            if everybody in again:
-                return everybody, again[everybody].witnesses.union(believed)
-            if is_often and len(believed) > 1:
-                return everybody, frozenset(believed)
-        if user in again or is_said or kind == "429" or counts[user.user] >= failures:
+        witnesses = NO_USERS
+        if everybody in again:
+            witnesses = again[everybody].witnesses
+        held_up: dict[Whom, Users] = {}
+        is_met = everybody in again or (is_often and len(believed) > 1)
+        if is_met and user.user in believed and user.user not in witnesses:
+            held_up[everybody] = witnesses.union(believed)
+        is_alone = is_said or kind == "429" or counts[user.user] >= failures
+        if everybody in again:
+            user = Whom(user.user, everybody.model)
+        if again or (is_alone and not held_up):
             counts[user.user] = 1  # for the others
-            return user, frozenset()
-        return None, frozenset()
+            held_up[user] = NO_USERS
+        return held_up
 
 
 class Health:
@@ -8660,25 +8659,25 @@ class Health:
     def vouch(self, until: float) -> None:
         """Hold no refusal against the API key, until a time (monotonic)."""
         self.ask_at = self.vouched_until = until
-        counts = self.evidence.counts
-        self.evidence.counts = {key: users for key, users in counts.items() if key[0] not in VOUCHED_FOR}
+        evidence = self.evidence
+        evidence.counts = {key: users for key, users in evidence.counts.items() if key[0] not in VOUCHED_FOR}
         for cooldown in tuple(self.cooldowns.values()):
             if cooldown.kind in VOUCHED_FOR:
                 cooldown.close()
 
     def cool_down(self, cooldown: Cooldown, others_s: float) -> None:
-        """Begin a cooldown, or the one that it follows anew. Whoever is no witness waits for `others_s` at most."""
+        """Begin a cooldown, or the one that it follows anew: for its witnesses until then, for others `others_s`."""
         now = self.clock.monotonic()
         for old in tuple(self.cooldowns.values()):
-            if now > old.until + KEPT_S:
+            if now > max(old.until, old.gate.opens_at) + KEPT_S:
                 del self.cooldowns[old.whom]
         before = self.cooldowns.get(cooldown.whom)
         if before:
             cooldown.trips += before.trips
         if cooldown.witnesses:
             cooldown.others_gate = Gate(min(cooldown.until, now + others_s))
-            if before and cooldown.witnesses <= before.witnesses:
-                cooldown.others_gate = before.others_gate
+            if before and before.witnesses:
+                cooldown.gate = before.gate
         self.cooldowns[cooldown.whom] = cooldown
         self.epoch += 1
 
@@ -8696,11 +8695,8 @@ class Health:
 
     def shown(self) -> Cooldown | None:
         """Return the cooldown that people are shown: for the most calls, and the longest."""
-
-        def rank(cooldown: Cooldown) -> tuple[bool, bool, float]:
-            return cooldown.whom.user != "", cooldown.whom.model != "", -cooldown.until
-
-        return min(self.cooldowns.values(), key=rank, default=None)
+        every = self.cooldowns.values()
+        return min(every, key=lambda each: (each.whom.user != "", each.whom.model != "", -each.until), default=None)
 
     def state(self, now: float) -> str:
         """Return in a word how it stands for all but the users for whom alone it may be left alone."""
@@ -8937,8 +8933,7 @@ class Upstreams:
     def ready_in(self, call: Call, tried: frozenset[Place]) -> float:
         """Return in how many seconds somebody may be ready for a call; infinite where nobody is left."""
         now = self._clock.monotonic()
-        choices = self.choices_of(call)
-        waits = (choice.ready_in(now, call) for choice in choices if choice.place not in tried)
+        waits = (choice.ready_in(now, call) for choice in self.choices_of(call) if choice.place not in tried)
         return min(waits, default=math.inf)
 
     def refused_key(self, call: Call) -> tuple[str, str] | None:
@@ -9070,20 +9065,23 @@ class Upstreams:
                 again[cooldown.whom] = cooldown
             elif cooldown.health is health or verdict.blame == "key":  # else nothing is known of the API key
                 cooldown.close()
-        if not is_current:
-            return
         call = ticket.call
+        is_held_up = any(each.whom.user and each.whom not in again for each in health.cooldowns_of(call))
+        if is_held_up or not (is_current or again):
+            return  # it began before that
+        for cooldown in again.values():
+            cooldown.gate_of(call).reopen(self._clock.monotonic())
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
         if is_first:
             call.blamed += (health,)
             health.failures += 1
         if case in VOUCHED_FOR and self._is_vouched_for(choice, health):
             return
-        whom, witnesses = health.evidence.add(ticket, case, is_first, bool(retry_after_s), again)
-        if whom is not None:
+        held_up = health.evidence.add(ticket, case, is_first, bool(retry_after_s), again)
+        for whom, witnesses in held_up.items():
             trips = health.cooldowns[whom].trips if whom in health.cooldowns else 0
             seconds = cooldown_length_s(ticket, whom, case, retry_after_s, trips, self._chance())
-            others_s = longest_wait_s(call.config.routing.breaker, len(witnesses))
+            others_s = call.config.routing.breaker.cooldown * 2.0 ** min(max(0, len(witnesses) - 2), 30)
             self._cool_down(choice, Cooldown(health, whom, case, seconds, bool(retry_after_s), witnesses), others_s)
 
     def _cool_down(self, choice: Choice, cooldown: Cooldown, others_s: float) -> None:
@@ -10420,10 +10418,10 @@ def log_cooldown(event: UpstreamTripped) -> None:
     choice, cooldown = event.choice, event.cooldown
     seconds = cooldown.until_time - cooldown.since
     whose = ""
-    if cooldown.whom.model:
-        whose = f"{printable(cooldown.whom.model)} only, for "
-    elif cooldown.whom.user:
+    if cooldown.whom.user:
         whose = f"the calls of {cooldown.whom.user} only, for "
+    elif cooldown.whom.model:
+        whose = f"{printable(cooldown.whom.model)} only, for "
     others = ""
     others_s = cooldown.others_gate.wait_s(cooldown.health.clock.monotonic())
     if others_s < seconds - 1:

@@ -732,77 +732,99 @@ def test_the_report_says_why_an_upstream_is_left_alone_since_when_and_until_when
 
 
 class NaiveRest:
-    """One cooldown, when the next call of somebody else's may try, and on how many users' failures it rests."""
+    """One cooldown, on which users' failures it rests, and from when on their next call and the others' may try."""
 
-    def __init__(self, now: float, seconds: float, trips: int, users: set[str]) -> None:
-        self.until, self.trips, self.users, self.is_tried = now + seconds, trips, users, False
-        others_s = 10.0 * 2 ** max(0, len(users) - 2) if users else math.inf
-        self.trial_at = min(self.until, now + others_s)
+    def __init__(self, now: float, trips: int, users: set[str]) -> None:
+        self.until, self.trips, self.users = now + min(40.0, 10.0 * 2**trips), trips + 1, users
+        self.gate = self.others_gate = g.Gate(self.until)
+        if users:
+            self.others_gate = g.Gate(min(self.until, now + 10.0 * 2 ** max(0, len(users) - 2)))
+
+    def gate_of(self, user: str) -> g.Gate:
+        return self.gate if user in self.users else self.others_gate
 
 
 class NaiveBreaker:
-    """One breaker, as simple as it can be said, for calls each of another user: it rests for one, a model, or all."""
+    """One breaker, as simple as it can be said: it rests for one user, a model, or all."""
 
     def __init__(self) -> None:
-        self.era = self.failures = self.count = 0
-        self.users: set[str] = set()  # who failed, but for those whose cooldown an answer has ended
-        self.rests: dict[str | g.Whom, NaiveRest] = {}
+        self.era = self.failures = 0
+        self.counts: Counter[str] = Counter()  # of each user
+        self.doubted: dict[str, float] = {}  # whose cooldown an answer has ended, until when
+        self.rests: dict[g.Whom, NaiveRest] = {}
         self.began: dict[g.Ticket, int] = {}
-        self.tries: dict[g.Ticket, list[NaiveRest]] = {}
+        self.tries: dict[g.Ticket, list[tuple[g.Whom, g.Gate]]] = {}
 
-    def lets_in(self, now: float) -> bool:
-        return all(now >= rest.trial_at for rest in self.of_others())
+    def gates_of(self, user: str) -> list[tuple[g.Whom, g.Gate]]:
+        return [(whom, rest.gate_of(user)) for whom, rest in self.rests.items() if whom.user in ("", user)]
 
-    def of_others(self) -> list[NaiveRest]:
-        """Those that cover a new call, which is of a user of its own."""
-        return [rest for name, rest in self.rests.items() if isinstance(name, str)]
+    def lets_in(self, user: str, now: float) -> bool:
+        return all(now >= gate.opens_at for _, gate in self.gates_of(user))
 
     def begin(self, ticket: g.Ticket, now: float) -> None:
         self.began[ticket] = self.era
-        self.tries[ticket] = self.of_others()
-        for rest in self.of_others():
-            if not rest.is_tried:
-                rest.is_tried, rest.trial_at = True, now + 10.0
+        self.tries[ticket] = self.gates_of(ticket.call.key.name)
+        for _, gate in self.tries[ticket]:
+            if not gate.is_tried:
+                gate.is_tried, gate.opens_at = True, now + 10.0
 
-    def answered(self, ticket: g.Ticket) -> None:
-        for name, rest in tuple(self.rests.items()):
-            if rest in self.tries[ticket]:
-                del self.rests[name]
-                self.users -= rest.users
-        self.tries[ticket] = []
+    def tried(self, ticket: g.Ticket) -> list[g.Whom]:
+        """Those that the call still finds out about; it does so once."""
+        tries, self.tries[ticket] = self.tries[ticket], []
+        rests = self.rests
+        return [w for w, gate in tries if w in rests and gate in (rests[w].gate, rests[w].others_gate)]
+
+    def answered(self, ticket: g.Ticket, now: float) -> None:
+        for whom in self.tried(ticket):
+            self.doubted.update(dict.fromkeys(self.rests.pop(whom).users, now + 600.0))
 
     def finished(self, ticket: g.Ticket) -> None:
         if self.began[ticket] == self.era:
-            self.failures = self.count = 0
-            self.users = set()
-            self.rests = {name: rest for name, rest in self.rests.items() if isinstance(name, str)}
+            self.failures = 0
+            self.counts.clear()
+            self.rests = {whom: rest for whom, rest in self.rests.items() if not whom.user}
 
     def failed(self, ticket: g.Ticket, now: float, case: str) -> None:
-        tried = {name: rest.users for name, rest in self.rests.items() if rest in self.tries[ticket]}
-        self.left(ticket)
-        if self.began[ticket] == self.era:
-            self.failures += 1
-            self.count += 1
-            self.users |= {ticket.call.key.name}
-            name: str | g.Whom = "model" if case == "429" else "all"
-            users = self.users | tried.get(name, set())
-            if case == "429" and len(users) == 1:
-                name, users = g.Whom(user=ticket.call.key.name), set()
-            is_sure = case == "unreachable"
-            if case == "429" or name in tried or (self.count if is_sure else len(self.users)) >= 3:
-                if is_sure:
-                    users = set()
-                self.rests = {each: rest for each, rest in self.rests.items() if now <= rest.until + 600}
-                trips = self.rests[name].trips if name in self.rests else 0
-                self.rests[name] = NaiveRest(now, min(40.0, 10.0 * 2**trips), trips + 1, users)
-                self.era += 1
+        user, tried = ticket.call.key.name, self.tried(ticket)
+        if any(whom.user == user and whom not in tried for whom in self.rests):
+            return
+        if self.began[ticket] != self.era and not tried:
+            return
+        for whom in tried:
+            gate = self.rests[whom].gate_of(user)
+            gate.is_tried, gate.opens_at = False, now
+        self.failures += 1
+        self.counts[user] += 1
+        everybody = g.Whom(model=MODEL if case == "429" else "")
+        is_again = everybody in tried
+        if case == "unreachable" and (is_again or self.counts.total() >= 3):
+            self.rest(everybody, now, set())
+            return
+        users = {name: count for name, count in self.counts.items() if now >= self.doubted.get(name, 0.0)}
+        before = self.rests[everybody].users if is_again else set()
+        is_often = len(users) > 1 and (case == "429" or sum(users.values()) >= 3)
+        is_for_all = user in users and user not in before and (is_again or is_often)
+        if is_for_all:
+            self.rest(everybody, now, before | set(users))
+        if tried or (not is_for_all and (case == "429" or self.counts[user] >= 3)):
+            self.counts[user] = 1
+            self.rest(g.Whom(user, everybody.model if is_again else ""), now, set())
+
+    def rest(self, whom: g.Whom, now: float, users: set[str]) -> None:
+        self.rests = {w: rest for w, rest in self.rests.items() if now <= max(rest.until, rest.gate.opens_at) + 600}
+        before = self.rests.get(whom)
+        self.rests[whom] = NaiveRest(now, before.trips if before else 0, users)
+        if users and before and before.users:
+            self.rests[whom].gate = before.gate
+        self.era += 1
 
     def left(self, ticket: g.Ticket) -> None:
         self.tries[ticket] = []
 
     def reset(self) -> None:
-        self.failures = self.count = 0
-        self.users = set()
+        self.failures = 0
+        self.counts.clear()
+        self.doubted.clear()
         self.rests.clear()
         self.era += 1
 
@@ -820,10 +842,12 @@ class BreakerMachine(RuleBasedStateMachine):
     def now(self) -> float:
         return self.world.clock.now
 
-    @rule()
-    def begin(self) -> None:
-        ticket = self.world.upstreams.take(self.world.call_of(), set())
-        assert (ticket is not None) == (self.upstream.lets_in(self.now) and self.key.lets_in(self.now))
+    @rule(user=st.sampled_from(["", "", "alice", "bob"]))
+    def begin(self, user) -> None:
+        call = self.world.call_of(user)
+        ticket = self.world.upstreams.take(call, set())
+        is_let_in = all(naive.lets_in(call.key.name, self.now) for naive in (self.upstream, self.key))
+        assert (ticket is not None) == is_let_in
         if ticket:
             self.tickets.append(ticket)
             self.upstream.begin(ticket, self.now)
@@ -834,8 +858,8 @@ class BreakerMachine(RuleBasedStateMachine):
     def answer(self, data) -> None:
         ticket = data.draw(st.sampled_from(self.tickets))
         self.world.upstreams.record_answer(ticket)
-        self.upstream.answered(ticket)
-        self.key.answered(ticket)
+        self.upstream.answered(ticket, self.now)
+        self.key.answered(ticket, self.now)
 
     @precondition(lambda self: self.tickets)
     @rule(data=st.data(), case=st.sampled_from(["ok", "529", "529", "unreachable", "429", "400", "gone"]))
@@ -848,9 +872,9 @@ class BreakerMachine(RuleBasedStateMachine):
             self.world.upstreams.record_failure(ticket, case)
         ticket.__exit__()
         if case in ("ok", "400"):
-            self.key.answered(ticket)
+            self.key.answered(ticket, self.now)
         if case in ("ok", "400", "429"):
-            self.upstream.answered(ticket)
+            self.upstream.answered(ticket, self.now)
         if case == "ok":
             self.upstream.finished(ticket)
             self.key.finished(ticket)
@@ -874,14 +898,15 @@ class BreakerMachine(RuleBasedStateMachine):
     @invariant()
     def counters_agree(self) -> None:
         (choice,) = self.world.upstreams.choices(self.world.config.upstreams[0])
-        names = {g.EVERYBODY: "all", g.Whom(model=MODEL): "model"}
         for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
-            rests = {names.get(whom, whom): rest for whom, rest in health.cooldowns.items()}
             assert (health.running, health.failures) == (len(self.tickets), naive.failures)
             assert {
-                name: (rest.until, rest.others_gate.opens_at, rest.trips, rest.witnesses)
-                for name, rest in rests.items()
-            } == {name: (rest.until, rest.trial_at, rest.trips, rest.users) for name, rest in naive.rests.items()}
+                whom: (rest.until, rest.gate.opens_at, rest.others_gate.opens_at, rest.trips, rest.witnesses)
+                for whom, rest in health.cooldowns.items()
+            } == {
+                whom: (rest.until, rest.gate.opens_at, rest.others_gate.opens_at, rest.trips, rest.users)
+                for whom, rest in naive.rests.items()
+            }
 
     def teardown(self) -> None:
         for ticket in self.tickets:
@@ -1078,7 +1103,8 @@ def test_the_more_users_met_it_the_longer_the_others_wait(case):
 @pytest.mark.parametrize(("case", "retry_after_s", "away_s"), [("429", 600.0, 630.0), ("500", None, 10.0)])
 def test_where_only_two_users_ask_both_are_held_up_for_as_long_as_the_upstream_said(case, retry_after_s, away_s):
     """
-    What they met is all that there is to know. Of their calls one is the trial, and its failure holds up both again.
+    What they met is all that there is to know. Of their calls one is the trial, and its failure holds up its user
+    again; then the other one may try, and is held up as well.
     """
     world = World({"a": ""})
     world.fail_for("alice", case)
@@ -1095,7 +1121,9 @@ def test_where_only_two_users_ask_both_are_held_up_for_as_long_as_the_upstream_s
         world.upstreams.record_failure(trial, case, retry_after_s)
 
     assert let_in == [False] * 5
-    assert world.upstreams.ready_in(world.call_of("alice"), set()) >= min(20.0, away_s)
+    assert world.upstreams.ready_in(world.call_of("bob"), set()) == away_s
+    world.fail_for("alice", case, retry_after_s)
+    assert world.upstreams.ready_in(world.call_of("alice"), set()) == away_s
     assert world.is_let_in("carol")
 
 
@@ -1155,17 +1183,101 @@ async def test_a_trial_of_a_user_who_has_met_it_keeps_nobody_else_waiting():
 @pytest.mark.logs("is left alone")
 def test_those_who_met_it_do_not_put_off_the_others_trial():
     """
-    However often their own fails at the moment at which it may be made.
+    However often their own fails at the moment at which it may be made. Nor each other's: only of that model, and for
+    itself alone.
     """
     world = World({"a": ""})
     for user in ("mallory", "trudy"):
         world.fail_for(user, "403")
     world.clock.advance(1800)
+    states = []
 
-    world.fail_for("mallory", "403")
-    states = [world.is_let_in(user) for user in ("mallory", "trudy", "bob")]
+    for user in ("mallory", "trudy"):
+        world.fail_for(user, "403")
+        states.append([world.is_let_in(user) for user in ("mallory", "trudy", "bob")])
 
-    assert states == [False, False, True]
+    assert states == [[False, True, True], [False, False, True]]
+    assert world.is_let_in("mallory", "claude-other")
+
+
+def after_an_outage(users: list[str], enemies: list[str], silent_s: int, seconds: int = 300) -> tuple[int, int]:
+    """The longest wait of users who met an outage and ask every second, and how often they ask in vain.
+
+    The enemies are always first, and all their calls fail: at once, or after so long.
+    """
+    world = World({"a": ""})
+    for user in users * 3:
+        if world.is_let_in(user):
+            world.fail_for(user)
+    last, refusals, longest = dict.fromkeys(users, 0), 0, 0
+    running: list[tuple[int, g.Ticket]] = []
+    for now in range(seconds):
+        for ends_at, ticket in tuple(running):
+            if now >= ends_at:
+                with ticket:
+                    world.upstreams.record_failure(ticket, "500")
+                running.remove((ends_at, ticket))
+        for user in enemies:
+            while len(running) < 10 and (ticket := world.upstreams.take(world.call_of(user), set())):
+                running.append((now + silent_s, ticket))
+                if not silent_s:
+                    running.pop()
+                    with ticket:
+                        world.upstreams.record_failure(ticket, "500")
+        for user in last:
+            longest = max(longest, now - last[user])
+            if user in enemies:
+                continue
+            if world.is_let_in(user):
+                with world.take(user=user) as good:
+                    world.upstreams.record_answer(good)
+                    world.upstreams.record_success(good)
+                last[user] = now
+            else:
+                refusals += 1
+        world.clock.advance(1)
+    for _, ticket in running:
+        ticket.__exit__()
+    return longest, refusals
+
+
+@pytest.mark.parametrize(
+    ("enemies", "silent_s", "longest_s"),
+    [
+        (["mallory"], 0, 10),
+        (["mallory"], 7, 30),
+        (["mallory"], 60, 20),
+        (["mallory", "trudy", "oscar"], 0, 31),  # when it is over, they hold up the others as any three users do
+    ],
+)
+@pytest.mark.parametrize("met", [1, 2, 3, 5])
+def test_those_who_met_a_short_outage_wait_for_seconds_whatever_others_send(caplog, met, enemies, silent_s, longest_s):
+    """
+    One user whose requests fail won their trial each time, and they waited for 20, 40, 80 s and on without end.
+    """
+    users = [f"user {number}" for number in range(met)]
+    longest, refusals = after_an_outage(users, enemies, silent_s)
+
+    assert longest <= longest_s and refusals <= met * 50
+    caplog.clear()
+
+
+@pytest.mark.parametrize("users", [1, 2, 3, 10])
+def test_an_upstream_that_is_down_is_asked_ten_times_in_half_an_hour_by_each_user(caplog, users):
+    """
+    Each waits for twice as long after each failed trial, at most for ten minutes: as many times as one alone would.
+    """
+    world = World({"a": ""})
+    asked: Counter[str] = Counter()
+    for _ in range(1800):
+        for user in (f"user {number}" for number in range(users)):
+            if world.is_let_in(user):
+                asked[user] += 1
+                world.fail_for(user)
+        world.clock.advance(1)
+
+    assert max(asked.values()) <= 10 and asked.total() <= 80
+    caplog.clear()
 
 
 @pytest.mark.logs("its API key is left alone for 30 m: 401")

@@ -31,7 +31,7 @@ BUDGETS = {
     "Formats": 790,
     "Dialects": 200,
     "Connections": 500,
-    "Upstreams": 800,
+    "Upstreams": 798,
     "Demo": 100,
     "Attempts": 410,
     "Relay": 570,
