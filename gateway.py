@@ -1564,6 +1564,11 @@ class Expiry:
             raise ValueError(f"expected {A_DATE}, got {describe(value)}")
         return cls(value)
 
+    @property
+    def last_day(self) -> dt.date | None:
+        """The day that a key works through; None where it ends at a moment."""
+        return None if isinstance(self._value, dt.datetime) else self._value
+
     def at(self, timezone: dt.tzinfo) -> float:
         """Return seconds since 1970; what has no time zone of its own is in `timezone`."""
         value = self._value
@@ -1972,7 +1977,7 @@ class ConfigFile(Setting, frozen=True):
 
 # --- 6. Config: YAML to a checked, frozen snapshot --------------------------------
 # Offers: available_memory, Config, config_digest, ConfigError, Document, is_mounted, join_steps, ledger_of,
-#   read_text, setting_of, TEXT_LOADER, time_zone
+#   read_text, TEXT_LOADER, time_zone_of
 
 # A text becomes a snapshot in four steps. Each tells all the mistakes it finds, at most MAX_TOLD, with file, line, path
 # and what would be right; the next step begins only where there were none.
@@ -2460,7 +2465,9 @@ class Builder:
             if entry.team in teams:
                 budgets.append(teams[entry.team])
             elif entry.team:
-                self._mistakes.note((*at, "team"), str(unknown("team", entry.team, teams)))
+                what = f"team {describe(entry.team)}"
+                why = str(unknown(what, entry.team, teams)) if teams else f"unknown {what}; `teams` has none"
+                self._mistakes.note((*at, "team"), why)
             models, networks, last4 = entry.models, entry.allow_ips, entry.key.last4
             ends = entry.expires.at(timezone) if entry.expires else math.inf
             keys.append(
@@ -2748,6 +2755,14 @@ def setting_of(document: Document, *steps: str, default: str) -> str:
     if not isinstance(value, str) or not value:
         raise document.problem(steps, "must be known here")
     return value
+
+
+def time_zone_of(document: Document) -> dt.tzinfo:
+    """The time zone by a config that has a mistake somewhere. Raises ConfigError where that is just there."""
+    try:
+        return time_zone(setting_of(document, "server", "timezone", default="UTC"))
+    except ValueError as error:
+        raise document.problem(("server", "timezone"), str(error)) from None
 
 
 def ledger_of(document: Document) -> Path:
@@ -8393,7 +8408,7 @@ class Pools:
 # counts as one failure for the others. Each cooldown and each reset begins an epoch: what an attempt of an older one
 # brings is ignored, unless it is a trial of a cooldown that still lasts.
 #
-# Its witnesses are the users on whose failures alone a cooldown of everybody's rests. They and the others have a gate
+# Its witnesses are the users on whose failures alone a cooldown of everybody's rests. They and the others have a door
 # each for their trials. If a witness's fails in the same way, it holds up that witness alone, twice as long each time,
 # and the next may try at once. If another user's does, there is one witness more: the others wait for
 # `breaker.cooldown` for two, twice as long for each further one, the witnesses no longer than before. So whoever met a
@@ -8467,7 +8482,7 @@ Users = frozenset[str]  # as `user_of` names them
 NO_USERS: Users = frozenset()
 
 
-class Gate:
+class TrialDoor:
     """Where calls that a cooldown holds up are let through: one at `opens_at`, the others `TRIAL_S` later."""
 
     __slots__ = ("is_tried", "opens_at")
@@ -8498,7 +8513,7 @@ class Cooldown:
     """One time in which an upstream or an API key is left alone for some calls, until one of them gets an answer."""
 
     __slots__ = (
-        *("gate", "health", "is_said", "kind", "others_gate", "since", "trips"),
+        *("door", "health", "is_said", "kind", "others_door", "since", "trips"),
         *("until", "until_time", "whom", "why", "witnesses"),
     )
 
@@ -8516,16 +8531,16 @@ class Cooldown:
         self.until = now + seconds
         self.since = health.clock.wall()
         self.until_time = self.since + seconds  # wall time
-        self.gate = Gate(self.until)
-        self.others_gate = self.gate  # of those who are no witnesses
+        self.door = TrialDoor(self.until)
+        self.others_door = self.door  # of those who are no witnesses
 
     def is_new_to(self, call: Call) -> bool:
         """Whether a call is of a user who has not met what led to it."""
         return not self.witnesses or user_of(call) not in self.witnesses
 
-    def gate_of(self, call: Call) -> Gate:
+    def door_of(self, call: Call) -> TrialDoor:
         """Return where it lets a call through."""
-        return self.others_gate if self.is_new_to(call) else self.gate
+        return self.others_door if self.is_new_to(call) else self.door
 
     def close(self) -> None:
         """Let in whom this covers; what its witnesses met was their own, or is over."""
@@ -8669,15 +8684,15 @@ class Health:
         """Begin a cooldown, or the one that it follows anew: for its witnesses until then, for others `others_s`."""
         now = self.clock.monotonic()
         for old in tuple(self.cooldowns.values()):
-            if now > max(old.until, old.gate.opens_at) + KEPT_S:
+            if now > max(old.until, old.door.opens_at) + KEPT_S:
                 del self.cooldowns[old.whom]
         before = self.cooldowns.get(cooldown.whom)
         if before:
             cooldown.trips += before.trips
         if cooldown.witnesses:
-            cooldown.others_gate = Gate(min(cooldown.until, now + others_s))
+            cooldown.others_door = TrialDoor(min(cooldown.until, now + others_s))
             if before and before.witnesses:
-                cooldown.gate = before.gate
+                cooldown.door = before.door
         self.cooldowns[cooldown.whom] = cooldown
         self.epoch += 1
 
@@ -8691,7 +8706,7 @@ class Health:
 
     def is_out(self, now: float) -> bool:
         """Whether it is left alone for everybody."""
-        return EVERYBODY in self.cooldowns and self.cooldowns[EVERYBODY].others_gate.wait_s(now) > 0
+        return EVERYBODY in self.cooldowns and self.cooldowns[EVERYBODY].others_door.wait_s(now) > 0
 
     def shown(self) -> Cooldown | None:
         """Return the cooldown that people are shown: for the most calls, and the longest."""
@@ -8703,7 +8718,7 @@ class Health:
         shown = self.shown()
         if shown is None or shown.whom.user:
             return "ok"
-        return "cooling" if shown.others_gate.wait_s(now) > 0 else "half_open"
+        return "cooling" if shown.others_door.wait_s(now) > 0 else "half_open"
 
     def row(self, now: float) -> dict[str, Any]:
         """Return how it stands, for people: why it is left alone, since when and until when. Names no user."""
@@ -8741,7 +8756,7 @@ class Choice(NamedTuple):
         """Whether a call may be sent there now: neither left alone nor full."""
         health, key, limit = self.health, self.key_health, self.upstream.max_concurrent
         is_cooling = health.cooldowns or key.cooldowns
-        if is_cooling and any(now < cooldown.gate_of(call).opens_at for cooldown in self.cooldowns_of(call)):
+        if is_cooling and any(now < cooldown.door_of(call).opens_at for cooldown in self.cooldowns_of(call)):
             return False
         if self.is_count:
             # It has half of the slots, and so leaves the others to calls that are paid for.
@@ -8756,8 +8771,8 @@ class Choice(NamedTuple):
         return self.health.cooldowns_of(call) + self.key_health.cooldowns_of(call)
 
     def ready_in(self, now: float, call: Call) -> float:
-        """Return in how many seconds no cooldown covers a call, as far as is known."""
-        return max([0.0, *(cooldown.gate_of(call).wait_s(now) for cooldown in self.cooldowns_of(call))])
+        """Return in how many seconds a call may be let in; fullness is not looked at."""
+        return max([0.0, *(cooldown.door_of(call).wait_s(now) for cooldown in self.cooldowns_of(call))])
 
 
 @functools.lru_cache(maxsize=8192)  # a session asks again and again
@@ -8812,20 +8827,20 @@ class Ticket:
             health.load.counting += 1
             key_health.load.counting += 1
         self._epochs = (health.epoch, key_health.epoch)
-        self.trials: Sequence[tuple[Cooldown, Gate]] = ()  # what it finds out about, and where it was let through
+        self.trials: Sequence[tuple[Cooldown, TrialDoor]] = ()  # what it finds out about, and where it was let in
         if health.cooldowns or key_health.cooldowns:
-            self.trials = [(cooldown, cooldown.gate_of(call)) for cooldown in choice.cooldowns_of(call)]
-            for _, gate in self.trials:
-                gate.enter(call.config.clock.monotonic())
+            self.trials = [(cooldown, cooldown.door_of(call)) for cooldown in choice.cooldowns_of(call)]
+            for _, door in self.trials:
+                door.enter(call.config.clock.monotonic())
 
     def __enter__(self) -> Ticket:
         return self
 
     def end_trials(self) -> list[Cooldown]:
         """End its trials; return the cooldowns about which no other call has found out yet."""
-        trials = [(cooldown.health.cooldowns.get(cooldown.whom), gate) for cooldown, gate in self.trials]
+        trials = [(cooldown.health.cooldowns.get(cooldown.whom), door) for cooldown, door in self.trials]
         self.trials = ()
-        return [cooldown for cooldown, gate in trials if cooldown and gate in (cooldown.gate, cooldown.others_gate)]
+        return [cooldown for cooldown, door in trials if cooldown and door in (cooldown.door, cooldown.others_door)]
 
     def is_current(self, health: Health) -> bool:
         """Whether this attempt began in the present epoch of its upstream's or key's health."""
@@ -9070,7 +9085,7 @@ class Upstreams:
         if is_held_up or not (is_current or again):
             return  # it began before that
         for cooldown in again.values():
-            cooldown.gate_of(call).reopen(self._clock.monotonic())
+            cooldown.door_of(call).reopen(self._clock.monotonic())
         is_first = health not in call.blamed  # a call that tries it again and again is one failure
         if is_first:
             call.blamed += (health,)
@@ -10423,7 +10438,7 @@ def log_cooldown(event: UpstreamTripped) -> None:
     elif cooldown.whom.model:
         whose = f"{printable(cooldown.whom.model)} only, for "
     others = ""
-    others_s = cooldown.others_gate.wait_s(cooldown.health.clock.monotonic())
+    others_s = cooldown.others_door.wait_s(cooldown.health.clock.monotonic())
     if others_s < seconds - 1:
         others = f"; users who have not met it wait for {others_s:.1f} s"
     if cooldown.why in REFUSED_KEY:
@@ -10964,9 +10979,9 @@ class Bookkeeper:
 
     def _book(self, exchange: Exchange, outcome: Outcome) -> None:
         entry = self._entry(exchange, exchange.attempt, outcome)
-        for attempt, tried in exchange.discarded:
+        for attempt, case in exchange.discarded:
             if attempt is not exchange.attempt:  # else it is the entry's own
-                thrown_away = self._entry(exchange, attempt, Outcome(tried))
+                thrown_away = self._entry(exchange, attempt, Outcome(case))
                 line = msgspec.convert(thrown_away, Discarded, from_attributes=True)
                 self._ledger.note(line)
                 self._emit(AttemptDiscarded(exchange.call, line))
@@ -11417,14 +11432,15 @@ class Gateway:
 # gateway announces who made it (`ChangeMade`), which is a line of its log. `act` does both in the running gateway: an
 # admin endpoint that edits a key is one row of the API's table, which calls it with one action.
 
-ActionCode = Literal["unknown", "taken", "invalid", "failed", "unsure"]
+ActionCode = Literal["unknown", "taken", "done", "invalid", "failed", "unsure"]
 
 
 class ActionError(CommandError):
     """Why an action was not done.
 
-    `code` is `unknown` (nothing has this name), `taken` (something has it), `invalid` (a value that cannot be meant),
-    `failed` (the system refused), or `unsure` (no answer came: it may be done, or still be).
+    `code` is `unknown` (nothing has this name), `taken` (something has it), `done` (before, under this id), `invalid`
+    (a value that cannot be meant), `failed` (the system refused), or `unsure` (no answer came: it may be done, or
+    still be).
     """
 
     def __init__(self, code: ActionCode, why: str) -> None:
@@ -11491,17 +11507,17 @@ def yaml_scalar(text: str) -> str:
     return text if plain else json.dumps(text, ensure_ascii=False)
 
 
-def key_names(editor: ConfigEditor) -> list[str]:
-    """The names of `keys:` in the order of the file, "" where there is none."""
-    node = editor.document.find("keys")
+def names_in(editor: ConfigEditor, kind: Literal["keys", "teams"]) -> list[str]:
+    """The names of `keys:` or `teams:` in the order of the file, "" where there is none."""
+    node = editor.document.find(kind)
     count = len(node.value) if isinstance(node, yaml.SequenceNode) else 0
-    names = [editor.document.find("keys", i, "name") for i in range(count)]
+    names = [editor.document.find(kind, i, "name") for i in range(count)]
     return [name.value if isinstance(name, yaml.ScalarNode) else "" for name in names]
 
 
 def key_place(editor: ConfigEditor, name: str) -> int:
     """Where a key stands in the file. Raises ActionError."""
-    names = key_names(editor)
+    names = names_in(editor, "keys")
     if name not in names:
         raise unknown_name("key", name, names)
     return names.index(name)
@@ -11513,14 +11529,20 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
     limits: dict[str, str] = {}
     models: tuple[str, ...] = ()
     expires: str = ""
+    team: str = ""
 
     def run(self, path: Path) -> str:
         """Append its hash to `keys:`; the key. Raises ActionError and ConfigError."""
         key = new_key()
         with edited(path) as editor:
-            if self.name in key_names(editor):
+            if self.name in names_in(editor, "keys"):
                 raise ActionError("taken", f"there is a key named {self.name!r} already")
             fields = {"name": yaml_scalar(self.name), "key": seal_key(key)}
+            if self.team:
+                teams = names_in(editor, "teams")
+                if self.team not in teams:
+                    raise unknown_name("team", self.team, teams)
+                fields["team"] = yaml_scalar(self.team)
             if self.limits:
                 for name, amount in self.limits.items():
                     try:
@@ -11534,6 +11556,8 @@ class AddKey(NamedAction, frozen=True, tag="key add"):
                 if read_date(self.expires) is None or not re.match(r"\d{4}-\d\d-", self.expires):
                     why = f"expires: expected a date such as 2027-01-31, got {self.expires!r}"
                     raise ActionError("invalid", why)
+                if Expiry.parse(self.expires).at(time_zone_of(editor.document)) <= Clock().wall():
+                    raise ActionError("invalid", f"expires: {self.expires} is over, the key would never work")
                 fields["expires"] = yaml_scalar(self.expires)
             editor.append_key(fields)
             editor.save()
@@ -11593,9 +11617,10 @@ def secret_places(config: Config) -> Iterator[Steps]:
 
 
 class Sealed(NamedTuple):
-    """Where secrets were sealed; the file of the sealing secret where that was made for it."""
+    """Where secrets were sealed, and where encrypted again; the file of the sealing secret where that was made."""
 
     places: list[str]
+    again: list[str]
     secret: Path | None
 
 
@@ -11606,19 +11631,20 @@ class SealSecrets(Action, frozen=True, tag="seal"):
 
     def run(self, path: Path) -> Sealed:
         """Raises ActionError, ConfigError and SealError; a bad file is known before anything is changed."""
-        places = []
         with edited(path) as editor:
             config = Config.load(path)
-            made = make_secret(path.parent)
+            found = Sealed([], [], make_secret(path.parent))
             vault = Vault.open(path.parent, os.environ)
             for steps in secret_places(config):
-                sealed = sealed_value(editor.document.find(*steps), steps, vault, self.rotate)
-                if sealed:
-                    editor.set_scalar(sealed, *steps)
+                node = editor.document.find(*steps)
+                sealed = sealed_value(node, steps, vault, self.rotate)
+                if node and sealed:
+                    places = found.again if node.value.startswith(Vault.PREFIX) else found.places
                     places.append(join_steps(steps))
-            if places:
+                    editor.set_scalar(sealed, *steps)
+            if found.places or found.again:
                 editor.save()
-        return Sealed(places, made)
+        return found
 
 
 class House(NamedTuple):
@@ -11741,7 +11767,7 @@ def check_new(action: Correction, directory: Path) -> None:
         amounts = line.cost_usd, line.input_tokens, line.requests
         booked = AdjustUsage(scope, name, line.note, *amounts, id=line.id)
     if booked == msgspec.structs.replace(action, note=line.note, is_repeated=False):
-        raise ActionError("taken", f"{action.id} was done already, and is not done again")
+        raise ActionError("done", f"{action.id} was done already: nothing was done again")
     raise ActionError("taken", f"nothing was done: --id {action.id} was used for another correction ({booked})")
 
 
@@ -11871,7 +11897,9 @@ class UpstreamTest:
             listed = msgspec.json.decode(body, type=ModelList).data
             served = [model.id for model in listed if upstream.rename(model.id) is not None]
         if not served:
-            raise CallFailed("no model is named in `models` or listed: name one with --model")
+            raise CallFailed(
+                "`models` has only globs and the upstream's list of models gave none: name one with --model"
+            )
         small = Usage(input_tokens=10, output_tokens=16)
         return min(served, key=lambda model: self._config.bill(upstream.rename(model) or model, "", small).cost_usd)
 
@@ -12269,7 +12297,9 @@ def restore(file: IO[bytes], path: Path, is_forced: bool) -> list[str]:
             print(f"warning: the ledger's chain was broken before the backup: {error}", file=sys.stderr)
         swap(old, new, kept)
     told = [f"Restored the backup of {manifest.time} to {path} and {directory}."]
-    told += [f"What was there before is kept: {folder}/{kept}" for folder in sorted({place.parent for place in old})]
+    folders_kept = [f"{folder}/{kept}" for folder in sorted({place.parent for place in old})]
+    if folders_kept:
+        told.append(f"What was there before is kept in {' and '.join(folders_kept)}.")
     return [*told, f"Start the gateway with: {PROGRAM} serve"]
 
 
@@ -14153,8 +14183,10 @@ def greeting(config: Config, port: int, key: str) -> str:
     lines = [f"claude-gateway {VERSION} listens on {local_url(config, port)} ({path})", ""]
     lines += ["Point Claude Code at it:", "", exports(config, port, key or "sk-proxy-...")]
     another = f"{PROGRAM} key add NAME"
-    if not key:
+    if not key and not config.file.keys:
         lines.append(f"Make a key: {another}")
+    elif not key:
+        lines.append(f"Another key: {another}")
     elif key.startswith("$"):
         lines.append(
             f"That file, which only its owner can read, has the first key: delete it afterwards. Another: {another}"
@@ -14210,7 +14242,7 @@ def name_text(model: str) -> str:
     return LOOKS_LIKE_KEY.sub(lambda found: "*" * len(found[0]), model) or '""'
 
 
-def key_line(key: Key, now: float) -> str:
+def key_line(key: Key, expires: Expiry | None, now: float) -> str:
     """A key in a line; `now` in seconds since 1970."""
     state, budget = "enabled", key.budgets[0]
     if not key.enabled:
@@ -14218,7 +14250,9 @@ def key_line(key: Key, now: float) -> str:
     elif now >= key.expires_at:
         state = "expired"
     texts = [f"  {key}: {state}"]
-    if math.isfinite(key.expires_at):
+    if expires and expires.last_day:
+        texts.append(f"{'works' if now < key.expires_at else 'worked'} through {expires.last_day}")
+    elif expires:
         texts.append(f"expires {utc_time(key.expires_at)[:16].replace('T', ' ')} UTC")
     if key.networks:
         texts.append(f"from {', '.join(map(str, key.networks))}")
@@ -14233,13 +14267,16 @@ def key_line(key: Key, now: float) -> str:
 
 def key_table(config: Config) -> str:
     """The keys, one line each."""
-    return "\n".join(key_line(key, config.clock.wall()) for key in config.keys)
+    now, entries = config.clock.wall(), config.file.keys
+    return "\n".join(key_line(key, entry.expires, now) for key, entry in zip(config.keys, entries, strict=True))
 
 
 def upstream_text(upstream: UpstreamConfig) -> str:
     """An upstream in a line."""
     models = [name_text(a) if b == "*" else f"{name_text(a)} as {name_text(b)}" for a, b in upstream.models.items()]
     keys = f"{len(upstream.api_key)} API keys".replace("1 API keys", "1 API key")
+    if upstream.format == "demo":
+        keys = "built in, needs no API key"
     where = f"{upstream.format} {upstream.url}".rstrip()
     order = f"priority {upstream.priority}, weight {upstream.weight:g}"
     return f"{upstream.name}: {where}, models {', '.join(models)}, {order}, {keys}"
@@ -14260,6 +14297,13 @@ async def try_to_listen(host: str) -> None:
     server.close()
 
 
+def expired_keys(config: Config) -> list[str]:
+    """Return what is to be told of the keys that would work, were their time not over."""
+    now, document = config.clock.wall(), Document(read_text(config.path), config.path)
+    expired = [i for i, key in enumerate(config.keys) if key.enabled and key.expires_at <= now]
+    return document.sentences([Mistake(("keys", i, "expires"), "is over: the key works no more") for i in expired])
+
+
 def command_check(options: argparse.Namespace) -> None:
     """Validate config.yaml and print what it means."""
     config = Config.load(options.config)
@@ -14270,6 +14314,7 @@ def command_check(options: argparse.Namespace) -> None:
         why = f"this machine cannot listen there ({os_reason(error)}): {OTHER_HOST}"
         document = Document(read_text(config.path), config.path)
         config.warnings += [f"line {told}" for told in document.sentences([Mistake(("server", "host"), why)])]
+    config.warnings += [f"line {told}" for told in expired_keys(config)]
     server, prices = config.server, config.file.prices
     print(f"{config.path} is good (digest {config.digest})\n")
     print(f"listens on {server.host}:{server.port}, time zone {server.timezone}, ledger in {config.usage_directory}\n")
@@ -14289,7 +14334,7 @@ def command_check(options: argparse.Namespace) -> None:
 def edit(action: Edit, path: Path) -> Any:
     """Make an edit, and have the gateway, where one runs, read it at once and log it. Raises as `action.run` does."""
     result = action.run(path)
-    if isinstance(result, Sealed) and not result.places:
+    if isinstance(result, Sealed) and not (result.places or result.again):
         return result  # nothing was changed
     with contextlib.suppress(ConfigError, NoGateway, ActionError):
         ask(ledger_of(Document(read_text(path), path)), EditMade(str(action)))
@@ -14299,7 +14344,7 @@ def edit(action: Edit, path: Path) -> Any:
 def command_key_add(options: argparse.Namespace) -> None:
     """Make a key, show it once, keep its hash."""
     limits = {name: amount for name, _, amount in (option.partition("=") for option in options.limit)}
-    action = AddKey(options.name, limits, tuple(options.model), options.expires)
+    action = AddKey(options.name, limits, tuple(options.model), options.expires, options.team)
     key: str = edit(action, options.config)
     config = Config.load(options.config)
     shell = exports(config, config.server.port, key).removesuffix("\n")
@@ -14327,10 +14372,16 @@ def command_key_revoke(options: argparse.Namespace) -> None:
 
 def command_seal(options: argparse.Namespace) -> None:
     """Seal every plain secret in config.yaml."""
-    places, made = edit(SealSecrets(options.rotate), options.config)
+    places, again, made = edit(SealSecrets(options.rotate), options.config)
     if made:
         print(f"Made the sealing secret {made}: keep a copy elsewhere, nothing else opens what is sealed with it.")
-    print(f"Sealed: {', '.join(places)}" if places else "Nothing to seal: no secret stands there in clear text.")
+    if places:
+        print(f"Sealed: {', '.join(places)}")
+    if again:
+        print(f"Encrypted again with the newest secret: {', '.join(again)}")
+    if not (places or again):
+        sealed = "Nothing to seal: no secret stands there in clear text."
+        print("Nothing to encrypt again: no secret there is sealed." if options.rotate else sealed)
 
 
 def cooldowns(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -14387,7 +14438,8 @@ def command_upstream_test(options: argparse.Namespace) -> int:
     answered = sum(each.state != "FAILED" for each in found)
     cost_usd = round(sum(each.cost_usd for each in found), 9)
     sums = {"keys": len(found), "answered": answered, "cost_usd": cost_usd}
-    tell(f"{answered} of {len(found)} keys answered (not booked; cost about ${cost_usd:.6f} in all)")
+    cost = f"; cost about ${cost_usd:.6f} in all" if any(each.status for each in found) else ""
+    tell(f"{answered} of {len(found)} keys answered (not booked{cost})")
     if options.json:
         print(json.dumps({"upstreams": reports, **sums, "ok": answered == len(found)}, indent=2))
     return 0 if answered == len(found) else 1
@@ -14451,15 +14503,6 @@ def books(path: Path) -> LedgerFiles:
     return files
 
 
-def time_zone_of(path: Path) -> dt.tzinfo:
-    """A config's time zone, also beside a mistake. Raises ConfigError."""
-    document = Document(read_text(path), path)
-    try:
-        return time_zone(setting_of(document, "server", "timezone", default="UTC"))
-    except ValueError as error:
-        raise document.problem(("server", "timezone"), str(error)) from None
-
-
 def command_usage(options: argparse.Namespace) -> None:
     """Sum up the ledger."""
     files = books(options.config)
@@ -14472,7 +14515,9 @@ def command_usage(options: argparse.Namespace) -> None:
     for name, text in (("--since", options.since), ("--until", options.until)):
         if text not in ("", "9") and not is_time(text):
             raise CommandError(f"{name} {text}: expected a time such as 2026, 2026-11, 2026-11-21 or 2026-11-21T08:00")
-    totals = summarize(files.lines(options.since, options.until), by, time_zone_of(options.config))
+    totals = summarize(
+        files.lines(options.since, options.until), by, time_zone_of(Document(read_text(options.config), options.config))
+    )
     if options.json:
         print(json.dumps([msgspec.to_builtins(total) for total in totals], indent=2))
     elif options.csv:
@@ -14530,8 +14575,8 @@ def corrected(options: argparse.Namespace) -> tuple[ScopeKind, str]:
     return named[0]
 
 
-def correct(action: ResetLimits | AdjustUsage, config: Config) -> tuple[str, Any]:
-    """Make a correction; return its id and what it gives back. Raises CommandError."""
+def correct(action: ResetLimits | AdjustUsage, config: Config) -> tuple[str, Any] | None:
+    """Make a correction; return its id and what it gives back; None where it was done before. Raises CommandError."""
     if action.id:
         action = msgspec.structs.replace(action, is_repeated=True)
     else:
@@ -14539,6 +14584,9 @@ def correct(action: ResetLimits | AdjustUsage, config: Config) -> tuple[str, Any
     try:
         return action.id, perform(action, config)
     except ActionError as error:
+        if error.code == "done":
+            print(f"{error}.")
+            return None
         if error.code == "unsure":
             raise CommandError(f"{error}. Repeat it with --id {action.id}: what is done is not done again") from None
         raise
@@ -14550,26 +14598,48 @@ def command_usage_reset(options: argparse.Namespace) -> None:
     """Let limits count from zero again, from now on; reports stay as they are."""
     action = ResetLimits(*corrected(options), options.note, options.limit, id=options.id)
     config = Config.load(options.config)
-    made_as, _ = correct(action, config)
+    made = correct(action, config)
+    if made is None:
+        return
+    made_as, _ = made
     if action.limits(config):
-        print(f"{options.limit or 'All limits'} of {action.whom}: from zero (id {made_as}).")
+        counts = (
+            f"{options.limit} of {action.whom} now counts"
+            if options.limit
+            else f"All limits of {action.whom} now count"
+        )
+        print(f"{counts} from zero (id {made_as}).")
     else:
         print(f"{action.whom} has no limits in {config.path.name}: the reset is booked (id {made_as}), no more.")
 
 
+def signed_usd(usd: float) -> str:
+    """Return an amount such as -$3.50, to the billionth of a dollar."""
+    text = re.sub(r"(\.\d\d\d*?)0+$", r"\1", f"{usd:+,.9f}")
+    return f"{text[0]}${text[1:]}"
+
+
 def command_usage_adjust(options: argparse.Namespace) -> None:
     """Add to what was spent, or take away from it (negative amounts)."""
-    amounts = options.usd, options.tokens, options.requests
-    action = AdjustUsage(*corrected(options), options.note, *amounts, id=options.id)
+    action = AdjustUsage(
+        *corrected(options), options.note, options.usd, options.tokens, options.requests, id=options.id
+    )
     if not (action.usd or action.tokens or action.requests):
         raise CommandError("say what to adjust, by how much other than 0: --usd, --tokens or --requests")
-    made_as, team = correct(action, Config.load(options.config))
+    made = correct(action, Config.load(options.config))
+    if made is None:
+        return
+    made_as, team = made
+    counts = {"tokens": action.tokens, "requests": action.requests}
+    amounts = [f"{amount:+} {unit}" for unit, amount in counts.items() if amount]
+    if action.usd:
+        amounts.insert(0, signed_usd(action.usd))
     counted = [action.whom]
     if team and action.scope == "key":
         counted.append(f"team {team}")
     if action.scope != "gateway":
         counted.append("the gateway")
-    print(f"Adjusted by {', '.join(action.amounts())}: {', '.join(counted)} (id {made_as}).")
+    print(f"Adjusted by {', '.join(amounts)}: {', '.join(counted)} (id {made_as}).")
 
 
 def command_usage_verify(options: argparse.Namespace) -> None:
@@ -14582,6 +14652,7 @@ def command_usage_verify(options: argparse.Namespace) -> None:
     print(f"Every line follows from the one before. The last chain value is {last}")
     print("Keep it elsewhere: `usage verify --seen VALUE` proves later that nothing before it was rewritten.")
     if not (files.directory / Index.FILE).exists():
+        print("There is no index to compare with the lines: the next start makes one.")
         return
     try:
         os.close(hold_folder(files.directory))
@@ -14589,7 +14660,12 @@ def command_usage_verify(options: argparse.Namespace) -> None:
         print("The index was not compared with the lines: a gateway runs on it.")
         return
     secret = Vault.open(options.config.parent).index_secret
-    index = Index(files.directory, Calendar(time_zone_of(options.config)), Clock().wall(), secret)
+    index = Index(
+        files.directory,
+        Calendar(time_zone_of(Document(read_text(options.config), options.config))),
+        Clock().wall(),
+        secret,
+    )
     index.open()
     differences = index.differences()
     index.close()
@@ -14696,13 +14772,15 @@ def takes(*names: str, **more: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
     return names, more
 
 
-ONE_NAME = takes("name", metavar="NAME")
+ONE_KEY = takes("name", metavar="NAME", help="the key's name in config.yaml")
+ID_HELP = "repeat a command that got no answer, under the id that it printed: it is booked once"
+JSON = takes("--json", help="print JSON instead of a table")
 WHOSE = (  # limits are corrected
-    takes("key", nargs="?", metavar="KEY"),
+    takes("key", nargs="?", metavar="KEY", help="the limits of this key, by its name"),
     takes("--team", metavar="TEAM", help="the limits of a team"),
     takes("--gateway", help="the limits of the whole gateway"),
     takes("--note", default="", metavar="TEXT", help="why; stands in the ledger"),
-    takes("--id", default="", metavar="ID", help="what a command said that had no answer: its correction is made once"),
+    takes("--id", default="", metavar="ID", help=ID_HELP),
 )
 BACKUP_HELP = "default: claude-gateway-TIME.tar.gz beside the config; - for stdout"
 MODEL_HELP = "default: the first in `models`, else the cheapest that is listed"
@@ -14717,14 +14795,15 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
     "key": ["Add, list, rotate and revoke keys."],
     "key add": [
         command_key_add,
-        ONE_NAME,
+        takes("name", metavar="NAME", help="whose key it is; reports and limits use it"),
+        takes("--team", default="", metavar="NAME", help="its team, one of `teams` in config.yaml"),
         takes("--limit", action="append", default=[], metavar="UNIT/WINDOW=AMOUNT", help="such as usd/day=20"),
         takes("--model", action="append", default=[], metavar="GLOB", help='such as "claude-*"'),
         takes("--expires", default="", metavar="DATE", help="the last day on which it works, such as 2027-01-31"),
     ],
     "key list": [command_key_list],
-    "key rotate": [command_key_rotate, ONE_NAME],
-    "key revoke": [command_key_revoke, ONE_NAME],
+    "key rotate": [command_key_rotate, ONE_KEY],
+    "key revoke": [command_key_revoke, ONE_KEY],
     "seal": [command_seal, takes("--rotate", help="encrypt what is sealed again, with the newest secret")],
     "upstream": ["Test upstreams, and let them be asked again."],
     "upstream test": [
@@ -14732,22 +14811,25 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
         takes("name", nargs="?", default="", metavar="NAME", help="only this upstream"),
         takes("--model", default="", metavar="MODEL", help=MODEL_HELP),
         takes("--timeout", type=WAIT, default=30.0, metavar="TIME", help="for each key; default: 30s"),
-        takes("--json"),
+        takes("--json", help="print one JSON document at the end instead of lines"),
     ],
-    "upstream reset": [command_upstream_reset, ONE_NAME],
+    "upstream reset": [
+        command_upstream_reset,
+        takes("name", metavar="NAME", help="the upstream's name in config.yaml"),
+    ],
     "usage": [
         command_usage,
         takes("--by", default="day,key,model", metavar="BY", help=BY_HELP),
         takes("--since", default="", metavar="TIME", help="first time, such as 2026-11 or 2026-11-21 (UTC)"),
         takes("--until", default="9", metavar="TIME", help="first time no longer counted"),
-        takes("--json"),
-        takes("--csv"),
+        JSON,
+        takes("--csv", help="print CSV instead of a table"),
     ],
     "usage reconcile": [
         command_reconcile,
         takes("file", type=Path, metavar="FILE", help="CSV from Anthropic's Console or OpenAI's dashboard"),
         takes("--upstream", default="", metavar="NAME", help="only our calls to this upstream"),
-        takes("--json", default=argparse.SUPPRESS),
+        takes("--json", default=argparse.SUPPRESS, help=JSON[1]["help"]),
     ],
     "usage reset": [
         command_usage_reset,
@@ -14759,7 +14841,7 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
         *WHOSE,
         takes("--usd", type=USD, default=0.0, metavar="N", help="such as -3.50"),
         takes("--tokens", type=COUNT, default=0, metavar="N", help="counted as input"),
-        takes("--requests", type=COUNT, default=0, metavar="N"),
+        takes("--requests", type=COUNT, default=0, metavar="N", help="such as -1"),
     ],
     "usage verify": [
         command_usage_verify,
@@ -14774,7 +14856,7 @@ COMMANDS: dict[str, list[Any]] = {  # what runs, or the help where there are onl
     "restore": [
         command_restore,
         takes("file", metavar="FILE", help="what `backup` wrote; - for stdin"),
-        takes("--force", help="replace what is there, and keep it under another name"),
+        takes("--force", help="keep what is there in before-restore-TIME/ beside it"),
     ],
 }
 

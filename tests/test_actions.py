@@ -172,7 +172,7 @@ async def test_a_correction_that_is_repeated_is_made_once(gateway):
     action = g.AdjustUsage("gateway", "", usd=1.0, id="a1", is_repeated=True)
 
     await g.act(gateway.gateway, action, "carol")
-    with pytest.raises(g.ActionError, match="a1 was done already, and is not done again"):
+    with pytest.raises(g.ActionError, match="a1 was done already: nothing was done again"):
         await g.act(gateway.gateway, action, "carol")
     await g.act(gateway.gateway, g.AdjustUsage("gateway", "", usd=1.0, id="a2"), "carol")
 

@@ -564,7 +564,8 @@ def test_what_is_there_is_replaced_only_by_force_and_kept(site, backup):
     assert all(after[f"{stamp}/{name}"] == before[name] for name in ("config.yaml", "gateway.secret"))
     kept = {name: data for name, data in before.items() if name.startswith("usage/")}
     assert {name: after[name.replace("usage/", f"usage/{stamp}/")] for name in kept} == kept
-    assert site.out.count("What was there before is kept: ") == 2
+    folders = f"{site.folder}/{stamp} and {site.folder}/usage/{stamp}"
+    assert f"\nWhat was there before is kept in {folders}.\n" in site.out
 
 
 def test_a_ledger_alone_is_not_replaced_unasked(site, backup):

@@ -736,12 +736,12 @@ class NaiveRest:
 
     def __init__(self, now: float, trips: int, users: set[str]) -> None:
         self.until, self.trips, self.users = now + min(40.0, 10.0 * 2**trips), trips + 1, users
-        self.gate = self.others_gate = g.Gate(self.until)
+        self.gate = self.others_door = g.Gate(self.until)
         if users:
-            self.others_gate = g.Gate(min(self.until, now + 10.0 * 2 ** max(0, len(users) - 2)))
+            self.others_door = g.Gate(min(self.until, now + 10.0 * 2 ** max(0, len(users) - 2)))
 
-    def gate_of(self, user: str) -> g.Gate:
-        return self.gate if user in self.users else self.others_gate
+    def door_of(self, user: str) -> g.Gate:
+        return self.gate if user in self.users else self.others_door
 
 
 class NaiveBreaker:
@@ -756,7 +756,7 @@ class NaiveBreaker:
         self.tries: dict[g.Ticket, list[tuple[g.Whom, g.Gate]]] = {}
 
     def gates_of(self, user: str) -> list[tuple[g.Whom, g.Gate]]:
-        return [(whom, rest.gate_of(user)) for whom, rest in self.rests.items() if whom.user in ("", user)]
+        return [(whom, rest.door_of(user)) for whom, rest in self.rests.items() if whom.user in ("", user)]
 
     def lets_in(self, user: str, now: float) -> bool:
         return all(now >= gate.opens_at for _, gate in self.gates_of(user))
@@ -772,7 +772,7 @@ class NaiveBreaker:
         """Those that the call still finds out about; it does so once."""
         tries, self.tries[ticket] = self.tries[ticket], []
         rests = self.rests
-        return [w for w, gate in tries if w in rests and gate in (rests[w].gate, rests[w].others_gate)]
+        return [w for w, gate in tries if w in rests and gate in (rests[w].gate, rests[w].others_door)]
 
     def answered(self, ticket: g.Ticket, now: float) -> None:
         for whom in self.tried(ticket):
@@ -791,7 +791,7 @@ class NaiveBreaker:
         if self.began[ticket] != self.era and not tried:
             return
         for whom in tried:
-            gate = self.rests[whom].gate_of(user)
+            gate = self.rests[whom].door_of(user)
             gate.is_tried, gate.opens_at = False, now
         self.failures += 1
         self.counts[user] += 1
@@ -811,7 +811,7 @@ class NaiveBreaker:
             self.rest(g.Whom(user, everybody.model if is_again else ""), now, set())
 
     def rest(self, whom: g.Whom, now: float, users: set[str]) -> None:
-        self.rests = {w: rest for w, rest in self.rests.items() if now <= max(rest.until, rest.gate.opens_at) + 600}
+        self.rests = {w: rest for w, rest in self.rests.items() if now <= max(rest.until, rest.door.opens_at) + 600}
         before = self.rests.get(whom)
         self.rests[whom] = NaiveRest(now, before.trips if before else 0, users)
         if users and before and before.users:
@@ -901,10 +901,10 @@ class BreakerMachine(RuleBasedStateMachine):
         for health, naive in ((choice.health, self.upstream), (choice.key_health, self.key)):
             assert (health.running, health.failures) == (len(self.tickets), naive.failures)
             assert {
-                whom: (rest.until, rest.gate.opens_at, rest.others_gate.opens_at, rest.trips, rest.witnesses)
+                whom: (rest.until, rest.door.opens_at, rest.others_door.opens_at, rest.trips, rest.witnesses)
                 for whom, rest in health.cooldowns.items()
             } == {
-                whom: (rest.until, rest.gate.opens_at, rest.others_gate.opens_at, rest.trips, rest.users)
+                whom: (rest.until, rest.door.opens_at, rest.others_door.opens_at, rest.trips, rest.users)
                 for whom, rest in naive.rests.items()
             }
 

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import time
+import zoneinfo
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -221,22 +222,23 @@ listens on 0.0.0.0:9000, time zone UTC, ledger in {shell.folder}/usage
 
 upstreams, of those that serve a model the lowest priority is asked:
   anthropic: anthropic https://api.anthropic.com, models claude-opus-* as big, claude-*, priority 1, weight 1, 1 API key
-  demo: demo, models *, priority 1, weight 1, 0 API keys
+  demo: demo, models *, priority 1, weight 1, built in, needs no API key
   openai: openai https://api.openai.com, models "", gpt-*, priority 2, weight 1, 2 API keys
   open: anthropic http://10.0.0.1:8080/v1, models *, priority 3, weight 0.5, 0 API keys
 
 prices: 3 rows; a model without one: refuse
 
 keys:
-  alice (…stuv): enabled, expires 3000-01-01 00:00 UTC, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, "", \
+  alice (…stuv): enabled, works through 2999-12-31, from 10.0.0.0/8, 192.0.2.7/32, models claude-*, "", \
 limits usd/day 20, tokens/month 50,000,000, requests 1,500, concurrent 16
-  bob (…last): disabled, expires 2001-01-02 00:00 UTC, models *, limits none
-  carol (…last): expired, expires 2001-01-02 00:00 UTC, models *, limits none
+  bob (…last): disabled, worked through 2001-01-01, models *, limits none
+  carol (…last): expired, worked through 2001-01-01, models *, limits none
 
 warnings:
   line 6: upstreams[0].api_key: is in clear text: run `gateway.py seal`
   line 26: keys[0].key: is in clear text: run `gateway.py seal`
   {path} can be read by every user of this host, and so is what is in clear text in it: chmod 640 {path}
+  line 32: keys[2].expires: is over: the key works no more
 """
     )
     assert shell.err == ""
@@ -358,6 +360,20 @@ def test_what_users_are_to_set_is_the_public_address(shell, url):
     assert greeting.startswith(f"claude-gateway {g.VERSION} listens on http://127.0.0.1:8123 (config.yaml)\n")
 
 
+def test_the_greeting_says_make_a_key_only_where_there_is_none(shell):
+    """
+    Else it says how to make another.
+    """
+    demo = "upstreams: [{name: demo, format: demo}]\n"
+    greetings = []
+    for keys in ("", f"keys: [{{name: alice, key: {HASH}}}]\n"):
+        shell.write(demo + keys)
+        greetings.append(g.greeting(g.Config.load(shell.folder / "config.yaml"), 8123, ""))
+
+    assert f"\nMake a key: {g.PROGRAM} key add NAME\n" in greetings[0]
+    assert f"\nAnother key: {g.PROGRAM} key add NAME\n" in greetings[1] and "Make a key" not in greetings[1]
+
+
 def test_key_add_writes_limits_models_and_the_last_day(shell):
     """
     What the options say stands in the file as a person would write it.
@@ -424,6 +440,52 @@ def test_key_add_works_for_a_last_day_with_a_time(shell):
     assert shell.run("key", "add", "bob", "--expires", "2999-12-31 12:00") == 0
 
     assert shell.keys()["bob"].expires_at == dt.datetime(2999, 12, 31, 12, tzinfo=dt.UTC).timestamp()
+
+
+def test_key_add_puts_a_key_into_a_team_that_there_is(shell):
+    """
+    Another name is refused with what there is, and changes nothing.
+    """
+    text = "teams: [{name: red}, {name: the blues}]\n" + ALICE
+    shell.write(text)
+
+    assert shell.run("key", "add", "bob", "--team", "reds") == 1
+    assert (shell.err, shell.config) == ("error: there is no team named 'reds', did you mean red?\n", text)
+    assert shell.run("key", "add", "bob", "--team", "the blues") == 0
+    assert shell.keys()["bob"].team == "the blues"
+    shell.write(ALICE)
+    assert shell.run("key", "add", "bob", "--team", "red") == 1
+    assert shell.err == "error: there is no team named 'red'; there are: none\n"
+
+
+def test_key_add_refuses_a_date_that_is_over(shell):
+    """
+    By the config's time zone: a key ends with its last day there.
+    """
+    text = "server: {timezone: Pacific/Kiritimati}\n" + ALICE
+    shell.write(text)
+    today = dt.datetime.now(zoneinfo.ZoneInfo("Pacific/Kiritimati")).date()
+    yesterday = f"{today - dt.timedelta(days=1)}"
+
+    for day in ("2020-01-01", yesterday, "2020-01-01 12:00"):
+        assert shell.run("key", "add", "eve", "--expires", day) == 1
+        assert shell.err == f"error: expires: {day} is over, the key would never work\n"
+    assert shell.config == text
+    assert shell.run("key", "add", "eve", "--expires", f"{today + dt.timedelta(days=1)}") == 0
+
+
+def test_a_key_is_shown_with_its_last_day_or_its_moment(shell):
+    """
+    As it is written in the config, whatever its time zone.
+    """
+    shell.write("server: {timezone: Europe/Berlin}\n" + ALICE)
+    assert shell.run("key", "add", "bob", "--expires", "2999-01-31") == 0
+    assert shell.run("key", "add", "carol", "--expires", "2999-01-31 12:00") == 0
+
+    assert shell.run("key", "list") == 0
+
+    assert "enabled, works through 2999-01-31, models" in shell.out
+    assert "enabled, expires 2999-01-31 11:00 UTC, models" in shell.out
 
 
 def test_key_list_tells_each_keys_state(shell):
@@ -617,10 +679,29 @@ def test_seal_rotate_encrypts_with_the_newest_secret(shell):
     assert shell.run("seal", "--rotate") == 0
 
     (rotated,) = re.findall(r"enc:[\w=-]+", shell.config)
-    assert shell.out == "Sealed: upstreams[0].api_key\n"
+    assert shell.out == "Encrypted again with the newest secret: upstreams[0].api_key\n"
     assert rotated != sealed and shell.config == text.replace(sealed, rotated)
     (shell.folder / "gateway.secret").write_text(f"{new}\n")
     assert g.Config.load(shell.folder / "config.yaml").upstreams[0].api_key == (PLAIN,)
+
+
+def test_seal_rotate_says_what_was_sealed_and_what_encrypted_again(shell):
+    """
+    What stood there in clear text is sealed as well. Users' keys are hashed: there is nothing to encrypt again.
+    """
+    shell.run("init")
+    before = shell.config
+
+    assert shell.run("seal", "--rotate") == 0
+    assert (shell.out, shell.config) == ("Nothing to encrypt again: no secret there is sealed.\n", before)
+    shell.write(f"upstreams:\n  - {{name: a, url: https://a.test, api_key: {PLAIN}}}\n")
+    shell.run("seal")
+    shell.write(shell.config + f"  - {{name: b, url: https://b.test, api_key: {PLAIN}}}\n")
+
+    assert shell.run("seal", "--rotate") == 0
+
+    assert shell.out == ("Sealed: upstreams[1].api_key\nEncrypted again with the newest secret: upstreams[0].api_key\n")
+    assert [upstream.api_key for upstream in g.Config.load(shell.folder / "config.yaml").upstreams] == [(PLAIN,)] * 2
 
 
 def test_seal_makes_the_secret_where_there_is_none(shell):
@@ -1092,12 +1173,12 @@ def test_a_reset_is_a_line_of_the_ledger(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "reset", "alice", "--limit", "usd/day", "--note", "holiday") == 0
-    assert without_id(shell.out) == "usd/day of key alice: from zero (id …).\n"
+    assert without_id(shell.out) == "usd/day of key alice now counts from zero (id …).\n"
     assert shell.run("usage", "reset", "--team", "red") == 0
     told = "team red has no limits in config.yaml: the reset is booked (id …), no more.\n"
     assert without_id(shell.out) == told
     assert shell.run("usage", "reset", "--gateway") == 0
-    assert without_id(shell.out) == "All limits of gateway: from zero (id …).\n"
+    assert without_id(shell.out) == "All limits of gateway now count from zero (id …).\n"
 
     lines = ledger_lines(shell)
     assert len({line.pop("id") for line in lines}) == 3
@@ -1115,7 +1196,7 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", "adjust", "alice", "--usd", "-3.5", "--tokens", "1000", "--note", "refund") == 0
-    told = "Adjusted by -3.5 usd, +1000 tokens: key alice, team red, the gateway (id …).\n"
+    told = "Adjusted by -$3.50, +1000 tokens: key alice, team red, the gateway (id …).\n"
     assert without_id(shell.out) == told
     assert shell.run("usage", "adjust", "bob", "--requests", "2") == 0
     assert shell.run("usage", "--by", "key,team,model", "--csv") == 0
@@ -1138,6 +1219,21 @@ def test_an_adjustment_counts_with_the_key_its_team_and_the_gateway(shell):
     }
 
 
+@pytest.mark.parametrize(
+    ("usd", "shown"),
+    [("0.5", "+$0.50"), ("-3.5", "-$3.50"), ("-1234", "-$1,234.00"), ("0.000000123", "+$0.000000123")],
+)
+def test_an_adjustment_in_dollars_is_shown_as_money(shell, usd, shown):
+    """
+    To the billionth, as the ledger counts.
+    """
+    shell.write(LEDGER_CONFIG)
+
+    assert shell.run("usage", "adjust", "--gateway", "--usd", usd) == 0
+
+    assert without_id(shell.out) == f"Adjusted by {shown}: gateway (id …).\n"
+
+
 @pytest.mark.parametrize("arguments", [["adjust", "alice", "--usd", "-5"], ["reset", "alice"]])
 def test_a_correction_is_made_once_under_an_id_also_where_no_gateway_runs(shell, arguments):
     """
@@ -1146,8 +1242,8 @@ def test_a_correction_is_made_once_under_an_id_also_where_no_gateway_runs(shell,
     shell.write(LEDGER_CONFIG)
 
     assert shell.run("usage", *arguments, "--id", "a1") == 0
-    assert shell.run("usage", *arguments, "--id", "a1") == 1
-    assert "a1 was done already, and is not done again" in shell.err
+    assert shell.run("usage", *arguments, "--id", "a1") == 0
+    assert (shell.out, shell.err) == ("a1 was done already: nothing was done again.\n", "")
     assert shell.run("usage", *arguments, "--id", "a2") == 0
 
     assert [line["id"] for line in ledger_lines(shell)] == ["a1", "a2"]
@@ -1189,8 +1285,8 @@ def test_a_correction_is_found_again_in_an_archive(shell):
         written.with_name(f"usage-2026-{month}.jsonl").touch()
     assert shell.run("usage", "archive") == 0
 
-    assert shell.run("usage", "adjust", "alice", "--usd", "-5", "--id", "a1") == 1
-    assert "a1 was done already, and is not done again" in shell.err
+    assert shell.run("usage", "adjust", "alice", "--usd", "-5", "--id", "a1") == 0
+    assert shell.out == "a1 was done already: nothing was done again.\n"
 
 
 def test_verify_finds_the_line_that_was_changed(shell):
@@ -1227,6 +1323,7 @@ def test_verify_compares_the_index_with_the_lines(shell, is_rewritten):
     """
     shell.write(LEDGER_CONFIG)
     shell.run("usage", "adjust", "alice", "--usd", "3")
+    without = shell.run("usage", "verify"), shell.out.splitlines()[-1]
     config = g.Config.load(shell.folder / "config.yaml")
     index = g.Index(config.usage_directory, g.Calendar(config.timezone), config.clock.wall(), config.index_secret)
     index.open()
@@ -1241,6 +1338,7 @@ def test_verify_compares_the_index_with_the_lines(shell, is_rewritten):
     os.close(held)
     compared = shell.run("usage", "verify")
 
+    assert without == (0, "There is no index to compare with the lines: the next start makes one.")
     assert while_it_runs == (0, "The index was not compared with the lines: a gateway runs on it.")
     assert (config.usage_directory / g.Index.FILE).exists() != is_rewritten
     if is_rewritten:

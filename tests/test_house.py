@@ -19,7 +19,7 @@ BUDGETS = {
     "Prices": 323,
     "Types": 429,
     "Settings": 295,
-    "Config": 785,
+    "Config": 795,
     "Editing": 265,
     "Ledger": 800,
     "Counters": 320,
@@ -39,7 +39,7 @@ BUDGETS = {
     "Metrics": 214,
     "Models": 140,
     "Gateway": 495,
-    "Actions": 535,
+    "Actions": 547,
     "Reconcile": 192,
     "Backup": 162,
     "Integrity": 132,
@@ -47,7 +47,7 @@ BUDGETS = {
     "API": 280,
     "Local door": 260,
     "Server": 420,
-    "Command line": 870,
+    "Command line": 898,
 }
 
 

@@ -66,7 +66,8 @@ async def test_a_correction_is_written_by_the_running_gateway(listening, capsys,
 
     assert codes == [0, 0]
     assert capsys.readouterr().out == (
-        "Adjusted by +0.5 usd: key alice, team red, the gateway (id a1).\nusd/week of team red: from zero (id a2).\n"
+        "Adjusted by +$0.50: key alice, team red, the gateway (id a1).\n"
+        "usd/week of team red now counts from zero (id a2).\n"
     )
     used = {row["limit"]: row["used"] for row in (await listening.get("/v1/usage")).json["limits"]}
     assert used["usd/day"] > 0.5

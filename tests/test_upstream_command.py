@@ -246,7 +246,10 @@ async def test_who_cannot_be_reached_is_told_with_the_reason(terminal, upstream,
 @pytest.mark.parametrize(
     ("models", "line"),
     [
-        (json_body(["gpt"]), "no model is named in `models` or listed: name one with --model"),
+        (
+            json_body(["gpt"]),
+            "`models` has only globs and the upstream's list of models gave none: name one with --model",
+        ),
         (
             json_body("out of\norder", 500),
             'the list of models: 500: "out of\\norder"; --model NAME passes it by',
@@ -322,7 +325,11 @@ async def test_a_silent_upstream_is_waited_for_only_so_long(terminal, upstream):
     ("more", "model", "line"),
     [
         (", models: ['claude-*']", "gpt-x", "gpt-x: it is not served here: see `models`"),
-        (", models: ['llama-*']", "", "no model is named in `models` or listed: name one with --model"),
+        (
+            ", models: ['llama-*']",
+            "",
+            "`models` has only globs and the upstream's list of models gave none: name one with --model",
+        ),
         ("", "x" * 300, f"{'x' * 300}: model: expected at most 256 printable characters"),
     ],
 )
@@ -362,13 +369,18 @@ async def test_the_command_sums_up_and_books_nothing(tmp_path, upstream, capsys)
     bad = f"upstreams:\n  - {{name: dead, url: 'http://127.0.0.1:{upstream.refuse()}'}}\n"
     (tmp_path / "config.yaml").write_text(good.replace("upstreams:\n", bad))
 
-    codes = [await command(tmp_path), await command(tmp_path, "main", "--timeout", "5s")]
+    codes = [
+        await command(tmp_path),
+        await command(tmp_path, "main", "--timeout", "5s"),
+        await command(tmp_path, "dead", "--timeout", "5s"),
+    ]
 
     lines = capsys.readouterr().out.splitlines()
-    assert codes == [1, 0]
+    assert codes == [1, 0, 1]
     assert [line for line in lines if "answered (" in line] == [
         "1 of 2 keys answered (not booked; cost about $0.000037 in all)",
         "1 of 1 keys answered (not booked; cost about $0.000037 in all)",
+        "0 of 1 keys answered (not booked)",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
