@@ -4941,12 +4941,12 @@ class WaitQueues(Generic[W]):
 
     In a queue the calls of one key stand in the order in which they came, and the keys have turns. A full queue belongs
     to nobody: the newest call of the key that has most waiting makes room for a key that has fewer (longest queue
-    drop). `give_up` makes what ends a wait that was dropped, has lasted too long, or is left at the end. As long as it
-    is not clear what a call will have to wait for, it stands apart, in a queue without a bound, whose name is None.
+    drop). `result_of` makes what ends a wait that was dropped, has lasted too long, or is left at the end. As long as
+    it is not clear what a call will have to wait for, it stands apart, in a queue without a bound, whose name is None.
     """
 
-    def __init__(self, bound: int, clock: Clock, give_up: Callable[[W], Any]) -> None:
-        self._bound, self._clock, self._give_up = bound, clock, give_up
+    def __init__(self, bound: int, clock: Clock, result_of: Callable[[W], Any]) -> None:
+        self._bound, self._clock, self._result_of = bound, clock, result_of
         self.size = 0
         self._apart: Queue[W] = OrderedDict()
         self.queues: OrderedDict[Hashable, Queue[W]] = OrderedDict()
@@ -4973,7 +4973,7 @@ class WaitQueues(Generic[W]):
         if name is not None and sum(map(len, queue.values())) > self._bound:
             longest = max([own, *queue.values()], key=len)  # the first of several
             dropped = next(reversed(longest))
-            dropped.end(self._give_up(dropped))
+            dropped.end(self._result_of(dropped))
             self.remove(dropped)
 
     def firsts(self, name: Hashable) -> Iterator[W]:
@@ -5007,12 +5007,12 @@ class WaitQueues(Generic[W]):
         for waiter in self:
             waiter.until += stood_s
             if now >= waiter.until and not waiter.done.done():
-                waiter.end(self._give_up(waiter))
+                waiter.end(self._result_of(waiter))
 
     def close(self) -> None:
         """End every wait."""
         for waiter in self:
-            waiter.end(self._give_up(waiter))
+            waiter.end(self._result_of(waiter))
 
 
 # --- 12. Limits: may this key spend now? ------------------------------------------
@@ -5536,7 +5536,7 @@ class Limits:
         self.store = store
         self._clock, self._timezone = clock, timezone
         self.estimates = Estimates()
-        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._give_up)  # by the budget's id
+        self._queues = WaitQueues[Waiter[bool]](pace.queue_calls, clock, self._wait_error)  # by the budget's id
         self._has_failed = False  # the store, when it was asked last
 
     def budgets(self, key: Key, kind: str = "messages") -> Sequence[Budget]:
@@ -5641,7 +5641,7 @@ class Limits:
         what = f"More than {budget.concurrent:,.0f} calls at once, the limit of {budget}"
         return LimitFull(f"{what}. Try again in a moment.{contact}", retry_after_s=5)
 
-    def _give_up(self, waiter: Waiter[bool]) -> GatewayError:
+    def _wait_error(self, waiter: Waiter[bool]) -> GatewayError:
         if waiter.queue_name:
             return self._too_many(waiter.call.reservation)
         if waiter.until <= self._clock.monotonic():
@@ -8734,14 +8734,14 @@ class Health:
 
 
 class Choice(NamedTuple):
-    """One API key of one upstream: what an attempt is made with. `number` counts its keys from 1."""
+    """One API key of one upstream: what an attempt is made with. `number` counts its API keys from 1."""
 
     upstream: UpstreamConfig
     number: int
     api_key: Secret
     health: Health  # of the upstream
     key_health: Health
-    weight: float  # of this key: the upstream's, divided by its keys
+    weight: float  # of this API key: the upstream's, divided by its API keys
     is_count: bool  # for count_tokens
 
     def __str__(self) -> str:
@@ -8811,7 +8811,7 @@ def best_of(call: Call, ready: list[tuple[str, Choice]]) -> tuple[str, Choice]:
 
 
 class Ticket:
-    """A slot on one key of one upstream, taken for one attempt. A context manager: leaving it gives the slot back."""
+    """A slot on an upstream's API key, taken for one attempt. A context manager: leaving it gives the slot back."""
 
     __slots__ = ("_epochs", "_upstreams", "call", "choice", "model", "trials")
 
@@ -8843,7 +8843,7 @@ class Ticket:
         return [cooldown for cooldown, door in trials if cooldown and door in (cooldown.door, cooldown.others_door)]
 
     def is_current(self, health: Health) -> bool:
-        """Whether this attempt began in the present epoch of its upstream's or key's health."""
+        """Whether this attempt began in the present epoch of its upstream's or API key's health."""
         return health.epoch == self._epochs[health is self.choice.key_health]
 
     def __exit__(self, *exc: object) -> None:
@@ -8875,7 +8875,7 @@ class Seeker(Waiter[Ticket | None]):
 
 
 class Upstreams:
-    """Chooses who is asked, and remembers how that went. Owns the health of upstreams and keys."""
+    """Chooses who is asked, and remembers how that went. Owns the health of upstreams and API keys."""
 
     def __init__(self, clock: Clock, pace: Pace, chance: Callable[[], float] = random.random) -> None:
         self._clock = clock
@@ -8892,10 +8892,10 @@ class Upstreams:
     # Who is asked
 
     def choices(self, upstream: UpstreamConfig, kind: str = "messages") -> tuple[Choice, ...]:
-        """Return the keys of an upstream, with their health.
+        """Return the API keys of an upstream, with their health.
 
-        count_tokens has another health: a key may have tokens for that and none for messages, or the other way round.
-        What runs counts together.
+        count_tokens has another health: an API key may have tokens for that and none for messages, or the other way
+        round. What runs counts together.
         """
         is_count = kind == "count_tokens"
         found = self._choices.get((upstream, is_count))
@@ -8910,7 +8910,7 @@ class Upstreams:
         return found
 
     def choices_of(self, call: Call) -> Iterator[Choice]:
-        """All keys that a call may be sent with."""
+        """All API keys that a call may be sent with."""
         for serving in call.servings:
             yield from self.choices(serving.upstream, call.route.kind)
 
@@ -8966,10 +8966,10 @@ class Upstreams:
     async def wait(
         self, call: Call, tried: frozenset[Place], not_before: float, until: float, gone: asyncio.Future[Any]
     ) -> Ticket | None:
-        """Wait for a slot to ask somebody, from `not_before` on, the keys in turn, at most to `until`.
+        """Wait for a slot to ask somebody, from `not_before` on, users' keys in turn, at most to `until`.
 
         None where nobody will be ready in time, too many wait, or the client left (`gone` is resolved). Raises what a
-        reload says against the call's key.
+        reload says against the user's key.
         """
         now = self._clock.monotonic()
         queues = self._queues
@@ -9034,7 +9034,7 @@ class Upstreams:
         self._queues.check(stood_s)
 
     def refuse_keys(self, config: Config) -> None:
-        """End the waits of those who may not use their key any more."""
+        """End the waits of calls whose user's key may not be used any more."""
         for seeker in self._queues:
             try:
                 config.check_again(seeker.call)
@@ -9142,7 +9142,7 @@ class Upstreams:
         self.wake()
 
     def reset(self, name: str) -> None:
-        """Forget what speaks against an upstream and its keys."""
+        """Forget what speaks against an upstream and its API keys."""
         for place, health in self._healths.items():
             if place[0] == name:
                 health.reset()
@@ -9156,9 +9156,9 @@ class Upstreams:
         return not all(choice.health.is_out(now) or choice.key_health.is_out(now) for choice in choices)
 
     def report(self, upstreams: Iterable[UpstreamConfig]) -> list[dict[str, Any]]:
-        """Return how each upstream and each of its keys stands.
+        """Return how each upstream and each of its API keys stands.
 
-        While keys of one that is ok are not, it is `degraded`; while none is, `half_open` or `cooling` as they are.
+        While API keys of one that is ok are not, it is `degraded`; while none is, `half_open` or `cooling` as they are.
         """
         now = self._clock.monotonic()
         rows = []
@@ -13092,12 +13092,12 @@ class Door:
         peers = self._groups.get(group, ())
         is_proxy = address_in(connection.peer, self.gateway.config.trusted)  # whose clients are many
         if len(peers) >= self.gateway.pace.strangers and not is_proxy:
-            self._give_up(next(iter(peers)), "address")
+            self._evict(next(iter(peers)), "address")
         if len(self.connections) >= self.most:
             if oldest := next(iter(self._strangers), None):
-                self._give_up(oldest, "oldest")
+                self._evict(oldest, "oldest")
             elif surplus := self._surplus():
-                self._give_up(surplus, "key")
+                self._evict(surplus, "key")
             else:
                 self.gateway.emit(ConnectionRefused("full"))
                 return False
@@ -13119,7 +13119,7 @@ class Door:
         """Whether a key has more connections than there are free places."""
         return len(self._groups.get(("key", key_name), ())) > self.most - len(self.connections)
 
-    def _give_up(self, connection: ClientConnection, why: str) -> None:
+    def _evict(self, connection: ClientConnection, why: str) -> None:
         """Close a connection to make room for another one."""
         self.gateway.emit(ConnectionRefused(why))
         self.leave(connection)
