@@ -168,7 +168,8 @@ async def test_a_bind_mounted_file_that_is_replaced_outside_is_said_to_be_and_no
     gateway.watcher.poll()
     await until(lambda: gateway.reload_error)
     with pytest.raises(g.ConfigError) as caught:
-        g.command_key_add(argparse.Namespace(config=gateway.config.path, name="bob", limit=[], model=[], expires=""))
+        options = argparse.Namespace(config=gateway.config.path, name="bob", team="", limit=[], model=[], expires="")
+        g.command_key_add(options)
 
     assert str(caught.value) == gateway.reload_error
     assert "restart the container, and mount the folder" in gateway.reload_error
