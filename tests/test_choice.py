@@ -736,12 +736,12 @@ class NaiveRest:
 
     def __init__(self, now: float, trips: int, users: set[str]) -> None:
         self.until, self.trips, self.users = now + min(40.0, 10.0 * 2**trips), trips + 1, users
-        self.gate = self.others_door = g.Gate(self.until)
+        self.door = self.others_door = g.TrialDoor(self.until)
         if users:
-            self.others_door = g.Gate(min(self.until, now + 10.0 * 2 ** max(0, len(users) - 2)))
+            self.others_door = g.TrialDoor(min(self.until, now + 10.0 * 2 ** max(0, len(users) - 2)))
 
-    def door_of(self, user: str) -> g.Gate:
-        return self.gate if user in self.users else self.others_door
+    def door_of(self, user: str) -> g.TrialDoor:
+        return self.door if user in self.users else self.others_door
 
 
 class NaiveBreaker:
@@ -753,26 +753,26 @@ class NaiveBreaker:
         self.doubted: dict[str, float] = {}  # whose cooldown an answer has ended, until when
         self.rests: dict[g.Whom, NaiveRest] = {}
         self.began: dict[g.Ticket, int] = {}
-        self.tries: dict[g.Ticket, list[tuple[g.Whom, g.Gate]]] = {}
+        self.tries: dict[g.Ticket, list[tuple[g.Whom, g.TrialDoor]]] = {}
 
-    def gates_of(self, user: str) -> list[tuple[g.Whom, g.Gate]]:
+    def doors_of(self, user: str) -> list[tuple[g.Whom, g.TrialDoor]]:
         return [(whom, rest.door_of(user)) for whom, rest in self.rests.items() if whom.user in ("", user)]
 
     def lets_in(self, user: str, now: float) -> bool:
-        return all(now >= gate.opens_at for _, gate in self.gates_of(user))
+        return all(now >= door.opens_at for _, door in self.doors_of(user))
 
     def begin(self, ticket: g.Ticket, now: float) -> None:
         self.began[ticket] = self.era
-        self.tries[ticket] = self.gates_of(ticket.call.key.name)
-        for _, gate in self.tries[ticket]:
-            if not gate.is_tried:
-                gate.is_tried, gate.opens_at = True, now + 10.0
+        self.tries[ticket] = self.doors_of(ticket.call.key.name)
+        for _, door in self.tries[ticket]:
+            if not door.is_tried:
+                door.is_tried, door.opens_at = True, now + 10.0
 
     def tried(self, ticket: g.Ticket) -> list[g.Whom]:
         """Those that the call still finds out about; it does so once."""
         tries, self.tries[ticket] = self.tries[ticket], []
         rests = self.rests
-        return [w for w, gate in tries if w in rests and gate in (rests[w].gate, rests[w].others_door)]
+        return [w for w, door in tries if w in rests and door in (rests[w].door, rests[w].others_door)]
 
     def answered(self, ticket: g.Ticket, now: float) -> None:
         for whom in self.tried(ticket):
@@ -791,8 +791,8 @@ class NaiveBreaker:
         if self.began[ticket] != self.era and not tried:
             return
         for whom in tried:
-            gate = self.rests[whom].door_of(user)
-            gate.is_tried, gate.opens_at = False, now
+            door = self.rests[whom].door_of(user)
+            door.is_tried, door.opens_at = False, now
         self.failures += 1
         self.counts[user] += 1
         everybody = g.Whom(model=MODEL if case == "429" else "")
@@ -815,7 +815,7 @@ class NaiveBreaker:
         before = self.rests.get(whom)
         self.rests[whom] = NaiveRest(now, before.trips if before else 0, users)
         if users and before and before.users:
-            self.rests[whom].gate = before.gate
+            self.rests[whom].door = before.door
         self.era += 1
 
     def left(self, ticket: g.Ticket) -> None:
