@@ -1181,6 +1181,35 @@ async def test_a_trial_of_a_user_who_has_met_it_keeps_nobody_else_waiting():
 
 
 @pytest.mark.logs("is left alone")
+async def test_when_a_trial_fails_the_waiting_call_of_the_next_user_who_met_it_is_served():
+    """
+    At once, one after the other; the user whose trial failed waits on, and an answer lets in all the others.
+    """
+    world = World({"a": ""})
+    for user in ("mallory", "alice", "bob"):
+        world.fail_for(user)
+    waiting = []
+    for user in ("mallory", "mallory", "alice", "bob"):
+        waiting.append(world.waiting(world.call_of(user))[0])
+        await begun(world, len(waiting))
+    first, second, alice, bob = waiting
+    world.clock.advance(10)
+    world.upstreams.check()
+
+    with await first as trial:
+        is_alone = not (second.done() or alice.done() or bob.done())
+        world.upstreams.record_failure(trial, "500")
+    with await alice as trial:
+        is_next = not (second.done() or bob.done())
+        world.upstreams.record_answer(trial)
+    ticket = await bob
+
+    assert is_alone and is_next and ticket.call.key.name == "bob" and not second.done()
+    world.upstreams.close()
+    await second
+
+
+@pytest.mark.logs("is left alone")
 def test_those_who_met_it_do_not_put_off_the_others_trial():
     """
     However often their own fails at the moment at which it may be made. Nor each other's: only of that model, and for
